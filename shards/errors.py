@@ -1,0 +1,20 @@
+"""The one exception for a user's mistake: printed as one line, exit code 2, no traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend: the message says what is wrong, where, and how to mend it, in one line."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run an entry point; a `UserError` ends it with its message on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,106 @@
+"""Pictures in and out: any file that Pillow decodes becomes an RGB JPEG in the shards, and a square of bytes later."""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from shards.errors import UserError
+
+MAX_PIXELS = 180_000_000  # refused from the header, before any memory is taken
+_MAX_SIDE = 65_500  # of a JPEG
+
+# Pillow warns of large pictures, which the limit above decides, and of broken EXIF, which is only passed over.
+warnings.filterwarnings("ignore", module="PIL")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def read_picture(source: Path | Image.Image, short_side: int, quality: int) -> bytes:
+    """JPEG bytes of a picture: upright by its EXIF orientation, RGB, its short side shrunk to `short_side` pixels.
+
+    Smaller pictures keep their size.
+
+    Raises:
+        UserError: no such file, empty, not decodable, or too many pixels.
+    """
+    with _opened(source) as image:
+        # libjpeg scales by 1/2, 1/4 or 1/8 while decoding; twice the wanted size leaves the rest to a good filter.
+        _draft(image, 2 * short_side)
+        return _encode(image, short_side, quality)
+
+
+def _encode(image: Image.Image, short_side: int, quality: int) -> bytes:
+    upright = _to_rgb(ImageOps.exif_transpose(image))
+    scale = short_side / min(upright.size)
+    if scale < 1:
+        width, height = (max(short_side, round(side * scale)) for side in upright.size)
+        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
+    if max(upright.size) > _MAX_SIDE:
+        raise ValueError(f"{upright.width} x {upright.height} pixels are too long for a JPEG")
+    buffer = io.BytesIO()
+    upright.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip rather than scale
+        grey = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:  # what lies under it is arbitrary: show white
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def decode_picture(data: bytes, size: int) -> np.ndarray:
+    """The central square of a picture at `size` x `size` pixels (bicubic), as uint8 [3, size, size].
+
+    Raises:
+        UserError: not decodable, or too many pixels.
+    """
+    with _opened(data) as image:
+        _draft(image, size)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
+        return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _draft(image: Image.Image, short_side: int) -> None:
+    scale = short_side / min(image.size)
+    if scale < 1:
+        image.draft(None, (round(image.width * scale), round(image.height * scale)))
+
+
+@contextmanager
+def _opened(source: Path | bytes | Image.Image) -> Iterator[Image.Image]:
+    """Open a picture, refuse a bomb by its header, and turn whatever goes wrong inside the block into a `UserError`."""
+    name = str(source) if isinstance(source, Path) else "picture"
+    try:
+        if isinstance(source, Path) and source.stat().st_size == 0:
+            raise UserError(f"{name}: empty file (0 bytes)")
+        with _open(source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"{name}: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
+            yield image
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name}: not a picture in any format that Pillow reads") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{name}: more pixels than the limit of {MAX_PIXELS:,}") from None
+    except Exception as error:  # a damaged file makes Pillow's plugins raise nearly any type
+        raise UserError(f"{name}: cannot be decoded as a picture ({error})") from None
+
+
+def _open(source: Path | bytes | Image.Image) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)

@@ -1,0 +1,124 @@
+"""One rank's job: its place among the ranks, what it calls, and the status it leaves."""
+
+import os
+import sys
+
+import pytest
+
+from launch.job import Job, Status, train_and_evaluate
+from shards.errors import UserError
+from toolkit.config import Config
+from toolkit.run_folder import to_yaml
+
+LOCAL = {
+    "SUBMITIT_EXECUTOR": "local",
+    "SUBMITIT_LOCAL_JOB_ID": "77",
+    "SUBMITIT_LOCAL_NTASKS": "3",
+    "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+    "SUBMITIT_LOCAL_NODEID": "0",
+    "SUBMITIT_LOCAL_GLOBALID": "2",
+    "SUBMITIT_LOCAL_LOCALID": "2",
+}
+SLURM = {
+    "SUBMITIT_EXECUTOR": "slurm",
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_NTASKS": "8",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_NODELIST": "node[03-04]",
+    "SLURM_CPUS_PER_TASK": "6",
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """The job sets variables of its process: put them back."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for name in [*SLURM, *LOCAL, "OMP_NUM_THREADS", "RANK"]:
+        os.environ.pop(name, None)
+
+
+def test_place_on_slurm(tmp_path):
+    os.environ.update(SLURM)
+    assert Job("", str(tmp_path)).place() == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "node03",
+        "MASTER_PORT": "24567",
+        "OMP_NUM_THREADS": "6",
+    }
+
+
+def test_place_on_this_machine(tmp_path, monkeypatch):
+    os.environ.update(LOCAL)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    place = Job("", str(tmp_path), port=4242).place()
+    assert place == {
+        "RANK": "2",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "2",
+        "LOCAL_WORLD_SIZE": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "4242",
+        "OMP_NUM_THREADS": "2",
+    }
+    os.environ["OMP_NUM_THREADS"] = "5"
+    assert Job("", str(tmp_path), port=4242).place()["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "logged"),
+    [
+        (None, 0, ""),
+        (UserError("mend it"), 2, "error: mend it\n"),
+        (ValueError("broken"), 1, "ValueError: broken\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(7), 7, "SystemExit: 7\n"),
+    ],
+)
+def test_status(tmp_path, monkeypatch, capsys, error, code, logged):
+    seen = []
+
+    def train(config):
+        seen.append((config, os.environ.get("CUDA_VISIBLE_DEVICES"), Status(tmp_path, 2).read()))
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr("launch.job.train_and_evaluate", train)
+    monkeypatch.setattr("launch.job._leave_group", lambda: None)
+    os.environ.update(LOCAL, CUDA_VISIBLE_DEVICES="")
+    job = Job("some.yaml", str(tmp_path), port=4242, gpus="GPU-1234")
+    if code:
+        with pytest.raises(SystemExit) as ended:
+            job()
+        assert ended.value.code == code
+    else:
+        job()
+    [(config, gpus, running)] = seen
+    assert (config, gpus, running["pid"], running["exit"]) == ("some.yaml", "GPU-1234", os.getpid(), None)
+    assert Status(tmp_path, 2).read()["exit"] == code
+    assert capsys.readouterr().err.endswith(logged)
+
+
+@pytest.mark.parametrize(
+    ("split", "stop_after", "evaluated"),
+    [("test", None, [["--split", "test", "--rerank", "9"]]), ("", None, []), ("test", 5, [])],
+)
+def test_training_then_evaluation(tmp_path, monkeypatch, split, stop_after, evaluated):
+    config = Config()
+    config.final.split, config.final.rerank, config.training.stop_after = split, 9, stop_after
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    calls = []
+    for name in ("train", "evaluate"):
+        module = type(sys)(f"toolkit.{name}")
+        module.main = lambda arguments, name=name: calls.append((name, arguments))
+        monkeypatch.setitem(sys.modules, f"toolkit.{name}", module)
+        monkeypatch.setattr(f"toolkit.{name}", module, raising=False)
+    train_and_evaluate(str(file))
+    common = ["--config", str(file)]
+    assert calls == [("train", common), *[("evaluate", [*common, *more]) for more in evaluated]]

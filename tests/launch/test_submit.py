@@ -1,0 +1,260 @@
+"""Jobs of two ranks through the real submitit: what is printed, the exit code, and that nothing runs on afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import cloudpickle
+import pytest
+
+from launch.follow import Log, first_failure
+from launch.job import Job, Status
+from launch.submit import ROOT, choose_cluster, lengthen, minutes, ranks_per_node, slurm_parameters, submit, watch
+from shards.errors import UserError
+from toolkit.config import Config
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks need not find this file
+
+
+class Sum(Job):
+    def work(self):
+        import torch
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        total = torch.tensor(dist.get_rank() + 1)
+        dist.all_reduce(total)
+        print(f"sum {int(total)} over {os.environ['WORLD_SIZE']} ranks", flush=True)
+
+
+class Waiting(Job):
+    """Rank 1 does what a test wants to see; rank 0 would wait for it for ever."""
+
+    def work(self):
+        Path(self.folder, f"began{os.environ['RANK']}").touch()
+        while not Path(self.folder, "began0").exists() or not Path(self.folder, "began1").exists():
+            time.sleep(0.02)
+        if os.environ["RANK"] == "1":
+            self.fail()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # as one stuck in a collective
+        time.sleep(600)
+
+    def fail(self):
+        raise ZeroDivisionError("the second rank divided by zero")
+
+
+class Mistaken(Waiting):
+    def fail(self):
+        raise UserError("the picture is upside down: turn it round")
+
+
+class Killed(Waiting):
+    def fail(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hanging(Waiting):
+    def fail(self):
+        time.sleep(600)
+
+
+def launch(kind, folder):
+    from launch.submit import _free_port
+
+    config = Config()
+    config.run = str(folder)
+    job = submit(kind(str(folder / "none.yaml"), str(folder), _free_port()), config, "local", 2)
+    return job, watch(job, folder, 2)
+
+
+def processes(folder):
+    """The ranks of a job that still run."""
+    pids = [Status(folder, rank).read()["pid"] for rank in range(2)]
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_two_ranks_meet(tmp_path, capfd):
+    _, code = launch(Sum, tmp_path)
+    out, err = capfd.readouterr()
+    assert (code, err) == (0, ""), err
+    assert out == "sum 3 over 2 ranks\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "shown"),
+    [
+        (Waiting, 1, "ZeroDivisionError: the second rank divided by zero"),
+        (Killed, 1, "rank 1 was killed"),
+        (Mistaken, 2, "error: the picture is upside down: turn it round"),
+    ],
+)
+def test_failing_rank_ends_the_others(tmp_path, capfd, kind, code, shown):
+    start = time.monotonic()
+    _, status = launch(kind, tmp_path)
+    err = capfd.readouterr().err
+    assert status == code, err
+    assert shown in err
+    assert time.monotonic() - start < 15, "the other rank was not ended promptly"
+    assert processes(tmp_path) == []
+    assert "KeyboardInterrupt" not in err, "the controller was interrupted, not ended"
+    if code == 2:
+        assert err == f"{shown}\n"
+    elif kind is Waiting:
+        assert err.count("Traceback") == 1, err
+        assert "_1_log.err" in err
+
+
+def test_interrupt_ends_a_local_job(tmp_path):
+    def interrupt():
+        while not (tmp_path / "began1").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where a shell put pytest in the background
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch(Hanging, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert processes(tmp_path) == []
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
+    cases = {
+        ("--data.shards", tmp_path / "none", "--data.make", "[]"): "no shards in",
+        ("--nodes", "3", "--cluster", "local"): "--launch.nodes 3 needs SLURM",
+        ("--time", "soon"): "--launch.time soon: expected minutes",
+        ("--training.batch_size", "65"): "the nearest that do: 64 or 66",
+        ("--training.steps", "many"): "--training.steps is 'many'",
+    }
+    for arguments, expected in cases.items():
+        ended = run("--ranks-per-node", "2", "--run", tmp_path / "run", *arguments)
+        assert ended.returncode == 2, ended.stderr
+        assert expected in ended.stderr
+        assert ended.stderr.count("\n") == 1, ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slurm_that_is_not_there(tmp_path):
+    ended = run("--cluster", "slurm", "--run", tmp_path / "run", PATH=str(tmp_path))
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: --launch.cluster slurm: sbatch, srun, squeue not found here"), ended.stderr
+
+
+def test_make_shards_failure_passes_on(tmp_path):
+    ended = run("--run", tmp_path / "run", "--data.shards", tmp_path / "s", "--data.make", "[nosuchcorpus]")
+    assert ended.returncode == 2
+    assert "nosuchcorpus" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_submitting_stays_light():
+    code = textwrap.dedent("""
+        import sys, launch.submit
+        heavy = {"torch", "transformers", "deepspeed", "submitit", "numpy"} & set(sys.modules)
+        sys.exit(f"imported: {heavy}" if heavy else 0)
+    """)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_short_options():
+    assert list(lengthen(["--nodes", "4", "--ranks-per-node=8", "--training.lr", "1"])) == [
+        "--launch.nodes", "4", "--launch.ranks_per_node=8", "--training.lr", "1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("90:01", 91), ("24:00:00", 1440), ("2-0", 2880), ("2-12:30", 3630), ("1-00:00:01", 1441)],
+)
+def test_time_limits_as_slurm_reads_them(text, expected):
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "x", "1:2:3:4", "-5", "1-"])
+def test_wrong_time_limits(text):
+    with pytest.raises(UserError):
+        minutes(text)
+
+
+def test_ranks(monkeypatch):
+    config = Config()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,5")
+    assert ranks_per_node(config, "local") == 3
+    assert ranks_per_node(config, "slurm") == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert ranks_per_node(config, "local") == 2
+    config.launch.gpus_per_node = 8
+    assert ranks_per_node(config, "slurm") == 8
+    config.launch.ranks_per_node = 1
+    assert ranks_per_node(config, "local") == 1
+
+
+def test_slurm_script(tmp_path):
+    from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+
+    config = Config()
+    config.launch.nodes, config.launch.gpus_per_node, config.launch.partition = 4, 8, "long"
+    names = SlurmExecutor._equivalence_dict()
+    asked = slurm_parameters(config, "/the repository").items()
+    parameters = {names.get(name, name).removeprefix("slurm_"): value for name, value in asked}
+    script = _make_sbatch_string("COMMAND", tmp_path, **parameters)
+    for line in ("--nodes=4", "--gpus-per-node=8", "--partition=long", "export PYTHONPATH='/the repository'"):
+        assert line in script, script
+    assert "--kill-on-bad-exit=1 --cpus-per-task=4 COMMAND" in script
+
+
+def test_automatic_cluster(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert choose_cluster(Config()) == "local"
+    for tool in ("sbatch", "srun", "squeue"):
+        (tmp_path / tool).write_text("#!/bin/sh\n")
+        (tmp_path / tool).chmod(0o755)
+    assert choose_cluster(Config()) == "slurm"
+
+
+def test_the_first_failure_is_told(tmp_path):
+    alive = {1: False, 2: True}
+
+    def failed(gone=False):
+        return first_failure(tmp_path, "7", 3, lambda pid: alive[pid], gone)
+
+    assert failed() is None
+    assert failed(gone=True) == 0
+    for rank, status in enumerate([(1, 1), (0, None), (5, 1)]):
+        Status(tmp_path, rank).path.write_text(
+            f'{{"pid": 1, "exit": {"null" if status[1] is None else status[1]}, "time": {status[0]}}}'
+        )
+    assert failed() == 0
+    Status(tmp_path, 1).path.write_text('{"pid": 2, "exit": null, "time": 0}')
+    assert failed() == 1
+
+
+def test_log_is_printed_line_by_line(tmp_path, capsys):
+    log = Log(tmp_path / "log")
+    log.show()
+    with log.path.open("w") as file:
+        file.write("one\nsubmitit INFO (now) - noise\ntw")
+        file.flush()
+        log.show()
+        assert capsys.readouterr().out == "one\n"
+        file.write("o\nthree")
+        file.flush()
+        log.show()
+    assert capsys.readouterr().out == "two\n"
+    log.show(to_the_end=True)
+    assert capsys.readouterr().out == "three"

@@ -1,0 +1,155 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.errors import UserError
+from shards.picture import decode_picture, read_picture
+
+
+def opened(data):
+    image = Image.open(io.BytesIO(data))
+    assert image.format == "JPEG"
+    return image
+
+
+def gradient(width, height):
+    """Red grows to the right, green downwards."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 60)], axis=2).astype(np.uint8))
+
+
+def test_short_side_is_shrunk_and_small_pictures_are_left(tmp_path):
+    gradient(1000, 500).save(tmp_path / "a.jpg")
+    assert opened(read_picture(tmp_path / "a.jpg", 100, 90)).size == (200, 100)
+    gradient(60, 90).save(tmp_path / "b.png")
+    assert opened(read_picture(tmp_path / "b.png", 100, 90)).size == (60, 90)
+
+
+def test_shrinking_keeps_what_is_seen(tmp_path):
+    gradient(1600, 1200).save(tmp_path / "a.jpg", quality=95)
+    small = np.asarray(opened(read_picture(tmp_path / "a.jpg", 120, 95))).astype(float)
+    assert np.abs(small - np.asarray(gradient(160, 120))).mean() < 3
+
+
+def test_drawn_pictures_need_no_file():
+    data = read_picture(Image.new("RGB", (64, 64), "blue"), 256, 90)
+    assert opened(data).size == (64, 64)
+    assert data == read_picture(Image.new("RGB", (64, 64), "blue"), 256, 90)
+
+
+def test_quality(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    sizes = [len(read_picture(Image.fromarray(noise), 256, quality)) for quality in (50, 90)]
+    assert sizes[0] < 0.7 * sizes[1]
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees
+    gradient(80, 40).save(tmp_path / "a.jpg", exif=exif)
+    upright = opened(read_picture(tmp_path / "a.jpg", 256, 95))
+    assert upright.size == (40, 80)
+    assert not upright.getexif()
+    red, green, _ = upright.getpixel((2, 75))  # what was the right top corner is the right bottom one
+    assert red > 200
+    assert green > 200
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("L", (20, 20), 128), (128, 128, 128)),
+        (Image.new("RGBA", (20, 20), (255, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("LA", (20, 20), (10, 255)), (10, 10, 10)),
+        (Image.new("1", (20, 20), 1), (255, 255, 255)),
+        (Image.new("RGB", (20, 20), (0, 0, 255)).quantize(4), (0, 0, 255)),
+        (Image.fromarray(np.full((20, 20), 0x8000, np.uint16)), (128, 128, 128)),
+    ],
+    ids=["grey", "transparent", "grey and alpha", "black and white", "palette", "16 bit"],
+)
+def test_any_mode_becomes_rgb(tmp_path, image, expected):
+    image.save(tmp_path / "a.png")
+    result = opened(read_picture(tmp_path / "a.png", 256, 95))
+    assert result.mode == "RGB"
+    assert result.getpixel((10, 10)) == pytest.approx(expected, abs=3)
+
+
+def test_cmyk_jpeg(tmp_path):
+    Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
+    assert opened(read_picture(tmp_path / "a.jpg", 256, 95)).getpixel((10, 10)) == pytest.approx((255, 0, 0), abs=4)
+
+
+def bomb(width, height):
+    """A PNG that promises many pixels, and holds none."""
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(100)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def bad_files(folder):
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "bomb.png").write_bytes(bomb(20_000, 9_001))
+    (folder / "big bomb.png").write_bytes(bomb(60_000, 60_000))
+    gradient(200, 200).save(folder / "whole.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:1500])
+    Image.new("L", (66_000, 1)).save(folder / "wide.png")
+    (folder / "folder.jpg").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing.jpg", "no such file"),
+        ("empty.jpg", r"empty file \(0 bytes\)"),
+        ("text.jpg", "not a picture"),
+        ("bomb.png", "20000 x 9001 pixels, the limit is 180,000,000"),
+        ("big bomb.png", "more pixels than the limit"),
+        ("cut.jpg", "cannot be decoded as a picture .*truncated"),
+        ("wide.png", "too long for a JPEG"),
+        ("folder.jpg", "cannot be decoded as a picture"),
+    ],
+)
+def test_bad_files_are_named_in_one_line(tmp_path, name, reason):
+    bad_files(tmp_path)
+    with pytest.raises(UserError, match=reason) as caught:
+        read_picture(tmp_path / name, 256, 90)
+    assert str(caught.value).startswith(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (300, 200), (200, 300), (40, 400)])
+def test_decoded_square_is_the_centre(size):
+    square = decode_picture(read_picture(gradient(*size), 500, 95), 64)
+    assert square.shape == (3, 64, 64)
+    assert square.dtype == np.uint8
+    assert square.flags["C_CONTIGUOUS"]
+    red, green, blue = square.astype(float)
+    assert red.mean() == pytest.approx(127, abs=4)
+    assert green.mean() == pytest.approx(127, abs=4)
+    assert blue.mean() == pytest.approx(60, abs=4)
+    share = min(size) / size[0]  # of the width that is seen
+    assert red[:, -1].mean() - red[:, 0].mean() == pytest.approx(255 * share, abs=8)
+
+
+def test_decoding_at_half_size_agrees_with_the_whole():
+    data = read_picture(gradient(512, 512), 512, 95)
+    whole = Image.open(io.BytesIO(data)).resize((100, 100), Image.Resampling.BICUBIC)
+    difference = np.abs(decode_picture(data, 100).transpose(1, 2, 0).astype(int) - np.asarray(whole))
+    assert difference.mean() < 2
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", read_picture(Image.new("RGB", (50, 50)), 50, 90)[:300]])
+def test_damaged_member(data):
+    with pytest.raises(UserError):
+        decode_picture(data, 32)
+
+
+def test_large_member_is_refused():
+    with pytest.raises(UserError, match="the limit is"):
+        decode_picture(bomb(20_000, 9_001), 32)

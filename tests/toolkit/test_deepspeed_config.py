@@ -1,0 +1,108 @@
+"""DeepSpeed's configuration: accepted by DeepSpeed itself; what it would pass over in silence is refused."""
+
+import pytest
+
+from shards.errors import UserError
+from toolkit.config import Config
+from toolkit.training.deepspeed_config import deepspeed_config
+
+
+def config(**free):
+    made = Config()
+    made.training.batch_size = 48
+    made.training.accumulation = 2
+    made.deepspeed = free
+    return made
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_deepspeed_reads_what_is_derived(stage, precision):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    made = config()
+    made.training.zero, made.training.precision, made.training.clip = stage, precision, 0.5
+    settings = deepspeed_config(made, 4)
+    assert settings["train_batch_size"] == 48
+    assert settings["train_micro_batch_size_per_gpu"] == 6
+    read = DeepSpeedConfig({**settings, "train_batch_size": 12})  # this process is a world of one
+    assert read.zero_optimization_stage == stage
+    assert read.gradient_accumulation_steps == 2
+    assert read.gradient_clipping == 0.5
+    assert read.bfloat16_config.enabled == (precision == "bf16")
+
+
+def test_free_section_wins():
+    made = config(
+        zero_optimization={"stage": 2, "overlap_comm": True}, gradient_clipping=7.0, wall_clock_breakdown=True
+    )
+    settings = deepspeed_config(made, 1)
+    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert settings["gradient_clipping"] == 7.0
+    assert settings["wall_clock_breakdown"] is True
+    assert settings["bf16"] == {"enabled": True}
+    assert made.deepspeed["zero_optimization"] == {"stage": 2, "overlap_comm": True}, "the configuration was changed"
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}},
+        {"activation_checkpointing": {"partition_activations": True}},
+        {"checkpoint": {"load_universal": True, "parallel_write": {"pipeline_stage": True}}},
+        {"data_types": {"grad_accum_dtype": "fp32"}},
+        {"flops_profiler": {"enabled": True}},
+        {"csv_monitor": {"enabled": True, "output_path": "x"}},
+        {"communication_data_type": "fp32", "prescale_gradients": True, "zero_allow_untested_optimizer": True},
+    ],
+)
+def test_keys_that_deepspeed_knows(free):
+    assert free.items() <= {**deepspeed_config(config(**free), 1), **free}.items()
+
+
+@pytest.mark.parametrize(
+    ("free", "message"),
+    [
+        ({"gradient_cliping": 1}, "deepspeed.gradient_cliping: unknown key; did you mean deepspeed.gradient_clipping?"),
+        (
+            {"zero_optimisation": {"stage": 1}},
+            "deepspeed.zero_optimisation: unknown key; did you mean deepspeed.zero_optimization?",
+        ),
+        (
+            {"zero_optimization": {"overlap_com": True}},
+            "deepspeed.zero_optimization.overlap_com: unknown key; "
+            "did you mean deepspeed.zero_optimization.overlap_comm?",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "deepspeed.zero_optimization.offload_optimizer.devise: unknown key; "
+            "did you mean deepspeed.zero_optimization.offload_optimizer.device?",
+        ),
+        ({"bf16": {"enable": True}}, "deepspeed.bf16.enable: unknown key; did you mean deepspeed.bf16.enabled?"),
+        (
+            {"checkpoint": {"load_universl": True}},
+            "deepspeed.checkpoint.load_universl: unknown key; did you mean deepspeed.checkpoint.load_universal?",
+        ),
+        (
+            {"wandb": {"enable": True}},
+            "deepspeed.wandb.enable: unknown key; did you mean deepspeed.wandb.enabled?",
+        ),
+        ({"zero_optimization": {"stage": "two"}}, "deepspeed.zero_optimization.stage is 'two': Input should be "),
+        ({"zero_optimization": {"stage": 4}}, "deepspeed.zero_optimization.stage is 4: Input should be "),
+        ({"zero_optimization": 3}, "deepspeed: "),
+        ({"communication_data_type": "int"}, "deepspeed: Invalid communication_data_type. Supported data types: "),
+        ({"fp16": {"enabled": True}}, "deepspeed: bfloat16 and fp16 modes cannot be simultaneously enabled"),
+        ({"train_batch_size": 3}, "deepspeed.train_batch_size cannot be set here; set --training.batch_size"),
+        ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer cannot be set here; set --training.lr"),
+    ],
+)
+def test_mistakes(free, message):
+    with pytest.raises(UserError) as error:
+        deepspeed_config(config(**free), 1)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_batch_that_does_not_divide():
+    with pytest.raises(UserError, match=r"48 does not divide by 5 ranks x 2 .*: 40 or 50"):
+        deepspeed_config(config(), 5)

@@ -1,0 +1,101 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from shards.errors import UserError
+from tests.tiny import VIT
+from toolkit.model.image import ImageEncoder
+
+TRUNKS = {"clip": (CLIPVisionConfig, CLIPVisionModel), "blip2": (Blip2VisionConfig, Blip2VisionModel)}
+
+
+def make_trunk(architecture="clip", **more):
+    config, model = TRUNKS[architecture]
+    torch.manual_seed(0)
+    return model(config(**{**VIT, **more})).eval()
+
+
+def make_encoder(trunk, train="none", head_layers=0) -> ImageEncoder:
+    torch.manual_seed(1)
+    return ImageEncoder(getattr(trunk, "vision_model", trunk), 16, train, head_layers, head_heads=4, dropout=0.0).eval()
+
+
+def make_pictures(size=32) -> torch.Tensor:
+    return torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("train", ["none", "1", "2", "all"])
+@pytest.mark.parametrize("architecture", ["clip", "blip2"])
+def test_features_are_those_of_transformers(architecture, train):
+    trunk = make_trunk(architecture)
+    encoder = make_encoder(trunk, train)
+    images = make_pictures()
+    processor = CLIPImageProcessor(do_resize=False, do_center_crop=False)
+    with torch.no_grad():
+        output = trunk(pixel_values=processor(list(images), return_tensors="pt").pixel_values)
+        hidden = output.last_hidden_state
+        if architecture == "clip":  # BLIP-2's is normed already
+            hidden = encoder.trunk.post_layernorm(hidden)
+        encoded = encoder(encoder.frozen(images))
+        vector = F.normalize(encoder.head.project(hidden[:, 0]), dim=-1)
+
+    assert trunk.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(encoded.vector, vector, atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoded.tokens, hidden[:, 1:], atol=1e-5, rtol=0)
+    assert encoded.mask.shape == encoded.tokens.shape[:2]
+    assert encoded.mask.all()
+
+
+@pytest.mark.parametrize(
+    ("train", "trained"),
+    [
+        ("none", ()),
+        ("1", ("encoder.layers.1", "post_layernorm")),
+        ("all", ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")),
+    ],
+)
+def test_gradients_reach_exactly_what_is_trained(train, trained):
+    encoder = make_encoder(make_trunk(), train, head_layers=1).train()
+    encoder(encoder.frozen(make_pictures())).vector[:, 0].sum().backward()
+    for name, parameter in encoder.trunk.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == name.startswith(trained), name
+    for name, parameter in encoder.head.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_what_is_frozen_never_drops_out():
+    encoder = make_encoder(make_trunk(attention_dropout=0.5), "1").train()
+    images = make_pictures()
+    features = encoder.frozen(images)
+    assert torch.equal(features.hidden, encoder.frozen(images).hidden)
+    assert not torch.equal(encoder(features).vector, encoder(features).vector), "the trained layer should drop out"
+
+
+@pytest.mark.parametrize("architecture", ["clip", "blip2"])
+def test_pictures_of_another_size_have_interpolated_positions(architecture):
+    trunk = make_trunk(architecture)
+    encoder = make_encoder(trunk)
+    images = make_pictures(48)
+    encoded = encoder(encoder.frozen(images))
+    assert encoded.tokens.shape == (3, 36, 32)
+    pixels = CLIPImageProcessor(do_resize=False, do_center_crop=False)(list(images), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        hidden = trunk(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
+    hidden = encoder.trunk.post_layernorm(hidden) if architecture == "clip" else hidden
+    torch.testing.assert_close(encoded.tokens, hidden[:, 1:], atol=1e-5, rtol=0)
+
+
+def test_bf16_gives_float32_vectors():
+    encoder = make_encoder(make_trunk(), "all", head_layers=1)
+    images = make_pictures()
+    with torch.no_grad():
+        full = encoder(encoder.frozen(images)).vector
+        half = encoder.bfloat16()(encoder.frozen(images))
+    assert (half.vector.dtype, half.tokens.dtype) == (torch.float32, torch.bfloat16)
+    assert (F.cosine_similarity(half.vector, full) > 0.99).all()
+
+
+def test_more_layers_than_there_are_is_refused():
+    with pytest.raises(UserError, match=r"model\.image\.train: .* from 0 to 2, got '3'"):
+        make_encoder(make_trunk(), "3")

@@ -1,0 +1,107 @@
+"""Recall against loops over sorted lists, with ties, several captions a picture, chunks and ranks."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from toolkit.evaluation.recall import Standing, rank_answers, recall_at, stand, summarise
+
+
+def naive_recall(scores, right, k):
+    """Per cent of the queries with a right answer among the first k; ties: mean over all orders of the answers."""
+    total = 0.0
+    for row, targets in zip(scores.tolist(), right.tolist(), strict=True):
+        hits = []
+        for order in itertools.permutations(range(len(row))):
+            first = sorted(order, key=lambda answer: -row[answer])[:k]
+            hits.append(any(targets[answer] for answer in first))
+        total += sum(hits) / len(hits)
+    return 100 * total / len(scores)
+
+
+def sorted_recall(scores, right, k):
+    """The same where there are no ties: one full sort a query."""
+    hits = 0
+    for row, targets in zip(scores.tolist(), right.tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda answer: -row[answer])
+        hits += any(targets[answer] for answer in order[:k])
+    return 100 * hits / len(scores)
+
+
+def unit_vectors(count, generator, dim=8):
+    return torch.nn.functional.normalize(torch.randn(count, dim, generator=generator), dim=1)
+
+
+def ragged_owner():
+    """Captions of 12 pictures, some with one, some with seven; in no order."""
+    owner = torch.repeat_interleave(torch.arange(12), torch.tensor([1, 5, 2, 7, 1, 1, 3, 5, 5, 4, 1, 2]))
+    return owner[torch.randperm(len(owner), generator=torch.Generator().manual_seed(3))]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ties_and_several_right_answers_count_as_the_mean_over_all_orders(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 3, (12, 6), generator=generator).float()
+    right = torch.rand(12, 6, generator=generator) < 0.4
+    right[torch.arange(12), torch.randint(0, 6, (12,), generator=generator)] = True
+    for k in (1, 2, 3, 5, 6, 10):
+        assert recall_at(stand(scores, right), k) == pytest.approx(naive_recall(scores, right, k)), f"k={k}"
+
+
+def test_both_directions_equal_a_full_sort():
+    generator = torch.Generator().manual_seed(0)
+    owner = ragged_owner()
+    images, speech = unit_vectors(12, generator), unit_vectors(len(owner), generator)
+    pictures = torch.arange(12)
+    scores, right = speech @ images.T, owner[:, None] == pictures
+    forward = rank_answers(speech, owner, images, pictures, k=5, chunk=4)
+    backward = rank_answers(images, pictures, speech, owner, k=5, chunk=5)
+    for k in (1, 5, 10):
+        assert recall_at(forward.standing, k) == pytest.approx(sorted_recall(scores, right, k))
+        assert recall_at(backward.standing, k) == pytest.approx(sorted_recall(scores.T, right.T, k))
+    assert forward.candidates.tolist() == scores.argsort(dim=1, descending=True)[:, :5].tolist()
+    report = summarise(forward, backward)
+    assert report["speech_to_image"]["R@5"] == pytest.approx(sorted_recall(scores, right, 5), abs=1e-3)
+    both = (sorted_recall(scores, right, 1) + sorted_recall(scores.T, right.T, 1)) / 2
+    assert report["mean_R@1"] == pytest.approx(both, abs=1e-3)
+
+
+def test_a_model_that_tells_nothing_gets_chance():
+    vectors = torch.nn.functional.normalize(torch.ones(40, 4), dim=1)
+    ids = torch.arange(40)
+    ranking = rank_answers(vectors, ids, vectors, ids, k=10)
+    assert [recall_at(ranking.standing, k) for k in (1, 5, 10)] == pytest.approx([2.5, 12.5, 25.0])
+
+
+def test_scores_that_are_no_numbers_are_misses():
+    ids = torch.arange(20)
+    good = torch.eye(20)
+    for broken in (torch.full((20, 20), torch.nan), torch.where(good == 1, torch.nan, good)):
+        assert recall_at(rank_answers(broken, ids, good, ids, k=5).standing, 5) == 0.0
+    scores = torch.tensor([[0.9, torch.nan, 0.1]])
+    assert stand(scores, torch.tensor([[True, False, False]])).ahead.tolist() == [1]
+
+
+def test_fewer_answers_than_k_are_all_found():
+    standing = Standing(torch.tensor([2]), torch.tensor([0]), torch.tensor([1]))
+    assert recall_at(standing, 10) == 100.0
+    ids = torch.arange(3)
+    assert rank_answers(torch.eye(3), ids, torch.eye(3), ids, k=10).candidates.shape == (3, 3)
+
+
+def ranking_of(rank, world_size):
+    generator = torch.Generator().manual_seed(1)
+    owner = ragged_owner()
+    images, speech = unit_vectors(12, generator), unit_vectors(len(owner), generator)
+    ranking = rank_answers(speech, owner, images, torch.arange(12), 4, rank, world_size, chunk=3)
+    return vars(ranking.standing), ranking.candidates
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_any_number_of_ranks_gives_the_same_ranking_on_all_of_them(world_size):
+    alone, candidates = ranking_of(0, 1)
+    for counts, found in run_ranks(ranking_of, world_size):
+        assert all(torch.equal(counts[name], alone[name]) for name in alone)
+        assert torch.equal(found, candidates)

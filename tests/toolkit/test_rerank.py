@@ -1,0 +1,141 @@
+"""Re-ranking against loops: which pairs are matched, on which rank, and how the best k change places."""
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from toolkit import config
+from toolkit.evaluation.encode import Encodings, Process, Tokens
+from toolkit.evaluation.recall import Ranking, Standing, rank_answers, recall_at
+from toolkit.evaluation.rerank import reorder, rerank, score_pairs
+from toolkit.model.encoded import Encoded
+
+OWNER = torch.repeat_interleave(torch.arange(9), torch.tensor([1, 3, 2, 1, 4, 1, 2, 2, 1]))
+PICTURES, CAPTIONS = 9, len(OWNER)
+BATCH = 4
+
+
+class Matcher:
+    """Scores a pair by its tokens alone, and counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def match(self, speech, image):
+        self.calls += 1
+        spoken = (speech.tokens * speech.mask[:, :, None]).sum(1) / speech.mask.sum(1, keepdim=True)
+        logit = (spoken * image.tokens.mean(1)).sum(1)
+        return torch.stack([-logit, logit], dim=1)
+
+
+def drawn():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(PICTURES, 4, generator=generator), dim=1)
+    speech = torch.nn.functional.normalize(torch.randn(CAPTIONS, 4, generator=generator), dim=1)
+    patches = torch.randn(PICTURES, 5, 6, generator=generator)
+    lengths = torch.randint(2, 9, (CAPTIONS,), generator=generator).tolist()
+    frames = [torch.randn(length, 6, generator=generator) for length in lengths]
+    return images, speech, patches, frames
+
+
+def encodings_of(rank, world_size):
+    """Captions in batches of 4, in an order of their own, every rank with an equal number of batches."""
+    images, speech, patches, frames = drawn()
+    order = torch.randperm(CAPTIONS, generator=torch.Generator().manual_seed(5))
+    turn = order.argsort()
+    calls = -(-CAPTIONS // (BATCH * world_size))
+    filled = torch.cat([order, order[-1:].repeat(calls * world_size * BATCH - CAPTIONS)])
+    batches = []
+    for rows in filled.view(calls, world_size, BATCH)[:, rank]:
+        lengths = torch.tensor([len(frames[row]) for row in rows])
+        padded = torch.nn.utils.rnn.pad_sequence([frames[row] for row in rows], batch_first=True, padding_value=7.0)
+        batches.append(Encoded(speech[rows], padded, torch.arange(padded.shape[1]) < lengths[:, None]))
+    tokens = Tokens(patches, batches, turn // BATCH, turn % BATCH)
+    return Encodings(torch.arange(PICTURES).numpy(), torch.arange(CAPTIONS).numpy(), OWNER, images, speech, tokens)
+
+
+def naive_score(caption, picture, fuse):
+    images, speech, patches, frames = drawn()
+    score = float(frames[caption].mean(0) @ patches[picture].mean(0))
+    return score + float(speech[caption] @ images[picture]) if fuse == "sum" else score
+
+
+def naive_places(cosines, rescore, is_right, k):
+    """Place of the best right answer of every query: the best k by the new score, then the rest by cosine."""
+    places = []
+    for query, row in enumerate(cosines.tolist()):
+        order = sorted(range(len(row)), key=lambda answer: -row[answer])
+        best = sorted(order[:k], key=lambda answer: -rescore(query, answer))
+        places.append(next(n for n, answer in enumerate(best + order[k:]) if is_right(query, answer)))
+    return places
+
+
+def reranked(rank, world_size, k, fuse):
+    """Both directions' standings and candidates, and the number of model calls."""
+    encodings, model = encodings_of(rank, world_size), Matcher()
+    pictures = torch.arange(PICTURES)
+    forward = rank_answers(encodings.speech, OWNER, encodings.images, pictures, max(k, 6), rank, world_size)
+    backward = rank_answers(encodings.images, pictures, encodings.speech, OWNER, max(k, 6), rank, world_size)
+    evaluation = config.Evaluation(batch_size=3, fuse=fuse)
+    process = Process(rank, world_size, torch.device("cpu"))
+    spoken, shown, seconds = rerank(model, encodings, forward, backward, pictures, k, evaluation, process)
+    assert seconds > 0
+    return [(ranking.standing.ahead, ranking.candidates) for ranking in (spoken, shown)], model.calls
+
+
+@pytest.mark.parametrize("fuse", ["matching", "sum"])
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_both_directions_equal_loops(k, fuse):
+    (spoken, shown), _ = reranked(0, 1, k, fuse)
+    images, speech, _, _ = drawn()
+    cosines = speech @ images.T
+    assert spoken[0].tolist() == naive_places(
+        cosines, lambda caption, picture: naive_score(caption, picture, fuse), lambda c, p: OWNER[c] == p, k
+    )
+    assert shown[0].tolist() == naive_places(
+        cosines.T, lambda picture, caption: naive_score(caption, picture, fuse), lambda p, c: OWNER[c] == p, k
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_any_number_of_ranks_gives_the_same_and_calls_the_model_equally_often(world_size):
+    alone, _ = reranked(0, 1, 4, "sum")
+    results = run_ranks(reranked, world_size, 4, "sum")
+    for directions, _ in results:
+        for (ahead, candidates), (expected_ahead, expected_candidates) in zip(directions, alone, strict=True):
+            assert torch.equal(ahead, expected_ahead)
+            assert torch.equal(candidates, expected_candidates)
+    assert len({calls for _, calls in results}) == 1, "under ZeRO-3 ranks that differ in calls wait for ever"
+
+
+def test_candidates_come_in_the_new_order_and_the_rest_behind_them():
+    old = Ranking(Standing(*torch.tensor([[1], [0], [1]])), torch.tensor([[4, 2, 7, 1]]))
+    new = reorder(old, torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[False, True, False]]))
+    assert new.candidates.tolist() == [[2, 7, 4, 1]]
+    assert new.standing.ahead.tolist() == [0]
+
+
+def test_what_is_not_among_the_best_k_stays_behind_them_even_at_the_same_old_score():
+    # All ten answers had the same cosine, the right one is not among the best 3.
+    old = Ranking(Standing(*torch.tensor([[0], [9], [1]])), torch.tensor([[0, 1, 2]]))
+    new = reorder(old, torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool)).standing
+    assert (new.ahead.item(), new.tied.item(), new.right.item()) == (3, 6, 1)
+    assert recall_at(new, 3) == 0.0
+    assert recall_at(new, 10) == 100.0
+
+
+def test_equal_new_scores_share_their_places():
+    old = Ranking(Standing(*torch.tensor([[2], [0], [1]])), torch.tensor([[5, 6, 7, 8]]))
+    new = reorder(old, torch.ones(1, 4), torch.tensor([[False, False, True, False]]))
+    assert recall_at(new.standing, 1) == pytest.approx(25.0)
+
+
+def test_scores_of_single_pairs_and_the_need_for_tokens():
+    encodings, process = encodings_of(0, 1), Process(0, 1, torch.device("cpu"))
+    pairs = torch.tensor([[16, 0], [0, 8], [3, 3], [16, 0]])
+    scores = score_pairs(Matcher(), encodings, pairs, config.Evaluation(batch_size=2, fuse="matching"), process)
+    expected = [naive_score(caption, picture, "matching") for caption, picture in pairs.tolist()]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+    encodings.tokens = None
+    with pytest.raises(ValueError, match="without tokens"):
+        score_pairs(Matcher(), encodings, pairs, config.Evaluation(), process)

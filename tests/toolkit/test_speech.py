@@ -1,0 +1,195 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+from shards.errors import UserError
+from tests.tiny import HUBERT
+from toolkit.model.layers import Head
+from toolkit.model.speech import LayerMix, SpeechEncoder
+
+BASE = {**HUBERT, "feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}  # as HuBERT-base
+LARGE = dict(HUBERT)  # as HuBERT-large
+
+
+def make_trunk(values=LARGE, **more) -> HubertModel:
+    torch.manual_seed(0)
+    trunk = HubertModel(HubertConfig(**{**values, **more}, mask_time_prob=0.0)).eval()
+    for name, parameter in trunk.named_parameters():
+        if name.endswith("bias"):  # zero at first, and then the scale of the waveform makes no difference
+            nn.init.normal_(parameter, std=0.3)
+    return trunk
+
+
+def make_encoder(values=LARGE, train="none", head_layers=1, **more) -> SpeechEncoder:
+    trunk = make_trunk(values, **more)
+    torch.manual_seed(1)
+    return SpeechEncoder(trunk, 16, train, head_layers, head_heads=4, dropout=0.0).eval()
+
+
+def make_waves(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    waves = [0.05 + 0.1 * torch.randn(length, generator=generator) for length in lengths]
+    return nn.utils.rnn.pad_sequence(waves, batch_first=True), torch.tensor(lengths)
+
+
+def reference(trunk: HubertModel, waves, lengths, normalise: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Hidden states and frame mask by transformers itself; the last state after the trunk's final norm."""
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=normalise, return_attention_mask=True)
+    rows = [wave[:length].numpy() for wave, length in zip(waves, lengths, strict=True)]
+    inputs = extractor(rows, sampling_rate=16000, padding=True, return_tensors="pt")
+    mask = inputs.attention_mask if inputs.attention_mask.min() == 0 else None
+    with torch.no_grad():
+        output = trunk(inputs.input_values, attention_mask=mask, output_hidden_states=True)
+    states = [*output.hidden_states[:-1], output.last_hidden_state]
+    return states, trunk._get_feature_vector_attention_mask(states[0].shape[1], inputs.attention_mask)
+
+
+@pytest.mark.parametrize(
+    ("values", "lengths"), [(BASE, (9000, 9000)), (LARGE, (9000, 9000)), (LARGE, (16000, 9000, 5001))]
+)
+def test_hidden_states_are_those_of_transformers(values, lengths):
+    encoder = make_encoder(values)
+    waves, lengths = make_waves(*lengths)
+    normed = values is LARGE
+    expected, mask = reference(encoder.trunk, waves, lengths, normed)
+
+    features = encoder.frozen(waves, lengths)
+
+    assert torch.equal(features.mask, mask.bool())
+    assert len(features.states) == len(expected)
+    for depth, (state, wanted) in enumerate(zip(features.states, expected, strict=True)):
+        wanted = F.layer_norm(wanted, wanted.shape[-1:]) if normed else wanted
+        assert torch.allclose(state[mask], wanted[mask], atol=1e-5, rtol=0), f"hidden state {depth} differs"
+
+
+@pytest.mark.parametrize("values", [BASE, LARGE])
+@pytest.mark.parametrize("train", ["2", "1", "all"])
+def test_what_is_trained_does_not_change_the_result(values, train):
+    waves, lengths = make_waves(9000, 6000)
+    frozen, trained = make_encoder(values, "none"), make_encoder(values, train)
+    with torch.no_grad():
+        wanted, got = (encoder(encoder.frozen(waves, lengths)) for encoder in (frozen, trained))
+    torch.testing.assert_close(got.vector, wanted.vector, atol=1e-6, rtol=0)
+    torch.testing.assert_close(got.tokens, wanted.tokens, atol=1e-5, rtol=0)
+    assert torch.equal(got.mask, wanted.mask)
+
+
+@pytest.mark.parametrize("train", ["none", "all"])
+@pytest.mark.parametrize("head_layers", [0, 2])
+def test_an_utterance_is_encoded_the_same_in_any_batch(train, head_layers):
+    encoder = make_encoder(LARGE, train, head_layers)
+    waves, lengths = make_waves(16000, 7000, 900)
+    with torch.no_grad():
+        together = encoder(encoder.frozen(waves, lengths))
+        for row, length in enumerate(lengths):
+            alone = encoder(encoder.frozen(waves[row : row + 1, :length], lengths[row : row + 1]))
+            assert int(together.mask[row].sum()) == alone.tokens.shape[1]
+            torch.testing.assert_close(together.vector[row], alone.vector[0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(together.tokens[row][together.mask[row]], alone.tokens[0], atol=1e-4, rtol=0)
+
+
+def test_speech_shorter_than_a_frame_still_has_one():
+    encoder = make_encoder()
+    waves, lengths = make_waves(1, 40)
+    encoded = encoder(encoder.frozen(waves, lengths))
+    assert encoded.mask.tolist() == [[True], [True]]
+    assert encoded.vector.isfinite().all()
+
+
+TRAINED = {
+    "none": set(),
+    "1": {"encoder.layers.1", "encoder.layer_norm"},
+    "2": {"encoder.layers.0", "encoder.layers.1", "encoder.layer_norm"},
+}
+
+
+@pytest.mark.parametrize("train", ["none", "1", "2", "all"])
+def test_gradients_reach_exactly_what_is_trained(train):
+    encoder = make_encoder(LARGE, train).train()
+    encoder(encoder.frozen(*make_waves(6000, 5000))).vector[:, 0].sum().backward()
+    for name, parameter in encoder.trunk.named_parameters():
+        expected = train == "all" or any(name.startswith(part) for part in TRAINED[train])
+        assert parameter.requires_grad == expected, name
+        assert (parameter.grad is not None) == expected, name
+    for name, parameter in [*encoder.mix.named_parameters(), *encoder.head.named_parameters()]:
+        assert parameter.grad is not None, name
+
+
+@pytest.mark.parametrize("values", [BASE, LARGE])
+def test_what_is_frozen_never_drops_out(values):
+    dropout = {name: 0.5 for name in HUBERT if name.endswith("dropout")}
+    encoder = make_encoder(values, "1", **dropout).train()
+    inputs = make_waves(6000, 5000)
+    first, second = encoder.frozen(*inputs), encoder.frozen(*inputs)
+    assert torch.equal(first.hidden, second.hidden)
+    assert all(torch.equal(a, b) for a, b in zip(first.states, second.states, strict=True))
+    assert not torch.equal(encoder(first).vector, encoder(first).vector), "the trained layer should drop out"
+    assert not first.hidden.requires_grad
+
+
+def test_mix_is_a_softmax_weighted_sum():
+    mix = LayerMix(3)
+    states = tuple(torch.randn(2, 4, 5) for _ in range(3))
+    torch.testing.assert_close(mix(states), torch.stack(states).mean(dim=0))
+    with torch.no_grad():
+        mix.weights.copy_(torch.tensor([0.0, 1.0, -1.0]))
+    weights = mix.weights.softmax(0)
+    torch.testing.assert_close(mix(states), sum(w * s for w, s in zip(weights, states, strict=True)))
+
+
+def test_head_is_speechclips_transformer():
+    """The head equals torch's own post-norm encoder with a class token, given the same weights."""
+    torch.manual_seed(3)
+    head = Head(width=32, embed_dim=16, layers=2, heads=4, dropout=0.0)
+    layer = nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, activation="gelu", batch_first=True)
+    theirs = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(32), enable_nested_tensor=False)
+    for mine, other in zip(head.layers, theirs.layers, strict=True):
+        attention = mine.attention
+        other.self_attn.in_proj_weight.data = torch.cat([attention.query.weight, attention.key_value.weight]).detach()
+        other.self_attn.in_proj_bias.data = torch.cat([attention.query.bias, attention.key_value.bias]).detach()
+        other.self_attn.out_proj.load_state_dict(attention.output.state_dict())
+        other.linear1.load_state_dict(mine.feed_forward[0].state_dict())
+        other.linear2.load_state_dict(mine.feed_forward[3].state_dict())
+    tokens = torch.randn(3, 6, 32)
+    mask = torch.arange(6) < torch.tensor([6, 4, 1])[:, None]
+    with_class = torch.cat([head.class_token.token.expand(3, 1, -1), tokens], dim=1)
+
+    expected = theirs(with_class, src_key_padding_mask=F.pad(~mask, (1, 0), value=False))
+    vector, frames = head(tokens, mask)
+
+    torch.testing.assert_close(vector, F.normalize(head.project(expected[:, 0]), dim=-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(frames[mask], expected[:, 1:][mask], atol=1e-5, rtol=1e-5)
+
+
+def test_head_without_layers_is_the_mean_of_the_real_frames():
+    head = Head(width=8, embed_dim=4, layers=0, heads=1, dropout=0.0)
+    tokens, mask = torch.randn(2, 5, 8), torch.arange(5) < torch.tensor([5, 2])[:, None]
+    vector, same = head(tokens, mask)
+    means = torch.stack([tokens[0].mean(0), tokens[1, :2].mean(0)])
+    torch.testing.assert_close(vector, F.normalize(head.project(means), dim=-1))
+    assert same is tokens
+
+
+@pytest.mark.parametrize("train", ["none", "all"])
+def test_bf16_gives_float32_vectors(train):
+    encoder = make_encoder(LARGE, train)
+    waves, lengths = make_waves(9000, 6000)
+    with torch.no_grad():
+        full = encoder(encoder.frozen(waves, lengths)).vector
+        half = encoder.bfloat16()(encoder.frozen(waves, lengths))
+    assert (half.vector.dtype, half.tokens.dtype) == (torch.float32, torch.bfloat16)
+    assert (F.cosine_similarity(half.vector, full) > 0.99).all()
+
+
+def test_narrow_convolutions_in_bf16_are_refused_on_cpu():
+    encoder = make_encoder(conv_dim=[16, 16, 16]).bfloat16()
+    with pytest.raises(UserError, match="at least 32"):
+        encoder.frozen(*make_waves(6000))
+
+
+@pytest.mark.parametrize("train", ["some", "-1", "3", "1.5", ""])
+def test_unknown_part_to_train_is_refused(train):
+    with pytest.raises(UserError, match=r"model\.speech\.train: expected none, all or a number .* from 0 to 2"):
+        make_encoder(train=train)

@@ -1,0 +1,220 @@
+"""The configuration: one typed tree, read from YAML, overridden on the command line.
+
+Every value has its type, default and meaning here and nowhere else. `toolkit/configs/*.yaml` holds ready ones.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shards.errors import UserError
+
+
+@dataclass
+class Data:
+    """Where samples come from and how they are prepared."""
+
+    shards: str = "data/scenes"  # folder that make_shards wrote
+    make: list[str] = field(default_factory=list)  # arguments with which submit runs make_shards if it is missing
+    train: str = "train"  # names of the splits
+    dev: str = "dev"
+    image_size: int = 224  # pixels; pictures are resized and centre-cropped in the loader
+    max_seconds: float = 8.0  # longer captions are cropped at random in training, from their start in evaluation
+    workers: int = 2  # loader processes a rank
+    window: int = 16  # shards shuffled together
+
+
+@dataclass
+class Speech:
+    """Speech encoder: HuBERT trunk, softmax layer mix, transformer head."""
+
+    trunk: str | None = None  # folder or hub id of a HuBERT; none: random weights from `config`
+    config: dict[str, Any] = field(default_factory=dict)  # HubertConfig values for random weights
+    train: str = "none"  # how much of the trunk is trained: none, all, or the number of top layers
+    head_layers: int = 1
+    head_heads: int = 8
+    dropout: float = 0.1
+
+
+@dataclass
+class Image:
+    """Image encoder: CLIP (or BLIP-2) vision trunk and head."""
+
+    architecture: Literal["clip", "blip2"] = "clip"
+    trunk: str | None = None  # folder or hub id; none: random weights from `config`
+    config: dict[str, Any] = field(default_factory=dict)  # CLIPVisionConfig or Blip2VisionConfig values
+    train: str = "none"
+    head_layers: int = 0
+    head_heads: int = 8
+    dropout: float = 0.1
+
+
+@dataclass
+class Fusion:
+    """Fusion encoder: speech frames attend to image patches; the denoiser is the same class, turned round."""
+
+    width: int = 768
+    layers: int = 6
+    heads: int = 12
+    pool: int = 2  # neighbouring speech frames averaged into one query
+    dropout: float = 0.1
+
+
+@dataclass
+class Model:
+    """The retrieval model."""
+
+    embed_dim: int = 256  # length of the global vectors
+    speech: Speech = field(default_factory=Speech)
+    image: Image = field(default_factory=Image)
+    fusion: Fusion = field(default_factory=Fusion)
+
+
+@dataclass
+class Momentum:
+    """Momentum encoder (teacher) that supplies the keys, the soft targets and the denoising targets."""
+
+    enabled: bool = True  # off: keys are the student's own vectors, gathered with gradient
+    decay: float = 0.995
+
+
+@dataclass
+class Contrastive:
+    """SIC, the coarse alignment."""
+
+    weight: float = 1.0
+    temperature: float = 0.07
+    learn_temperature: bool = True
+    min_temperature: float = 0.001
+    max_temperature: float = 0.5
+    queue: int = 65536  # keys kept of earlier batches; 0: none
+    alpha: float = 0.4  # weight of the teacher's soft targets
+    alpha_ramp: int = 1000  # steps over which alpha grows from 0
+
+
+@dataclass
+class Matching:
+    """SIM, the fine alignment."""
+
+    weight: float = 1.0  # 0: off
+    negatives: Literal["local", "global"] = "local"  # drawn from this rank's batch or from all ranks'
+
+
+@dataclass
+class Denoising:
+    """CMD, cross-modal denoising."""
+
+    weight: float = 0.5  # 0: off
+    side: Literal["image", "speech", "both"] = "image"
+    noise: Literal["swap", "gaussian", "mask"] = "swap"
+    ratio: float = 0.5  # share of the positions that are noised
+    span: int = 5  # length of a noised run of speech frames
+    snr_db: float = 0.0  # of the Gaussian noise
+    target: Literal["teacher", "own"] = "teacher"
+    loss: Literal["cosine", "mse", "infonce"] = "cosine"
+    positions: Literal["noised", "all"] = "noised"
+    layers: int = 2
+    token_temperature: float = 0.1  # of the token InfoNCE
+
+
+@dataclass
+class Objectives:
+    """What is minimised: contrastive + matching + denoising, each times its weight."""
+
+    contrastive: Contrastive = field(default_factory=Contrastive)
+    matching: Matching = field(default_factory=Matching)
+    denoising: Denoising = field(default_factory=Denoising)
+    momentum: Momentum = field(default_factory=Momentum)
+
+
+@dataclass
+class Training:
+    """The optimisation."""
+
+    steps: int = 50000
+    batch_size: int = 256  # pairs an optimizer step, over all ranks and accumulated micro-batches
+    accumulation: int = 1  # micro-batches a step
+    lr: float = 1e-4
+    min_lr: float = 1e-6
+    warmup: int = 5000  # steps
+    weight_decay: float = 0.02
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    clip: float = 1.0  # gradient norm
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO stage
+    log_every: int = 20  # steps
+    save_every: int = 1000  # steps
+    keep: int = 3  # newest checkpoints kept, beside the best
+    stop_after: int | None = None  # steps after which this process saves and leaves, short of `steps`
+
+
+@dataclass
+class Evaluation:
+    """Recall on dev during training and on any split afterwards."""
+
+    every: int = 1000  # steps; 0: never
+    batch_size: int = 64
+    rerank: int = 0  # candidates that SIM re-scores a query during training's evaluations; 0: coarse only
+    fuse: Literal["matching", "sum"] = "sum"  # re-ranked score: matching alone (ALBEF) or matching + contrastive (BLIP)
+
+
+@dataclass
+class Wandb:
+    """Weights & Biases; offline where no key is found."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "speech-image-retrieval"
+
+
+@dataclass
+class Final:
+    """What `launch/submit.py` runs after training."""
+
+    split: str = "test"  # evaluated once the last step is done; empty: nothing
+    rerank: int = 16
+
+
+@dataclass
+class Launch:
+    """Where and on how many ranks `launch/submit.py` runs."""
+
+    cluster: Literal["auto", "slurm", "local"] = "auto"
+    nodes: int = 1
+    ranks_per_node: int = 0  # 0: one a GPU, or 2 where there is none
+    gpus_per_node: int | None = None  # to ask SLURM for; null: none. This machine's are found by themselves
+    partition: str | None = None
+    time: str = "24:00:00"  # limit, as SLURM writes it: minutes, H:M:S or D-H:M:S
+    cpus_per_rank: int = 0  # 0: the machine's cores shared out; on SLURM, as many as the loader needs
+
+
+@dataclass
+class Config:
+    """The whole tree."""
+
+    run: str = "runs/default"  # the run folder
+    seed: int = 0
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    objectives: Objectives = field(default_factory=Objectives)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    final: Final = field(default_factory=Final)
+    wandb: Wandb = field(default_factory=Wandb)
+    launch: Launch = field(default_factory=Launch)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own keys; they win over what is derived
+
+
+def micro_batch(config: Config, world_size: int) -> int:
+    """Pairs that one rank takes through the model at once.
+
+    Raises:
+        UserError: The batch does not divide by ranks and accumulation.
+    """
+    unit = world_size * config.training.accumulation
+    batch = config.training.batch_size
+    if batch % unit:
+        valid = " or ".join(str(size) for size in (batch // unit * unit, (batch // unit + 1) * unit) if size)
+        raise UserError(
+            f"--training.batch_size {batch} does not divide by {world_size} ranks x {config.training.accumulation} "
+            f"accumulated micro-batches; the nearest that do: {valid}"
+        )
+    return batch // unit

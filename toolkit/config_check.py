@@ -1,0 +1,107 @@
+"""Ranges of the configuration's values, and which values contradict one another."""
+
+import functools
+from typing import Any
+
+from shards.errors import UserError
+from toolkit.config import Config
+
+
+def check(config: Config) -> None:
+    """Make sure that every value is in its range and that the values fit one another.
+
+    Raises:
+        UserError: The first one that does not.
+    """
+    for text, (fits, keys) in _RANGES.items():
+        for key in keys.split():
+            value = _get(config, key)
+            if not all(fits(each) for each in (value if isinstance(value, list) else [value])):
+                raise UserError(f"--{key} is {value}; expected {text}")
+    for wrong, mend in _contradictions(config):
+        if wrong:
+            raise UserError(mend)
+
+
+# What a value must be, and the keys of which this is asked (of every item, where the value is a list).
+_RANGES: dict[str, tuple[Any, str]] = {
+    "1 or more": (
+        lambda value: value >= 1,
+        """data.image_size data.window model.embed_dim model.fusion.width model.fusion.layers model.fusion.heads
+        model.fusion.pool model.speech.head_heads model.image.head_heads objectives.denoising.span
+        objectives.denoising.layers training.steps training.batch_size training.accumulation training.log_every
+        training.save_every training.keep evaluation.batch_size launch.nodes""",
+    ),
+    "0 or more": (
+        lambda value: value >= 0,
+        """seed data.workers model.speech.head_layers model.image.head_layers objectives.contrastive.weight
+        objectives.contrastive.queue objectives.contrastive.alpha_ramp objectives.matching.weight
+        objectives.denoising.weight training.min_lr training.warmup training.weight_decay training.clip evaluation.every
+        evaluation.rerank final.rerank launch.ranks_per_node launch.cpus_per_rank""",
+    ),
+    "more than 0": (
+        lambda value: value > 0,
+        """data.max_seconds objectives.contrastive.temperature objectives.contrastive.min_temperature
+        objectives.denoising.token_temperature training.lr""",
+    ),
+    "more than 0, at most 1": (lambda value: 0 < value <= 1, "objectives.denoising.ratio"),
+    "from 0 up to, not including, 1": (
+        lambda value: 0 <= value < 1,
+        "model.speech.dropout model.image.dropout model.fusion.dropout training.betas",
+    ),
+    "0 to 1": (lambda value: 0 <= value <= 1, "objectives.contrastive.alpha objectives.momentum.decay"),
+    "none, all, or a number of layers": (
+        lambda value: value in ("none", "all") or (value.isdecimal() and int(value) > 0),
+        "model.speech.train model.image.train",
+    ),
+}
+
+
+def _contradictions(config: Config) -> list[tuple[bool, str]]:
+    """Pairs of: are these values at odds, and what to say of it."""
+    contrastive, matching, denoising = (
+        config.objectives.contrastive, config.objectives.matching, config.objectives.denoising
+    )  # fmt: skip
+    training, fusion, teacher = config.training, config.model.fusion, config.objectives.momentum.enabled
+    off = "needs the momentum encoder, which --objectives.momentum.enabled false switches off"
+    return [
+        (
+            contrastive.weight + matching.weight + denoising.weight == 0,
+            "all of objectives.contrastive.weight, matching.weight and denoising.weight are 0: nothing to train",
+        ),
+        (
+            not contrastive.min_temperature <= contrastive.temperature <= contrastive.max_temperature,
+            f"--objectives.contrastive.temperature {contrastive.temperature} is not between min_temperature "
+            f"{contrastive.min_temperature} and max_temperature {contrastive.max_temperature}",
+        ),
+        (
+            contrastive.alpha > 0 and not teacher,
+            f"--objectives.contrastive.alpha {contrastive.alpha} {off}; set it to 0",
+        ),
+        (
+            denoising.weight > 0 and denoising.target == "teacher" and not teacher,
+            f"--objectives.denoising.target teacher {off}; set it to own",
+        ),
+        (
+            fusion.width % fusion.heads != 0,
+            f"--model.fusion.width {fusion.width} does not divide by --model.fusion.heads {fusion.heads}",
+        ),
+        (training.min_lr > training.lr, f"--training.min_lr {training.min_lr} is above --training.lr {training.lr}"),
+        (len(training.betas) != 2, f"--training.betas is {training.betas}; expected two numbers"),
+        (
+            training.batch_size % training.accumulation != 0,
+            f"--training.batch_size {training.batch_size} does not divide by accumulation {training.accumulation}",
+        ),
+        (
+            training.stop_after is not None and training.stop_after < 1,
+            f"--training.stop_after is {training.stop_after}; expected 1 or more, or null",
+        ),
+        (
+            config.evaluation.rerank > 0 and matching.weight == 0,
+            "--evaluation.rerank needs the matching objective, whose weight is 0: set it to 0 too",
+        ),
+    ]
+
+
+def _get(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)

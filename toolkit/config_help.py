@@ -1,0 +1,52 @@
+"""The keys of the configuration for `--help`: type, default and the comment beside each, read from config.py itself."""
+
+import ast
+import io
+import tokenize
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from toolkit import config
+from toolkit.config_loader import describe
+
+
+def describe_keys() -> str:
+    """List every key with its type, default and meaning, section by section."""
+    comments = _comments(Path(config.__file__).read_text(encoding="utf-8"))
+    lines = _section(config.Config(), "", comments)
+    return "\n".join(["keys of the configuration, with their types and defaults:", *lines, ""])
+
+
+def _section(section: Any, prefix: str, comments: dict[tuple[str, str], str]) -> Iterator[str]:
+    kinds, deeper = get_type_hints(type(section)), []
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            deeper.append((field.name, value))
+            continue
+        line = f"  --{prefix}{field.name} {describe(kinds[field.name])} = {_shown(value)}"
+        comment = comments.get((type(section).__name__, field.name))
+        yield f"{line:<55}  # {comment}" if comment else line
+    for name, value in deeper:
+        yield f"\n{prefix}{name}: {(type(value).__doc__ or '').strip()}"
+        yield from _section(value, f"{prefix}{name}.", comments)
+
+
+def _shown(value: Any) -> str:
+    words = {None: "null", True: "true", False: "false", "": "''"}
+    return words.get(value, str(value)) if isinstance(value, str | bool | None) else str(value)
+
+
+def _comments(source: str) -> dict[tuple[str, str], str]:
+    """The comment on the line of each annotated field, by class and field."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    by_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    return {
+        (node.name, field.target.id): by_line[field.lineno]
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef)
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.lineno in by_line
+    }

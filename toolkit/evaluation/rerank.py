@@ -1,0 +1,147 @@
+"""Re-ranking: SIM's matching score reorders the best k answers of SIC, in both directions.
+
+The new score of a candidate is the match logit (`matching`; ALBEF: itm_head(...)[:, 1]), or the match logit plus the
+cosine of the global vectors, without temperature (`sum`; BLIP: score + topk_sim). Only the best k change places; the
+rest stay behind them in SIC's order. Where equal cosines meet at the border of the best k, position decides who is a
+candidate.
+"""
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from toolkit import config
+from toolkit.evaluation.encode import Encodings, Process, progress
+from toolkit.evaluation.recall import Ranking, Standing, add_up, stand
+from toolkit.model.encoded import Encoded
+
+if TYPE_CHECKING:
+    from toolkit.model.retrieval import SpeechImageModel
+
+
+def rerank(
+    model: "SpeechImageModel",
+    encodings: Encodings,
+    speech_to_image: Ranking,
+    image_to_speech: Ranking,
+    queries: Tensor,
+    k: int,
+    evaluation: config.Evaluation,
+    process: Process,
+) -> tuple[Ranking, Ranking, float]:
+    """Reorder both directions' best k; a pair that is a candidate in both is matched once.
+
+    Args:
+        model: In evaluation mode.
+        encodings: With tokens.
+        speech_to_image: Captions in the order of `encodings`.
+        image_to_speech: Pictures in the order of `queries`.
+        queries: int64, positions of the pictures that are queries.
+        k: Candidates a query.
+        evaluation: `fuse` chooses the score, `batch_size` is the number of pairs a model call.
+        process: This process.
+
+    Returns:
+        Both directions reordered, and the seconds that one rank takes for one query.
+    """
+    started = time.monotonic()
+    pictures, captions = speech_to_image.candidates[:, :k], image_to_speech.candidates[:, :k]
+    # One number a pair: caption * P + picture.
+    size = len(encodings.images)
+    forward = torch.arange(len(pictures))[:, None] * size + pictures
+    backward = captions * size + queries[:, None]
+    numbers = torch.unique(torch.cat([forward.flatten(), backward.flatten()]))
+    pairs = torch.stack([numbers // size, numbers % size], dim=1)
+    scores = score_pairs(model, encodings, pairs, evaluation, process)
+
+    owner = encodings.picture
+    found = (scores[torch.searchsorted(numbers, wanted)] for wanted in (forward, backward))
+    spoken = reorder(speech_to_image, next(found), owner[: len(pictures), None] == pictures)
+    shown = reorder(image_to_speech, next(found), queries[:, None] == owner[captions])
+    seconds = (time.monotonic() - started) * process.world_size / (len(forward) + len(backward))
+    return spoken, shown, seconds
+
+
+def reorder(ranking: Ranking, scores: Tensor, right: Tensor) -> Ranking:
+    """Put the best k candidates in the order of new scores.
+
+    Args:
+        ranking: The old order, Q queries.
+        scores: [Q, k], the first k candidates' new scores.
+        right: bool [Q, k], which of them are right answers.
+    """
+    old, k = ranking.standing, scores.shape[1]
+    inside = right.any(dim=1)
+    new = stand(scores, right | ~inside[:, None])  # a row without right answers is not used, but has to have one
+    ahead = old.ahead.clamp(min=k)  # outside, all k are ahead, even those of the same old score
+    standing = Standing(
+        torch.where(inside, new.ahead, ahead),
+        torch.where(inside, new.tied, (old.ahead + old.tied - ahead).clamp(min=0)),
+        torch.where(inside, new.right, old.right),
+    )
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    candidates = torch.cat([ranking.candidates.gather(1, order), ranking.candidates[:, k:]], dim=1)
+    return Ranking(standing, candidates)
+
+
+def score_pairs(
+    model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, evaluation: config.Evaluation, process: Process
+) -> Tensor:
+    """Score pairs with the fusion encoder, each on the rank that has the caption's tokens.
+
+    Every rank makes the same number of model calls, as ZeRO-3 demands.
+
+    Args:
+        model: In evaluation mode.
+        encodings: With tokens.
+        pairs: int64 [M, 2], positions of caption and picture; the same on all ranks.
+        evaluation: `fuse` chooses the score, `batch_size` is the number of pairs a model call.
+        process: This process.
+
+    Returns:
+        float32 [M] on the CPU, the same on all ranks.
+    """
+    tokens, device, ranks = encodings.tokens, encodings.images.device, process.world_size
+    if tokens is None:
+        raise ValueError("the encodings were made without tokens")
+    batches = _cut(tokens.batch[pairs[:, 0]], evaluation.batch_size)
+    own = [(number // ranks, rows) for number, rows in batches if number % ranks == process.rank]
+    calls = torch.bincount(torch.tensor([number % ranks for number, _ in batches])).max()
+    scores = torch.zeros(len(pairs), device=device)
+    for call in progress("matching", int(calls), process.show_progress):
+        if call < len(own):
+            number, rows = own[call]
+            logits = _match(model, encodings, number, tokens.place[pairs[rows, 0]], pairs[rows, 1])
+            scores[rows.to(device)] = logits
+        else:  # no pair is left for this rank: one that counts for nothing
+            _match(model, encodings, 0, *torch.zeros(2, 1, dtype=torch.int64))
+    add_up(scores, ranks)
+    if evaluation.fuse == "sum":
+        scores += cosines(encodings, pairs)
+    return scores.cpu()
+
+
+def cosines(encodings: Encodings, pairs: Tensor) -> Tensor:
+    """Cosines of the global vectors: float32 [M] for pairs int64 [M, 2] of caption and picture, on the device."""
+    captions, pictures = pairs.to(encodings.images.device).T
+    return (encodings.speech[captions] * encodings.images[pictures]).sum(dim=1)
+
+
+def _cut(batch: Tensor, size: int) -> list[tuple[int, Tensor]]:
+    """Cut pairs into calls of at most `size` pairs of one speech batch: the same cut on any number of ranks."""
+    order = batch.argsort(stable=True)
+    groups = order.split(batch.bincount().tolist())
+    return [(number, rows) for number, group in enumerate(groups) if len(group) for rows in group.split(size)]
+
+
+def _match(model: "SpeechImageModel", encodings: Encodings, number: int, places: Tensor, pictures: Tensor) -> Tensor:
+    """Match logits [M] of the captions at `places` of this rank's batch `number` with the pictures, int64 [M] each."""
+    assert encodings.tokens is not None
+    device = encodings.images.device
+    speech = encodings.tokens.speech[number][places]
+    patches = encodings.tokens.images[pictures].to(device)
+    seen = torch.ones(patches.shape[:2], dtype=torch.bool, device=device)
+    spoken = Encoded(speech.vector.to(device), speech.tokens.to(device), speech.mask.to(device))
+    return model.match(spoken, Encoded(encodings.images[pictures.to(device)], patches, seen))[:, 1].float()

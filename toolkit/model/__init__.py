@@ -1,0 +1,1 @@
+"""The retrieval model: encoders, fusion encoder, denoiser, processor."""

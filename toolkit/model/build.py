@@ -1,0 +1,91 @@
+"""From the configuration to the model."""
+
+from typing import Any
+
+import torch
+from transformers import HubertConfig, HubertModel, PretrainedConfig, PreTrainedModel
+
+from shards.errors import UserError
+from toolkit import config
+from toolkit.model.retrieval import VISION, SpeechImageConfig, SpeechImageModel
+from toolkit.model.trunk import read_weights
+
+# SpecAugment's mask is not used: a trunk without it has no parameter that is never trained.
+NO_SPEC_AUGMENT = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+# A full BLIP-2 model keeps its vision tower under this prefix.
+BLIP2_NAMES = {r"^vision_model\.": ""}
+
+
+def build_model(model: config.Model, contrastive: config.Contrastive | None = None) -> SpeechImageModel:
+    """Build the retrieval model, its trunks loaded or random.
+
+    Args:
+        model: the architecture and where the trunks come from.
+        contrastive: its temperature is the model's; None: the defaults.
+
+    Raises:
+        UserError: a trunk cannot be read, or a value does not fit.
+    """
+    contrastive = contrastive or config.Contrastive()
+    hubert = vision = None
+    if model.speech.trunk:
+        hubert = _load(HubertModel, model.speech.trunk, "model.speech.trunk", **NO_SPEC_AUGMENT)
+    if model.image.trunk:
+        names = {"key_mapping": BLIP2_NAMES} if model.image.architecture == "blip2" else {}
+        vision = _load(VISION[model.image.architecture][1], model.image.trunk, "model.image.trunk", **names)
+    hubert_config = hubert.config if hubert else _trunk_config(HubertConfig, model.speech.config, "model.speech.config")
+    vision_class = VISION[model.image.architecture][0]
+    vision_config = vision.config if vision else _trunk_config(vision_class, model.image.config, "model.image.config")
+    _check_heads(model, hubert_config, vision_config)
+    architecture = SpeechImageConfig(
+        embed_dim=model.embed_dim,
+        speech={"trunk": _values(hubert_config) | NO_SPEC_AUGMENT, **_head_values(model.speech)},
+        image={"architecture": model.image.architecture, "trunk": _values(vision_config), **_head_values(model.image)},
+        fusion=dict(vars(model.fusion)),
+        contrastive={
+            "initial": contrastive.temperature,
+            "minimum": contrastive.min_temperature,
+            "maximum": contrastive.max_temperature,
+            "learned": contrastive.learn_temperature,
+        },
+    )
+    return SpeechImageModel(architecture, hubert, vision)
+
+
+def _load(cls: type[PreTrainedModel], source: str, key: str, **options: Any) -> Any:
+    return read_weights(cls.from_pretrained, source, key, dtype=torch.float32, attn_implementation="sdpa", **options)
+
+
+def _head_values(encoder: config.Speech | config.Image) -> dict[str, Any]:
+    return {name: getattr(encoder, name) for name in ("train", "head_layers", "head_heads", "dropout")}
+
+
+def _trunk_config(cls: type[PretrainedConfig], values: dict[str, Any], key: str) -> PretrainedConfig:
+    """A transformers configuration from a section of ours; a value it does not know is refused."""
+    known = cls().to_dict()
+    for name in values:
+        if name not in known:
+            raise UserError(f"{key}.{name}: no such value in {cls.__name__}")
+    try:
+        return cls(**values)
+    except Exception as error:  # ValueError, TypeError, and errors of its own since transformers 5
+        raise UserError(f"{key}: {' '.join(str(error).split())}") from error
+
+
+def _values(trunk: PretrainedConfig) -> dict[str, Any]:
+    """What of a trunk's configuration is not transformers' default, without what belongs to the folder it came from."""
+    dropped = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type"}
+    return {name: value for name, value in trunk.to_diff_dict().items() if name not in dropped}
+
+
+def _check_heads(model: config.Model, hubert: PretrainedConfig, vision: PretrainedConfig) -> None:
+    """Refuse a number of attention heads that does not divide its width."""
+    for key, width, heads in (
+        ("model.speech.config.num_attention_heads", hubert.hidden_size, hubert.num_attention_heads),
+        ("model.image.config.num_attention_heads", vision.hidden_size, vision.num_attention_heads),
+        ("model.speech.head_heads", hubert.hidden_size, model.speech.head_heads if model.speech.head_layers else 1),
+        ("model.image.head_heads", vision.hidden_size, model.image.head_heads if model.image.head_layers else 1),
+        ("model.fusion.heads", model.fusion.width, model.fusion.heads),
+    ):
+        if heads < 1 or width % heads:
+            raise UserError(f"{key}: {heads} does not divide the width {width}")

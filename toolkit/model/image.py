@@ -1,0 +1,103 @@
+"""Image encoder: CLIP or BLIP-2 vision trunk, head."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.model.encoded import Encoded, Features
+from toolkit.model.layers import Head
+from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
+
+# Of OpenAI's CLIP; BLIP-2 uses the same.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImageEncoder(PartlyFrozen):
+    """Encode pictures as one vector and a sequence of patches each.
+
+    Args:
+        trunk: CLIPVisionModel (before transformers 5: its `vision_model`) or Blip2VisionModel; its layers are called
+            one by one, never its `forward`.
+        embed_dim: length of the vector.
+        train: "none", "all" or the number of top layers that are trained. Whatever is frozen stays in eval mode.
+        head_layers: transformer layers of the head; 0: the trunk's class token is projected.
+        head_heads: their attention heads.
+        dropout: of the head.
+    """
+
+    trunk: Any
+
+    def __init__(
+        self, trunk: nn.Module, embed_dim: int, train: str, head_layers: int, head_heads: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        layers = self.trunk.encoder.layers
+        trained = trained_layers(train, len(layers), "model.image.train")
+        self.frozen_layers = None if trained is None else len(layers) - trained
+        # Attention masks that a layer's signature asks for and that pictures have no use for.
+        parameters = inspect.signature(layers[0].forward).parameters.values()
+        required = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+        self.no_masks = (None,) * (len(required) - 1)
+        self.head = Head(self.token_dim, embed_dim, head_layers, head_heads, dropout)
+        self.freeze()
+
+    @property
+    def token_dim(self) -> int:
+        """Size of a patch feature."""
+        return self.trunk.config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side that the trunk's positions are made for; at another size they are interpolated."""
+        return self.trunk.config.image_size
+
+    def frozen_modules(self) -> Iterator[nn.Module]:
+        """The modules that are never trained, from the input up."""
+        if self.frozen_layers is None:
+            return
+        yield self.trunk.embeddings
+        if hasattr(self.trunk, "pre_layrnorm"):
+            yield self.trunk.pre_layrnorm
+        layers = self.trunk.encoder.layers
+        yield from layers[: self.frozen_layers]
+        if self.frozen_layers == len(layers):
+            yield self.trunk.post_layernorm
+
+    @torch.no_grad()
+    def frozen(self, images: Tensor) -> Features:
+        """Normalise the pictures and run the frozen part of the trunk.
+
+        Args:
+            images: uint8 [B, 3, S, S].
+        """
+        channels = [(images[:, c].float() - 255 * MEAN[c]) / (255 * STD[c]) for c in range(3)]
+        pixels = torch.stack(channels, dim=1)
+        if self.frozen_layers is None:
+            return Features(pixels, None)
+        return Features(self._run_layers(self._embed(pixels), 0, self.frozen_layers), None)
+
+    def forward(self, features: Features) -> Encoded:
+        """Run the rest of the trunk and the head; tokens are the patches, without the class token."""
+        hidden = features.hidden
+        if self.frozen_layers is None:
+            hidden = self._embed(hidden)
+        hidden = self._run_layers(hidden, self.frozen_layers or 0, len(self.trunk.encoder.layers))
+        hidden = self.trunk.post_layernorm(hidden)
+        vector, tokens = self.head(hidden[:, 1:], None, summary=hidden[:, 0])
+        return Encoded(vector, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """Class token and patches with their positions, [B, 1 + P, H], of pixels [B, 3, S, S]."""
+        resized = pixels.shape[-1] != self.image_size
+        hidden = self.trunk.embeddings(pixels, interpolate_pos_encoding=resized)
+        return self.trunk.pre_layrnorm(hidden) if hasattr(self.trunk, "pre_layrnorm") else hidden
+
+    def _run_layers(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+        for layer in self.trunk.encoder.layers[start:stop]:
+            hidden = run_layer(layer, hidden, *self.no_masks)
+        return hidden

@@ -1,0 +1,135 @@
+"""Transformer layers of our own, and the head that ends both encoders.
+
+torch's own transformer layers read their children's weights without calling the children, which ZeRO-3 cannot see; here
+every weight is used in the `forward` of the module that owns it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over a source; with source = x it is self-attention.
+
+    Args:
+        width: size of x, of the source and of the output.
+        heads: number of heads; divides `width`.
+        dropout: on the attention weights.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+        for linear in (self.query, self.key_value, self.output):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend from x [B, L, W] to source [B, S, W], where mask, bool [B, S], is True; None: everywhere."""
+        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key, value = self.key_value(source).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if mask is None else mask[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with a GELU between; the inner width is four times the outer."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__(
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
+            nn.Dropout(dropout),
+        )
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each followed by its layer norm (post-norm, as in SpeechCLIP's head)."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.attention_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, dropout)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Map x [B, L, W] to [B, L, W]; mask, bool [B, L], is True on real tokens."""
+        x = self.attention_norm(x + self.dropout(self.attention(x, x, mask)))
+        return self.feed_forward_norm(x + self.feed_forward(x))
+
+
+class ClassToken(nn.Module):
+    """A learned token put before a sequence."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(width) * 0.02)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Make x [B, 1 + L, W] of x [B, L, W], and likewise the mask."""
+        x = torch.cat([self.token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        return x, None if mask is None else F.pad(mask, (1, 0), value=True)
+
+
+class Head(nn.Module):
+    """From a trunk's tokens to one global vector of unit length, and token features.
+
+    With layers: a class token is put before the tokens, all pass through post-norm transformer layers and a layer norm,
+    and the class token is projected (the parallel branch of SpeechCLIP, arXiv 2210.00705). Without: a summary of the
+    tokens is projected, and the tokens are left as they are.
+    """
+
+    def __init__(self, width: int, embed_dim: int, layers: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.class_token = ClassToken(width) if layers else None
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width) if layers else None
+        self.project = nn.Linear(width, embed_dim)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None, summary: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode the tokens.
+
+        Args:
+            tokens: [B, L, W].
+            mask: bool [B, L], True on real tokens; None: all are.
+            summary: [B, W], what a head without layers projects; None: the mean of the real tokens.
+
+        Returns:
+            vector [B, D], float32, unit length; tokens [B, L, W].
+        """
+        if self.class_token is not None and self.norm is not None:
+            x, mask = self.class_token(tokens, mask)
+            for layer in self.layers:
+                x = layer(x, mask)
+            x = self.norm(x)
+            summary, tokens = x[:, 0], x[:, 1:]
+        elif summary is None:
+            summary = masked_mean(tokens, mask)
+        return F.normalize(self.project(summary).float(), dim=-1), tokens
+
+
+def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean [..., W] over the second last dimension of tokens [..., L, W] where mask, bool [..., L], is True.
+
+    Zeros where no token is real.
+    """
+    if mask is None:
+        return tokens.mean(dim=-2)
+    weight = mask.to(tokens.dtype)
+    weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1)
+    return (weight.unsqueeze(-2) @ tokens.masked_fill(~mask.unsqueeze(-1), 0)).squeeze(-2)

@@ -1,0 +1,95 @@
+"""From files, pictures and waveforms to the model's inputs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shards.audio import SAMPLE_RATE, read_audio
+from shards.errors import UserError
+from shards.picture import decode_picture, read_picture
+
+FILE = "preprocessor_config.json"
+MAX_FILE_SECONDS = 3600.0  # of which max_seconds are used
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class SpeechImageProcessor:
+    """Prepares inputs as the training data is prepared; kept beside the model's weights.
+
+    Attributes:
+        image_size: pixels a side; pictures are resized and centre-cropped.
+        max_seconds: longer speech is cut to its beginning.
+        sampling_rate: Hz, of arrays given and of waveforms returned; files are resampled.
+    """
+
+    image_size: int
+    max_seconds: float
+    sampling_rate: int = SAMPLE_RATE
+
+    def __call__(
+        self,
+        images: Sequence[Image.Image | Path | str] | None = None,
+        speech: Sequence[np.ndarray | Path | str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Prepare pictures, speech or both.
+
+        Args:
+            images: Pillow images or files.
+            speech: float arrays [n] in [-1, 1] at `sampling_rate`, or files.
+
+        Returns:
+            The model's arguments by name: `images` uint8 [B, 3, S, S]; `waveforms` float32 [B, T], zero-padded, and
+            `lengths` int64 [B] in samples.
+
+        Raises:
+            UserError: a file that cannot be read, or an array that is not a waveform.
+        """
+        inputs: dict[str, Tensor] = {}
+        if images is not None:
+            inputs["images"] = torch.from_numpy(np.stack([self._picture(image) for image in images]))
+        if speech is not None:
+            waves = [torch.from_numpy(self._waveform(item)) for item in speech]
+            inputs["waveforms"] = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
+            inputs["lengths"] = torch.tensor([len(wave) for wave in waves])
+        return inputs
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `preprocessor_config.json` into the folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "SpeechImageProcessor":
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            UserError: it is not there, or not such a file.
+        """
+        path = Path(folder) / FILE
+        try:
+            return cls(**json.loads(path.read_text()))
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}: give a folder that training exported") from None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: not a processor of this toolkit ({error})") from None
+
+    def _picture(self, source: Image.Image | Path | str) -> np.ndarray:
+        # By way of the shards' own JPEG, so that a picture looks to the model as it would in training.
+        source = Path(source) if isinstance(source, str) else source
+        return decode_picture(read_picture(source, 2 * self.image_size, JPEG_QUALITY), self.image_size)
+
+    def _waveform(self, source: np.ndarray | Path | str) -> np.ndarray:
+        if isinstance(source, (str, Path)):
+            wave = read_audio(Path(source), MAX_FILE_SECONDS)
+        else:
+            wave = np.asarray(source)
+            if wave.ndim != 1 or not len(wave) or not np.issubdtype(wave.dtype, np.floating):
+                raise UserError(f"speech: expected a float array [n], n > 0, got {wave.dtype} of shape {wave.shape}")
+        return np.ascontiguousarray(wave[: int(self.max_seconds * self.sampling_rate)], dtype=np.float32)

@@ -1,0 +1,162 @@
+"""Speech encoder: HuBERT trunk, softmax-weighted mix of its hidden states, head."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import HubertModel
+
+from shards.errors import UserError
+from toolkit.model.encoded import Encoded, Features
+from toolkit.model.layers import Head
+from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
+
+# Seen with torch 2.13: the outputs bear no relation to the inputs, while the gradients are right.
+NARROW = (
+    "model.speech.config: in bf16, CPUs with AMX compute convolutions of 2 to 31 channels wrongly: take fp32, or make "
+    "conv_dim, and hidden_size / num_conv_pos_embedding_groups, at least 32"
+)
+
+
+class LayerMix(nn.Module):
+    """Sum of hidden states weighted by the softmax of learned weights, which begin at zero (as in SpeechCLIP)."""
+
+    def __init__(self, states: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(states))
+
+    def forward(self, states: tuple[Tensor, ...]) -> Tensor:
+        """Mix n states of shape [B, L, H] to one."""
+        weights = self.weights.float().softmax(dim=0).to(states[0].dtype)
+        mixed = states[0] * weights[0]
+        for state, weight in zip(states[1:], weights[1:], strict=True):
+            mixed = mixed + state * weight
+        return mixed
+
+
+class SpeechEncoder(PartlyFrozen):
+    """Encode utterances as one vector and a sequence of frames each.
+
+    The waveform of a layer-norm trunk (HuBERT-large) is normalised to zero mean and unit variance per utterance, and
+    its hidden states are layer-normed before the mix, as in SpeechCLIP large (arXiv 2210.00705). An utterance is then
+    encoded the same, whatever it is batched with. Not so with a group-norm trunk (HuBERT-base): its first convolution
+    is normalised over time, padding included, and a feature of the same utterance moves by as much as 0.8.
+
+    Args:
+        trunk: the HuBERT; its hidden layers are called one by one, never its `forward`.
+        embed_dim: length of the vector.
+        train: "none", "all" or the number of top layers that are trained. Whatever is frozen stays in eval mode.
+        head_layers: transformer layers of the head; 0: mean over the frames and a projection.
+        head_heads: their attention heads.
+        dropout: of the head.
+    """
+
+    def __init__(
+        self, trunk: HubertModel, embed_dim: int, train: str, head_layers: int, head_heads: int, dropout: float
+    ) -> None:
+        super().__init__()
+        config = trunk.config
+        self.trunk = trunk
+        self.normed = config.feat_extract_norm == "layer"
+        self.pre_norm = config.do_stable_layer_norm
+        self.layers = config.num_hidden_layers
+        trained = trained_layers(train, self.layers, "model.speech.train")
+        self.frozen_layers = None if trained is None else self.layers - trained
+        self.shortest = 1
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            self.shortest = (self.shortest - 1) * stride + kernel
+        widths = (*config.conv_dim[:-1], config.hidden_size // config.num_conv_pos_embedding_groups)
+        self.narrow = any(1 < width < 32 for width in widths)
+        self.mix = LayerMix(self.layers + 1)
+        self.head = Head(config.hidden_size, embed_dim, head_layers, head_heads, dropout)
+        self.freeze()
+
+    @property
+    def token_dim(self) -> int:
+        """Size of a frame feature."""
+        return self.trunk.config.hidden_size
+
+    def frozen_modules(self) -> Iterator[nn.Module]:
+        """The modules that are never trained, from the input up."""
+        if self.frozen_layers is None:
+            return
+        encoder = self.trunk.encoder
+        yield from (self.trunk.feature_extractor, self.trunk.feature_projection)
+        yield from (encoder.pos_conv_embed, encoder.dropout)
+        if not self.pre_norm or self.frozen_layers == self.layers:
+            yield encoder.layer_norm
+        yield from encoder.layers[: self.frozen_layers]
+
+    @torch.no_grad()
+    def frozen(self, waveforms: Tensor, lengths: Tensor) -> Features:
+        """Run the frozen part of the trunk, or, where nothing is frozen, only prepare the waveforms.
+
+        Args:
+            waveforms: [B, T] in [-1, 1], 16 kHz, zero-padded.
+            lengths: int64 [B], samples.
+        """
+        waveforms, mask = self._prepare(waveforms, lengths)
+        if self.frozen_layers is None:
+            return Features(waveforms, mask)
+        hidden, mask = self._embed(waveforms, mask)
+        states = self._run_layers(hidden, mask, 0, self.frozen_layers)
+        return Features(states[-1], mask, self._for_mix(states, last=self.frozen_layers == self.layers))
+
+    def forward(self, features: Features) -> Encoded:
+        """Run the rest of the trunk, the layer mix and the head."""
+        hidden, mask = features.hidden, features.mask
+        assert mask is not None
+        if self.frozen_layers is None:
+            hidden, mask = self._embed(hidden, mask)
+            states = self._run_layers(hidden, mask, 0, self.layers)
+        else:
+            states = self._run_layers(hidden, mask, self.frozen_layers, self.layers)[1:]
+        mixed = self.mix(features.states + self._for_mix(states, last=True))
+        vector, tokens = self.head(mixed, mask)
+        return Encoded(vector, tokens, mask)
+
+    def _prepare(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Waveforms [B, T], normalised if the trunk wants it, one frame long at least; mask bool [B, T] of samples."""
+        waveforms = F.pad(waveforms.float(), (0, max(0, self.shortest - waveforms.shape[1])))
+        mask = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
+        if self.normed:
+            count = lengths[:, None].clamp(min=1)
+            centred = (waveforms - waveforms.sum(dim=1, keepdim=True) / count) * mask
+            waveforms = centred * (centred.square().sum(dim=1, keepdim=True) / count + 1e-7).rsqrt()
+        return waveforms, mask
+
+    def _embed(self, waveforms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolutions, projection and positions: hidden [B, L, H], mask bool [B, L] of real frames (at least one)."""
+        hidden = waveforms[:, None].to(self.head.project.weight.dtype)
+        if self.narrow and hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
+            raise UserError(NARROW)
+        for layer in self.trunk.feature_extractor.conv_layers:
+            hidden = layer(hidden)
+        hidden = self.trunk.feature_projection(hidden.transpose(1, 2))
+        mask = torch.arange(hidden.shape[1], device=hidden.device) < self._frames(mask.sum(dim=1))[:, None]
+        # The positional convolution reads its neighbours: in the padding it must see zeros, as beyond a sequence's end.
+        hidden = hidden * mask.unsqueeze(-1)
+        encoder = self.trunk.encoder
+        hidden = hidden + encoder.pos_conv_embed(hidden)
+        return encoder.dropout(hidden if self.pre_norm else encoder.layer_norm(hidden)), mask
+
+    def _frames(self, samples: Tensor) -> Tensor:
+        """Number of frames whose receptive field lies within so many samples, one at least."""
+        config = self.trunk.config
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            samples = (samples - kernel).div(stride, rounding_mode="floor") + 1
+        return samples.clamp(min=1)
+
+    def _run_layers(self, hidden: Tensor, mask: Tensor, start: int, stop: int) -> list[Tensor]:
+        """The input [B, L, H] of layer `start` and the outputs of the layers from there to before `stop`."""
+        states = [hidden]
+        for layer in self.trunk.encoder.layers[start:stop]:
+            states.append(run_layer(layer, states[-1], mask[:, None, None, :]))
+        return states
+
+    def _for_mix(self, states: list[Tensor], last: bool) -> tuple[Tensor, ...]:
+        """The states as they are mixed; `last`: at their end is the trunk's last one, to go through its final norm."""
+        if last and self.pre_norm and states:
+            states = [*states[:-1], self.trunk.encoder.layer_norm(states[-1])]
+        return tuple(F.layer_norm(state, state.shape[-1:]) if self.normed else state for state in states)

@@ -1,0 +1,94 @@
+"""The run folder: one run, whose configuration stands in it and does not change under way."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shards.errors import UserError
+from toolkit.config import Config
+from toolkit.config_loader import FLOAT, SAVED, apply_yaml
+
+# What may differ when a run is continued: it changes nothing of what is learned.
+_FREE = (
+    "run", "launch.", "wandb.", "evaluation.", "final.", "data.workers", "data.make",
+    "training.stop_after", "training.log_every", "training.save_every", "training.keep",
+)  # fmt: skip
+
+
+def prepare_run(config: Config) -> Path:
+    """Make the run folder and write its configuration; to be called by one process.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: The folder holds another run, or cannot be written.
+    """
+    from shards.manifest import atomic  # brings numpy, which --help need not wait for
+
+    check_run(config)
+    folder = Path(config.run)
+    training = dataclasses.replace(config.training, stop_after=None)  # that is of one process, not of the run
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(folder / SAVED) as file:
+            file.write(to_yaml(dataclasses.replace(config, training=training)).encode())
+    except OSError as error:
+        reason = f"run folder {folder} cannot be written: {error.strerror}"
+        raise UserError(f"{reason}; name another with --run DIR") from None
+    return folder
+
+
+def check_run(config: Config) -> None:
+    """Make sure that the run folder is new or holds a run of this configuration; writes nothing.
+
+    Raises:
+        UserError: It holds a run that differs in something that matters.
+    """
+    if not (Path(config.run) / SAVED).is_file():
+        return
+    there, here = (_flat(dataclasses.asdict(each)) for each in (load_run(config.run), config))
+    changed = [
+        f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted({*there, *here})
+        if not key.startswith(_FREE) and there.get(key) != here.get(key)
+    ]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        shown = "; ".join(changed[:3]) + more
+        raise UserError(f"{config.run} holds another run: {shown}: name another folder with --run DIR")
+
+
+def load_run(folder: str | Path) -> Config:
+    """Read the configuration of a run folder.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    path = Path(folder) / SAVED
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: no {SAVED}")
+    config = Config()
+    apply_yaml(config, path)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole tree as YAML, which `load_config` reads back."""
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML 1.1 or the loader would take for something other than a string."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))

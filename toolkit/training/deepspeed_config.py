@@ -1,0 +1,141 @@
+"""DeepSpeed's own configuration, derived from ours, with the free `deepspeed:` section on top."""
+
+import sys
+from collections.abc import Iterator, KeysView
+from typing import Any
+
+from shards.errors import UserError
+from toolkit.config import Config, micro_batch
+from toolkit.config_loader import merged, nearest
+
+# Ours to set: the order of the data and the learning rate's schedule depend on them.
+_OWNED = {
+    "train_batch_size": "--training.batch_size",
+    "train_micro_batch_size_per_gpu": "--training.batch_size and --training.accumulation",
+    "gradient_accumulation_steps": "--training.accumulation",
+    "optimizer": "--training.lr, weight_decay and betas",
+    "scheduler": "--training.lr, warmup and min_lr",
+}
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """Derive the dictionary that `deepspeed.initialize` takes; the optimizer is the trainer's own.
+
+    Args:
+        config: The section `deepspeed` wins over what is derived from the others, key by key.
+        world_size: Number of ranks.
+
+    Raises:
+        UserError: DeepSpeed knows no such key or refuses a value; the key is set elsewhere; the batch does not divide.
+    """
+    for key, instead in _OWNED.items():
+        if key in config.deepspeed:
+            raise UserError(f"deepspeed.{key} cannot be set here; set {instead}")
+    training = config.training
+    derived = {
+        "train_batch_size": training.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch(config, world_size),
+        "gradient_accumulation_steps": training.accumulation,
+        "gradient_clipping": training.clip,
+        "zero_optimization": {"stage": training.zero},
+        "bf16": {"enabled": training.precision == "bf16"},
+        "zero_force_ds_cpu_optimizer": False,  # offloading works with torch's AdamW too, and compiles nothing
+        "steps_per_print": sys.maxsize,  # the trainer writes the log
+    }
+    settings = merged(derived, config.deepspeed)
+    _check(settings)
+    return settings
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Let DeepSpeed parse the settings; refuse what it refuses, and the keys that it would pass over in silence.
+
+    It ignores unknown keys outside its typed sections. Which ones it knows is learned by watching what it asks for.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from pydantic import ValidationError
+
+    # The product of micro-batch, accumulation and ranks is ours; whether there is a process group yet does not matter.
+    watched = _Watched({key: value for key, value in settings.items() if key != "train_batch_size"})
+    try:
+        DeepSpeedConfig(watched)
+    except ValidationError as error:
+        raise UserError(_explain(error, settings)) from None
+    except (AssertionError, AttributeError, DeepSpeedConfigError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"deepspeed: {' '.join(str(error).split())}") from None
+    for key, known in watched.unasked("deepspeed"):
+        raise UserError(f"{key}: unknown key; did you mean {nearest(key, known)}?")
+
+
+class _Watched(dict[str, Any]):
+    """A mapping that remembers which of its keys were asked for, and the same of the mappings in it."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__({key: _Watched(value) if isinstance(value, dict) else value for key, value in values.items()})
+        self.asked: set[Any] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key."""
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self.asked.update(super().keys())
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        """A view that asks this object."""
+        return KeysView(self)
+
+    def unasked(self, name: str) -> Iterator[tuple[str, list[str]]]:
+        """Yield the keys never asked for, with those that were; a mapping asked for nothing was passed on whole."""
+        for key, value in super().items():
+            if self.asked and key not in self.asked:
+                yield f"{name}.{key}", [f"{name}.{known}" for known in self.asked]
+            elif isinstance(value, _Watched):
+                yield from value.unasked(f"{name}.{key}")
+
+
+def _explain(error: Any, settings: dict[str, Any]) -> str:
+    """One line of a pydantic error: the key with its section, and what is wrong with it."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = f"deepspeed.{_locate(path, settings) or '.'.join(path)}"
+    if first["type"] == "extra_forbidden":
+        section = key.rpartition(".")[0]
+        return f"{key}: unknown key; did you mean {nearest(key, [f'{section}.{name}' for name in _model_fields()])}?"
+    return f"{key} is {first['input']!r}: {first['msg']}"
+
+
+def _locate(path: list[str], settings: dict[str, Any]) -> str | None:
+    """The full key of a path that begins in some section."""
+    value: Any = settings
+    for part in path:
+        value = value.get(part, _locate) if isinstance(value, dict) else _locate
+    if value is not _locate:
+        return ".".join(path)
+    for name, section in settings.items():
+        inside = _locate(path, section) if isinstance(section, dict) else None
+        if inside:
+            return f"{name}.{inside}"
+    return None
+
+
+def _model_fields() -> set[str]:
+    """The keys of all of DeepSpeed's typed sections."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    models, names = [DeepSpeedConfigModel], set()
+    while models:
+        model = models.pop()
+        names.update(model.model_fields)
+        models.extend(model.__subclasses__())
+    return names

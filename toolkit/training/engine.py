@@ -1,0 +1,52 @@
+"""The DeepSpeed engine around the learner; all that knows DeepSpeed's ways is here and in `deepspeed_config.py`."""
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+import deepspeed.ops
+
+from toolkit.config import Config
+from toolkit.training.deepspeed_config import deepspeed_config
+
+if not torch.cuda.is_available():
+    # Its first use compiles for half a minute, and a compile that was killed blocks every later run; gloo does as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+def make_engine(learner: nn.Module, config: Config, world_size: int, device: torch.device) -> deepspeed.DeepSpeedEngine:
+    """Wrap the learner with AdamW at the configured ZeRO stage and precision.
+
+    Raises:
+        UserError: The `deepspeed` section holds an unknown key, or the batch does not divide.
+    """
+    settings = deepspeed_config(config, world_size)
+    training = config.training
+    groups = _parameter_groups(learner, training.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(training.betas[0], training.betas[1]))
+    engine, *_ = deepspeed.initialize(model=learner.to(device), optimizer=optimizer, config=settings)
+    return engine
+
+
+def whole(engine: deepspeed.DeepSpeedEngine, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    """Gather sharded parameters for reading (ZeRO-3); does nothing in the other stages."""
+    if engine.zero_optimization_stage() < 3:
+        return contextlib.nullcontext()
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices; leave biases, norms and the temperature alone."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
