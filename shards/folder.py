@@ -22,32 +22,26 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process writes there, it holds files that are not ours, or it cannot be written.
     """
+    created = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
-        created = _create(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         marker = _claim(folder)
+        try:
+            _sweep(folder)
+            yield
+            created = []
+        except BaseException:
+            _sweep(folder)
+            raise
+        finally:
+            (folder / UNFINISHED).unlink(missing_ok=True)
+            os.close(marker)
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from None
-    try:
-        _sweep(folder)
-        yield
-    except BaseException:
-        _sweep(folder)
-        (folder / UNFINISHED).unlink(missing_ok=True)
-        for one in created:
-            with suppress(OSError):  # not empty: someone else has use for it
-                one.rmdir()
-        raise
-    else:
-        (folder / UNFINISHED).unlink(missing_ok=True)
     finally:
-        os.close(marker)
-
-
-def _create(folder: Path) -> list[Path]:
-    """Make the folder; return those that were missing, innermost first."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
+        for one in created:
+            with suppress(OSError):  # not there, or not empty: someone else has use for it
+                one.rmdir()
 
 
 def _claim(folder: Path) -> int:
@@ -70,4 +64,4 @@ def _sweep(folder: Path) -> None:
     """Remove what writing shards leaves: the folder was empty when it was claimed first."""
     for path in folder.iterdir():
         if path.name == MANIFEST or _OURS.fullmatch(path.name):
-            path.unlink()
+            path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from shards.errors import UserError
 
-MAX_PIXELS = 180_000_000  # refused from the header, before any memory is taken
+MAX_PIXELS = 178_000_000  # refused from the header, before any memory is taken
 _MAX_SIDE = 65_500  # of a JPEG
 
 # Pillow warns of large pictures, which the limit above decides, and of broken EXIF, which is only passed over.

@@ -119,7 +119,7 @@ def _check_ids(items: Sequence[Item]) -> None:
 def sample_key(image_id: str) -> str:
     """The image id as a tar member's name: letters, digits, _ and - only; a changed one gets a hash to stay unique."""
     key = re.sub(r"[^A-Za-z0-9_-]", "_", image_id)
-    if key == image_id and len(key) <= _KEY_LENGTH:
+    if key == image_id and 0 < len(key) <= _KEY_LENGTH:
         return key
     return f"{key[: _KEY_LENGTH - 13]}-{sha256(image_id.encode()).hexdigest()[:12]}"
 

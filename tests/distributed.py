@@ -1,6 +1,6 @@
 """Run a function on real gloo ranks, one process each, on the CPU.
 
-The processes are forked from a server that has imported torch once, so that a rank costs milliseconds, not seconds.
+The processes are forked from a server that has imported torch and transformers once, so that a rank costs milliseconds, not seconds.
 Runs share nothing: each meets through a file of its own, and each has a deadline after which no process is left.
 """
 
@@ -46,7 +46,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         TimeoutError: A rank did not finish; the message shows where each one stood.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "toolkit.model.retrieval"])
     deadline = time.time() + timeout
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         call = (function, world_size, args, Path(folder), deadline, dict(os.environ))

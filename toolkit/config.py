@@ -33,6 +33,7 @@ class Speech:
     head_layers: int = 1
     head_heads: int = 8
     dropout: float = 0.1
+    groups: int = 4  # parts, by length, that a batch is encoded in: less padding
 
 
 @dataclass

@@ -77,7 +77,7 @@ def load_run(folder: str | Path) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole tree as YAML, which `load_config` reads back."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

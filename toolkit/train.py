@@ -23,12 +23,16 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(sys.argv[1:] if arguments is None else arguments, __doc__)
 
     from toolkit.distributed import agree, initialise
+    from toolkit.training.deepspeed_config import deepspeed_config
     from toolkit.training.trainer import Trainer
 
     rank, world_size, device = initialise()
+    deepspeed_config(config, world_size)  # a mistake in it leaves no run folder behind
     run = Path(config.run)
     agree(lambda: prepare_run(config), rank)
-    Trainer(config, run, rank, world_size, device).train()
+    trainer = Trainer(config, run, rank, world_size, device)
+    trainer.train()
+    trainer.close()
 
 
 if __name__ == "__main__":

@@ -76,7 +76,13 @@ def places(root: Path) -> Path:
             uttid = f"{name}-{n}"
             speech(root / f"wavs/{n}/{uttid}.wav")
             data.append(
-                {"uttid": uttid, "speaker": f"s{n}", "asr_text": "a place", "wav": f"wavs/{n}/{uttid}.wav", "image": image}
+                {
+                    "uttid": uttid,
+                    "speaker": f"s{n}",
+                    "asr_text": "a place",
+                    "wav": f"wavs/{n}/{uttid}.wav",
+                    "image": image,
+                }
             )
         head = {"image_base_path": "/nowhere/images", "audio_base_path": "/nowhere/audio", "data": data}
         (root / f"{name}.json").write_text(json.dumps(head))

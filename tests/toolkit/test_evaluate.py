@@ -121,10 +121,13 @@ def test_each_picture_and_caption_is_encoded_once_and_as_if_alone(singly):
     samples = manifest.rows("test")
     calls, encode_image = [], model.encode_image
     model.encode_image = lambda pixels: calls.append(len(pixels)) or encode_image(pixels)
+    lengths, encode_speech = [], model.encode_speech
+    model.encode_speech = lambda waves, each: lengths.append(each.max().item()) or encode_speech(waves, each)
     with torch.no_grad():
         encodings = encode(model, manifest, samples, settings(manifest.folder), Process(0, 1, CPU))
-    del model.encode_image
+    del model.encode_image, model.encode_speech
     assert calls == [4, 4, 4, 4], "13 pictures in batches of 4"
+    assert lengths == sorted(lengths, reverse=True), "captions were not batched by length"
     assert encodings.captions.tolist() == [row for sample in samples for row in manifest.captions(sample)]
     owners = [at for at, sample in enumerate(samples) for _ in manifest.captions(sample)]
     assert encodings.picture.tolist() == owners

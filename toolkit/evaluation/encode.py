@@ -186,7 +186,7 @@ class _Rows:
         """Set the rows `at` to the first of `part`."""
         if self.rows is None:
             self.rows = part.new_empty(self.count, *part.shape[1:])
-        self.rows[torch.from_numpy(at).to(part.device)] = part[-len(at):]
+        self.rows[torch.from_numpy(at).to(part.device)] = part[: len(at)]
 
     def whole(self) -> Tensor:
         """Return all rows once they are there."""

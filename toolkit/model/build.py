@@ -39,8 +39,8 @@ def build_model(model: config.Model, contrastive: config.Contrastive | None = No
     _check_heads(model, hubert_config, vision_config)
     architecture = SpeechImageConfig(
         embed_dim=model.embed_dim,
-        speech={"trunk": _values(hubert_config) | NO_SPEC_AUGMENT, **_head_values(model.speech)},
-        image={"architecture": model.image.architecture, "trunk": _values(vision_config), **_head_values(model.image)},
+        speech={**_own_values(model.speech), "trunk": _values(hubert_config) | NO_SPEC_AUGMENT},
+        image={**_own_values(model.image), "trunk": _values(vision_config)},
         fusion=dict(vars(model.fusion)),
         contrastive={
             "initial": contrastive.temperature,
@@ -56,8 +56,9 @@ def _load(cls: type[PreTrainedModel], source: str, key: str, **options: Any) -> 
     return read_weights(cls.from_pretrained, source, key, dtype=torch.float32, attn_implementation="sdpa", **options)
 
 
-def _head_values(encoder: config.Speech | config.Image) -> dict[str, Any]:
-    return {name: getattr(encoder, name) for name in ("train", "head_layers", "head_heads", "dropout")}
+def _own_values(encoder: config.Speech | config.Image) -> dict[str, Any]:
+    """What is ours of an encoder's section: all but where the trunk comes from."""
+    return {name: value for name, value in vars(encoder).items() if name not in ("trunk", "config")}
 
 
 def _trunk_config(cls: type[PretrainedConfig], values: dict[str, Any], key: str) -> PretrainedConfig:

@@ -1,6 +1,6 @@
 """Speech encoder: HuBERT trunk, softmax-weighted mix of its hidden states, head."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -50,14 +50,23 @@ class SpeechEncoder(PartlyFrozen):
         head_layers: transformer layers of the head; 0: mean over the frames and a projection.
         head_heads: their attention heads.
         dropout: of the head.
+        groups: parts that a batch is encoded in, by length.
     """
 
     def __init__(
-        self, trunk: HubertModel, embed_dim: int, train: str, head_layers: int, head_heads: int, dropout: float
+        self,
+        trunk: HubertModel,
+        embed_dim: int,
+        train: str,
+        head_layers: int,
+        head_heads: int,
+        dropout: float,
+        groups: int = 1,
     ) -> None:
         super().__init__()
         config = trunk.config
         self.trunk = trunk
+        self.groups = groups
         self.normed = config.feat_extract_norm == "layer"
         self.pre_norm = config.do_stable_layer_norm
         self.layers = config.num_hidden_layers
@@ -160,3 +169,9 @@ class SpeechEncoder(PartlyFrozen):
         if last and self.pre_norm and states:
             states = [*states[:-1], self.trunk.encoder.layer_norm(states[-1])]
         return tuple(F.layer_norm(state, state.shape[-1:]) if self.normed else state for state in states)
+
+
+def _padded(parts: Sequence[Tensor]) -> Tensor:
+    """Put tensors [b, L, ...] behind one another, padded with zeros to the longest L."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1])) for part in parts])

@@ -1,0 +1,62 @@
+"""The run folder: one run, one configuration."""
+
+import pytest
+
+from shards.errors import UserError
+from toolkit.config import Config
+from toolkit.config_loader import load_config
+from toolkit.run_folder import check_run, load_run, prepare_run
+
+
+def changed(config, **values):
+    for key, value in values.items():
+        section = config
+        *sections, last = key.split("__")
+        for name in sections:
+            section = getattr(section, name)
+        setattr(section, last, value)
+    return config
+
+
+def test_run_folder_keeps_its_configuration(tmp_path):
+    run = tmp_path / "deep" / "run"
+    config = load_config(["--run", str(run), "--training.stop_after", "5"])
+    assert prepare_run(config) == run
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    saved = load_run(run)
+    assert saved.training.stop_after is None
+    assert saved == changed(config, training__stop_after=None)
+
+    # The same command continues the run, and so does the bare run folder, wherever it lies.
+    prepare_run(load_config(["--run", str(run)]))
+    moved = run.rename(tmp_path / "moved")
+    assert load_config(["--run", str(moved)]) == changed(load_config(["--config", "quickstart"]), run=str(moved))
+
+
+def test_run_folder_of_another_configuration(tmp_path):
+    run = str(tmp_path / "run")
+    prepare_run(load_config(["--run", run]))
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    free = [
+        "--launch.nodes", "4", "--wandb.mode", "offline", "--evaluation.rerank", "3", "--final.rerank", "5",
+        "--training.keep", "9", "--training.log_every", "1", "--data.workers", "0",
+    ]  # fmt: skip
+    check_run(load_config(["--run", run, *free]))
+    other = load_config(["--run", run, "--training.lr", "0.5", "--model.image.config.patch_size", "16"])
+    with pytest.raises(UserError) as error:
+        prepare_run(other)
+    assert str(error.value) == (
+        f"{run} holds another run: model.image.config.patch_size 8 there, 16 here; training.lr 0.001 there, 0.5 here: "
+        "name another folder with --run DIR"
+    )
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"^run folder .*file/run cannot be written: Not a directory; name another with --run DIR$"
+    ):
+        prepare_run(changed(Config(), run=str(tmp_path / "file" / "run")))
+    with pytest.raises(UserError, match=r"is not a run folder: no config\.yaml$"):
+        load_run(tmp_path)

@@ -1,0 +1,162 @@
+"""The trainer under real DeepSpeed and gloo: the same numbers at every ZeRO stage, on any number of ranks, after a restart."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.distributed import run_ranks
+from tests.tiny import tiny_model
+
+from shards.corpora.item import Caption, Item
+from shards.write import Format, write_shards
+from toolkit import config
+
+RATE = 16000
+
+
+def drawn(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST)
+
+
+def spoken(seed: int) -> tuple[np.ndarray, int]:
+    chance = np.random.default_rng(seed)
+    return chance.uniform(-0.5, 0.5, (1, chance.integers(RATE // 4, RATE))).astype(np.float32), RATE
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    items = [
+        Item(f"{split}{n}", split, partial(drawn, n), tuple(Caption(f"{split}{n}-{k}", partial(spoken, 9 * n + k)) for k in range(2)))
+        for split, count in (("train", 40), ("dev", 6))
+        for n in range(count)
+    ]
+    folder = tmp_path_factory.mktemp("shards") / "noise"
+    write_shards(items, folder, "noise", Format(samples_per_shard=7), {})
+    return folder
+
+
+def settings(shards: Path, run: Path, **training: Any) -> config.Config:
+    model = tiny_model()
+    training = {"steps": 4, "batch_size": 8, "lr": 1e-3, "warmup": 2, "precision": "fp32", "zero": 0, "log_every": 1} | training
+    return config.Config(
+        run=str(run),
+        data=config.Data(shards=str(shards), image_size=32, max_seconds=0.8, workers=0, window=2),
+        model=model,
+        objectives=config.Objectives(
+            contrastive=config.Contrastive(queue=12, alpha_ramp=2),
+            matching=config.Matching(negatives="global"),
+            denoising=config.Denoising(layers=1, side="both"),
+            momentum=config.Momentum(decay=0.9),
+        ),
+        training=config.Training(**training),
+        evaluation=config.Evaluation(every=0, batch_size=4),
+        wandb=config.Wandb(mode="disabled"),
+    )
+
+
+def train(rank: int, world_size: int, *runs: config.Config) -> None:
+    """Train several runs one after the other on this rank."""
+    import torch
+
+    from toolkit.distributed import agree
+    from toolkit.run_folder import prepare_run
+    from toolkit.training.trainer import Trainer
+
+    for each in runs:
+        agree(partial(prepare_run, each), rank)
+        trainer = Trainer(each, Path(each.run), rank, world_size, torch.device("cpu"))
+        trainer.train()
+        trainer.close()
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    names = ("step", "loss", "contrastive", "matching", "denoising", "denoising_withheld", "temperature")
+    return [{name: r[name] for name in names if name in r} for r in records if "loss" in r]
+
+
+def assert_same(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float) -> None:
+    assert len(one) == len(other) == 4
+    for a, b in zip(one, other, strict=True):
+        assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.timeout(240)
+def test_every_zero_stage_trains_with_the_same_losses(shards: Path, tmp_path: Path) -> None:
+    runs = [settings(shards, tmp_path / str(zero), zero=zero) for zero in range(4)]
+    run_ranks(train, 2, *runs, timeout=200)
+    reference = losses(tmp_path / "0")
+    assert reference[0]["loss"] != pytest.approx(reference[3]["loss"], rel=1e-3), "nothing was learned"
+    for zero in (1, 2, 3):
+        assert_same(losses(tmp_path / str(zero)), reference, 1e-5)
+
+
+@pytest.mark.timeout(240)
+def test_ranks_and_accumulation_leave_the_losses_alone(shards: Path, tmp_path: Path) -> None:
+    def plain(name: str) -> config.Config:
+        run = settings(shards, tmp_path / name)
+        run.objectives.denoising.weight = 0.0  # its noise comes from the rank's own batch
+        return run
+
+    run_ranks(train, 1, plain("one"), timeout=120)
+    run_ranks(train, 2, plain("two"), timeout=120)
+    assert_same(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-5)
+
+
+@pytest.mark.timeout(240)
+def test_stopped_and_continued_equals_unbroken(shards: Path, tmp_path: Path) -> None:
+    unbroken = [settings(shards, tmp_path / f"unbroken{zero}", zero=zero, accumulation=2) for zero in (0, 2)]
+    halves = [
+        settings(shards, tmp_path / f"halves{zero}", zero=zero, accumulation=2, stop_after=2) for zero in (0, 2) for _ in "12"
+    ]
+    run_ranks(train, 2, *unbroken, *halves, timeout=200)
+    for zero in (0, 2):
+        assert_same(losses(tmp_path / f"halves{zero}"), losses(tmp_path / f"unbroken{zero}"), 0)
+        progress = json.loads((tmp_path / f"halves{zero}/checkpoints/step-00000004/progress.json").read_text())
+        assert progress["restarts"] == 1
+
+
+def complete_run(rank: int, world_size: int, run: config.Config) -> dict[str, Any] | None:
+    """Train with evaluation and wandb, then read the exported model back."""
+    import torch
+
+    from toolkit.model.retrieval import SpeechImageModel
+
+    train(rank, world_size, run)
+    if rank:
+        return None
+    model = SpeechImageModel.from_pretrained(Path(run.run) / "export" / "best")
+    with torch.no_grad():
+        vector = model.encode_speech(torch.randn(1, RATE), torch.tensor([RATE])).vector
+    return {"norm": float(vector.norm()), "denoisers": [n for n, _ in model.named_parameters() if "denois" in n]}
+
+
+@pytest.mark.timeout(240)
+def test_a_run_leaves_checkpoints_exports_and_logs(shards: Path, tmp_path: Path) -> None:
+    run = settings(shards, tmp_path / "run", zero=3, save_every=1, keep=2)
+    run.evaluation.every = 2
+    run.wandb.mode = "offline"
+    exported = run_ranks(complete_run, 2, run, timeout=200)[0]
+    assert exported["norm"] == pytest.approx(1.0, abs=1e-5)
+    assert exported["denoisers"] == []
+    folder = tmp_path / "run"
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["step-00000003", "step-00000004"]
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    recalls = [r for r in records if "dev" in r]
+    assert [r["step"] for r in recalls] == [2, 4]
+    assert recalls[0]["dev"]["pictures"] == 6
+    assert list((folder / "wandb").glob("offline-run-*")), "no wandb record"
+    assert json.loads((folder / "environment.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.timeout(120)
+def test_a_loss_that_is_no_number_ends_the_run_with_one_line(shards: Path, tmp_path: Path) -> None:
+    run = settings(shards, tmp_path / "run", lr=1e30, warmup=0)
+    with pytest.raises(AssertionError, match=r"UserError: .*not finite by step"):
+        run_ranks(train, 1, run, timeout=100)
