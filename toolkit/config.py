@@ -34,6 +34,7 @@ class Speech:
     head_heads: int = 8
     dropout: float = 0.1
     groups: int = 4  # parts, by length, that a batch is encoded in: less padding
+    filterbank: bool = False  # random weights only: the first convolution begins as a mel-spaced filter bank
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Image:
     config: dict[str, Any] = field(default_factory=dict)  # CLIPVisionConfig or Blip2VisionConfig values
     train: str = "none"
     head_layers: int = 0
+    pool: Literal["class", "mean"] = "class"  # what is projected without head layers: class token or mean of the patches
     head_heads: int = 8
     dropout: float = 0.1
 
@@ -58,6 +60,7 @@ class Fusion:
     heads: int = 12
     pool: int = 2  # neighbouring speech frames averaged into one query
     dropout: float = 0.1
+    agreement: bool = False  # the class token begins with the product of the two global vectors; learns sooner from scratch
 
 
 @dataclass
@@ -88,6 +91,7 @@ class Contrastive:
     min_temperature: float = 0.001
     max_temperature: float = 0.5
     queue: int = 65536  # keys kept of earlier batches; 0: none
+    queue_from: int = 0  # step from which keys are kept; from random weights the early ones are stale at once
     alpha: float = 0.4  # weight of the teacher's soft targets
     alpha_ramp: int = 1000  # steps over which alpha grows from 0
 

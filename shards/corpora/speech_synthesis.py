@@ -12,7 +12,7 @@ import numpy as np
 from shards.errors import UserError
 
 ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-gb-x-gbclan")
-VARIANTS = ("", "+f2", "+m3", "+f4", "+m7", "+f3")
+VARIANTS = ("", "+f1", "+m3", "+f4", "+m7", "+Annie")  # of those that speak alike in every process
 # Every accent comes once before a variant of it comes again: any first few voices are unlike one another.
 VOICES = tuple(
     ACCENTS[n % len(ACCENTS)] + VARIANTS[(n + n // len(ACCENTS)) % len(VARIANTS)]

@@ -5,7 +5,8 @@ from torch import nn
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from shards.errors import UserError
-from tests.tiny import HUBERT
+from tests.tiny import HUBERT, tiny_model
+from toolkit.model.build import build_model, set_mel_filters
 from toolkit.model.layers import Head
 from toolkit.model.speech import LayerMix, SpeechEncoder
 
@@ -193,3 +194,31 @@ def test_narrow_convolutions_in_bf16_are_refused_on_cpu():
 def test_unknown_part_to_train_is_refused(train):
     with pytest.raises(UserError, match=r"model\.speech\.train: expected none, all or a number .* from 0 to 2"):
         make_encoder(train=train)
+
+
+@pytest.mark.parametrize("train", ["all", "1", "none"])
+def test_groups_by_length_change_nothing(train: str) -> None:
+    torch.manual_seed(0)
+    settings = tiny_model()
+    settings.speech.train = train
+    model = build_model(settings)
+    waves, lengths = torch.randn(7, 16000), torch.tensor([16000, 500, 9000, 9000, 12345, 3000, 1])
+    encoded = []
+    for groups in (1, 3, 7, 20):
+        model.speech.groups = groups
+        encoded.append(model.encode_speech(waves, lengths))
+    for other in encoded[1:]:
+        assert torch.equal(other.mask, encoded[0].mask)
+        torch.testing.assert_close(other.vector, encoded[0].vector, atol=1e-5, rtol=0)
+        real = other.mask
+        torch.testing.assert_close(other.tokens[real], encoded[0].tokens[real], atol=1e-4, rtol=0)
+
+
+def test_a_filter_bank_hears_a_tone_where_it_lies() -> None:
+    weight = torch.zeros(64, 1, 400)
+    set_mel_filters(weight)
+    seconds = torch.arange(400) / 16000
+    heard = [int((weight[:, 0] @ torch.sin(2 * torch.pi * f * seconds)).abs().argmax()) for f in (200.0, 1000.0, 5000.0)]
+    assert heard == sorted(heard)
+    assert heard[0] < 16 < heard[1] < 48 < heard[2]
+    torch.testing.assert_close(weight.norm(dim=2), torch.ones(64, 1))

@@ -1,10 +1,13 @@
 """From the configuration to the model."""
 
+import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import HubertConfig, HubertModel, PretrainedConfig, PreTrainedModel
 
+from shards.audio import SAMPLE_RATE
 from shards.errors import UserError
 from toolkit import config
 from toolkit.model.retrieval import VISION, SpeechImageConfig, SpeechImageModel
@@ -49,7 +52,30 @@ def build_model(model: config.Model, contrastive: config.Contrastive | None = No
             "learned": contrastive.learn_temperature,
         },
     )
-    return SpeechImageModel(architecture, hubert, vision)
+    built = SpeechImageModel(architecture, hubert, vision)
+    if model.speech.filterbank and not model.speech.trunk:
+        set_mel_filters(built.speech.trunk.feature_extractor.conv_layers[0].conv.weight)
+    return built
+
+
+@torch.no_grad()
+def set_mel_filters(weight: Tensor, low: float = 80.0, high: float = 7600.0) -> None:
+    """Fill a first convolution with windowed cosines and sines at mel-spaced frequencies (the idea of SincNet).
+
+    A random first convolution has to find the spectrum first; from this one, training from scratch is under way sooner.
+
+    Args:
+        weight: [filters, 1, length], over 16 kHz waveforms.
+        low: Lowest frequency in Hz.
+        high: Highest frequency in Hz.
+    """
+    filters, _, length = weight.shape
+    mel = torch.linspace(math.log1p(low / 700), math.log1p(high / 700), (filters + 1) // 2)
+    frequency = (700 * mel.expm1()).repeat_interleave(2)[:filters, None]
+    phase = math.pi / 2 * (torch.arange(filters) % 2)[:, None]
+    seconds = (torch.arange(length) - length / 2) / SAMPLE_RATE
+    waves = torch.cos(2 * math.pi * frequency * seconds + phase) * torch.hann_window(length)
+    weight.copy_((waves / waves.norm(dim=1, keepdim=True))[:, None])
 
 
 def _load(cls: type[PreTrainedModel], source: str, key: str, **options: Any) -> Any:
@@ -57,8 +83,8 @@ def _load(cls: type[PreTrainedModel], source: str, key: str, **options: Any) -> 
 
 
 def _own_values(encoder: config.Speech | config.Image) -> dict[str, Any]:
-    """What is ours of an encoder's section: all but where the trunk comes from."""
-    return {name: value for name, value in vars(encoder).items() if name not in ("trunk", "config")}
+    """What is ours of an encoder's section: all but what the trunk is made from."""
+    return {name: value for name, value in vars(encoder).items() if name not in ("trunk", "config", "filterbank")}
 
 
 def _trunk_config(cls: type[PretrainedConfig], values: dict[str, Any], key: str) -> PretrainedConfig:

@@ -24,7 +24,9 @@ class ImageEncoder(PartlyFrozen):
             one by one, never its `forward`.
         embed_dim: length of the vector.
         train: "none", "all" or the number of top layers that are trained. Whatever is frozen stays in eval mode.
-        head_layers: transformer layers of the head; 0: the trunk's class token is projected.
+        head_layers: transformer layers of the head.
+        pool: what a head without layers projects: the trunk's "class" token, or the "mean" of the patches, which
+            trains the patches directly when a trunk starts from random weights.
         head_heads: their attention heads.
         dropout: of the head.
     """
@@ -32,10 +34,17 @@ class ImageEncoder(PartlyFrozen):
     trunk: Any
 
     def __init__(
-        self, trunk: nn.Module, embed_dim: int, train: str, head_layers: int, head_heads: int, dropout: float
+        self,
+        trunk: nn.Module,
+        embed_dim: int,
+        train: str,
+        head_layers: int,
+        head_heads: int,
+        dropout: float,
+        pool: str = "class",
     ) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.pool = trunk, pool
         layers = self.trunk.encoder.layers
         trained = trained_layers(train, len(layers), "model.image.train")
         self.frozen_layers = None if trained is None else len(layers) - trained
@@ -88,7 +97,7 @@ class ImageEncoder(PartlyFrozen):
             hidden = self._embed(hidden)
         hidden = self._run_layers(hidden, self.frozen_layers or 0, len(self.trunk.encoder.layers))
         hidden = self.trunk.post_layernorm(hidden)
-        vector, tokens = self.head(hidden[:, 1:], None, summary=hidden[:, 0])
+        vector, tokens = self.head(hidden[:, 1:], None, summary=hidden[:, 0] if self.pool == "class" else None)
         return Encoded(vector, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 
     def _embed(self, pixels: Tensor) -> Tensor:

@@ -102,7 +102,9 @@ class SpeechImageModel(PreTrainedModel):
         self.speech = SpeechEncoder(hubert, config.embed_dim, **speech)
         # Before transformers 5 a CLIPVisionModel is a shell around its `vision_model`.
         self.image = ImageEncoder(getattr(vision, "vision_model", vision), config.embed_dim, **image)
-        self.fusion = FusionEncoder(self.speech.token_dim, self.image.token_dim, **config.fusion)
+        fusion = dict(config.fusion)
+        summary_dim = config.embed_dim if fusion.pop("agreement", False) else 0
+        self.fusion = FusionEncoder(self.speech.token_dim, self.image.token_dim, **fusion, summary_dim=summary_dim)
         self.match_head = nn.Linear(self.fusion.width, 2)
         self.temperature = Temperature(**config.contrastive)
         self.post_init()
@@ -163,7 +165,9 @@ class SpeechImageModel(PreTrainedModel):
 
     def match(self, speech: Encoded, image: Encoded) -> Tensor:
         """Logits [B, 2], float32, of whether utterance and picture of a row belong together (index 1: they do)."""
-        fused = self.fusion(speech.tokens, speech.mask, image.tokens)
+        # Unit vectors' products are of the order of 1 / D.
+        agreement = speech.vector * image.vector * speech.vector.shape[1]
+        fused = self.fusion(speech.tokens, speech.mask, image.tokens, summary=agreement)
         return self.match_head(fused[:, 0]).float()
 
     def forward(self, images: Tensor, waveforms: Tensor, lengths: Tensor) -> tuple[Encoded, Encoded]:

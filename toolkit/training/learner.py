@@ -192,7 +192,7 @@ def _fetch(encoded: Encoded, index: Tensor, rank: int, world_size: int) -> Encod
     """Take rows of the (global) batch by index."""
     tokens, mask = pad_to_common_length(encoded.tokens, encoded.mask, world_size)
     return Encoded(
-        encoded.vector,
+        fetch_rows(encoded.vector, index, rank, world_size),
         fetch_rows(tokens, index, rank, world_size),
         fetch_rows(mask, index, rank, world_size),
     )

@@ -98,7 +98,7 @@ class Trainer:
             self.engine.step()
             collected.append(keys)
         if self.engine.was_step_applied():
-            self._follow(collected)
+            self._follow(step, collected)
         else:
             self.progress.skipped += 1
         return losses
@@ -151,12 +151,12 @@ class Trainer:
         del self.engine
         gc.collect()
 
-    def _follow(self, collected: list[Keys]) -> None:
+    def _follow(self, step: int, collected: list[Keys]) -> None:
         """After an applied step: the teacher follows, and the queue takes the step's keys."""
         if self.teacher:
             with whole(self.engine, self.teacher.student):
                 self.teacher.update()
-        for keys in collected:
+        for keys in collected if step >= self.config.objectives.contrastive.queue_from else ():
             self.queue.push(keys.speech.detach(), keys.image.detach(), keys.ids)
 
     def _stream(self, steps: range) -> Iterator[Batch]:
