@@ -43,7 +43,7 @@ class Order:
         """
         if len(rows) < 2 * batch_size:
             raise UserError(
-                f"a batch of {batch_size} needs at least {2 * batch_size} pictures, the training split has {len(rows)}: "
+                f"a batch of {batch_size} needs at least {2 * batch_size} pictures, training has {len(rows)}: "
                 f"set --training.batch_size to {max(1, len(rows) // 2)} or less"
             )
         self.rows, self.shard, self.first_caption = rows, shard, first_caption
@@ -79,7 +79,7 @@ class Order:
         """Order one pass so that the batch across its beginning holds no picture twice.
 
         The first batch of a pass may begin with the last `tail` pictures of the pass before. Those are moved behind the
-        rest of that batch; only the first `batch_size` places change, so the end of a pass is known without its beginning.
+        rest of that batch; only the first `batch_size` places change: the end of a pass is known without its beginning.
         """
         rows = self._shuffled(epoch)
         tail = epoch * len(self.rows) % self.batch_size
@@ -113,7 +113,7 @@ def order_of(manifest: Manifest, split: str, batch_size: int, seed: int = 0, win
 def part_of(batch_size: int, micro: int, micros: int, rank: int, world_size: int) -> slice:
     """Return the part of a global batch that `rank` takes in micro-batch `micro` of `micros`.
 
-    Micro-batches are contiguous in the global batch and ranks are contiguous in a micro-batch, so gathering in rank order
+    Micro-batches are contiguous in the global batch and ranks are contiguous in a micro-batch: gathering in rank order
     restores the global order.
     """
     size = batch_size // (micros * world_size)

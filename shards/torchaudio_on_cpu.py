@@ -1,9 +1,9 @@
 """Let torchaudio import where its compiled extension cannot load.
 
-torchaudio's Linux wheel links its extension to CUDA; beside a CPU build of torch `import torchaudio` raises OSError, and with
-it every transformers model that looks for torchaudio. What this project uses of torchaudio is plain torch and needs no
-extension, so an import hook replaces `torchaudio._extension` by an empty stand-in, only where the real one fails to load.
-The hook costs nothing until torchaudio is imported.
+torchaudio's Linux wheel links its extension to CUDA; beside a CPU build of torch `import torchaudio` raises OSError,
+and with it every transformers model that looks for torchaudio. What this project uses of torchaudio is plain torch and
+needs no extension, so an import hook replaces `torchaudio._extension` by an empty stand-in, only where the real one
+fails to load. The hook costs nothing until torchaudio is imported.
 """
 
 import sys
@@ -37,7 +37,9 @@ class _TolerantLoader(Loader):
 def _unavailable(cause: OSError) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def fail(*_: Any, **__: Any) -> Any:
-            raise RuntimeError(f"{function.__name__} needs torchaudio's compiled extension, which did not load: {cause}")
+            raise RuntimeError(
+                f"{function.__name__} needs torchaudio's compiled extension, which did not load: {cause}"
+            )
 
         return fail
 

@@ -1,7 +1,7 @@
 """Run a function on real gloo ranks, one process each, on the CPU.
 
-The processes are forked from a server that has imported torch and transformers once, so that a rank costs milliseconds, not seconds.
-Runs share nothing: each meets through a file of its own, and each has a deadline after which no process is left.
+The processes are forked from a server that has imported torch and transformers once: a rank costs milliseconds. Runs
+share nothing: each meets through a file of its own, and each has a deadline after which no process is left.
 """
 
 import faulthandler

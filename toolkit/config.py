@@ -46,9 +46,12 @@ class Image:
     config: dict[str, Any] = field(default_factory=dict)  # CLIPVisionConfig or Blip2VisionConfig values
     train: str = "none"
     head_layers: int = 0
-    pool: Literal["class", "mean"] = "class"  # what is projected without head layers: class token or mean of the patches
+    pool: Literal["class", "mean"] = (
+        "class"  # what is projected without head layers: class token or mean of the patches
+    )
     head_heads: int = 8
     dropout: float = 0.1
+    filterbank: bool = False  # random weights only: the patch embedding begins as cosines, the basis of JPEG
 
 
 @dataclass
@@ -60,7 +63,9 @@ class Fusion:
     heads: int = 12
     pool: int = 2  # neighbouring speech frames averaged into one query
     dropout: float = 0.1
-    agreement: bool = False  # the class token begins with the product of the two global vectors; learns sooner from scratch
+    agreement: bool = (
+        False  # the class token begins with the product of the two global vectors; learns sooner from scratch
+    )
 
 
 @dataclass

@@ -137,8 +137,8 @@ def _all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
 def initialise() -> tuple[int, int, torch.device]:
     """Join the process group that the launcher's environment describes; alone, be a world of one.
 
-    Understands what torchrun, the DeepSpeed launcher and `launch/job.py` set: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-    MASTER_PORT. A group that stands already is used as it is.
+    Understands what torchrun, the DeepSpeed launcher and `launch/job.py` set: RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR, MASTER_PORT. A group that stands already is used as it is.
 
     Returns:
         Rank, world size and the device of this process.

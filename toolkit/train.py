@@ -1,4 +1,4 @@
-"""Train a speech-image retrieval model: `deepspeed toolkit/train.py --config NAME --run DIR [--section.key value ...]`."""
+"""Train a retrieval model: `deepspeed toolkit/train.py --config NAME --run DIR [--section.key value ...]`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a corpus hands to the writer: pictures, each with all its spoken captions, as light descriptions to be read later."""
+"""What a corpus hands to the writer: pictures with their spoken captions, as light descriptions to be read later."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -87,5 +87,5 @@ def test_a_window_keeps_reads_local() -> None:
 
 
 def test_too_few_pictures_is_a_clear_error() -> None:
-    with pytest.raises(UserError, match=r"batch of 8 .* has 15: set --training.batch_size to 7"):
+    with pytest.raises(UserError, match=r"batch of 8 .* training has 15: set --training.batch_size to 7"):
         make_order(15, 1, 5, 8, seed=0, window=2)

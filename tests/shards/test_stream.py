@@ -31,14 +31,21 @@ def spoken(seed: int) -> tuple[np.ndarray, int]:
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
     items = [
-        Item(f"p{n}", "train", partial(drawn, n), tuple(Caption(f"p{n}-{k}", partial(spoken, 7 * n + k), f"text {n} {k}") for k in range(3)))
+        Item(
+            f"p{n}",
+            "train",
+            partial(drawn, n),
+            tuple(Caption(f"p{n}-{k}", partial(spoken, 7 * n + k), f"text {n} {k}") for k in range(3)),
+        )
         for n in range(26)
     ]
     write_shards(items, tmp_path / "shards", "noise", Format(samples_per_shard=5), {})
     return load(tmp_path / "shards")
 
 
-def batches(manifest: Manifest, steps: range, world_size: int = 1, micros: int = 1, workers: int = 0) -> list[list[Batch]]:
+def batches(
+    manifest: Manifest, steps: range, world_size: int = 1, micros: int = 1, workers: int = 0
+) -> list[list[Batch]]:
     """All ranks' micro-batches of each step, in global order."""
     order = order_of(manifest, "train", 8, seed=3, window=2)
     streams = [
@@ -66,8 +73,12 @@ def joined(parts: list[Batch]) -> tuple[np.ndarray, list[bytes], list[bytes]]:
 
 
 @pytest.mark.parametrize(("world_size", "micros", "workers"), [(2, 1, 0), (1, 2, 0), (2, 2, 0), (4, 1, 0), (1, 1, 2)])
-def test_global_batches_do_not_depend_on_the_cluster(manifest: Manifest, world_size: int, micros: int, workers: int) -> None:
-    for one, other in zip(batches(manifest, range(5)), batches(manifest, range(5), world_size, micros, workers), strict=True):
+def test_global_batches_do_not_depend_on_the_cluster(
+    manifest: Manifest, world_size: int, micros: int, workers: int
+) -> None:
+    for one, other in zip(
+        batches(manifest, range(5)), batches(manifest, range(5), world_size, micros, workers), strict=True
+    ):
         a, b = joined(one), joined(other)
         np.testing.assert_array_equal(a[0], b[0])
         assert a[1:] == b[1:]

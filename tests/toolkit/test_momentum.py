@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from tests.tiny import tiny_model
 
+from tests.tiny import tiny_model
 from toolkit.model.build import build_model
 from toolkit.training.momentum import MomentumEncoder
 
@@ -49,7 +49,11 @@ def test_in_float32_the_average_is_what_encodes() -> None:
     torch.manual_seed(0)
     student = build_model(tiny_model())
     teacher = MomentumEncoder(student, decay=0.5).to(CPU, torch.float32)
-    images, waves, lengths = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), torch.randn(2, 9000), torch.tensor([9000, 8000])
+    images, waves, lengths = (
+        torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8),
+        torch.randn(2, 9000),
+        torch.tensor([9000, 8000]),
+    )
     before = teacher(*student.frozen(images, waves, lengths))[0].vector
     wander(student, torch.Generator().manual_seed(0))
     teacher.update()

@@ -218,7 +218,9 @@ def test_a_filter_bank_hears_a_tone_where_it_lies() -> None:
     weight = torch.zeros(64, 1, 400)
     set_mel_filters(weight)
     seconds = torch.arange(400) / 16000
-    heard = [int((weight[:, 0] @ torch.sin(2 * torch.pi * f * seconds)).abs().argmax()) for f in (200.0, 1000.0, 5000.0)]
+    heard = [
+        int((weight[:, 0] @ torch.sin(2 * torch.pi * f * seconds)).abs().argmax()) for f in (200.0, 1000.0, 5000.0)
+    ]
     assert heard == sorted(heard)
     assert heard[0] < 16 < heard[1] < 48 < heard[2]
     torch.testing.assert_close(weight.norm(dim=2), torch.ones(64, 1))

@@ -1,4 +1,4 @@
-"""The trainer under real DeepSpeed and gloo: the same numbers at every ZeRO stage, on any number of ranks, after a restart."""
+"""The trainer under DeepSpeed and gloo: the same numbers at every ZeRO stage, world size and after a restart."""
 
 import json
 from functools import partial
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.distributed import run_ranks
-from tests.tiny import tiny_model
 
 from shards.corpora.item import Caption, Item
 from shards.write import Format, write_shards
+from tests.distributed import run_ranks
+from tests.tiny import tiny_model
 from toolkit import config
 
 RATE = 16000
@@ -31,7 +31,12 @@ def spoken(seed: int) -> tuple[np.ndarray, int]:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     items = [
-        Item(f"{split}{n}", split, partial(drawn, n), tuple(Caption(f"{split}{n}-{k}", partial(spoken, 9 * n + k)) for k in range(2)))
+        Item(
+            f"{split}{n}",
+            split,
+            partial(drawn, n),
+            tuple(Caption(f"{split}{n}-{k}", partial(spoken, 9 * n + k)) for k in range(2)),
+        )
         for split, count in (("train", 40), ("dev", 6))
         for n in range(count)
     ]
@@ -42,7 +47,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(shards: Path, run: Path, **training: Any) -> config.Config:
     model = tiny_model()
-    training = {"steps": 4, "batch_size": 8, "lr": 1e-3, "warmup": 2, "precision": "fp32", "zero": 0, "log_every": 1} | training
+    training = {
+        "steps": 4,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "warmup": 2,
+        "precision": "fp32",
+        "zero": 0,
+        "log_every": 1,
+    } | training
     return config.Config(
         run=str(run),
         data=config.Data(shards=str(shards), image_size=32, max_seconds=0.8, workers=0, window=2),
@@ -112,7 +125,9 @@ def test_ranks_and_accumulation_leave_the_losses_alone(shards: Path, tmp_path: P
 def test_stopped_and_continued_equals_unbroken(shards: Path, tmp_path: Path) -> None:
     unbroken = [settings(shards, tmp_path / f"unbroken{zero}", zero=zero, accumulation=2) for zero in (0, 2)]
     halves = [
-        settings(shards, tmp_path / f"halves{zero}", zero=zero, accumulation=2, stop_after=2) for zero in (0, 2) for _ in "12"
+        settings(shards, tmp_path / f"halves{zero}", zero=zero, accumulation=2, stop_after=2)
+        for zero in (0, 2)
+        for _ in "12"
     ]
     run_ranks(train, 2, *unbroken, *halves, timeout=200)
     for zero in (0, 2):

@@ -1,6 +1,6 @@
 """Speech encoder: HuBERT trunk, softmax-weighted mix of its hidden states, head."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,6 @@
 """Checkpoints of a run: complete or absent, the newest k kept.
 
-    RUN/checkpoints/step-00000600/   deepspeed/ (model, optimizer)  teacher.safetensors  queue.safetensors  progress.json
+    RUN/checkpoints/step-00000600/   deepspeed/ (model, optimizer) teacher.safetensors queue.safetensors progress.json
     RUN/export/{best,last}/          the model alone, as save_pretrained writes it
 
 `progress.json` is written last: a folder without it is a save that was cut short, and is passed over.
@@ -88,8 +88,8 @@ class Checkpoints:
         now = engine.zero_optimization_stage()
         if zero != now or (zero > 0 and world_size != self.world_size):
             raise UserError(
-                f"{folder} was written by {world_size} ranks at ZeRO stage {zero}, this run has {self.world_size} at stage "
-                f"{now}: continue with the former, or start a new run with another --run"
+                f"{folder} was written by {world_size} ranks at ZeRO stage {zero}, this run has {self.world_size} at "
+                f"stage {now}: continue with the former, or start a new run with another --run"
             )
         engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
         if teacher:
@@ -110,7 +110,9 @@ class Checkpoints:
         fresh = target.with_name(f".{name}.new")
         shutil.rmtree(fresh, ignore_errors=True)
         model.save_pretrained(fresh)
-        SpeechImageProcessor(image_size=config.data.image_size, max_seconds=config.data.max_seconds).save_pretrained(fresh)
+        SpeechImageProcessor(image_size=config.data.image_size, max_seconds=config.data.max_seconds).save_pretrained(
+            fresh
+        )
         (fresh / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
         old = target.with_name(f".{name}.old")
         shutil.rmtree(old, ignore_errors=True)

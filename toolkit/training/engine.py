@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ if not torch.cuda.is_available():
     # Its first use compiles for half a minute, and a compile that was killed blocks every later run; gloo does as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.utils.logger.setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", r"`torch\.distributed", FutureWarning)  # DeepSpeed calls what torch has renamed
 
 
 def make_engine(learner: nn.Module, config: Config, world_size: int, device: torch.device) -> deepspeed.DeepSpeedEngine:

@@ -1,10 +1,10 @@
 """What a training step computes: the student, the three objectives and their sum, for one micro-batch.
 
-    batch -> frozen trunks (once) -> student: vectors, tokens
-                                  -> teacher: keys, clean tokens          no gradient
-    SIC  student vectors against the keys of all ranks and the queue
-    SIM  fusion of matching pairs and of hard negatives drawn by SIC's similarities
-    CMD  noised tokens of one modality rebuilt by attending to the other
+batch -> frozen trunks (once) -> student: vectors, tokens
+                              -> teacher: keys, clean tokens          no gradient
+SIC  student vectors against the keys of all ranks and the queue
+SIM  fusion of matching pairs and of hard negatives drawn by SIC's similarities
+CMD  noised tokens of one modality rebuilt by attending to the other
 """
 
 from dataclasses import dataclass
@@ -101,7 +101,8 @@ class Learner(nn.Module):
         """Gather the keys of all ranks: one collective for both modalities and the identities."""
         if differentiable:
             vectors = gather_with_grad(torch.cat([speech, image], dim=1), self.rank, self.world_size)
-            return Keys(*vectors.chunk(2, dim=1), all_gather(ids, self.world_size))
+            speech, image = vectors.chunk(2, dim=1)
+            return Keys(speech, image, all_gather(ids, self.world_size))
         # The identities travel as the bits of two float32: nothing is computed with them on the way.
         packed = torch.cat([speech.float(), image.float(), ids.view(-1, 1).view(torch.float32)], dim=1)
         packed = all_gather(packed, self.world_size)
@@ -152,7 +153,8 @@ class Learner(nn.Module):
         wrong_image = _fetch(image, negatives.image, rank, world)
         wrong_speech = _fetch(speech, negatives.speech, rank, world)
         logits = self.model.match(_stack(speech, speech, wrong_speech), _stack(image, wrong_image, image))
-        return matching_loss(*logits.chunk(3), negatives.valid)
+        right, other_image, other_speech = logits.chunk(3)
+        return matching_loss(right, other_image, other_speech, negatives.valid)
 
     def _denoising(
         self,
@@ -165,19 +167,18 @@ class Learner(nn.Module):
     ) -> dict[str, Tensor]:
         """Rebuild each noised side with the other's help, and without it to show what the help is worth."""
         sides = {"image": (image, speech, clean_image), "speech": (speech, image, clean_speech)}
-        helped, alone = [], []
         c = self.objectives.denoising
+        helped: list[Tensor] = []
+        alone: list[Tensor] = []
         for side, denoiser in self.denoisers.items():
             student, other, clean = sides[side]
             span = c.span if side == "speech" else 1  # frames change together, patches one by one
             noised = add_noise(student.tokens, student.mask, ids, c.noise, c.ratio, span, c.snr_db, generator)
             positions = noised.positions if c.positions == "noised" else student.mask
-            for losses, context in ((helped, other), (alone, None)):
-                with torch.set_grad_enabled(context is not None and torch.is_grad_enabled()):
-                    rebuilt = denoiser(noised.tokens, student.mask, *((context.tokens, context.mask) if context else (None, None)))
-                    losses.append(
-                        denoising_loss(rebuilt, clean.tokens.detach(), positions, student.mask, c.loss, c.token_temperature)
-                    )
+            truth = (clean.tokens.detach(), positions, student.mask, c.loss, c.token_temperature)
+            helped.append(denoising_loss(denoiser(noised.tokens, student.mask, other.tokens, other.mask), *truth))
+            with torch.no_grad():
+                alone.append(denoising_loss(denoiser(noised.tokens, student.mask, None), *truth))
         return {"denoising": torch.stack(helped).mean(), "denoising_withheld": torch.stack(alone).mean()}
 
 

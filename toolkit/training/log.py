@@ -176,7 +176,7 @@ def _wandb(config: Config, run: Path) -> Any:
         return None
     import wandb
 
-    mode = config.wandb.mode
+    mode: Any = config.wandb.mode
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
     identity = run / "wandb_id"
@@ -205,7 +205,9 @@ def _has_wandb_key() -> bool:
 
 def _environment(world_size: int) -> dict[str, Any]:
     """Collect what a reader needs to repeat the run: versions, machine, git state."""
-    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "deepspeed", "transformers")}
+    versions = {
+        name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "deepspeed", "transformers")
+    }
     root = Path(__file__).resolve().parents[2]
     return {
         "command": sys.argv,
@@ -221,7 +223,9 @@ def _environment(world_size: int) -> dict[str, Any]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

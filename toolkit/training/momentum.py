@@ -1,4 +1,4 @@
-"""The momentum encoder: a slow average of the student that supplies keys, soft targets and clean features (MoCo, ALBEF)."""
+"""The momentum encoder: a slow average of the student that supplies keys, soft targets and clean features."""
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class MomentumEncoder:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "MomentumEncoder":
         """Move to a device; the working copy takes `dtype`, the average stays float32."""
-        self.encoder.to(device)
+        self.encoder.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
         self.average = [a.to(device) for a in self.average]
         for working, average in zip(self.working, self.average, strict=True):
             working.data = average if dtype == torch.float32 else average.to(dtype)

@@ -71,7 +71,9 @@ class Trainer:
             done = self.progress.step == last
             if self.progress.step % training.log_every == 0 or done:
                 self.log.flush(self.progress)
-            if evaluation.every and (self.progress.step % evaluation.every == 0 or self.progress.step == training.steps):
+            if evaluation.every and (
+                self.progress.step % evaluation.every == 0 or self.progress.step == training.steps
+            ):
                 self.evaluate()
             if self.progress.step % training.save_every == 0 or done:
                 self.save()
@@ -175,7 +177,7 @@ class Trainer:
         )
 
     def _draws(self, number: int) -> Draws:
-        """Seed all randomness of a micro-batch by its number, so that a resumed run draws what an unbroken one would."""
+        """Seed the randomness of a micro-batch by its number: a resumed run draws what an unbroken one would."""
         common = torch.Generator().manual_seed(_seed(self.config.seed, number, 0))
         uniforms = torch.rand(2, self.world_size * self.micro_batch, generator=common)
         own = _seed(self.config.seed, number, self.rank + 1)
@@ -195,4 +197,3 @@ def _seed(seed: int, number: int, stream: int) -> int:
     """Mix a run's seed, a micro-batch's number and a stream into one 63-bit seed."""
     mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
     return (mixed ^ (mixed >> 31)) % 2**63
-
