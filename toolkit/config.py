@@ -51,7 +51,6 @@ class Image:
     )
     head_heads: int = 8
     dropout: float = 0.1
-    filterbank: bool = False  # random weights only: the patch embedding begins as cosines, the basis of JPEG
 
 
 @dataclass

@@ -1,11 +1,9 @@
 """From the configuration to the model."""
 
-import itertools
 import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import HubertConfig, HubertModel, PretrainedConfig, PreTrainedModel
 
@@ -57,8 +55,6 @@ def build_model(model: config.Model, contrastive: config.Contrastive | None = No
     built = SpeechImageModel(architecture, hubert, vision)
     if model.speech.filterbank and not model.speech.trunk:
         set_mel_filters(built.speech.trunk.feature_extractor.get_parameter("conv_layers.0.conv.weight"))
-    if model.image.filterbank and not model.image.trunk:
-        set_cosine_filters(built.image.trunk.embeddings.patch_embedding.weight)
     return built
 
 
@@ -84,24 +80,6 @@ def set_mel_filters(weight: Tensor, low: float = 80.0, high: float = 7600.0) -> 
 
 def _load(cls: type[PreTrainedModel], source: str, key: str, **options: Any) -> Any:
     return read_weights(cls.from_pretrained, source, key, dtype=torch.float32, attn_implementation="sdpa", **options)
-
-
-@torch.no_grad()
-def set_cosine_filters(weight: Tensor) -> None:
-    """Fill a patch embedding with the lowest two-dimensional cosines of brightness and of two colour differences.
-
-    Detail is amplified over the mean colour, which in a random embedding drowns it.
-
-    Args:
-        weight: [filters, 3, P, P].
-    """
-    filters, _, side, _ = weight.shape
-    cosines = torch.cos(math.pi * torch.arange(side)[:, None] * (torch.arange(side) + 0.5) / side)
-    waves = sorted(itertools.product(range(side), repeat=2), key=lambda wave: (wave[0] ** 2 + wave[1] ** 2, wave))
-    colours = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [0.5, 0.5, -1.0]]), dim=1)
-    for number, ((u, v), colour) in enumerate(itertools.islice(itertools.product(waves, colours), filters)):
-        pattern = torch.outer(cosines[u], cosines[v])
-        weight[number] = (0.4 if u or v else 0.15) * colour[:, None, None] * pattern / pattern.norm()
 
 
 def _own_values(encoder: config.Speech | config.Image) -> dict[str, Any]:
