@@ -150,10 +150,16 @@ def test_wrong_files(tmp_path, text, message):
         ("--training.betas [0.9]", "--training.betas is [0.9]; expected two numbers"),
         ("--training.betas [0.9,1.5]", "--training.betas is [0.9, 1.5]; expected from 0 up to, not including, 1"),
         ("--training.min_lr 1 --training.lr 0.1", "--training.min_lr 1.0 is above --training.lr 0.1"),
-        ("--training.accumulation 3", "--training.batch_size 64 does not divide by accumulation 3"),
+        (
+            "--training.batch_size 64 --training.accumulation 3",
+            "--training.batch_size 64 does not divide by accumulation 3",
+        ),
         ("--training.stop_after 0", "--training.stop_after is 0; expected 1 or more, or null"),
         ("--model.speech.train some", "--model.speech.train is some; expected none, all, or a number of layers"),
-        ("--model.fusion.heads 5", "--model.fusion.width 192 does not divide by --model.fusion.heads 5"),
+        (
+            "--model.fusion.width 192 --model.fusion.heads 5",
+            "--model.fusion.width 192 does not divide by --model.fusion.heads 5",
+        ),
         ("--objectives.contrastive.temperature 0.9", "--objectives.contrastive.temperature 0.9 is not between"),
         ("--objectives.momentum.enabled false", "--objectives.contrastive.alpha 0.4 needs the momentum encoder"),
         (
