@@ -77,6 +77,7 @@ class _Worker:
             raise UserError(self._epitaph()) from None
 
     def receive(self) -> tuple[str, Any]:
+        """Wait for the worker's next word: kind and value; its death, or an error in it, is raised here."""
         try:
             kind, value = self.connection.recv()
         except (EOFError, OSError):

@@ -23,9 +23,11 @@ class _TolerantLoader(Loader):
         self.real = real
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Leave the making of the module to the real loader."""
         return self.real.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Run the module, or fill it with what torchaudio asks of an extension that is not there."""
         try:
             self.real.exec_module(module)
         except OSError as cause:

@@ -106,3 +106,24 @@ def test_human_recordings_go_the_whole_way(tmp_path: Path) -> None:
     config = write_config(tmp_path / "tiny.yaml", tmp_path / "shards", train="train", dev="train", test="train")
     run("launch/submit.py", "--config", str(config), "--run", str(tmp_path / "run"), "--cluster", "local")
     check_run(tmp_path / "run", pictures=10, captions=50)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data.shards", "nowhere"], "no shards in nowhere"),
+        (["--training.batch_size", "64"], "a batch of 64 needs at least 128 pictures"),
+        (["--data.train", "tarin"], "tarin"),
+        (["--deepspeed.zero_optimisation.stage", "2"], "deepspeed.zero_optimisation: unknown key"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_run_folder(tmp_path: Path, arguments: list[str], said: str) -> None:
+    table = write_table(tmp_path / "corpus", pictures=10)
+    run("toolkit/make_shards.py", "table", "--root", str(table), "--out", str(tmp_path / "shards"), "--jobs", "1")
+    config = write_config(tmp_path / "tiny.yaml", tmp_path / "shards")
+    command = [sys.executable, "toolkit/train.py", "--config", str(config), "--run", str(tmp_path / "run"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == done.stderr.splitlines()
+    assert not (tmp_path / "run").exists()

@@ -22,12 +22,16 @@ def main(arguments: list[str] | None = None) -> None:
     """
     config = load_config(sys.argv[1:] if arguments is None else arguments, __doc__)
 
+    from shards.manifest import load
+    from shards.order import order_of
     from toolkit.distributed import agree, initialise
     from toolkit.training.deepspeed_config import deepspeed_config
     from toolkit.training.trainer import Trainer
 
     rank, world_size, device = initialise()
-    deepspeed_config(config, world_size)  # a mistake in it leaves no run folder behind
+    # A mistake in what follows leaves no run folder behind.
+    deepspeed_config(config, world_size)
+    order_of(load(config.data.shards), config.data.train, config.training.batch_size)
     run = Path(config.run)
     agree(lambda: prepare_run(config), rank)
     trainer = Trainer(config, run, rank, world_size, device)
