@@ -13,4 +13,4 @@ figures = {
 missed = [f"{name}: {value} is below {least}" for name, (value, least) in figures.items() if value < least]
 print("\n".join(f"{name}: {value}" for name, (value, _) in figures.items()))
 print(f"right of two twins, chance 50: {report['twins']}")
-sys.exit("\n".join(missed))
+sys.exit("\n".join(missed) or 0)
