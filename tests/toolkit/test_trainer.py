@@ -3,7 +3,9 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -175,3 +177,46 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line(shards: Path, tmp_p
     run = settings(shards, tmp_path / "run", lr=1e30, warmup=0)
     with pytest.raises(AssertionError, match=r"UserError: .*not finite by step"):
         run_ranks(train, 1, run, timeout=100)
+
+
+def test_learning_rate_and_alpha_follow_their_schedules() -> None:
+    from toolkit.training.trainer import Trainer
+
+    whole = config.Config(training=config.Training(steps=110, warmup=10, lr=1.0, min_lr=0.1))
+    whole.objectives.contrastive = config.Contrastive(alpha=0.4, alpha_ramp=20)
+    trainer = SimpleNamespace(config=whole)
+    rates = [Trainer.lr(trainer, step) for step in (0, 4, 9, 10, 60, 110)]
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.55, 0.1])
+    assert [Trainer.alpha(trainer, step) for step in (0, 10, 20, 90)] == pytest.approx([0.0, 0.2, 0.4, 0.4])
+
+
+def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
+    import torch
+
+    from toolkit.training.learner import Keys
+    from toolkit.training.queue import EmbeddingQueue
+    from toolkit.training.trainer import Trainer
+
+    whole = config.Config()
+    whole.objectives.contrastive.queue_from = 3
+    trainer = SimpleNamespace(config=whole, teacher=None, queue=EmbeddingQueue(8, 2))
+    for step in range(5):
+        Trainer._follow(trainer, step, [Keys(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([step]))])
+    assert sorted(trainer.queue.ids[trainer.queue.ids >= 0].tolist()) == [3, 4]
+
+
+def test_best_is_the_best_on_dev_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    from toolkit.training import trainer as module
+    from toolkit.training.checkpoint import Progress
+
+    scores = iter([10.0, 5.0, 20.0, 20.0])
+    monkeypatch.setattr(module, "evaluate", lambda *_: {"coarse": {"mean_R@1": next(scores)}, "reranked": None})
+    exported: list[int] = []
+    progress = Progress()
+    trainer = MagicMock(config=config.Config(), progress=progress)
+    trainer.export.side_effect = lambda name: exported.append(progress.step) if name == "best" else None
+    for step in (1, 2, 3, 4):
+        progress.step = step
+        module.Trainer.evaluate(trainer)
+    assert exported == [1, 3]
+    assert (progress.best, progress.best_step) == (20.0, 3)
