@@ -77,7 +77,7 @@ class Log:
         self.interval_paused += spent
         self._write({"event": what, "seconds": spent})
 
-    def step(self, progress: Progress, losses: dict[str, Tensor], lr: float) -> None:
+    def step(self, losses: dict[str, Tensor], lr: float) -> None:
         """Add a step's scalars to the interval; nothing is read back from the device."""
         values = torch.stack([value.detach().float() for value in losses.values()])
         self.names, self.lr = list(losses), lr

@@ -49,9 +49,8 @@ class Trainer:
         self.teacher = MomentumEncoder(model, momentum.decay) if momentum.enabled else None
         self.learner = Learner(model, config.objectives, rank, world_size)
         self.engine = make_engine(self.learner, config, world_size, device)
-        self.dtype = next(model.parameters()).dtype
         if self.teacher:
-            self.teacher.to(device, self.dtype)
+            self.teacher.to(device, next(model.parameters()).dtype)
         self.queue = EmbeddingQueue(config.objectives.contrastive.queue, config.model.embed_dim).to(device)
 
         self.checkpoints = Checkpoints(run, config.training.keep, rank, world_size)
@@ -67,7 +66,7 @@ class Trainer:
         for step in range(self.progress.step, last):
             losses = self.train_step(step, batches)
             self.progress.step = step + 1
-            self.log.step(self.progress, losses, self.lr(step))
+            self.log.step(losses, self.lr(step))
             done = self.progress.step == last
             if self.progress.step % training.log_every == 0 or done:
                 self.log.flush(self.progress)
