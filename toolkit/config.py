@@ -31,6 +31,9 @@ class Speech:
     config: dict[str, Any] = field(default_factory=dict)  # HubertConfig values for random weights
     train: str = "none"  # how much of the trunk is trained: none, all, or the number of top layers
     head_layers: int = 1
+    pool: Literal["mean", "thirds"] = (
+        "mean"  # what is projected without head layers: mean of the frames, or means of beginning, middle and end
+    )
     head_heads: int = 8
     dropout: float = 0.1
     groups: int = 4  # parts, by length, that a batch is encoded in: less padding
@@ -46,8 +49,8 @@ class Image:
     config: dict[str, Any] = field(default_factory=dict)  # CLIPVisionConfig or Blip2VisionConfig values
     train: str = "none"
     head_layers: int = 0
-    pool: Literal["class", "mean"] = (
-        "class"  # what is projected without head layers: class token or mean of the patches
+    pool: Literal["class", "mean", "grid"] = (
+        "class"  # what is projected without head layers: class token, mean of the patches, means of a 4 x 4 grid's cells
     )
     head_heads: int = 8
     dropout: float = 0.1

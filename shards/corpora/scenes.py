@@ -20,29 +20,31 @@ from shards.corpora.speech_synthesis import VOICES, find_library, speak
 from shards.errors import UserError
 
 # a, b: the first (upper or left) and the second object, "a red circle"; A, B: the same with "the".
+# The first IN_ORDER phrasings name the first object first.
+IN_ORDER = 4
 VERTICAL = (
     "{a} above {b}",
-    "{b} below {a}",
     "{a} over {b}",
-    "{b} under {a}",
-    "above {B} is {a}",
-    "below {A} is {b}",
     "{A} is above {B}",
+    "{a} with {b} below it",
+    "{b} below {a}",
+    "{b} under {a}",
     "{B} is under {A}",
     "{b} with {a} above it",
-    "{a} with {b} below it",
+    "above {B} is {a}",
+    "below {A} is {b}",
 )
 HORIZONTAL = (
     "{a} left of {b}",
-    "{b} right of {a}",
     "{a} to the left of {b}",
-    "{b} to the right of {a}",
-    "left of {B} is {a}",
-    "right of {A} is {b}",
     "{A} is left of {B}",
+    "{a} with {b} on its right",
+    "{b} right of {a}",
+    "{b} to the right of {a}",
     "{B} is right of {A}",
     "{b} with {a} on its left",
-    "{a} with {b} on its right",
+    "left of {B} is {a}",
+    "right of {A} is {b}",
 )
 SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 
@@ -61,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--captions", type=int, default=2, metavar="K", help="captions a picture (default: 2)")
     parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of a picture in pixels (default: 64)")
     parser.add_argument("--voices", type=int, default=16, help=f"voices, at most {len(VOICES)} (default: 16)")
+    parser.add_argument(
+        "--phrasings",
+        type=int,
+        default=len(VERTICAL),
+        metavar="N",
+        help=f"ways of saying a scene, at most {len(VERTICAL)} (the default); the first {IN_ORDER} name the upper or "
+        "left object first",
+    )
     parser.add_argument(
         "--twins-in-training",
         type=float,
@@ -97,7 +107,8 @@ def _check(options: argparse.Namespace) -> None:
         "pictures": (0, 1_000_000),
         "dev": (0, 1000),  # about half as many as there are scenes unlike one another
         "test": (0, 2000),
-        "captions": (1, len(VERTICAL)),
+        "phrasings": (1, len(VERTICAL)),
+        "captions": (1, min(max(options.phrasings, 1), len(VERTICAL))),
         "size": (32, 1024),
         "voices": (1, len(VOICES)),
         "twins_in_training": (0, 1),
@@ -139,7 +150,7 @@ def _item(scene: Scene, name: str, split: str, options: argparse.Namespace, twin
     """Describe one picture; a twin is captioned in its original's phrasings and voices."""
     chance = random.Random(f"{options.seed}/captions/{twin or name}")
     captions = []
-    for k, phrasing in enumerate(chance.sample(range(len(VERTICAL)), options.captions)):
+    for k, phrasing in enumerate(chance.sample(range(options.phrasings), options.captions)):
         text = caption(scene, phrasing, sized=chance.random() < SIZE_SHARE, size_of_first=chance.random() < 0.5)
         voice = VOICES[chance.randrange(options.voices)]
         speed = chance.randint(170, 220) + (35 if scene.third else 0)  # no caption is to last over four seconds

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from shards.corpora import scenes
 from shards.corpora.drawing import COLOURS, SHAPES, Scene, Thing
 from shards.corpora.item import Item
+from shards.corpora.scenes import IN_ORDER
 from shards.corpora.speech_synthesis import VOICES, speak
 from shards.errors import UserError
 
@@ -238,7 +239,25 @@ def test_reading_without_the_library_says_how_to_get_it(monkeypatch):
         read()
 
 
-@pytest.mark.parametrize("option", ["--test=2001", "--captions=11", "--size=8", "--voices=0", "--twins-in-training=2"])
-def test_an_option_out_of_range_is_refused(option):
-    with pytest.raises(UserError, match=rf"{option.split('=')[0]} \d+.*: give a number from"):
-        read(option)
+OUT_OF_RANGE = [
+    "--test=2001", "--captions=11", "--phrasings=11", "--captions=4 --phrasings=3", "--size=8", "--voices=0",
+    "--twins-in-training=2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OUT_OF_RANGE)
+def test_an_option_out_of_range_is_refused(options):
+    with pytest.raises(UserError, match=rf"{options.split('=')[0]} \d+.*: give a number from"):
+        read(*options.split())
+
+
+def test_the_first_phrasings_name_the_upper_or_left_object_first():
+    first_four = read(f"--phrasings={IN_ORDER}", "--captions=4", pictures=200)
+    for item in first_four:
+        scene = scene_of(item)
+        for one in item.captions:
+            objects, relation, _ = parse(one.text)
+            assert objects[0][1:] == (scene.first.colour, scene.first.shape), one.text
+            assert relation == ("above" if scene.vertical else "left"), one.text
+    others = {one.text for item in read("--captions=10", pictures=20) for one in item.captions}
+    assert any(parse(text)[1] in ("below", "right") for text in others)

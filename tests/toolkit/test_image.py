@@ -99,3 +99,26 @@ def test_bf16_gives_float32_vectors():
 def test_more_layers_than_there_are_is_refused():
     with pytest.raises(UserError, match=r"model\.image\.train: .* from 0 to 2, got '3'"):
         make_encoder(make_trunk(), "3")
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_grid_is_the_mean_of_each_cells_patches(size):
+    trunk = make_trunk(patch_size=4)
+    torch.manual_seed(1)
+    encoder = ImageEncoder(
+        getattr(trunk, "vision_model", trunk), 16, "all", 0, head_heads=4, dropout=0.0, pool="grid"
+    ).eval()
+    with torch.no_grad():
+        encoded = encoder(encoder.frozen(make_pictures(size)))
+        side = size // 4
+        patches = encoded.tokens.view(3, side, side, -1)
+        cell = side // 4
+        # Channels first, then rows and columns of cells: the order in which the projection reads them.
+        means = torch.stack([
+            patches[:, y * cell : (y + 1) * cell, x * cell : (x + 1) * cell].mean(dim=(1, 2))
+            for y in range(4)
+            for x in range(4)
+        ], dim=-1)  # fmt: skip
+        vector = F.normalize(encoder.head.project(means.flatten(1)), dim=-1)
+    assert encoder.head.project.in_features == 16 * VIT["hidden_size"]
+    torch.testing.assert_close(encoded.vector, vector, atol=1e-5, rtol=0)

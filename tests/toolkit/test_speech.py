@@ -8,7 +8,7 @@ from shards.errors import UserError
 from tests.tiny import HUBERT, tiny_model
 from toolkit.model.build import build_model, set_mel_filters
 from toolkit.model.layers import Head
-from toolkit.model.speech import LayerMix, SpeechEncoder
+from toolkit.model.speech import LayerMix, SpeechEncoder, thirds
 
 BASE = {**HUBERT, "feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}  # as HuBERT-base
 LARGE = dict(HUBERT)  # as HuBERT-large
@@ -224,3 +224,37 @@ def test_a_filter_bank_hears_a_tone_where_it_lies() -> None:
     assert heard == sorted(heard)
     assert heard[0] < 16 < heard[1] < 48 < heard[2]
     torch.testing.assert_close(weight.norm(dim=2), torch.ones(64, 1))
+
+
+def test_thirds_are_weighted_means_of_an_utterance_whatever_its_padding():
+    generator = torch.Generator().manual_seed(3)
+    frames = torch.randn(4, 9, 5, generator=generator, dtype=torch.float64)
+    lengths = [9, 6, 2, 1]
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+
+    pooled = thirds(frames, mask).view(4, 3, 5)
+
+    for row, length in enumerate(lengths):
+        for part in range(3):
+            total, weights = torch.zeros(5, dtype=torch.float64), 0.0
+            for frame in range(length):
+                distance = abs((frame + 0.5) / length - (part + 0.5) / 3)
+                weight = max(0.0, 1 - 3 * distance)
+                total, weights = total + weight * frames[row, frame], weights + weight
+            expected = total / weights if weights > 1e-3 else torch.zeros_like(total)
+            torch.testing.assert_close(pooled[row, part], expected, atol=2e-4, rtol=0)
+
+
+def test_the_vector_of_thirds_depends_on_the_order_and_not_on_the_padding():
+    torch.manual_seed(1)
+    encoder = SpeechEncoder(make_trunk(), 16, "all", 0, head_heads=4, dropout=0.0, pool="thirds").eval()
+    waves, lengths = make_waves(16000, 9000)
+    with torch.no_grad():
+        together = encoder(encoder.frozen(waves, lengths)).vector
+        alone = encoder(encoder.frozen(waves[1:, :9000], lengths[1:])).vector
+        frames = torch.randn(1, 12, 32)
+        mask = torch.ones(1, 12, dtype=torch.bool)
+        forwards, backwards = thirds(frames, mask), thirds(frames.flip(1), mask)
+    torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=0)
+    torch.testing.assert_close(forwards.view(3, -1), backwards.view(3, -1).flip(0))
+    assert (forwards - backwards).abs().max() > 0.1

@@ -1,10 +1,12 @@
 """Image encoder: CLIP or BLIP-2 vision trunk, head."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.model.encoded import Encoded, Features
@@ -14,6 +16,7 @@ from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
 # Of OpenAI's CLIP; BLIP-2 uses the same.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+GRID = 4  # cells a side that the patches are pooled in
 
 
 class ImageEncoder(PartlyFrozen):
@@ -25,8 +28,9 @@ class ImageEncoder(PartlyFrozen):
         embed_dim: length of the vector.
         train: "none", "all" or the number of top layers that are trained. Whatever is frozen stays in eval mode.
         head_layers: transformer layers of the head.
-        pool: what a head without layers projects: the trunk's "class" token, or the "mean" of the patches, which
-            trains the patches directly when a trunk starts from random weights.
+        pool: what a head without layers projects: the trunk's "class" token; the "mean" of the patches, which
+            trains the patches directly when a trunk starts from random weights; or the means over the cells of a 4 x 4
+            "grid", side by side (a spatial pyramid's level), so that the vector can say what is where from the start.
         head_heads: their attention heads.
         dropout: of the head.
     """
@@ -52,7 +56,8 @@ class ImageEncoder(PartlyFrozen):
         parameters = inspect.signature(layers[0].forward).parameters.values()
         required = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
         self.no_masks = (None,) * (len(required) - 1)
-        self.head = Head(self.token_dim, embed_dim, head_layers, head_heads, dropout)
+        places = GRID * GRID if pool == "grid" else 1
+        self.head = Head(self.token_dim, embed_dim, head_layers, head_heads, dropout, places)
         self.freeze()
 
     @property
@@ -97,8 +102,17 @@ class ImageEncoder(PartlyFrozen):
             hidden = self._embed(hidden)
         hidden = self._run_layers(hidden, self.frozen_layers or 0, len(self.trunk.encoder.layers))
         hidden = self.trunk.post_layernorm(hidden)
-        vector, tokens = self.head(hidden[:, 1:], None, summary=hidden[:, 0] if self.pool == "class" else None)
+        vector, tokens = self.head(hidden[:, 1:], None, self._summary(hidden))
         return Encoded(vector, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+
+    def _summary(self, hidden: Tensor) -> Tensor | None:
+        """What a head without layers projects, of the class token and the patches [B, 1 + P, H]; None: their mean."""
+        if self.pool == "class":
+            return hidden[:, 0]
+        if self.pool == "mean":
+            return None
+        side = math.isqrt(hidden.shape[1] - 1)
+        return F.adaptive_avg_pool2d(hidden[:, 1:].transpose(1, 2).unflatten(-1, (side, side)), GRID).flatten(1)
 
     def _embed(self, pixels: Tensor) -> Tensor:
         """Class token and patches with their positions, [B, 1 + P, H], of pixels [B, 3, S, S]."""

@@ -91,15 +91,15 @@ class Head(nn.Module):
 
     With layers: a class token is put before the tokens, all pass through post-norm transformer layers and a layer norm,
     and the class token is projected (the parallel branch of SpeechCLIP, arXiv 2210.00705). Without: a summary of the
-    tokens is projected, and the tokens are left as they are.
+    tokens, `places` vectors long, is projected, and the tokens are left as they are.
     """
 
-    def __init__(self, width: int, embed_dim: int, layers: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, embed_dim: int, layers: int, heads: int, dropout: float, places: int = 1) -> None:
         super().__init__()
         self.class_token = ClassToken(width) if layers else None
         self.layers = nn.ModuleList(EncoderLayer(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width) if layers else None
-        self.project = nn.Linear(width, embed_dim)
+        self.project = nn.Linear(width if layers else places * width, embed_dim)
 
     def forward(self, tokens: Tensor, mask: Tensor | None, summary: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode the tokens.
@@ -107,7 +107,7 @@ class Head(nn.Module):
         Args:
             tokens: [B, L, W].
             mask: bool [B, L], True on real tokens; None: all are.
-            summary: [B, W], what a head without layers projects; None: the mean of the real tokens.
+            summary: [B, places * W], what a head without layers projects; None: the mean of the real tokens.
 
         Returns:
             vector [B, D], float32, unit length; tokens [B, L, W].

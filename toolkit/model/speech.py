@@ -19,6 +19,9 @@ NARROW = (
 )
 
 
+THIRDS = 3
+
+
 class LayerMix(nn.Module):
     """Sum of hidden states weighted by the softmax of learned weights, which begin at zero (as in SpeechCLIP)."""
 
@@ -51,6 +54,8 @@ class SpeechEncoder(PartlyFrozen):
         head_heads: their attention heads.
         dropout: of the head.
         groups: parts that a batch is encoded in, by length.
+        pool: what a head without layers projects: the "mean" of the frames, or the means over the "thirds" of an
+            utterance, side by side, so that the vector can say what is said first from the start.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class SpeechEncoder(PartlyFrozen):
         head_heads: int,
         dropout: float,
         groups: int = 1,
+        pool: str = "mean",
     ) -> None:
         super().__init__()
         config = trunk.config
@@ -78,7 +84,9 @@ class SpeechEncoder(PartlyFrozen):
         widths = (*config.conv_dim[:-1], config.hidden_size // config.num_conv_pos_embedding_groups)
         self.narrow = any(1 < width < 32 for width in widths)
         self.mix = LayerMix(self.layers + 1)
-        self.head = Head(config.hidden_size, embed_dim, head_layers, head_heads, dropout)
+        self.pool = pool
+        places = THIRDS if pool == "thirds" else 1
+        self.head = Head(config.hidden_size, embed_dim, head_layers, head_heads, dropout, places)
         self.freeze()
 
     @property
@@ -122,7 +130,7 @@ class SpeechEncoder(PartlyFrozen):
         else:
             states = self._run_layers(hidden, mask, self.frozen_layers, self.layers)[1:]
         mixed = self.mix(features.states + self._for_mix(states, last=True))
-        vector, tokens = self.head(mixed, mask)
+        vector, tokens = self.head(mixed, mask, thirds(mixed, mask) if self.pool == "thirds" else None)
         return Encoded(vector, tokens, mask)
 
     def _prepare(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,6 +177,23 @@ class SpeechEncoder(PartlyFrozen):
         if last and self.pre_norm and states:
             states = [*states[:-1], self.trunk.encoder.layer_norm(states[-1])]
         return tuple(F.layer_norm(state, state.shape[-1:]) if self.normed else state for state in states)
+
+
+def thirds(frames: Tensor, mask: Tensor) -> Tensor:
+    """Means over the beginning, the middle and the end of utterances, [B, 3 * H].
+
+    The parts overlap: a frame's weight falls linearly from the centre of a part to 0 at the centres of its neighbours.
+
+    Args:
+        frames: [B, L, H].
+        mask: bool [B, L], True on real frames, of which there is at least one.
+    """
+    place = (torch.arange(mask.shape[1], device=mask.device) + 0.5) / mask.sum(dim=1, keepdim=True)
+    centres = (torch.arange(THIRDS, device=mask.device) + 0.5) / THIRDS
+    weight = (1 - THIRDS * (place[:, None] - centres[:, None]).abs()).clamp(min=0) * mask[:, None]
+    # A single frame leaves the outer parts without any, up to rounding: they stay zero.
+    weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-3)
+    return (weight.to(frames.dtype) @ frames.masked_fill(~mask.unsqueeze(-1), 0)).flatten(1)
 
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:
