@@ -1,130 +1,241 @@
-"""The order of samples: which picture and which of its captions is number t of a run, as a pure function.
+"""The order of samples: which picture and which of its captions is at each place of a run, as a pure function.
 
-    pass e:   shards, shuffled          [ 4 0 7 | 2 6 1 | 5 3 ]         by (seed, e)
-              windows of whole shards     window    window
-              samples, shuffled within each window                      reads stay local, every picture once a pass
-    run:      pass 0, pass 1, pass 2 ... end to end, cut into global batches of B
-    rank r:   a contiguous part of each micro-batch of the global batch
+    source    the shards of a split     0 1 2 3 4 5 6 7
+    lane      its part of them          0 2 4 6     1 3 5 7             dealt once, in balance
+    pass      shuffled in windows       c a d b | h f e g     ...       every picture once
+    run       pass 0, pass 1, ...       a batch draws on it what the weight of its source comes to
 
-Nothing here knows how many ranks or workers there are, so global batch t is the same set of samples on any cluster, and
-resuming at step t is arithmetic.
+    batch t   sources x and y, 3 : 1    x x y x x x y x   x x y x x x y x       in two lanes
+    rank r    takes what `part_of` names
+
+Nothing here knows how many ranks or workers there are, so global batch t is the same on any cluster, and how far each
+source is at step t is arithmetic, so beginning there costs the same as beginning at 0. `shards.passes` has the shuffle.
 """
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from shards.errors import UserError
 from shards.manifest import Manifest
+from shards.passes import Passes, Share, Source
+
+
+class Selection(NamedTuple):
+    """A global batch or a part of one.
+
+    Attributes:
+        samples: int64 [n], sample numbers over all data sets; none comes twice in a global batch.
+        captions: int64 [n], caption rows over all data sets.
+        positions: int64 [n], `step * batch_size + place`: unique in the run, to seed what is random about a sample.
+    """
+
+    samples: np.ndarray
+    captions: np.ndarray
+    positions: np.ndarray
+
+    def part(self, index: Any) -> "Selection":
+        """Select places by a slice, a mask or an array of their numbers."""
+        return Selection(*(column[index] for column in self))
 
 
 class Order:
-    """Global batches of one split."""
+    """The global batches of a run.
+
+    In each lane, every pass of a source holds each of its pictures exactly once, and K passes in a row use each of a
+    picture's K captions exactly once. No global batch holds a picture twice, even where a pass ends within it.
+    """
 
     def __init__(
-        self,
-        rows: np.ndarray,
-        shard: np.ndarray,
-        first_caption: np.ndarray,
-        batch_size: int,
-        seed: int = 0,
-        window: int = 16,
+        self, sources: Sequence[Source], batch_size: int, seed: int = 0, window: int = 16, lanes: int = 1
     ) -> None:
         """Describe the order; nothing is shuffled yet.
 
         Args:
-            rows: int64 [n], sample numbers of the split, the samples of a shard side by side.
-            shard: int32 [n], the shard of each row.
-            first_caption: int64 [S + 1], first caption row of every sample of the manifest.
+            sources: What is mixed; no two have a sample number in common.
             batch_size: Pairs in a global batch.
             seed: Seed of the run.
             window: Shards shuffled together.
+            lanes: Parts of a batch that read disjoint shards: lane l fills places l * B / L to (l + 1) * B / L.
 
         Raises:
-            UserError: There are fewer than two batches of pictures.
+            UserError: The lanes do not divide the batch or are more than the shards of a source; a weight is not a
+                positive number or comes to less than one place in a lane's batch; or a lane has fewer pictures of a
+                source than two batches draw.
         """
-        if len(rows) < 2 * batch_size:
+        if batch_size % lanes:
             raise UserError(
-                f"a batch of {batch_size} needs at least {2 * batch_size} pictures, training has {len(rows)}: "
-                f"set --training.batch_size to {max(1, len(rows) // 2)} or less"
+                f"a batch of {batch_size} does not divide into {lanes} lanes: set --training.batch_size to "
+                f"{math.ceil(batch_size / lanes) * lanes} or --data.lanes to {math.gcd(batch_size, lanes)}"
             )
-        self.rows, self.shard, self.first_caption = rows, shard, first_caption
-        self.batch_size, self.seed, self.window = batch_size, seed, window
-        self._recent: dict[int, np.ndarray] = {}
+        self.sources, self.batch_size, self.seed = tuple(sources), batch_size, seed
+        self.window, self.lanes = window, lanes
+        self._places = batch_size // lanes  # of a lane in a batch
+        self._shares = _shares(self.sources, self._places)
+        self._runs = [
+            [Passes(part, share, seed, window, (k, lane)) for lane, part in enumerate(_deal(source, lanes))]
+            for k, (source, share) in enumerate(zip(self.sources, self._shares, strict=True))
+        ]
+        for runs in self._runs:
+            self._check(min(runs, key=lambda run: run.pictures))
 
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return global batch number `step`.
+    @property
+    def pictures(self) -> int:
+        """Pictures of all sources."""
+        return sum(run.pictures for runs in self._runs for run in runs)
+
+    @property
+    def steps_per_pass(self) -> float:
+        """Steps that draw as many pictures as there are; the sources of a mixture each pass at their own pace."""
+        return self.pictures / self.batch_size
+
+    def batch(self, step: int) -> Selection:
+        """Return global batch number `step`, at a cost that depends neither on `step` nor on the number of samples."""
+        samples, captions = np.empty((2, self.lanes, self._places), np.int64)
+        seats = self._seats(step)
+        for k, runs in enumerate(self._runs):
+            for lane, run in enumerate(runs):
+                samples[lane, seats == k], captions[lane, seats == k] = run.draw(step)
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+        return Selection(samples.ravel(), captions.ravel(), positions)
+
+    def replacement(self, step: int, place: int, attempt: int) -> tuple[int, int]:
+        """Name a picture to put in a place of a batch whose own cannot be read, and its caption.
+
+        Line up the pictures of the place's source and lane that are not in the batch, as they follow it in its pass
+        (where a pass ends within the batch, the new one) and then from the beginning of that pass. Of the n places that
+        the batch gives to that source and lane, number i takes picture i at the first attempt, n + i at the second, and
+        so on, round and round. While the line is long enough for n pictures an attempt, which it is at least once, all
+        places and attempts take different pictures: ranks that replace different places never choose the same one.
+
+        Args:
+            step: Number of the global batch.
+            place: Place in it, from 0.
+            attempt: From 1.
 
         Returns:
-            Sample numbers, caption rows and positions in the run (from 0), each int64 [batch_size]. No sample number
-            occurs twice.
+            Sample number and caption row. The picture keeps its own place in the pass as well.
         """
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
-        epochs, places = np.divmod(positions, len(self.rows))
-        samples = np.concatenate([self.permutation(int(e))[places[epochs == e]] for e in np.unique(epochs)])
-        return samples, self._caption(samples, epochs), positions
+        lane, seat = divmod(place, self._places)
+        seats = self._seats(step)
+        k = int(seats[seat])
+        number = int(np.count_nonzero(seats[:seat] == k))
+        return self._runs[k][lane].spare(step, number, attempt)
 
-    def _caption(self, samples: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """Choose a caption of each picture; K passes in a row use each of its K captions exactly once."""
-        first = self.first_caption[samples]
-        count = self.first_caption[samples + 1] - first
-        return first + (_scramble(samples, self.seed) + epochs) % count
+    def _seats(self, step: int) -> np.ndarray:
+        """The source at each place of a lane, int64 [places]: every source spread evenly, so any part is a mixture."""
+        drawn = [share.drawn(step + 1) - share.drawn(step) for share in self._shares]
+        spread = np.concatenate([(np.arange(n) + 0.5) / n for n in drawn if n])
+        return np.repeat(np.arange(len(drawn)), drawn)[np.argsort(spread, kind="stable")]
 
-    def permutation(self, epoch: int) -> np.ndarray:
-        """Return the sample numbers of a pass in their order, int64 [n]."""
-        if epoch not in self._recent:
-            self._recent = {e: p for e, p in self._recent.items() if e == epoch - 1}
-            self._recent[epoch] = self._permutation(epoch)
-        return self._recent[epoch]
+    def _check(self, run: Passes) -> None:
+        """See that the smallest lane of a source is large enough and gets a place."""
+        name = run.source.name if self.lanes == 1 else f"lane {run.stream[1]} of {run.source.name}"
+        if run.share.mean < 1:
+            raise UserError(
+                f"{name} has {float(run.share.mean):.2g} places in a batch: give it more weight or set "
+                f"--training.batch_size to {math.ceil(self._places / run.share.mean) * self.lanes} or more"
+            )
+        if run.pictures < 2 * run.share.most:
+            more = "give it more pictures" if len(self.sources) == 1 else "give it more pictures or less weight"
+            size = self._largest()
+            mend = f"set --training.batch_size to {size} or less" if size else more
+            raise UserError(
+                f"a batch of {self.batch_size} needs at least {2 * run.share.most} pictures, {name} has "
+                f"{run.pictures}: {mend}"
+            )
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        """Order one pass so that the batch across its beginning holds no picture twice.
-
-        The first batch of a pass may begin with the last `tail` pictures of the pass before. Those are moved behind the
-        rest of that batch; only the first `batch_size` places change: the end of a pass is known without its beginning.
-        """
-        rows = self._shuffled(epoch)
-        tail = epoch * len(self.rows) % self.batch_size
-        if tail == 0:
-            return rows
-        held = np.isin(rows[: self.batch_size], self._shuffled(epoch - 1)[-tail:])
-        order = np.argsort(held, kind="stable")
-        return np.concatenate([rows[: self.batch_size][order], rows[self.batch_size :]])
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        shards, first, counts = np.unique(self.shard, return_index=True, return_counts=True)
-        chosen = generator.permutation(len(shards))
-        windows = []
-        for start in range(0, len(chosen), self.window):
-            members = [self.rows[first[s] : first[s] + counts[s]] for s in chosen[start : start + self.window]]
-            windows.append(generator.permutation(np.concatenate(members)))
-        return np.concatenate(windows)
+    def _largest(self) -> int:
+        """The largest smaller batch that the pictures suffice for; 0: there is none."""
+        pictures = [min(run.pictures for run in runs) for runs in self._runs]
+        for places in range(self._places - 1, 0, -1):
+            shares = zip(_shares(self.sources, places), pictures, strict=True)
+            if all(share.mean >= 1 and 2 * share.most <= n for share, n in shares):
+                return places * self.lanes
+        return 0
 
 
-def order_of(manifest: Manifest, split: str, batch_size: int, seed: int = 0, window: int = 16) -> Order:
-    """Build the order of a split.
+def source_of(manifest: Manifest, split: str, first_sample: int = 0, first_row: int = 0, weight: float = 1.0) -> Source:
+    """Describe a split of a manifest, whose shards each hold samples of one split and are numbered in order of them.
 
     Raises:
-        UserError: The split is unknown or smaller than two batches.
+        UserError: There is no such split.
     """
-    rows = manifest.rows(split)
-    return Order(rows, manifest.shard[rows], manifest.first_caption, batch_size, seed, window)
+    if split not in manifest.splits:
+        raise UserError(f"no split {split!r} in {manifest.place}: it has {', '.join(manifest.splits)}")
+    edges = np.searchsorted(manifest.shard, np.arange(len(manifest.shards) + 1, dtype=manifest.shard.dtype))
+    filled = np.flatnonzero(np.diff(edges))
+    mine = filled[manifest.split[edges[filled]] == manifest.splits.index(split)]
+    name = f"split {split} of {manifest.place}"
+    return Source(edges[mine], np.diff(edges)[mine], manifest.first_caption, first_sample, first_row, weight, name)
 
 
-def part_of(batch_size: int, micro: int, micros: int, rank: int, world_size: int) -> slice:
-    """Return the part of a global batch that `rank` takes in micro-batch `micro` of `micros`.
+def order_of(
+    manifest: Manifest | Sequence[Manifest],
+    split: str,
+    batch_size: int,
+    seed: int = 0,
+    window: int = 16,
+    lanes: int = 1,
+    weights: Sequence[float] | None = None,
+) -> Order:
+    """Build the order of a split of one data set, or of several with weights (default: the same for each).
 
-    Micro-batches are contiguous in the global batch and ranks are contiguous in a micro-batch: gathering in rank order
-    restores the global order.
+    Raises:
+        UserError: The split is unknown, or what `Order` says.
     """
-    size = batch_size // (micros * world_size)
-    start = (micro * world_size + rank) * size
-    return slice(start, start + size)
+    manifests = [manifest] if isinstance(manifest, Manifest) else list(manifest)
+    sources, sample, row = [], 0, 0
+    for one, weight in zip(manifests, weights or [1.0] * len(manifests), strict=True):
+        sources.append(source_of(one, split, sample, row, weight))
+        sample, row = sample + len(one.first_caption) - 1, row + int(one.first_caption[-1])
+    return Order(sources, batch_size, seed, window, lanes)
 
 
-def _scramble(values: np.ndarray, seed: int) -> np.ndarray:
-    """Hash integers (the finaliser of splitmix64), so that neighbouring pictures do not start with the same caption."""
-    with np.errstate(over="ignore"):
-        z = values.astype(np.uint64) + np.uint64(seed % 2**64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(33)).astype(np.int64)
+def part_of(batch_size: int, micro: int, micros: int, rank: int, world_size: int, lanes: int = 1) -> np.ndarray:
+    """Return the places of a global batch that `rank` takes in micro-batch `micro` of `micros`, int64 [n].
+
+    A micro-batch has an equal part of every lane and ranks are contiguous in it, so ranks that divide the lanes serve
+    whole lanes. With one lane, micro-batches and ranks are contiguous in the batch.
+
+    Raises:
+        UserError: The batch does not divide so.
+    """
+    if batch_size % (lanes * micros) or batch_size % (micros * world_size):
+        raise UserError(
+            f"--training.batch_size {batch_size} does not divide by {micros} micro-batches x {lanes} lanes "
+            f"or x {world_size} ranks: set it to a multiple of {micros * math.lcm(lanes, world_size)}"
+        )
+    lane_parts = np.arange(batch_size, dtype=np.int64).reshape(lanes, micros, -1)
+    return lane_parts[:, micro].reshape(world_size, -1)[rank]
+
+
+def _shares(sources: Sequence[Source], places: int) -> list[Share]:
+    """Share a lane's places out by weight."""
+    for source in sources:
+        if not 0 < source.weight < math.inf:
+            raise UserError(f"the weight of {source.name} is {source.weight}: set it to a positive number")
+    ends = list(accumulate((Fraction(str(source.weight)) for source in sources), initial=Fraction(0)))
+    return [Share(places * low / ends[-1], places * high / ends[-1]) for low, high in pairwise(ends)]
+
+
+def _deal(source: Source, lanes: int) -> list[Source]:
+    """Deal the shards of a source to lanes: the largest first, each to the lane that has the fewest pictures."""
+    if lanes > max(1, len(source.count)):
+        raise UserError(
+            f"{lanes} lanes need as many shards, {source.name} has {len(source.count)}: "
+            f"set --data.lanes to {len(source.count)} or less, or make smaller shards"
+        )
+    dealt: list[list[int]] = [[] for _ in range(lanes)]
+    fill = [(0, lane) for lane in range(lanes)]
+    for shard in np.argsort(-source.count, kind="stable").tolist():
+        pictures, lane = fill[0]
+        heapq.heapreplace(fill, (pictures + int(source.count[shard]), lane))
+        dealt[lane].append(shard)
+    return [replace(source, start=source.start[sorted(own)], count=source.count[sorted(own)]) for own in dealt]
