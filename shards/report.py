@@ -1,4 +1,4 @@
-"""What make_shards did: counts a split, hours of speech, speakers, and everything that was dropped, with the reason."""
+"""What make_shards did: counts, hours and durations of speech, speakers, and what was dropped, with the reason."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from shards.manifest import atomic
 
 REPORT = "report.json"
 _NAMED = 20  # dropped ones shown; the file names all
+_BARS, _BAR_LENGTH = 12, 40  # of the histogram: at most so many, each at most so long
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,24 @@ class Report:
     dropped: list[Dropped] = field(default_factory=list)
     shards: int = 0
     bytes: int = 0
+    durations: list[int] = field(default_factory=list)  # captions that last n to n + 1 seconds, by n
+    kept: int = field(default=0, compare=False)  # shards that an earlier run had finished; not in the file
+
+    def add_durations(self, durations: Sequence[float]) -> None:
+        """Count captions by their whole seconds."""
+        for seconds in durations:
+            missing = int(seconds) + 1 - len(self.durations)
+            self.durations += [0] * missing
+            self.durations[int(seconds)] += 1
 
     def save(self, folder: Path) -> None:
         """Write `report.json`."""
         with atomic(folder / REPORT) as file:
-            file.write(json.dumps(asdict(self), indent=1, ensure_ascii=False, default=sorted).encode() + b"\n")
+            stored = {name: value for name, value in asdict(self).items() if name != "kept"}
+            file.write(json.dumps(stored, indent=1, ensure_ascii=False, default=sorted).encode() + b"\n")
 
     def text(self) -> str:
-        """A table for people, then the dropped pictures and captions by name."""
+        """A table for people, a histogram of the durations, then the dropped pictures and captions by name."""
         lines = [f"{'split':<12}{'pictures':>10}{'captions':>10}{'hours':>9}{'speakers':>10}"]
         rows = list(self.splits.items())
         if len(rows) > 1:
@@ -63,8 +74,9 @@ class Report:
         for name, n in rows:
             hours = f"{n.seconds / 3600:.2f}"
             lines.append(f"{name:<12}{n.pictures:>10,}{n.captions:>10,}{hours:>9}{len(n.speakers) or '-':>10}")
-        lines.append(f"{self.shards} shards, {self.bytes / 1e6:,.1f} MB")
-        return "\n".join(lines + self._losses())
+        kept = f", {self.kept} of them kept from an earlier run" if self.kept else ""
+        lines.append(f"{self.shards} shards, {self.bytes / 1e6:,.1f} MB{kept}")
+        return "\n".join(lines + self._histogram() + self._losses())
 
     def _total(self) -> Counts:
         every = self.splits.values()
@@ -74,6 +86,18 @@ class Report:
             sum(n.seconds for n in every),
             set().union(*(n.speakers for n in every)),
         )
+
+    def _histogram(self) -> list[str]:
+        """Bars of equal width in whole seconds, none empty before the first or after the last."""
+        first = next((n for n, count in enumerate(self.durations) if count), 0)
+        width = next(w for w in (1, 2, 5, 10, 30, 60, 120, 300, 600) if (len(self.durations) - first) / w <= _BARS)
+        starts = range(first // width * width, len(self.durations), width)
+        counts = [sum(self.durations[start : start + width]) for start in starts]
+        lines = [f"{'seconds':<12}{'captions':>10}"] if counts else []
+        for start, count in zip(starts, counts, strict=True):
+            bar = "#" * -(-_BAR_LENGTH * count // max(counts))  # rounded up, so that a single caption shows
+            lines.append(f"{f'{start} to {start + width}':<12}{count:>10,}  {bar}".rstrip())
+        return lines
 
     def _losses(self) -> list[str]:
         if not self.dropped:
@@ -96,6 +120,39 @@ def load_report(folder: Path) -> Report:
     try:
         stored = json.loads(path.read_bytes())
         splits = {name: Counts(**{**n, "speakers": set(n["speakers"])}) for name, n in stored["splits"].items()}
-        return Report(splits, [Dropped(**one) for one in stored["dropped"]], stored["shards"], stored["bytes"])
+        dropped = [Dropped(**one) for one in stored["dropped"]]
+        return Report(splits, dropped, stored["shards"], stored["bytes"], stored["durations"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): make the shards again") from None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What one split will hold, as far as some of its samples tell."""
+
+    split: str
+    pictures: int
+    captions: int
+    shards: int
+    seconds: float  # estimated, as are the bytes
+    bytes: float
+
+
+def outlook_text(splits: Sequence[Outlook], tried: int) -> str:
+    """A table of what a run would write.
+
+    Args:
+        splits: in order of writing.
+        tried: samples that were encoded for the estimates.
+    """
+    rows = list(splits)
+    if len(rows) > 1:
+        rows.append(Outlook("all", *(sum(getattr(one, name) for one in splits) for name in _SUMMED)))
+    lines = [f"{'split':<12}{'pictures':>10}{'captions':>10}{'shards':>8}{'hours':>9}{'MB':>12}"]
+    for one in rows:
+        numbers = f"{one.pictures:>10,}{one.captions:>10,}{one.shards:>8,}"
+        lines.append(f"{one.split:<12}{numbers}{one.seconds / 3600:>9.2f}{one.bytes / 1e6:>12,.1f}")
+    return "\n".join([*lines, f"hours and MB are estimated from {tried} samples; nothing is written"])
+
+
+_SUMMED = ("pictures", "captions", "shards", "seconds", "bytes")

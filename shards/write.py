@@ -5,8 +5,9 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -17,13 +18,25 @@ from shards import manifest
 from shards.audio import SAMPLE_RATE, Codec, encode_audio, mix_down, read_audio, resample
 from shards.corpora.item import AudioSource, Item, PictureSource
 from shards.errors import UserError
-from shards.folder import claimed
+from shards.folder import UNFINISHED, WHOLE, Part, claimed, finished, sweep
 from shards.picture import read_picture
 from shards.pool import Progress, run_tasks
-from shards.report import Counts, Dropped, Report
+from shards.record import (
+    Plan,
+    Record,
+    Sample,
+    files_digest,
+    gather,
+    lists_digest,
+    load_plan,
+    load_record,
+)
+from shards.report import Dropped, Outlook, Report, outlook_text
 
 _FIRST_SPLITS = ("train", "dev", "test")
 _KEY_LENGTH = 80  # a member's name has 100 bytes in a ustar header
+_NAMED = 5  # missing shards that a message shows
+_TRIED = 8  # samples a split that are encoded for an estimate
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,62 @@ class Format:
     skip_bad: bool = False  # drop what cannot be read rather than end the run
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """One shard to write."""
+
+    name: str
+    split: str
+    items: tuple[Item, ...]
+    form: Format
+    lists: str  # digest of the items
+
+
+@dataclass(frozen=True)
+class Work:
+    """All shards of a corpus, before any is written."""
+
+    plan: Plan
+    shards: tuple[_Planned, ...]
+
+    def part(self, part: Part) -> tuple[_Planned, ...]:
+        """The shards that a part of the run writes."""
+        return self.shards[part.number - 1 :: part.of]
+
+    def pictures(self, part: Part) -> int:
+        """Pictures of a part."""
+        return sum(len(shard.items) for shard in self.part(part))
+
+
+def plan_shards(items: Sequence[Item], corpus: str, form: Format, arguments: Mapping[str, Any], parts: int = 1) -> Work:
+    """Deal the items to shards, split by split; their order within a split is the order of the shards.
+
+    Args:
+        items: the corpus.
+        corpus: name kept in the manifest.
+        form: how samples are stored.
+        arguments: JSON values kept in the manifest.
+        parts: into how many runs the work is divided.
+
+    Raises:
+        UserError: clashing ids, a picture without captions, an unknown twin, or nothing to write.
+    """
+    _check_ids(items)
+    splits: dict[str, list[Item]] = {}
+    for item in items:
+        splits.setdefault(item.split, []).append(item)
+    shards = []
+    for split in sorted(splits, key=lambda name: (*(name != first for first in _FIRST_SPLITS), name)):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
+            raise UserError(f"split {split!r}: a split's name has letters, digits, _ and - only")
+        for number, start in enumerate(range(0, len(splits[split]), form.samples_per_shard)):
+            some = tuple(splits[split][start : start + form.samples_per_shard])
+            shards.append(_Planned(f"{split}-{number:06d}.tar", split, some, form, lists_digest(some, asdict(form))))
+    lists = {shard.name: shard.lists for shard in shards}
+    plain = json.loads(json.dumps(dict(arguments)))  # as it will be read back
+    return Work(Plan(corpus, plain, asdict(form), lists, parts), tuple(shards))
+
+
 def write_shards(
     items: Sequence[Item],
     folder: Path,
@@ -46,60 +115,144 @@ def write_shards(
     arguments: Mapping[str, Any],
     jobs: int = 1,
     progress: Progress = lambda done: None,
+    restart: bool = False,
 ) -> Report:
-    """Write all samples, then the index, the report and, last, the manifest.
+    """Write all samples, then the index, the report and, last, the manifest; go on where an earlier run was stopped.
 
     Args:
         items: the corpus; its order within a split is the order of the shards.
-        folder: empty, new, or left unfinished by an earlier run; emptied again if this run fails.
+        folder: empty, new, or left unfinished by an earlier run. If this run fails, finished shards are kept.
         corpus: name kept in the manifest.
         form: how samples are stored.
         arguments: JSON values kept in the manifest.
         jobs: processes.
         progress: told how many pictures were done since the last call.
+        restart: drop what an unfinished run has left.
 
     Raises:
         UserError: bad input (unless `form.skip_bad`), clashing ids, nothing to write, or a folder in use.
     """
-    plans = _plan(items, folder, form)
-    with claimed(folder):
-        written = dict(run_tasks(_write_shard, plans, jobs, progress))
-        shards = [written[name] for name in plans if written[name].samples]
-        report = _report([written[name] for name in plans])
-        if not shards:
-            raise UserError(f"no sample is left to write: {report.dropped[0].reason}")
-        report.save(folder)
-        splits = list(dict.fromkeys(shard.split for shard in shards))
-        infos = [_info(shard) for shard in shards]
-        manifest.save(folder, corpus, infos, splits, _columns(shards, splits), arguments)
+    work = plan_shards(items, corpus, form, arguments)
+    with claimed(folder, WHOLE, work.plan, restart):
+        kept = _write(work, folder, WHOLE, jobs, progress)
+        report = _merge(folder, work.plan)
+    report.kept = kept
     return report
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """One shard to write."""
+def write_part(
+    work: Work, folder: Path, part: Part, jobs: int = 1, progress: Progress = lambda done: None
+) -> tuple[int, int]:
+    """Write one part's shards; other parts may be written at once, on other machines too.
 
-    path: Path
-    split: str
-    items: tuple[tuple[str, Item], ...]  # with their keys
-    form: Format
+    Returns:
+        How many shards were written, and how many were there from an earlier run.
+
+    Raises:
+        UserError: as for `write_shards`.
+    """
+    with claimed(folder, part, work.plan):
+        kept = _write(work, folder, part, jobs, progress)
+    return len(work.part(part)) - kept, kept
 
 
-def _plan(items: Sequence[Item], folder: Path, form: Format) -> dict[str, _Plan]:
-    """Deal the items to shards, split by split."""
-    _check_ids(items)
-    splits: dict[str, list[tuple[str, Item]]] = {}
-    for item in items:
-        splits.setdefault(item.split, []).append((sample_key(item.image_id), item))
-    plans = {}
-    for split in sorted(splits, key=lambda name: (*(name != first for first in _FIRST_SPLITS), name)):
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
-            raise UserError(f"split {split!r}: a split's name has letters, digits, _ and - only")
-        rows = splits[split]
-        for number, start in enumerate(range(0, len(rows), form.samples_per_shard)):
-            name = f"{split}-{number:06d}.tar"
-            plans[name] = _Plan(folder / name, split, tuple(rows[start : start + form.samples_per_shard]), form)
-    return plans
+def merge_shards(folder: Path) -> Report:
+    """Write the index, the report and the manifest of a folder whose parts are all written.
+
+    Raises:
+        UserError: there are no parts, one is missing or at work, or the folder cannot be written.
+    """
+    if load_plan(folder / UNFINISHED) is None:
+        raise UserError(f"{folder} holds no parts to merge: write them with make_shards.py CORPUS --out DIR --part I/N")
+    with claimed(folder):
+        plan = load_plan(folder / UNFINISHED)
+        assert plan is not None
+        return _merge(folder, plan)
+
+
+def _write(work: Work, folder: Path, part: Part, jobs: int, progress: Progress) -> int:
+    """Write or keep the shards of a part, and give how many were kept."""
+    tasks = {shard.name: shard for shard in work.part(part)}
+    try:
+        return sum(kept for _, kept in run_tasks(partial(_make_shard, folder), tasks, jobs, progress))
+    except UserError as error:
+        kept = going_on(folder)
+        raise UserError(f"{error}; {kept}" if kept else str(error)) from None
+
+
+def going_on(folder: Path) -> str:
+    """What to say of the shards that a stopped run leaves; nothing if there are none."""
+    kept, plan = finished(folder), load_plan(folder / UNFINISHED)
+    if not kept or plan is None:
+        return ""
+    command = "the same command" if plan.skip_bad else "the same command, or with --skip-bad,"
+    return f"{kept} of {len(plan.shards)} shards are finished and kept: {command} goes on from there"
+
+
+def _merge(folder: Path, plan: Plan) -> Report:
+    """Write the index, the report and, last, the manifest, from the records of all shards."""
+    missing: list[str] = []
+
+    def records() -> Iterator[Record]:
+        for name, lists in plan.shards.items():
+            record = load_record(folder / UNFINISHED, name, lists, plan.skip_bad)
+            if record is None:
+                missing.append(name)
+            else:
+                yield record
+
+    gathered = gather(records())
+    if missing:
+        raise UserError(_still_missing(missing, plan))
+    if not gathered.shards:
+        raise UserError(f"no sample is left to write: {gathered.report.dropped[0].reason}")
+    sweep(folder, {shard.name for shard in gathered.shards})
+    gathered.report.save(folder)
+    manifest.save(folder, plan.corpus, gathered.shards, gathered.splits, gathered.columns(), plan.arguments)
+    return gathered.report
+
+
+def _still_missing(names: Sequence[str], plan: Plan) -> str:
+    part_of = {name: f"{number % plan.parts + 1}/{plan.parts}" for number, name in enumerate(plan.shards)}
+    named = ", ".join(f"{name} (part {part_of[name]})" for name in names[:_NAMED])
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    parts = sorted({part_of[name] for name in names}, key=lambda part: int(part.split("/")[0]))
+    again = f"--part {', '.join(parts)}" if plan.parts > 1 else "the same command"
+    what = f"{len(names)} of {len(plan.shards)} shards are missing, or not as planned last"
+    return f"{what}: {named}{more}: run {again} again"
+
+
+def outlook(items: Sequence[Item], form: Format) -> str:
+    """What writing a corpus would give, as a table; a few samples of each split are encoded for it.
+
+    Raises:
+        UserError: as for `plan_shards`, and for bad input among those samples.
+    """
+    splits: dict[str, list[_Planned]] = {}
+    for shard in plan_shards(items, "", form, {}).shards:
+        splits.setdefault(shard.split, []).append(shard)
+    tried = 0
+    rows = []
+    for split, shards in splits.items():
+        every = [item for shard in shards for item in shard.items]
+        some = [every[n * len(every) // _TRIED] for n in range(_TRIED)] if len(every) > _TRIED else every
+        trial, size = _trial(some, form)
+        tried += len(some)
+        share = len(every) / len(some)
+        seconds = share * sum(sum(sample.durations) for sample in trial.samples)
+        captions = sum(len(item.captions) for item in every)
+        rows.append(Outlook(split, len(every), captions, len(shards), seconds, share * size))
+    return outlook_text(rows, tried)
+
+
+def _trial(items: Sequence[Item], form: Format) -> tuple[Record, int]:
+    """Write a few samples into memory: their record and how many bytes of a tar they fill."""
+    shard, file = Record("", "", "", ""), io.BytesIO()
+    with tarfile.TarFile("", "w", file, format=tarfile.USTAR_FORMAT) as tar:
+        for item in items:
+            _write_sample(tar, file, item, form, shard)
+        size = file.tell()
+    return shard, size
 
 
 def _check_ids(items: Sequence[Item]) -> None:
@@ -124,46 +277,35 @@ def sample_key(image_id: str) -> str:
     return f"{key[: _KEY_LENGTH - 13]}-{sha256(image_id.encode()).hexdigest()[:12]}"
 
 
-@dataclass
-class _Sample:
-    """One written sample: where its members lie in the tar, as (offset, bytes)."""
-
-    key: str
-    image_id: str
-    twin: str | None
-    captions: list[dict[str, Any]]
-    members: list[tuple[int, int]] = field(default_factory=list)  # JSON, picture, then the captions' audio
-
-
-@dataclass
-class _Shard:
-    """One written shard."""
-
-    path: Path
-    split: str
-    samples: list[_Sample] = field(default_factory=list)
-    dropped: list[Dropped] = field(default_factory=list)
-    bytes: int = 0
-    sha256: str = ""
-
-
-def _write_shard(plan: _Plan, progress: Progress) -> _Shard:
-    shard = _Shard(plan.path, plan.split)
+def _make_shard(folder: Path, plan: _Planned, progress: Progress) -> bool:
+    """Write one shard unless it is there, finished, from the same files; tell which."""
+    notes = folder / UNFINISHED
+    # Before the files are read: if one changes meanwhile, the next run sees another time than this one.
+    files = files_digest(plan.items)
+    finished_one = load_record(notes, plan.name, plan.lists, plan.form.skip_bad)
+    if finished_one and finished_one.files == files:
+        progress(len(plan.items))
+        return True
+    path = folder / plan.name
+    shard = Record(plan.name, plan.split, plan.lists, files)
     try:
-        with manifest.atomic(plan.path) as file, tarfile.TarFile("", "w", file, format=tarfile.USTAR_FORMAT) as tar:
-            for key, item in plan.items:
-                _write_sample(tar, file, key, item, plan.form, shard)
+        # A record of what the tar held before must not be found beside a new tar.
+        (notes / f"{plan.name}.json").unlink(missing_ok=True)
+        with manifest.atomic(path) as file, tarfile.TarFile("", "w", file, format=tarfile.USTAR_FORMAT) as tar:
+            for item in plan.items:
+                _write_sample(tar, file, item, plan.form, shard)
                 progress(1)
-        if not shard.samples:
-            plan.path.unlink()
-            return shard
-        shard.bytes, shard.sha256 = plan.path.stat().st_size, manifest.file_sha256(plan.path)
+        if shard.samples:
+            shard.bytes, shard.sha256 = path.stat().st_size, manifest.file_sha256(path)
+        else:
+            path.unlink()
+        shard.save(notes)
     except OSError as error:
-        raise UserError(f"cannot write {plan.path}: {error.strerror}") from None
-    return shard
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return False
 
 
-def _write_sample(tar: tarfile.TarFile, file: IO[bytes], key: str, item: Item, form: Format, shard: _Shard) -> None:
+def _write_sample(tar: tarfile.TarFile, file: IO[bytes], item: Item, form: Format, shard: Record) -> None:
     try:
         picture = _picture(item.picture, form)
     except _BadFile as bad:
@@ -179,7 +321,9 @@ def _write_sample(tar: tarfile.TarFile, file: IO[bytes], key: str, item: Item, f
         meta["twin"] = item.twin
     members = {"json": json.dumps(meta, ensure_ascii=False).encode(), "jpg": picture}
     members |= {f"{n}.{form.codec}": audio for n, (_, audio) in enumerate(spoken)}
-    sample = _Sample(key, item.image_id, item.twin, captions)
+    key = sample_key(item.image_id)
+    durations, speakers = ([one[name] for one in captions] for name in ("duration", "speaker"))
+    sample = Sample(key, item.image_id, item.twin, durations, speakers)
     for ending, data in members.items():
         info = tarfile.TarInfo(f"{key}.{ending}")
         info.size, info.mode = len(data), 0o644  # the rest stays at its defaults: no time, no owner
@@ -232,45 +376,3 @@ def _audio(source: AudioSource, form: Format) -> np.ndarray:
 
 def _droppable(error: UserError, form: Format) -> Exception:
     return _BadFile(str(error)) if form.skip_bad else error
-
-
-def _info(shard: _Shard) -> manifest.ShardInfo:
-    return manifest.ShardInfo(shard.path.name, shard.bytes, shard.sha256, len(shard.samples))
-
-
-def _columns(shards: Sequence[_Shard], splits: Sequence[str]) -> dict[str, Any]:
-    """The manifest's columns, sample by sample."""
-    rows = [(number, shard.split, sample) for number, shard in enumerate(shards) for sample in shard.samples]
-    samples = [sample for _, _, sample in rows]
-    number_of = {sample.image_id: number for number, sample in enumerate(samples)}
-    audio = [member for sample in samples for member in sample.members[2:]]
-    return {
-        "key": [sample.key.encode() for sample in samples],
-        "image_id": [sample.image_id.encode() for sample in samples],
-        "shard": [shard for shard, _, _ in rows],
-        "split": [splits.index(split) for _, split, _ in rows],
-        "meta_offset": [sample.members[0][0] for sample in samples],
-        "meta_bytes": [sample.members[0][1] for sample in samples],
-        "image_offset": [sample.members[1][0] for sample in samples],
-        "image_bytes": [sample.members[1][1] for sample in samples],
-        # The original of a twin may have been dropped.
-        "twin": [number_of.get(sample.twin, -1) if sample.twin is not None else -1 for sample in samples],
-        "first_caption": np.cumsum([0, *(len(sample.captions) for sample in samples)]),
-        "audio_offset": [offset for offset, _ in audio],
-        "audio_bytes": [size for _, size in audio],
-        "duration": [caption["duration"] for sample in samples for caption in sample.captions],
-    }
-
-
-def _report(shards: Sequence[_Shard]) -> Report:
-    report = Report(dropped=[one for shard in shards for one in shard.dropped])
-    for shard in shards:
-        counts = report.splits.setdefault(shard.split, Counts())
-        for sample in shard.samples:
-            counts.add(
-                [caption["duration"] for caption in sample.captions],
-                [caption["speaker"] for caption in sample.captions],
-            )
-        report.shards += bool(shard.samples)
-        report.bytes += shard.bytes
-    return report

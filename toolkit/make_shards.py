@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -18,10 +19,14 @@ from shards.corpora import CORPORA, module
 from shards.errors import UserError, run_main
 
 if TYPE_CHECKING:
+    from shards.corpora.item import Item
     from shards.pool import Progress
+    from shards.report import Report
+    from shards.write import Format
 
 _LINE_EVERY = 30.0  # seconds between lines of progress where there is no terminal
-_NOT_CONTENT = ("out", "jobs")  # arguments that do not change what the shards hold
+_NOT_CONTENT = ("out", "jobs", "part", "restart", "dry_run")  # arguments that do not change what the shards hold
+_MERGE = "merge"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line: a subcommand a corpus, each with the common options and its own."""
     parser = _Parser(
         prog="make_shards.py",
-        description="Write a corpus as shards: tar files of pictures with all their spoken captions.",
+        description="Write a corpus as shards: tar files of pictures with all their spoken captions. A run that was "
+        "stopped goes on from its finished shards if the same command is given again.",
         epilog="make_shards.py CORPUS --help shows a corpus's layout on disk and its options.",
     )
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
@@ -48,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         _add_common(one)
         module(name).add_arguments(one)
+    merge = corpora.add_parser(_MERGE, help="finish a folder whose parts were written by runs with --part")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that the parts were written into")
     return parser
 
 
@@ -61,6 +69,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--codec", choices=("flac", "wav", "opus"), default="flac", help="of the audio (default: flac)")
     add("--max-seconds", type=_seconds, default=30.0, metavar="S", help="longer audio is bad input (default: 30)")
     add("--skip-bad", action="store_true", help="drop and report what cannot be read, rather than end the run")
+    add(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="write one of N parts, each by a run of its own, at once if you like; then make_shards.py merge --out DIR",
+    )
+    add("--restart", action="store_true", help="drop the shards that an unfinished run has left in --out")
+    add("--dry-run", action="store_true", help="show what would be written, and write nothing")
 
 
 def _number(low: int, high: int = 10**9) -> Any:
@@ -83,6 +99,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, as in 2/8, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the corpus's description, write the shards, print the report.
 
@@ -90,13 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: a mistake on the command line or in the corpus.
     """
     options = build_parser().parse_args(arguments)
+    if options.corpus == _MERGE:
+        _merge(options.out)
+        return
+    if options.part and options.restart:
+        raise UserError(f"--restart and --part: remove {options.out} instead, then start all parts")
     content = _content(options)
-    if _finished(options.out, content):
+    if not options.dry_run and _finished(options.out, content):
         return
     items = module(options.corpus).read(options)
 
     # Late, since the writer brings in what --help need not wait for.
-    from shards.write import Format, write_shards
+    from shards.write import Format, going_on, outlook
 
     form = Format(
         options.samples_per_shard,
@@ -106,10 +134,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.max_seconds,
         options.skip_bad,
     )
+    if options.dry_run:
+        print(outlook(items, form))
+        return
+    try:
+        (_write_part if options.part else _write_all)(items, form, content, options)
+    except (KeyboardInterrupt, SystemExit):
+        if kept := going_on(options.out):
+            print(f"{options.out}: {kept}", file=sys.stderr)
+        raise
+
+
+def _write_all(items: Sequence["Item"], form: "Format", content: dict[str, Any], options: argparse.Namespace) -> None:
+    from shards.write import write_shards
+
     start = time.monotonic()
     with _progress_bar(len(items)) as progress:
-        report = write_shards(items, options.out, options.corpus, form, content, options.jobs, progress)
-    print(f"{options.out}: written in {time.monotonic() - start:.0f} s")
+        report = write_shards(
+            items, options.out, options.corpus, form, content, options.jobs, progress, options.restart
+        )
+    _print_report(options.out, report, start)
+
+
+def _write_part(items: Sequence["Item"], form: "Format", content: dict[str, Any], options: argparse.Namespace) -> None:
+    from shards.folder import Part
+    from shards.write import plan_shards, write_part
+
+    part = Part(*options.part)
+    start = time.monotonic()
+    work = plan_shards(items, options.corpus, form, content, part.of)
+    with _progress_bar(work.pictures(part)) as progress:
+        written, kept = write_part(work, options.out, part, options.jobs, progress)
+    seconds = time.monotonic() - start
+    print(f"{options.out}: part {part}: {written} shards written in {seconds:.0f} s, {kept} kept from an earlier run")
+    print(f"after the last part: make_shards.py {_MERGE} --out {options.out}")
+
+
+def _merge(out: Path) -> None:
+    """Finish a folder of parts."""
+    from shards.write import merge_shards
+
+    if not _finished(out):
+        start = time.monotonic()
+        _print_report(out, merge_shards(out), start)
+
+
+def _print_report(out: Path, report: "Report", start: float) -> None:
+    print(f"{out}: written in {time.monotonic() - start:.0f} s")
     print(report.text())
 
 
@@ -122,22 +193,24 @@ def _content(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _finished(out: Path, content: dict[str, Any]) -> bool:
-    """Whether `out` holds these shards already; a `UserError` if it holds others."""
+def _finished(out: Path, content: dict[str, Any] | None = None) -> bool:
+    """Whether `out` holds these shards already, or any; a `UserError` if it holds others."""
+    from shards.folder import tidy
     from shards.manifest import MANIFEST, load
     from shards.report import load_report
 
     if not (out / MANIFEST).exists():
         return False
     made = load(out)
-    if made.arguments != json.loads(json.dumps(content)):
+    if content is not None and made.arguments != json.loads(json.dumps(content)):
         names = sorted(made.arguments.keys() | content.keys())
         name = next(one for one in names if made.arguments.get(one) != content.get(one))
         raise UserError(
             f"{out} holds shards made with {name} {made.arguments.get(name)}, now {content.get(name)}: "
             "give another --out, or remove the folder"
         )
-    print(f"{out}: finished already, made with the same arguments")
+    tidy(out)
+    print(f"{out}: finished already{', made with the same arguments' if content is not None else ''}")
     print(load_report(out).text())
     return True
 
@@ -151,16 +224,17 @@ def _progress_bar(total: int) -> Iterator["Progress"]:
         with tqdm(total=total, unit=" pictures", dynamic_ncols=True) as bar:
             yield bar.update
         return
-    start = last = time.monotonic()
-    sum_done = 0
+    last = time.monotonic()
+    sum_done = last_done = 0
 
     def progress(done: int) -> None:
-        nonlocal last, sum_done
+        nonlocal last, last_done, sum_done
         sum_done += done
         now = time.monotonic()
         if now - last >= _LINE_EVERY:
-            last = now
-            left = (now - start) * (total - sum_done) / sum_done
+            # By the pace since the last line: shards kept from an earlier run were done in no time.
+            left = (now - last) * (total - sum_done) / (sum_done - last_done)
+            last, last_done = now, sum_done
             print(f"{sum_done:,} of {total:,} pictures, {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
 
     yield progress

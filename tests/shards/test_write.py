@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tarfile
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,21 +17,22 @@ from PIL import Image
 from shards import manifest
 from shards.corpora.item import Caption, Item
 from shards.errors import UserError
-from shards.folder import UNFINISHED
-from shards.report import load_report
-from shards.write import Format, sample_key, write_shards
+from shards.folder import UNFINISHED, Part, claimed, finished, tidy
+from shards.report import Report, load_report
+from shards.write import Format, merge_shards, outlook, plan_shards, sample_key, write_part, write_shards
 from tests.shards import tiny_corpora as tiny
 
 
-def tone(hertz=300, rate=22050, seconds=0.2):
+def tone(hertz=300, rate=16000, seconds=0.2):
     wave = 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(rate * seconds)) / rate)
     return np.stack([wave, 0 * wave]).astype(np.float32), rate
 
 
-def drawn(image_id, split="train", captions=2, **how):
+def drawn(image_id, split="train", captions=2, rate=16000, **how):
     """A picture and captions that need no file."""
     spoken = tuple(
-        Caption(f"{image_id}-{k}", partial(tone, 300 + 50 * k), f"«text» {k}", f"speaker {k}") for k in range(captions)
+        Caption(f"{image_id}-{k}", partial(tone, 300 + 50 * k, rate), f"«text» {k}", f"speaker {k}")
+        for k in range(captions)
     )
     return Item(image_id, split, partial(Image.new, "RGB", (20, 20), "red"), spoken, **how)
 
@@ -48,7 +50,7 @@ ITEMS = [
     drawn("dev/1", "dev"),
     drawn("t-2", "train", captions=3),
     drawn("t-1", "train"),
-    drawn("x", "extra", captions=1, twin="t-1"),
+    drawn("x", "extra", captions=1, rate=22050, twin="t-1"),
     drawn("t-3", "train", captions=1),
 ]
 
@@ -187,8 +189,10 @@ def with_files(folder):
 @pytest.mark.parametrize(("number", "named"), [(0, "empty.wav"), (1, "long.wav"), (2, "text.jpg"), (3, "gone.jpg")])
 def test_first_bad_file_ends_the_run(tmp_path, number, named):
     items = with_files(tmp_path)
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path / named}: ")):
-        write([items[4], items[number]], tmp_path / "new/out", max_seconds=1)
+    bad = replace(items[number], split="dev")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / named}: ")) as caught:
+        write([items[4], bad], tmp_path / "new/out", max_seconds=1)
+    assert "kept" not in str(caught.value)
     assert not (tmp_path / "new").exists()
 
 
@@ -244,8 +248,9 @@ def test_report(tmp_path):
     lines = report.text().splitlines()
     assert lines[1].split() == ["train", "3", "6", "0.00", "3"]
     assert lines[4].split() == ["all", "5", "9", "0.00", "3"]
-    assert lines[-2].startswith("4 shards")
-    assert lines[-1] == "nothing dropped"
+    assert lines[5].startswith("4 shards")
+    assert lines[6:] == ["seconds       captions", "0 to 1               9  " + 40 * "#", "nothing dropped"]
+    assert json.loads((tmp_path / "report.json").read_text())["durations"] == [9]
 
 
 def test_progress_counts_every_picture(tmp_path):
@@ -263,9 +268,220 @@ def test_folder_with_other_files_is_refused_and_left_alone(tmp_path):
         write(ITEMS, tmp_path / "train-000000.tar")
 
 
+@pytest.mark.parametrize(
+    ("durations", "bars"),
+    [
+        ([], []),
+        ([3.0, 3.99, 5.5], [("3 to 4", 2, 40), ("4 to 5", 0, 0), ("5 to 6", 1, 20)]),
+        (
+            [1.0] * 1000 + [23.0],
+            [("0 to 2", 1000, 40), *((f"{n} to {n + 2}", 0, 0) for n in range(2, 22, 2)), ("22 to 24", 1, 1)],
+        ),
+        (
+            [100.0, 3600.0],
+            [
+                ("0 to 300", 1, 40),
+                *((f"{n} to {n + 300}", 0, 0) for n in range(300, 3600, 300)),
+                ("3600 to 3900", 1, 40),
+            ],
+        ),
+    ],
+)
+def test_histogram(durations, bars):
+    report = Report()
+    report.add_durations(durations)
+    rows = [re.fullmatch(r"(\d+ to \d+) +([\d,]+) *(#*)", line) for line in report.text().splitlines()[3:-1]]
+    assert [(row[1], int(row[2].replace(",", "")), len(row[3])) for row in rows] == bars
+
+
+# What a stopped run leaves, and how the next one goes on.
+
+
+def shard_corpus(folder, bad=None):
+    """Three shards of two pictures from files, and one of drawn ones; the recording of picture `bad` is empty."""
+    items = []
+    for n in range(6):
+        photo = tiny.photo(folder / f"{n}.png", colour=("red", "blue", "green")[n % 3])
+        speech = tiny.speech(folder / f"{n}.wav")
+        if n == bad:
+            speech.write_bytes(b"")
+        items.append(Item(f"p{n}", "train", photo, (Caption(f"u{n}", speech, f"text {n}", "anna"),)))
+    return [*items, drawn("d0", "dev", 1), drawn("d1", "dev", 1)]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def identities(folder):
+    """What a shard keeps if no one writes it again."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.tar")}
+
+
+def stop(items, folder, **how):
+    """Begin to write, and end with shards kept because of a bad recording."""
+    with pytest.raises(
+        UserError, match=r"empty file \(0 bytes\); \d of 4 shards are finished and kept: the same comm"
+    ) as e:
+        write(items, folder, samples_per_shard=2, **how)
+    assert "\n" not in str(e.value)
+    return identities(folder)
+
+
+def test_bad_input_keeps_finished_shards_and_the_next_run_goes_on(tmp_path):
+    items, out = shard_corpus(tmp_path / "corpus", bad=4), tmp_path / "out"
+    kept = stop(items, out)
+    assert sorted(kept) == ["train-000000.tar", "train-000001.tar"]
+    tiny.speech(tmp_path / "corpus/4.wav")
+    done = []
+    report = write_shards(items, out, "tiny", Format(2), {"corpus": "tiny"}, progress=done.append)
+    assert sum(done) == len(items)
+    assert kept.items() <= identities(out).items()
+    assert "4 shards, " in report.text()
+    assert ", 2 of them kept from an earlier run\n" in report.text()
+    write(items, tmp_path / "undisturbed", samples_per_shard=2)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_with_skip_bad_a_run_goes_on_and_without_it_does_not(tmp_path):
+    items, out = shard_corpus(tmp_path / "corpus", bad=2), tmp_path / "out"
+    kept = stop(items, out)
+    items.append(Item("gone", "dev", tmp_path / "gone.jpg", items[0].captions))  # dev is planned anew, train is not
+    items.append(Item("end", "test", no_voice, items[0].captions))
+    with pytest.raises(UserError, match=r"install the voices; 4 of 6 shards .*: the same command goes on"):
+        write(items, out, samples_per_shard=2, skip_bad=True)
+    assert kept.items() <= identities(out).items()
+    with pytest.raises(UserError, match=r"2\.wav: empty file"):  # the shard without it is not taken for whole
+        write(items, out, samples_per_shard=2)
+    report = write(items[:-1], out, samples_per_shard=2, skip_bad=True)
+    assert [one.name for one in report.dropped] == ["u2", "p2", "gone"]
+    write(items[:-1], tmp_path / "undisturbed", samples_per_shard=2, skip_bad=True)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def other_caption(item, **how):
+    return replace(item, captions=(replace(item.captions[0], **how),))
+
+
+def touched(item):
+    os.utime(item.picture, ns=(1, 1))
+    return item
+
+
+def other_recording(item):
+    os.truncate(item.captions[0].audio, 1044)
+    return item
+
+
+@pytest.mark.parametrize(
+    ("number", "change"),
+    [
+        (0, touched),
+        (0, other_recording),
+        (0, partial(replace, image_id="other")),
+        (0, partial(replace, twin="p1")),
+        (0, partial(other_caption, text="other")),
+        (0, partial(other_caption, speaker=None)),
+        (0, partial(other_caption, utterance="other")),
+        (6, partial(other_caption, audio=partial(tone, 301))),
+        (6, partial(other_caption, audio=partial(tone, 300, seconds=0.3))),
+        (6, partial(replace, picture=partial(Image.new, "RGB", (20, 20), "blue"))),
+        (6, partial(replace, picture=partial(Image.fromarray, np.zeros((2000, 1, 3), np.uint8)))),
+    ],
+)
+def test_a_changed_shard_alone_is_written_again(tmp_path, number, change):
+    items = [*shard_corpus(tmp_path / "corpus"), Item("end", "test", no_voice, (Caption("end", no_voice),))]
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="4 of 5 shards are finished"):
+        write(items, out, samples_per_shard=2)
+    before = identities(out)
+    again = [*items[:number], change(items[number]), *items[number + 1 : -1]]
+    assert write(again, out, samples_per_shard=2).kept == 3
+    name = "train-000000.tar" if number == 0 else "dev-000000.tar"
+    assert {one for one, identity in identities(out).items() if before[one] != identity} == {name}
+    write(again, tmp_path / "undisturbed", samples_per_shard=2)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_arrays_that_look_alike_are_told_apart(tmp_path):
+    pixels = np.zeros((2000, 3, 3), np.uint8)
+    other = pixels.copy()
+    other[1000] = 255  # numpy shows neither in full
+    plans = [
+        plan_shards([replace(drawn("a"), picture=partial(Image.fromarray, one))], "tiny", Format(), {})
+        for one in (pixels, pixels.copy(), other)
+    ]
+    digests = [work.plan.shards["train-000000.tar"] for work in plans]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def spoil_tar(tar, record):
+    os.truncate(tar, tar.stat().st_size - 1)
+
+
+def spoil_record(tar, record):
+    os.truncate(record, record.stat().st_size - 1)
+
+
+def lose_tar(tar, record):
+    tar.unlink()
+
+
+def lose_record(tar, record):
+    record.unlink()
+
+
+@pytest.mark.parametrize("harm", [spoil_tar, spoil_record, lose_tar, lose_record])
+def test_a_shard_that_is_not_as_recorded_is_written_again(tmp_path, harm):
+    items, out = shard_corpus(tmp_path / "corpus", bad=4), tmp_path / "out"
+    kept = stop(items, out)
+    harm(out / "train-000000.tar", out / UNFINISHED / "train-000000.tar.json")
+    report = write(items, out, samples_per_shard=2, skip_bad=True)
+    assert report.kept == 1
+    assert identities(out)["train-000001.tar"] == kept["train-000001.tar"]
+    write(items, tmp_path / "undisturbed", samples_per_shard=2, skip_bad=True)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_shards_of_a_corpus_that_shrank_are_removed(tmp_path):
+    items, out = shard_corpus(tmp_path / "corpus", bad=4), tmp_path / "out"
+    stop(items, out)
+    write(items[:2], out, samples_per_shard=2)
+    assert sorted(contents(out)) == ["index.npz", "manifest.json", "report.json", "train-000000.tar"]
+
+
+def test_another_command_is_refused_where_there_is_something_to_lose(tmp_path):
+    items, out = shard_corpus(tmp_path / "corpus", bad=4), tmp_path / "out"
+    kept = stop(items, out)
+    with pytest.raises(UserError, match=r"unfinished run made with quality 90, now 80: run that .* with --restart$"):
+        write(items, out, samples_per_shard=2, quality=80)
+    with pytest.raises(UserError, match=r"made with corpus tiny, now other"):
+        write_shards(items, out, "other", Format(2), {})
+    assert identities(out) == kept
+    write_shards(items[:4], out, "other", Format(2), {}, restart=True)
+    assert manifest.load(out).corpus == "other"
+    assert not kept.items() & identities(out).items()
+
+
+def test_another_command_takes_over_where_no_shard_is_finished(tmp_path):
+    plan = plan_shards(ITEMS, "tiny", Format(quality=50), {}).plan
+    (tmp_path / UNFINISHED).mkdir()
+    plan.save(tmp_path / UNFINISHED)
+    (tmp_path / "train-000000.tar.77.tmp").write_bytes(b"junk")
+    write(ITEMS, tmp_path)
+    write(ITEMS, tmp_path / "undisturbed")
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert left == contents(tmp_path / "undisturbed")
+
+
 def test_leftovers_of_a_killed_run_are_replaced(tmp_path):
+    plan = plan_shards(ITEMS, "tiny", Format(), {"corpus": "tiny"}).plan
+    (tmp_path / UNFINISHED).mkdir()
+    plan.save(tmp_path / UNFINISHED)
     for name in (
-        UNFINISHED,
+        f"{UNFINISHED}/part-1-of-1.lock",
+        f"{UNFINISHED}/plan.json.77.tmp",
+        f"{UNFINISHED}/train-000000.tar.json.77.tmp",
         "train-000000.tar",
         "train-000009.tar",
         "old-000000.tar",
@@ -276,19 +492,70 @@ def test_leftovers_of_a_killed_run_are_replaced(tmp_path):
     write(ITEMS, tmp_path)
     write(ITEMS, tmp_path / "undisturbed")
     left = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    assert left == {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
+    assert left == contents(tmp_path / "undisturbed")
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def killed_at(moment, after, work):
+    """Work in a process that dies just before or after its n-th change of a name; whether it got as far."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    calls = []
+
+    def dying(real):
+        def call(*arguments, **options):
+            calls.append(real)
+            if len(calls) == moment and not after:
+                os._exit(9)
+            try:
+                real(*arguments, **options)
+            finally:
+                if len(calls) == moment:
+                    os._exit(9)
+
+        return call
+
+    for name in ("replace", "unlink", "rmdir"):
+        setattr(os, name, dying(getattr(os, name)))
+    code = 1
+    try:
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_at_every_change_of_a_name(tmp_path, after):
+    items = ITEMS[:3]  # none to be resampled: torch is not made for a fork
+    write(items, tmp_path / "undisturbed", samples_per_shard=1)
+    moment = 1
+    while killed_at(moment, after, partial(write, items, out := tmp_path / f"{moment}", samples_per_shard=1)):
+        notes = out / UNFINISHED
+        kept = {name: value for name, value in identities(out).items() if (notes / f"{name}.json").exists()}
+        if not (out / manifest.MANIFEST).exists():
+            assert write(items, out, samples_per_shard=1).kept == len(kept)
+        tidy(out)
+        assert kept.items() <= identities(out).items()
+        assert contents(out) == contents(tmp_path / "undisturbed")
+        moment += 1
+    assert moment > 12  # the plan, three shards with their records, the report, the index, the manifest, the notes
+    assert contents(tmp_path / f"{moment}") == contents(tmp_path / "undisturbed")
 
 
 def test_one_writer_at_a_time(tmp_path):
-    with open(tmp_path / UNFINISHED, "w") as marker:
-        fcntl.flock(marker, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another make_shards is writing into"):
+    plan = plan_shards(ITEMS, "tiny", Format(), {"corpus": "tiny"}).plan
+    with claimed(tmp_path, plan=plan):
+        with pytest.raises(UserError, match=rf"^another make_shards is writing into {tmp_path}: wait for it"):
             write(ITEMS, tmp_path)
+        assert (tmp_path / UNFINISHED / "plan.json").exists()
+    assert contents(tmp_path) == {}
     write(ITEMS, tmp_path)
 
 
-@pytest.mark.parametrize("moment", [1, 3, 5, 6])  # a shard, another, the report, the index
-def test_full_disk_leaves_nothing(tmp_path, monkeypatch, moment):
+# fsync of: the plan and its folder, a shard, its folder, its record, the report, the index
+@pytest.mark.parametrize(("moment", "kept"), [(1, 0), (2, 0), (3, 0), (5, 0), (7, 1), (9, 1)])
+def test_full_disk_leaves_finished_shards_or_nothing(tmp_path, monkeypatch, moment, kept):
     calls = []
 
     def fsync(descriptor, real=os.fsync):
@@ -299,5 +566,169 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, moment):
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
-        write(ITEMS[:2], tmp_path / "out")
+        write(ITEMS[:1], tmp_path / "out")
+    assert (tmp_path / "out").exists() == bool(kept)
+    assert not list(tmp_path.glob("**/*.tmp"))
+    assert write(ITEMS[:1], tmp_path / "out").kept == kept
+    write(ITEMS[:1], tmp_path / "undisturbed")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+# Parts.
+
+
+def part_of(items, folder, number, of, **how):
+    work = plan_shards(items, "tiny", Format(samples_per_shard=1, **how), {"corpus": "tiny"}, of)
+    return write_part(work, folder, Part(number, of))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_parts_in_any_order_give_the_same_bytes(tmp_path, parts):
+    out = tmp_path / "out"
+    written = [part_of(ITEMS, out, number, parts) for number in range(parts, 0, -1)]
+    assert sum(shards for shards, _ in written) == len(ITEMS)
+    assert [kept for _, kept in written] == [0] * parts
+    assert not (out / "manifest.json").exists()
+    assert part_of(ITEMS, out, 1, parts) == (0, written[-1][0])
+    before = identities(out)
+    report = merge_shards(out)
+    undisturbed = write(ITEMS, tmp_path / "undisturbed", samples_per_shard=1)
+    assert report == undisturbed
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert identities(out) == before
+
+
+def test_a_new_tar_never_goes_with_an_old_record(tmp_path):
+    items = [Item("p", "train", tiny.photo(tmp_path / "p.png"), (Caption("u", tmp_path / "u.wav"),))]
+    other = tiny.speech(tmp_path / "other.wav").read_bytes()  # as long, so that the tar has the same size
+    moment, refused = 0, 0
+    again = True
+    while again:
+        moment += 1
+        tiny.speech(tmp_path / "u.wav")
+        out = tmp_path / f"{moment}"
+        part_of(items, out, 1, 1, codec="wav")
+        (tmp_path / "u.wav").write_bytes(other)
+        again = killed_at(moment, True, partial(part_of, items, out, 1, 1, codec="wav"))
+        if not finished(out):
+            refused += 1
+            continue
+        merge_shards(out)
+        (shard,) = manifest.load(out).shards
+        assert shard.sha256 == manifest.file_sha256(out / shard.name)
+    assert refused >= 2
+
+
+def test_another_number_of_parts_goes_on(tmp_path):
+    part_of(ITEMS, tmp_path / "out", 2, 3)
+    assert part_of(ITEMS, tmp_path / "out", 2, 2) == (1, 1)
+    assert write(ITEMS, tmp_path / "out", samples_per_shard=1).kept == 3
+    write(ITEMS, tmp_path / "undisturbed", samples_per_shard=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_merge_names_what_is_missing(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"out holds no parts to merge: write them with .* --part I/N"):
+        merge_shards(out)
+    assert not out.exists()
+    part_of(ITEMS, out, 2, 3)
+    line = r"^3 of 5 shards are missing.*: train-000000\.tar \(part 1/3\), train-000002\.tar \(part 3/3\), "
+    with pytest.raises(UserError, match=line + r"dev-000000\.tar \(part 1/3\): run --part 1/3, 3/3 again$"):
+        merge_shards(out)
+    part_of(ITEMS, out, 1, 3)
+    part_of(ITEMS, out, 3, 3)
+    os.truncate(out / "train-000001.tar", 1024)
+    with pytest.raises(UserError, match=r"1 of 5 .* train-000001\.tar \(part 2/3\): run --part 2/3 again"):
+        merge_shards(out)
+    assert not (out / "manifest.json").exists()
+    assert part_of(ITEMS, out, 2, 3) == (1, 1)
+    merge_shards(out)
+    assert len(manifest.load(out).key) == 5
+    with pytest.raises(UserError, match="holds no parts to merge"):
+        merge_shards(out)
+
+
+def test_merge_refuses_parts_of_a_corpus_that_changed_between_them(tmp_path):
+    items = [*ITEMS[:3], replace(ITEMS[4], image_id="t-0")]
+    part_of(ITEMS, tmp_path, 1, 2)
+    part_of(items, tmp_path, 2, 2)  # train: t-2, t-1, t-0 rather than t-3; no extra
+    with pytest.raises(UserError, match=r"1 of 4 shards .* train-000002\.tar \(part 1/2\): run --part 1/2 again"):
+        merge_shards(tmp_path)
+    assert part_of(items, tmp_path, 1, 2) == (1, 1)
+    merge_shards(tmp_path)
+    write(items, tmp_path / "undisturbed", samples_per_shard=1)
+    (tmp_path / "undisturbed").rename(tmp_path.with_name("undisturbed"))
+    assert contents(tmp_path) == contents(tmp_path.with_name("undisturbed"))
+
+
+def test_parts_at_work_at_once(tmp_path):
+    plan = plan_shards(ITEMS, "tiny", Format(samples_per_shard=1), {"corpus": "tiny"}, 2).plan
+    with claimed(tmp_path, Part(1, 2), plan):
+        temporary = tmp_path / "train-000000.tar.77.tmp"
+        temporary.touch()
+        for number, of in ((1, 2), (1, 1), (2, 3)):
+            with pytest.raises(UserError, match=r"another make_shards is writing into .* \(part 1/2\): wait for it"):
+                part_of(ITEMS, tmp_path, number, of)
+        with pytest.raises(UserError, match=r"\(part 1/2\): wait"):
+            merge_shards(tmp_path)
+        with pytest.raises(UserError, match="quality 90, now 80"):
+            part_of(ITEMS, tmp_path, 2, 2, quality=80)
+        bad = [ITEMS[1], Item("bad", "train", tmp_path / "none.jpg", ITEMS[0].captions)]
+        with pytest.raises(UserError, match=r"none\.jpg: no such file$"):
+            part_of(bad, tmp_path, 2, 2)
+        assert temporary.exists(), "of the part at work"
+        assert (tmp_path / UNFINISHED / "plan.json").exists()
+        part_of(ITEMS, tmp_path, 2, 2)
+    assert not temporary.exists()
+    assert part_of(ITEMS, tmp_path, 1, 2) == (3, 0)
+    merge_shards(tmp_path)
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_last_part_to_fail_leaves_nothing(tmp_path):
+    bad = [Item("bad", "train", tmp_path / "none.jpg", ITEMS[0].captions)]
+    with pytest.raises(UserError, match=r"no such file$"):
+        part_of(bad, tmp_path / "out", 1, 2)
     assert not (tmp_path / "out").exists()
+
+
+def test_without_locks_of_the_file_system(tmp_path, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    out = tmp_path / "out"
+    bad = [ITEMS[1], Item("bad", "train", tmp_path / "none.jpg", ITEMS[0].captions)]
+    with pytest.raises(UserError, match=r"none\.jpg"):
+        part_of(bad, out, 2, 2)
+    assert (out / UNFINISHED / "plan.json").exists()  # the other part may be at work
+    part_of(ITEMS[1:3], out, 1, 2)
+    part_of(ITEMS[1:3], out, 2, 2)
+    merge_shards(out)
+    assert len(manifest.load(out).key) == 2
+
+
+# Before anything is written.
+
+
+def test_outlook(tmp_path):
+    items = [drawn(f"t{n}", captions=1 + n % 3) for n in range(40)] + [drawn("d", "dev")]
+    lines = outlook(items, Format(samples_per_shard=9)).splitlines()
+    report = write(items, tmp_path / "out", samples_per_shard=9)
+    train, dev, every = (line.split() for line in lines[1:4])
+    assert train[:4] == ["train", "40", "79", "5"]
+    assert dev[:4] == ["dev", "1", "2", "1"]
+    assert every[:4] == ["all", "41", "81", "6"]
+    assert float(every[5]) == pytest.approx(report.bytes / 1e6, rel=0.3, abs=0.1)
+    assert lines[4] == "hours and MB are estimated from 9 samples; nothing is written"
+    with pytest.raises(UserError, match="comes 2 times"):
+        outlook(items + items[:1], Format())
+
+
+def test_outlook_of_longer_speech():
+    minute = Caption("m", partial(tone, seconds=60))
+    items = [replace(drawn(f"{n}"), captions=(minute,)) for n in range(120)]
+    row = outlook(items, Format(codec="wav")).splitlines()[1].split()
+    assert row[:5] == ["train", "120", "120", "1", "2.00"]
+    assert float(row[5]) == pytest.approx(120 * 60 * 32000 / 1e6, rel=0.01)

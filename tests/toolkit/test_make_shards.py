@@ -1,5 +1,7 @@
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +32,16 @@ def start(*arguments, **how):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def identities(folder):
+    """What a shard keeps if no one writes it again."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.tar")}
+
+
+def finished(folder):
+    """The shards of an unfinished folder that a rerun may not touch."""
+    return {name: how for name, how in identities(folder).items() if (folder / f".unfinished/{name}.json").exists()}
 
 
 def counts(folder):
@@ -132,6 +144,15 @@ def test_finished_folder_is_left_as_it_is(tmp_path, capsys):
             "--short-side: expected a whole number of at least 16",
         ),
         (["table", "--root", "/no/where", "--out", "y"], "/no/where: no such folder"),
+        (["table", "--root", "x", "--out", "y", "--part", "0/3"], "--part: expected I/N with I from 1 to N, as in 2/8"),
+        (["table", "--root", "x", "--out", "y", "--part", "4/3"], "--part: expected I/N .*, got '4/3'"),
+        (["table", "--root", "x", "--out", "y", "--part", "2"], "--part: expected I/N .*, got '2'"),
+        (
+            ["table", "--root", "x", "--out", "y", "--part", "1/2", "--restart"],
+            "--restart and --part: remove y instead",
+        ),
+        (["merge"], "required: --out"),
+        (["merge", "--out", "/no/where"], "/no/where holds no parts to merge"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, reason):
@@ -140,9 +161,10 @@ def test_mistakes_on_the_command_line(arguments, reason):
     assert "\n" not in str(caught.value)
 
 
-def spoiled(root, what):
-    tiny.flickr8k(root, {"train": 4, "dev": 2, "test": 2})
-    wav, jpg = root / "flickr_audio/wavs/1005_ab1_1.wav", root / "Flicker8k_Dataset/1005_ab1.jpg"
+def spoiled(root, what, train=4, dev=2, test=2):
+    """A corpus of which something of the sixth picture is bad, and the name of that."""
+    tiny.flickr8k(root, {"train": train, "dev": dev, "test": test})
+    (wav,), (jpg,) = root.glob("flickr_audio/wavs/1005_*_1.wav"), root.glob("Flicker8k_Dataset/1005_*.jpg")
     if what == "no root":
         return root / "nowhere", "nowhere"
     if what == "missing audio":
@@ -156,27 +178,42 @@ def spoiled(root, what):
     return root, jpg.name if what == "text for a picture" else wav.name
 
 
-@pytest.mark.parametrize(
-    ("what", "jobs"),
-    [
-        ("no root", 1),
-        ("missing audio", 1),
-        ("empty audio", 1),
-        ("empty audio", 2),
-        ("long audio", 1),
-        ("text for a picture", 2),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_left(tmp_path, what, jobs):
-    root, named = spoiled(tmp_path / "corpus", what)
+@pytest.mark.parametrize("what", ["no root", "missing audio", "empty audio", "long audio", "text for a picture"])
+def test_bad_input_in_the_first_shard_is_one_line_and_nothing_is_left(tmp_path, what):
+    root, named = spoiled(tmp_path / "corpus", what, train=8, dev=0, test=0)
     out = tmp_path / "out"
-    job = start("flickr8k", "--root", root, "--out", out, "--jobs", str(jobs), "--samples-per-shard", "1")
+    job = start("flickr8k", "--root", root, "--out", out)
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 2
     assert errors.startswith("error: ")
     assert named in errors
     assert errors.count("\n") == 1, errors
     assert not out.exists()
+
+
+def test_missing_input_is_seen_before_the_first_shard(tmp_path):
+    root, named = spoiled(tmp_path / "corpus", "missing audio")
+    with pytest.raises(UserError, match=rf"{named} is missing: complete the corpus"):
+        make("flickr8k", "--root", root, "--out", tmp_path / "out", "--samples-per-shard", 1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_bad_input_after_finished_shards(tmp_path, capsys, jobs):
+    root, named = spoiled(tmp_path / "corpus", "empty audio")
+    arguments = ("flickr8k", "--root", root, "--samples-per-shard", "1", "--jobs", jobs, "--out")
+    job = start(*arguments, tmp_path / "out")
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 2
+    line = rf"error: .*{named}: empty file .*; ([4-7]) of 8 shards are finished and kept: .*, or with --skip-bad,.*\n"
+    assert (kept := re.fullmatch(line, errors)), errors
+    before = finished(tmp_path / "out")
+    assert len(before) == int(kept[1])
+    make(*arguments, tmp_path / "out", "--skip-bad")
+    assert f", {kept[1]} of them kept from an earlier run" in capsys.readouterr().out
+    assert before.items() <= identities(tmp_path / "out").items()
+    make(*arguments, tmp_path / "undisturbed", "--skip-bad")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("what", ["missing audio", "empty audio", "long audio", "text for a picture"])
@@ -190,25 +227,70 @@ def test_bad_input_skipped(tmp_path, capsys, what):
     assert counts(tmp_path / "out") == {"train": 4, "dev": 1 if picture else 2, "test": 2}
 
 
+def test_dry_run(tmp_path, capsys):
+    root = tiny.flickr8k(tmp_path / "corpus")
+    make("flickr8k", "--root", root, "--out", tmp_path / "out", "--dry-run", "--samples-per-shard", 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines[1:-1]] == [
+        ["train", "3", "6", "2"],
+        ["dev", "1", "2", "1"],
+        ["test", "1", "2", "1"],
+        ["all", "5", "10", "4"],
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_at_once(tmp_path, capsys):
+    root, out = tiny.flickr8k(tmp_path / "corpus", {"train": 4, "dev": 1, "test": 1}), tmp_path / "new" / "out"
+    arguments = ("flickr8k", "--root", root, "--samples-per-shard", "1", "--jobs", "1", "--out")
+    jobs = [start(*arguments, out, "--part", f"{number}/3") for number in (1, 2, 3)]
+    for number, job in enumerate(jobs, 1):
+        output, errors = job.communicate(timeout=120)
+        assert job.returncode == 0, errors
+        assert f"{out}: part {number}/3: 2 shards written in" in output
+        assert f"after the last part: make_shards.py merge --out {out}" in output
+    make("merge", "--out", out)
+    assert "6 shards, " in capsys.readouterr().out
+    make(*arguments, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+    capsys.readouterr()
+    make("merge", "--out", out)
+    make(*arguments, out, "--part", "2/3")
+    assert capsys.readouterr().out.count(f"{out}: finished already") == 2
+
+
+def test_notes_left_beside_the_manifest_are_removed(tmp_path):
+    root = tiny.flickr8k(tmp_path / "corpus")
+    arguments = ("flickr8k", "--root", root, "--out", tmp_path / "out", "--jobs", 1)
+    make(*arguments)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out/.unfinished").mkdir()
+    make(*arguments)
+    assert contents(tmp_path / "out") == before
+
+
 @pytest.fixture
 def slow_corpus(tmp_path):
     """Pictures that take a while to read, as links to one file."""
     root = tmp_path / "corpus"
     tiny.photo(root / "large.png", (2000, 1000))
     rows = []
-    for n in range(80):
+    for n in range(60):
         os.link(root / "large.png", root / f"{n}.png")
         rows.append({"image": f"{n}.png", "audio": "1.wav"})
     return tiny.table(root, rows)
 
 
+def slow_arguments(root, out):
+    return ("table", "--root", str(root), "--out", str(out), "--jobs", "2", "--samples-per-shard", "3")
+
+
 def start_slow(root, out):
-    """Start two workers on the slow corpus and wait until the first shards are there."""
-    job = start(
-        "table", "--root", root, "--out", out, "--jobs", "2", "--samples-per-shard", "4", start_new_session=True
-    )
+    """Start two workers on the slow corpus and wait until they have finished a shard."""
+    before = len(finished(out))
+    job = start(*slow_arguments(root, out), start_new_session=True)
     deadline = time.monotonic() + 60
-    while not list(out.glob("*.tar")):
+    while len(finished(out)) == before:
         assert job.poll() is None, job.communicate()
         assert time.monotonic() < deadline, "no shard after a minute"
         time.sleep(0.02)
@@ -220,11 +302,25 @@ def children(pid):
 
 
 @pytest.mark.parametrize(("number", "code", "line"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")])
-def test_stopping_leaves_nothing(slow_corpus, tmp_path, number, code, line):
+def test_stopping_keeps_finished_shards(slow_corpus, tmp_path, number, code, line):
     job = start_slow(slow_corpus, tmp_path / "out")
     os.killpg(job.pid, number)  # as a terminal or a scheduler does: all processes
     _, errors = job.communicate(timeout=60)
-    assert (job.returncode, errors) == (code, line)
+    assert job.returncode == code
+    assert re.fullmatch(rf"{tmp_path}/out: \d+ of 20 shards are finished and kept: the same command.*\n{line}", errors)
+    assert not list(tmp_path.glob("out/**/*.tmp"))
+    assert finished(tmp_path / "out")
+
+
+def test_stopping_before_the_first_shard_leaves_nothing(slow_corpus, tmp_path):
+    job = start(*slow_arguments(slow_corpus, tmp_path / "out")[:-1], "80")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/*.tmp")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert (job.returncode, errors) == (130, "interrupted\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -235,19 +331,26 @@ def test_killed_worker_is_named(slow_corpus, tmp_path):
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 2
     assert f"(pid {workers[1]}) was killed by SIGKILL while making train-0000" in errors
+    assert "of 20 shards are finished and kept: the same command" in errors
     assert errors.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert finished(tmp_path / "out")
 
 
-def test_rerun_after_a_kill_ends_with_the_same_bytes(slow_corpus, tmp_path):
-    out = tmp_path / "out"
-    job = start_slow(slow_corpus, out)
-    job.kill()
-    job.communicate(timeout=60)
-    assert not (out / "manifest.json").exists()
-    arguments = ("table", "--root", slow_corpus, "--jobs", 2, "--samples-per-shard", 4)
-    make(*arguments, "--out", out)
-    make(*arguments, "--out", tmp_path / "undisturbed")
+def test_rerun_after_kills_ends_with_the_same_bytes(slow_corpus, tmp_path):
+    out, chance = tmp_path / "out", random.Random(1)
+    kept = {}
+    for _ in range(3):
+        job = start_slow(slow_corpus, out)
+        time.sleep(chance.uniform(0, 0.2))
+        job.kill()
+        job.communicate(timeout=60)
+        assert not (out / "manifest.json").exists()
+        now = finished(out)
+        assert kept.items() <= now.items()
+        kept = now
+    make(*slow_arguments(slow_corpus, out))
+    assert kept.items() <= identities(out).items()
+    make(*slow_arguments(slow_corpus, tmp_path / "undisturbed"))
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
