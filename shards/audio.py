@@ -15,6 +15,7 @@ from shards.errors import UserError
 SAMPLE_RATE = 16000
 Codec = Literal["flac", "wav", "opus"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
+MAX_SECONDS = 600.0  # of a caption in a shard
 
 _BLOCK = 1 << 16  # frames decoded at a time, so that many channels or a wrong header never fill the memory
 _MAX_RATE = 192_000
@@ -122,20 +123,34 @@ def encode_audio(wave: np.ndarray, codec: Codec) -> bytes:
     return buffer.getvalue()
 
 
-def decode_audio(data: bytes) -> np.ndarray:
-    """Decode what `encode_audio` gave to float32 [n] at 16 kHz.
+def decode_audio(data: bytes, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+    """Decode what `encode_audio` gave to float32 [n] at 16 kHz, n > 0.
+
+    Args:
+        data: An encoded caption.
+        max_seconds: Longest duration allowed; checked from the header, which also bounds what is decoded.
 
     Raises:
-        UserError: not decodable, or not 16 kHz mono.
+        UserError: not decodable, not 16 kHz mono, too long, empty, or not finite.
     """
     import soundfile
 
     try:
-        wave, rate = soundfile.read(io.BytesIO(data), dtype="float32")
-    except (soundfile.SoundFileError, TypeError) as error:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.samplerate != SAMPLE_RATE or file.channels != 1:
+                shape = f"{file.samplerate} Hz and {file.channels} channels"
+                raise UserError(f"audio of {shape} in a shard, expected {SAMPLE_RATE} Hz mono")
+            if file.frames > max_seconds * SAMPLE_RATE:
+                raise UserError(
+                    f"audio of {file.frames / SAMPLE_RATE:.1f} s in a shard, the longest allowed is {max_seconds:g} s"
+                )
+            wave = file.read(dtype="float32")
+            floats = file.subtype in ("FLOAT", "DOUBLE")
+    except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:
         raise UserError(f"audio of {len(data)} bytes cannot be decoded ({error})") from None
-    if rate != SAMPLE_RATE or wave.ndim != 1:
-        raise UserError(f"audio of {rate} Hz and shape {wave.shape} in a shard, expected {SAMPLE_RATE} Hz mono")
+    if not len(wave) or (floats and not np.isfinite(wave).all()):
+        what = "samples that are not finite" if len(wave) else "no samples"
+        raise UserError(f"audio of {len(data)} bytes in a shard holds {what}")
     return wave
 
 

@@ -5,8 +5,11 @@ finished. `index.npz` beside it holds one row a sample and one row a caption.
 """
 
 import hashlib
+import io
 import json
 import os
+import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from shards.errors import UserError
+from shards.remote import Remote, is_url
 
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
@@ -36,6 +40,9 @@ SAMPLE_COLUMNS = {
 CAPTION_COLUMNS = {"audio_offset": "<i8", "audio_bytes": "<i8", "duration": "<f4"}
 COLUMNS = {**SAMPLE_COLUMNS, "first_caption": "<i8", **CAPTION_COLUMNS}
 
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")  # of a shard: no folder, nothing hidden
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
 
 @dataclass(frozen=True)
 class ShardInfo:
@@ -51,10 +58,10 @@ class ShardInfo:
 class Manifest:
     """A finished folder of shards: S samples (pictures) with C captions, numbered in order of writing.
 
-    The samples of a split are contiguous, and so are those of a shard.
+    The samples of a split are contiguous, and so are those of a shard, which holds samples of one split.
     """
 
-    folder: Path
+    folder: Path  # of remote shards only a name: what reads them takes `url`
     corpus: str
     hash: str  # sha256 over the shards' checksums and the index: the identity of the data set
     shards: tuple[ShardInfo, ...]
@@ -73,6 +80,12 @@ class Manifest:
     audio_bytes: np.ndarray  # int64 [C]
     duration: np.ndarray  # float32 [C], seconds
     arguments: dict[str, Any] = field(default_factory=dict)  # what make_shards was asked for
+    url: str | None = None  # where remote shards are
+
+    @property
+    def place(self) -> str:
+        """Folder or URL, as messages show it."""
+        return self.url or str(self.folder)
 
     def rows(self, split: str) -> np.ndarray:
         """Sample numbers of a split, int64, ascending.
@@ -81,7 +94,7 @@ class Manifest:
             UserError: there is no such split.
         """
         if split not in self.splits:
-            raise UserError(f"no split {split!r} in {self.folder}: it has {', '.join(self.splits)}")
+            raise UserError(f"no split {split!r} in {self.place}: it has {', '.join(self.splits)}")
         return np.flatnonzero(self.split == self.splits.index(split))
 
     def captions(self, sample: int) -> range:
@@ -90,44 +103,118 @@ class Manifest:
 
 
 def load(folder: Path | str) -> Manifest:
-    """Read the manifest of a folder and check that its index is the one it was written with.
+    """Read the manifest of a folder, check that its index is the one it was written with, and that both make sense.
+
+    Args:
+        folder: A folder, or a URL that fsspec understands.
 
     Raises:
         UserError: there is no manifest, or it or the index is damaged.
     """
+    remote = Remote(str(folder)) if is_url(folder) else None
     folder = Path(folder)
+    place = remote.url if remote else str(folder)
     try:
-        head = json.loads((folder / MANIFEST).read_bytes())
+        head = json.loads(remote.read(MANIFEST) if remote else (folder / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"no shards in {folder} (no {MANIFEST}): make them with python toolkit/make_shards.py CORPUS --out {folder}"
         ) from None
-    except ValueError as error:
-        raise UserError(f"{folder / MANIFEST} is damaged ({error}): make the shards again") from None
+    except OSError as error:
+        raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}/{MANIFEST} is damaged ({error}): make the shards again") from None
     try:
         if head["format"] != FORMAT:
-            raise UserError(f"{folder / MANIFEST} has format {head['format']}, this version reads {FORMAT}")
-        columns = _load_index(folder / INDEX, head["index"]["sha256"])
-        return Manifest(
+            raise UserError(f"{place}/{MANIFEST} has format {head['format']}, this version reads {FORMAT}")
+        columns = _load_index(remote.read(INDEX) if remote else folder / INDEX, place, head["index"]["sha256"])
+        manifest = Manifest(
             folder=folder,
             corpus=head["corpus"],
             hash=head["hash"],
             shards=tuple(ShardInfo(**shard) for shard in head["shards"]),
             splits=tuple(head["splits"]),
             arguments=head["arguments"],
+            url=remote.url if remote else None,
             **columns,
         )
+        problem = _problem_of(manifest)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged ({error!r}): make the shards again") from None
+        raise UserError(f"{place}/{MANIFEST} is damaged ({error!r}): make the shards again") from None
+    if problem:
+        raise UserError(f"{place}/{problem}: make the shards again")
+    return manifest
 
 
-def _load_index(path: Path, sha256: str) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: make the shards again")
-    if file_sha256(path) != sha256:
-        raise UserError(f"{path} is not the index that {MANIFEST} was written with: make the shards again")
-    with np.load(path, allow_pickle=False) as stored:
-        return {name: stored[name] for name in COLUMNS}
+def _load_index(source: Path | bytes, place: str, sha256: str) -> dict[str, np.ndarray]:
+    name = f"{place}/{INDEX}"
+    if isinstance(source, Path) and not source.is_file():
+        raise UserError(f"{name} is missing: make the shards again")
+    found = file_sha256(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
+    if found != sha256:
+        raise UserError(f"{name} is not the index that {MANIFEST} was written with: make the shards again")
+    try:
+        with np.load(source if isinstance(source, Path) else io.BytesIO(source), allow_pickle=False) as stored:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in stored.zip.infolist()):
+                raise ValueError("a column is compressed")  # it could fill the memory
+            return {column: stored[column] for column in COLUMNS}
+    except (ValueError, OSError, EOFError, MemoryError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{name} is damaged ({error}): make the shards again") from None
+
+
+def _problem_of(m: Manifest) -> str | None:
+    """Say what is impossible in a manifest that may come from anywhere; None: all of it makes sense."""
+    names = [shard.name for shard in m.shards]
+    for shard in m.shards:
+        if not _NAME.fullmatch(shard.name):
+            return f"{MANIFEST} names a shard {shard.name!r}: expected a plain file name that ends in .tar"
+        if not _SHA256.fullmatch(shard.sha256) or type(shard.bytes) is not int or not 0 <= shard.bytes < 2**62:
+            return f"{MANIFEST} has no sound size and checksum of shard {shard.name}"
+    if len(set(names)) < len(names):
+        return f"{MANIFEST} names a shard twice"
+    for name, dtype in COLUMNS.items():
+        column = getattr(m, name)
+        if column.ndim != 1 or (column.dtype.kind != "S" if dtype == "S" else column.dtype != np.dtype(dtype)):
+            return f"{INDEX}: column {name} is not of type {dtype}"
+    return _problem_of_rows(m)
+
+
+def _problem_of_rows(m: Manifest) -> str | None:
+    samples, captions = len(m.key), len(m.duration)
+    for names, length in ((SAMPLE_COLUMNS, samples), (CAPTION_COLUMNS, captions), (("first_caption",), samples + 1)):
+        for name in names:
+            if len(getattr(m, name)) != length:
+                return f"{INDEX}: column {name} has {len(getattr(m, name))} rows, expected {length}"
+    first = m.first_caption
+    if first[0] != 0 or first[-1] != captions or (first[1:] < first[:-1]).any():
+        return f"{INDEX}: first_caption does not count the captions"
+    for name, low, high in (("shard", 0, len(m.shards)), ("split", 0, len(m.splits)), ("twin", -1, samples)):
+        column = getattr(m, name)
+        if ((column < low) | (column >= high)).any():
+            return f"{INDEX}: column {name} holds a number that is out of range"
+    if not np.isfinite(m.duration).all() or (m.duration < 0).any():
+        return f"{INDEX}: a duration is no length of time"
+    return _problem_of_shards(m)
+
+
+def _problem_of_shards(m: Manifest) -> str | None:
+    counts = np.bincount(m.shard, minlength=len(m.shards)).tolist()
+    if counts != [shard.samples for shard in m.shards] or (m.shard[1:] < m.shard[:-1]).any():
+        return f"{INDEX}: its samples are not those of the shards in {MANIFEST}"
+    changes = m.split[1:] != m.split[:-1]
+    splits = len(np.flatnonzero(np.bincount(m.split)))
+    if (changes & (m.shard[1:] == m.shard[:-1])).any() or int(changes.sum()) >= max(1, splits):
+        return f"{INDEX}: the samples of a split or a shard do not stand together"
+    size = np.array([shard.bytes for shard in m.shards], np.int64)
+    of_captions = np.repeat(m.shard, np.diff(m.first_caption))
+    for what, shard in (("meta", m.shard), ("image", m.shard), ("audio", of_captions)):
+        offset, length = getattr(m, f"{what}_offset"), getattr(m, f"{what}_bytes")
+        # Differences of two numbers that are not negative cannot overflow.
+        outside = (offset < 0) | (length < 0) | (length > size[shard]) | (offset > size[shard] - length)
+        if outside.any():
+            name = m.shards[shard[int(np.argmax(outside))]].name
+            return f"{INDEX}: a member ({what}) lies outside of shard {name}"
+    return None
 
 
 def save(
@@ -165,7 +252,9 @@ def save(
     }
     with atomic(folder / MANIFEST) as file:
         file.write(json.dumps(head, indent=1).encode() + b"\n")
-    return Manifest(folder, corpus, identity, tuple(shards), tuple(splits), arguments=dict(arguments), **arrays)
+    return Manifest(
+        folder, corpus, identity, tuple(shards), tuple(splits), arguments=dict(arguments), url=None, **arrays
+    )
 
 
 @contextmanager

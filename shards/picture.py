@@ -13,6 +13,7 @@ from shards.errors import UserError
 
 MAX_PIXELS = 178_000_000  # refused from the header, before any memory is taken
 _MAX_SIDE = 65_500  # of a JPEG
+_IN_SHARDS = ("JPEG", "PNG", "WEBP")  # Pillow's other decoders are not for data of unknown origin
 
 # Pillow warns of large pictures, which the limit above decides, and of broken EXIF, which is only passed over.
 warnings.filterwarnings("ignore", module="PIL")
@@ -56,13 +57,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_picture(data: bytes, size: int) -> np.ndarray:
+def decode_picture(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The central square of a picture at `size` x `size` pixels (bicubic), as uint8 [3, size, size].
 
     Raises:
-        UserError: not decodable, or too many pixels.
+        UserError: not decodable, not a format that shards hold, or more than `max_pixels` pixels.
     """
-    with _opened(data) as image:
+    with _opened(data, max_pixels, _IN_SHARDS) as image:
         _draft(image, size)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -78,29 +79,32 @@ def _draft(image: Image.Image, short_side: int) -> None:
 
 
 @contextmanager
-def _opened(source: Path | bytes | Image.Image) -> Iterator[Image.Image]:
+def _opened(
+    source: Path | bytes | Image.Image, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> Iterator[Image.Image]:
     """Open a picture, refuse a bomb by its header, and turn whatever goes wrong inside the block into a `UserError`."""
     name = str(source) if isinstance(source, Path) else "picture"
     try:
         if isinstance(source, Path) and source.stat().st_size == 0:
             raise UserError(f"{name}: empty file (0 bytes)")
-        with _open(source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{name}: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
+        with _open(source, formats) as image:
+            if image.width * image.height > max_pixels:
+                raise UserError(f"{name}: {image.width} x {image.height} pixels, the limit is {max_pixels:,}")
             yield image
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
     except Image.UnidentifiedImageError:
-        raise UserError(f"{name}: not a picture in any format that Pillow reads") from None
+        kinds = f"not {' or '.join(formats)}" if formats else "not a picture in any format that Pillow reads"
+        raise UserError(f"{name}: {kinds}") from None
     except Image.DecompressionBombError:
         raise UserError(f"{name}: more pixels than the limit of {MAX_PIXELS:,}") from None
     except Exception as error:  # a damaged file makes Pillow's plugins raise nearly any type
         raise UserError(f"{name}: cannot be decoded as a picture ({error})") from None
 
 
-def _open(source: Path | bytes | Image.Image) -> Image.Image:
+def _open(source: Path | bytes | Image.Image, formats: tuple[str, ...] | None) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)

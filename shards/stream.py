@@ -1,26 +1,39 @@
 """The stream of batches: bytes at known offsets of the shards, decoded in worker processes.
 
-    order.batch(t) -> sample and caption numbers -> pread from the tar -> decode -> pad -> Batch
+    order.batch(t) -> this rank's places -> read -> decode, replace what is broken -> pad -> Batch
 
-A worker makes whole batches; the stream yields them in order whatever the number of workers.
+A worker makes whole micro-batches; the stream yields them in order whatever the number of workers. What it yields is a
+function of the order and the rank's places alone: a run that goes on elsewhere gets the bytes it would have got here.
 """
 
-import json
 import os
+import queue
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from shards.audio import SAMPLE_RATE, decode_audio
 from shards.errors import UserError
-from shards.manifest import Manifest
-from shards.order import Order, part_of
+from shards.faults import BadSample, Fault, FaultCounter
+from shards.order import Order, Selection, part_of
 from shards.picture import decode_picture
+from shards.reader import Reader
+from shards.slots import Layout, Parcel, Slots, bytes_of, shared
+
+MAX_PIXELS = 50_000_000  # of a picture in a shard: bounds what a worker's memory may grow by
+AHEAD = 4  # batches that a worker makes before they are asked for
+_POLL = 2.0  # seconds between looks at whether the workers live
+_TENSORS = ("images", "waveforms", "lengths", "ids")
 
 
 @dataclass
@@ -32,70 +45,34 @@ class Batch:
         waveforms: float32 [B, T], 16 kHz, zero-padded.
         lengths: int64 [B], samples of each waveform.
         ids: int64 [B], sample numbers: the identity of the picture.
+        host_lengths: `lengths` as numbers, known without asking the device.
+        faults: Samples that could not be read and have others in their rows, in the order of rows.
+        notices: Lines for the user.
     """
 
     images: torch.Tensor
     waveforms: torch.Tensor
     lengths: torch.Tensor
     ids: torch.Tensor
+    host_lengths: tuple[int, ...] | None = None
+    faults: list[Fault] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
         """Move to a device without waiting for the copy."""
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})
 
     def pin_memory(self) -> "Batch":
         """Pin, so that copies to the device overlap with compute; DataLoader calls this."""
-        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
 
-class Reader:
-    """Indexed reads from local shards: one `pread` a member, no tar parsing."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self._files: dict[int, int] = {}
-        self._shard_of_caption: np.ndarray | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"manifest": self.manifest, "_files": {}, "_shard_of_caption": None}
-
-    def picture(self, sample: int) -> bytes:
-        """Read the JPEG of a sample."""
-        m = self.manifest
-        return self._read(int(m.shard[sample]), int(m.image_offset[sample]), int(m.image_bytes[sample]))
-
-    def audio(self, caption: int) -> bytes:
-        """Read the encoded audio of a caption row."""
-        m = self.manifest
-        if self._shard_of_caption is None:
-            self._shard_of_caption = np.repeat(m.shard, np.diff(m.first_caption))
-        shard = int(self._shard_of_caption[caption])
-        return self._read(shard, int(m.audio_offset[caption]), int(m.audio_bytes[caption]))
-
-    def meta(self, sample: int) -> dict[str, Any]:
-        """Read the JSON of a sample: image id, split, captions."""
-        m = self.manifest
-        return json.loads(self._read(int(m.shard[sample]), int(m.meta_offset[sample]), int(m.meta_bytes[sample])))
-
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._open(shard), size, offset)
-        if len(data) != size:
-            name = self.manifest.folder / self.manifest.shards[shard].name
-            raise UserError(f"{name} is shorter than its manifest says: make the shards again")
-        return data
-
-    def _open(self, shard: int) -> int:
-        if shard not in self._files:
-            path = self.manifest.folder / self.manifest.shards[shard].name
-            try:
-                self._files[shard] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"cannot open shard {path}: {error.strerror}; make the shards again") from error
-        return self._files[shard]
+# What a worker sends: a batch, what ends the stream, or faults that are too many to go on making the batch.
+Loaded = Batch | Parcel | UserError | list[Fault]
 
 
 @dataclass(frozen=True)
-class MicroBatches(Dataset[Batch | UserError]):
+class MicroBatches(Dataset[Loaded]):
     """The micro-batches of one rank, by number: `step * micros + micro`."""
 
     reader: Reader
@@ -105,23 +82,74 @@ class MicroBatches(Dataset[Batch | UserError]):
     micros: int
     rank: int
     world_size: int
+    max_faults: int
+    max_faults_in_a_row: int
+    slots: tuple[Slots, ...] = ()  # of each worker
 
-    def __getitem__(self, number: int) -> Batch | UserError:
+    def __getitem__(self, number: int) -> Loaded:
         try:
-            return self._load(number)
+            return self._load(*divmod(number, self.micros))
         except UserError as error:  # travels as a value: DataLoader would wrap it in its own traceback
-            return error
+            return UserError(str(error))
 
-    def _load(self, number: int) -> Batch:
-        step, micro = divmod(number, self.micros)
-        part = part_of(self.order.batch_size, micro, self.micros, self.rank, self.world_size)
-        samples, captions, positions = (column[part] for column in self.order.batch(step))
-        images = [decode_picture(self.reader.picture(int(s)), self.image_size) for s in samples]
-        waves = [self._waveform(int(c), int(p)) for c, p in zip(captions, positions, strict=True)]
-        return collate(images, waves, samples)
+    def _load(self, step: int, micro: int) -> Batch | Parcel | list[Fault]:
+        size, lanes = self.order.batch_size, self.order.lanes
+        places = part_of(size, micro, self.micros, self.rank, self.world_size, lanes)
+        chosen = self.order.batch(step).part(places)
+        _prefetch(self.reader, self.order, step, places)
+        images, waves, ids = [], [], []
+        faults: list[Fault] = []
+        for row, (place, position) in enumerate(zip(places.tolist(), chosen.positions.tolist(), strict=True)):
+            pair = self._pair(chosen, step, place, position, row, faults)
+            if pair is None:
+                return faults
+            image, wave, sample = pair
+            images.append(image)
+            waves.append(wave)
+            ids.append(sample)
+        return self._packed(images, waves, ids, faults)
 
-    def _waveform(self, caption: int, position: int) -> np.ndarray:
-        wave = decode_audio(self.reader.audio(caption))
+    def _packed(
+        self, images: list[np.ndarray], waves: list[np.ndarray], ids: list[int], faults: list[Fault]
+    ) -> Batch | Parcel:
+        """Make the batch, in a worker on one of its slots if there is one free."""
+        worker, wanted = get_worker_info(), layout(images, waves)
+        extra = partial(replace, faults=faults, notices=self.reader.notices())
+        slots = self.slots[worker.id] if worker and self.slots else None
+        slot = slots.take(bytes_of(wanted)) if slots else None
+        if worker is None or slots is None or slot is None:
+            return extra(collate(images, waves, ids))
+        batch = extra(collate(images, waves, ids, slots.tensors(slot, wanted)))
+        nothing = torch.empty(0)
+        return Parcel(worker.id, slot, wanted, replace(batch, images=nothing, waveforms=nothing))
+
+    def _pair(
+        self, chosen: Selection, step: int, place: int, position: int, row: int, faults: list[Fault]
+    ) -> tuple[np.ndarray, np.ndarray, int] | None:
+        """Picture [3, S, S], waveform [n] and sample number of a row: the first of its candidates that can be read.
+
+        What cannot be read is added to `faults`; with too many of them there is no answer.
+        """
+        sample, caption = int(chosen.samples[row]), int(chosen.captions[row])
+        for attempt in range(1, self.max_faults_in_a_row + 2):
+            try:
+                return (*self._decoded(sample, caption, position), sample)
+            except BadSample as error:
+                key, shard = self.reader.describe(sample)
+                faults.append(Fault(key, shard, " ".join(str(error).split()), step, row))
+            if len(faults) > self.max_faults:
+                break
+            sample, caption = self.order.replacement(step, place, attempt)
+        return None
+
+    def _decoded(self, sample: int, caption: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+        picture, audio = self.reader.picture(sample), self.reader.audio(caption)
+        try:
+            return decode_picture(picture, self.image_size, MAX_PIXELS), self._crop(decode_audio(audio), position)
+        except UserError as error:  # of the sample, while those of reading are of the shard
+            raise BadSample(str(error)) from None
+
+    def _crop(self, wave: np.ndarray, position: int) -> np.ndarray:
         spare = len(wave) - self.max_samples
         if spare <= 0:
             return wave
@@ -129,17 +157,35 @@ class MicroBatches(Dataset[Batch | UserError]):
         return wave[start : start + self.max_samples]
 
 
-def collate(images: list[np.ndarray], waves: list[np.ndarray], samples: np.ndarray) -> Batch:
-    """Stack pictures [3, S, S] and pad waveforms [n] into a `Batch`."""
-    lengths = torch.tensor([len(wave) for wave in waves])
-    padded = torch.zeros(len(waves), int(lengths.max()))
-    for row, wave in zip(padded, waves, strict=True):
-        row[: len(wave)] = torch.from_numpy(wave)
-    return Batch(torch.from_numpy(np.stack(images)), padded, lengths, torch.from_numpy(np.ascontiguousarray(samples)))
+def layout(images: list[np.ndarray], waves: list[np.ndarray]) -> Layout:
+    """Types and shapes of a batch's pictures and waveforms."""
+    longest = max(len(wave) for wave in waves)
+    return [(torch.uint8, (len(images), *images[0].shape)), (torch.float32, (len(waves), longest))]
+
+
+def collate(
+    images: list[np.ndarray], waves: list[np.ndarray], samples: list[int], memory: list[torch.Tensor] | None = None
+) -> Batch:
+    """Stack pictures [3, S, S] and pad waveforms [n] into a `Batch`.
+
+    Args:
+        images: uint8.
+        waves: float32.
+        samples: their numbers.
+        memory: tensors of this `layout` to write into; None: new ones, which in a worker are shared with who takes the
+            batch, so that it need not be copied to be sent.
+    """
+    make = torch.empty if get_worker_info() is None else lambda shape, dtype: shared(dtype, *shape)
+    pictures, padded = memory or [make(shape, dtype=dtype) for dtype, shape in layout(images, waves)]
+    np.stack(images, out=pictures.numpy())
+    for row, wave in zip(padded.numpy(), waves, strict=True):
+        row[: len(wave)], row[len(wave) :] = wave, 0
+    lengths = tuple(len(wave) for wave in waves)
+    return Batch(pictures, padded, torch.tensor(lengths), torch.tensor(samples), lengths)
 
 
 def open_stream(
-    manifest: Manifest,
+    reader: Reader,
     order: Order,
     steps: range,
     *,
@@ -150,11 +196,15 @@ def open_stream(
     world_size: int,
     workers: int,
     pin: bool = False,
+    timeout: float = 600.0,
+    max_faults: int = 1000,
+    max_faults_in_a_row: int = 50,
+    report: Callable[[str], object] = print,
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches of the given steps, in order.
 
     Args:
-        manifest: The shards.
+        reader: The data sets that the order numbers.
         order: The global batches.
         steps: Global steps to serve; a resumed run passes the steps that remain.
         image_size: Side of the decoded pictures in pixels.
@@ -164,30 +214,172 @@ def open_stream(
         world_size: Number of ranks.
         workers: Worker processes; 0 decodes in this process.
         pin: Pin the batches' memory.
+        timeout: Seconds that a batch may take from worker processes.
+        max_faults: Samples that may be replaced because they cannot be read.
+        max_faults_in_a_row: The same, of those with none between that was read at the first attempt.
+        report: Takes a line for the user.
 
     Raises:
-        UserError: A shard is missing, short, or holds a sample that cannot be decoded.
+        UserError: A shard is missing or not the one of the manifest, too many samples cannot be read, or a worker was
+            killed or hangs.
     """
-    dataset = MicroBatches(
-        Reader(manifest), order, image_size, int(max_seconds * SAMPLE_RATE), micros, rank, world_size
-    )
+    max_samples, limits = int(max_seconds * SAMPLE_RATE), (max_faults, max_faults_in_a_row)
+    rows = order.batch_size // (micros * world_size)
+    largest: Layout = [(torch.uint8, (rows, 3, image_size, image_size)), (torch.float32, (rows, max_samples))]
+    # Two more than are under way: one that is worked on and one that waits to be. Pinning copies a batch anyway.
+    slots = tuple(Slots(AHEAD + 2, bytes_of(largest)) for _ in range(0 if pin else workers))
+    dataset = MicroBatches(reader, order, image_size, max_samples, micros, rank, world_size, *limits, slots)
     numbers = range(steps.start * micros, steps.stop * micros)
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_signals,
-    )
-    for batch in loader:
+    counter = FaultCounter(max_faults, max_faults_in_a_row, report)
+    told: set[str] = set()
+    if warning := _small_cache(reader, order):
+        report(warning)
+    for batch in _batches(dataset, numbers, workers, pin, timeout):
         if isinstance(batch, UserError):
             raise batch
+        if isinstance(batch, list):
+            counter.add(batch, batch[-1].row + 1)
+            raise AssertionError("faults that are too many are not too many")
+        for notice in batch.notices:
+            if notice not in told:
+                told.add(notice)
+                report(notice)
+        counter.add(batch.faults, len(batch.ids))
         yield batch
 
 
-def _ignore_signals(_: int) -> None:
-    """A worker must outlive the signals that ask the trainer to save; it ends with its parent."""
+def _batches(
+    dataset: MicroBatches, numbers: range, workers: int, pin: bool, timeout: float
+) -> Iterator[Batch | UserError | list[Fault]]:
+    # DataLoader's handler of SIGCHLD would raise the death of a worker in the middle of whatever runs at that moment;
+    # here it is noticed where a batch is waited for.
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if main else None
+    iterator: Any = iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            pin_memory=pin,
+            timeout=_POLL if workers else 0,
+            prefetch_factor=AHEAD if workers else None,
+            worker_init_fn=_begin_worker,
+        )
+    )
+    if main:
+        signal.signal(signal.SIGCHLD, before)
+    processes: list[BaseProcess] = list(getattr(iterator, "_workers", []))
+    try:
+        for _ in numbers:
+            loaded = _next(iterator, processes, timeout)
+            yield loaded.open(dataset.slots) if isinstance(loaded, Parcel) else loaded
+    finally:
+        _end(iterator, processes)
+
+
+def _next(iterator: Iterator[Loaded], workers: list[BaseProcess], timeout: float) -> Loaded:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return next(iterator)
+        except Exception as error:
+            dead = [worker for worker in workers if worker.exitcode is not None]
+            if dead:
+                raise UserError(_epitaph(dead[0])) from None
+            # DataLoader's own limit is `_POLL`, after which it can be asked again for the same batch.
+            if not (isinstance(error, RuntimeError) and "timed out" in str(error)):
+                raise
+            if time.monotonic() > deadline:
+                pids = ", ".join(str(worker.pid) for worker in workers)
+                raise UserError(
+                    f"no batch came from the loader's workers (pid {pids}) in {timeout:g} s: a disk or network that "
+                    "does not answer, or too few workers; look there, or raise --data.timeout"
+                ) from None
+
+
+def _epitaph(worker: BaseProcess) -> str:
+    code = worker.exitcode or 0
+    if code >= 0:
+        return f"loader worker (pid {worker.pid}) ended with exit code {code}; its output says why"
+    name = signal.Signals(-code).name
+    causes = {
+        "SIGKILL": "most likely the memory ran out; take fewer with --data.workers",
+        "SIGBUS": "most likely shared memory (/dev/shm) ran out; make it larger, or take fewer with --data.workers",
+    }
+    return (
+        f"loader worker (pid {worker.pid}) was killed by {name}: {causes.get(name, 'look at the log of the machine')}"
+    )
+
+
+def _end(iterator: Any, workers: list[BaseProcess]) -> None:
+    """Stop the workers; one that works on, or is stuck, is killed: it holds nothing that anyone needs."""
+
+    def kill() -> None:
+        for worker in workers:
+            worker.kill()
+
+    if not workers:
+        return
+    if any(worker.exitcode is not None for worker in workers) and hasattr(iterator, "_pin_memory_thread"):
+        # What a killed worker was writing stays half written, and the shutdown would wait for who reads it.
+        iterator._shutdown = True
+    else:
+        killer = threading.Timer(3.0, kill)
+        killer.start()
+        getattr(iterator, "_shutdown_workers", kill)()
+        killer.cancel()
+    kill()
+    for worker in workers:
+        worker.join()
+
+
+def _small_cache(reader: Reader, order: Order) -> str | None:
+    """Say so if the cache cannot hold the window that is read and the next one."""
+    need = 2 * order.window * len(order.sources) * reader.largest_shard
+    if not reader.cached or reader.cache is None or reader.cache.bound >= need:
+        return None
+    return (
+        f"--data.cache_gb {reader.cache.bound / 1e9:g} is less than two windows of {order.window} shards, "
+        f"{need / 1e9:.3g} GB: shards will be fetched again and again; raise it, or lower --data.window"
+    )
+
+
+def _prefetch(reader: Reader, order: Order, step: int, places: np.ndarray) -> None:
+    """Have the shards fetched that the batch half a window later reads, if this is a worker and they are remote."""
+    if not reader.cached or get_worker_info() is None:
+        return
+    shards = sum(len(source.count) for source in order.sources)
+    steps_per_window = order.steps_per_pass * order.window * order.lanes * len(order.sources) / shards
+    later = order.batch(step + max(1, int(steps_per_window / 2))).part(places)
+    with suppress(queue.Full):
+        _fetcher(reader, os.getpid()).put_nowait(later.samples)
+
+
+@cache
+def _fetcher(reader: Reader, _: int) -> "queue.Queue[np.ndarray]":
+    """Start a thread of this process that fetches the shards of what it is given."""
+    wanted: queue.Queue[np.ndarray] = queue.Queue(maxsize=1)
+
+    def fetch() -> None:
+        while True:
+            samples = wanted.get()
+            with suppress(UserError):  # it will be met again where the shard is read
+                reader.prefetch(samples)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    return wanted
+
+
+def _begin_worker(_: int) -> None:
+    """A worker must outlive the signals that ask the trainer to save, and end with the trainer, however that ends."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    # The worker may wait in a write that no one will read any more, so it is not asked to end.
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -27,21 +27,23 @@ def check(config: Config) -> None:
 _RANGES: dict[str, tuple[Any, str]] = {
     "1 or more": (
         lambda value: value >= 1,
-        """data.image_size data.window model.embed_dim model.fusion.width model.fusion.layers model.fusion.heads
-        model.fusion.pool model.speech.head_heads model.image.head_heads objectives.denoising.span
+        """data.image_size data.window data.lanes model.embed_dim model.fusion.width model.fusion.layers
+        model.fusion.heads model.fusion.pool model.speech.head_heads model.image.head_heads objectives.denoising.span
         objectives.denoising.layers training.steps training.batch_size training.accumulation training.log_every
-        training.save_every training.keep evaluation.batch_size launch.nodes""",
+        training.save_every training.keep training.max_skipped_in_a_row evaluation.batch_size launch.nodes""",
     ),
     "0 or more": (
         lambda value: value >= 0,
-        """seed data.workers model.speech.head_layers model.image.head_layers objectives.contrastive.weight
+        """seed data.workers data.max_faults data.max_faults_in_a_row model.speech.head_layers model.image.head_layers
+        objectives.contrastive.weight
         objectives.contrastive.queue objectives.contrastive.alpha_ramp objectives.matching.weight
-        objectives.denoising.weight training.min_lr training.warmup training.weight_decay training.clip evaluation.every
-        evaluation.rerank final.rerank launch.ranks_per_node launch.cpus_per_rank""",
+        objectives.denoising.weight training.min_lr training.warmup training.weight_decay training.clip
+        training.watchdog evaluation.every evaluation.rerank final.rerank launch.ranks_per_node launch.cpus_per_rank""",
     ),
     "more than 0": (
         lambda value: value > 0,
-        """data.max_seconds objectives.contrastive.temperature objectives.contrastive.min_temperature
+        """data.max_seconds data.timeout data.cache_gb objectives.contrastive.temperature
+        objectives.contrastive.min_temperature
         objectives.denoising.token_temperature training.lr""",
     ),
     "more than 0, at most 1": (lambda value: 0 < value <= 1, "objectives.denoising.ratio"),

@@ -1,18 +1,22 @@
 """Train a retrieval model: `deepspeed toolkit/train.py --config NAME --run DIR [--section.key value ...]`."""
 
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.errors import run_main
-from toolkit.config_loader import load_config
+from shards.errors import UserError, run_main
+from toolkit.config import Config
+from toolkit.config_loader import Parser, parse
 from toolkit.run_folder import prepare_run
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train until the configured step, from the newest checkpoint of the run folder if there is one.
+
+    A run that a signal stopped short of that ends with exit code `signals.REQUEUE`.
 
     Args:
         arguments: Command-line arguments; default: those of this process.
@@ -20,23 +24,65 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         UserError: The configuration, the shards or the run folder do not fit.
     """
-    config = load_config(sys.argv[1:] if arguments is None else arguments, __doc__)
+    parser = Parser(__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="print who would read what, and train nothing")
+    parser.add_argument("--ranks", type=int, metavar="N", help="of the dry run (default: as launched or configured)")
+    config, options = parse(sys.argv[1:] if arguments is None else arguments, parser)
+    if options.dry_run:
+        print(dry_run(config, options.ranks))
+        return
+    if options.ranks is not None:
+        raise UserError("--ranks is an option of --dry-run; a training has as many as it is launched with")
 
-    from shards.manifest import load
-    from shards.order import order_of
     from toolkit.distributed import agree, initialise
+    from toolkit.training.data import open_order
     from toolkit.training.deepspeed_config import deepspeed_config
+    from toolkit.training.signals import REQUEUE
     from toolkit.training.trainer import Trainer
 
     rank, world_size, device = initialise()
     # A mistake in what follows leaves no run folder behind.
     deepspeed_config(config, world_size)
-    order_of(load(config.data.shards), config.data.train, config.training.batch_size)
+    open_order(config, world_size)
     run = Path(config.run)
     agree(lambda: prepare_run(config), rank)
     trainer = Trainer(config, run, rank, world_size, device)
     trainer.train()
     trainer.close()
+    if trainer.stop:
+        agree(lambda: None, rank)  # launchers end all ranks when one leaves so: not before rank 0 has written all
+        sys.exit(REQUEUE)
+
+
+def dry_run(config: Config, ranks: int | None = None) -> str:
+    """Say what a training would read, from the manifests alone; no model is built.
+
+    Args:
+        config: The configuration.
+        ranks: Processes to plan for; default: as many as the launcher has started, else as many as configured.
+
+    Raises:
+        UserError: The shards are not there, or do not fit the batch and the ranks.
+    """
+    from shards.plan import plan
+    from toolkit.training.data import open_order
+
+    launch = config.launch
+    if ranks is None:
+        ranks = int(os.environ.get("WORLD_SIZE", launch.nodes * max(1, launch.ranks_per_node)))
+    if ranks < 1:
+        raise UserError(f"--ranks is {ranks}; expected 1 or more")
+    manifests, order = open_order(config, ranks)
+    return plan(
+        order,
+        manifests,
+        world_size=ranks,
+        workers=config.data.workers,
+        micros=config.training.accumulation,
+        groups=config.model.speech.groups,
+        max_seconds=config.data.max_seconds,
+        nodes=launch.nodes if ranks % launch.nodes == 0 else 1,
+    ).text()
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -18,7 +19,7 @@ def columns():
         "meta_offset": [512, 4096, 512],
         "meta_bytes": [10, 11, 12],
         "image_offset": [1536, 5120, 1536],
-        "image_bytes": [100, 101, 2**40],
+        "image_bytes": [100, 101, 2**40],  # more than 32 bits hold
         "twin": [-1, -1, 0],
         "first_caption": [0, 2, 3, 5],
         "audio_offset": [1, 2, 3, 4, 5],
@@ -27,11 +28,11 @@ def columns():
     }
 
 
-SHARDS = [ShardInfo("train-000000.tar", 10240, "ab", 2), ShardInfo("test-000000.tar", 10240, "cd", 1)]
+SHARDS = [ShardInfo("train-000000.tar", 10240, "ab" * 32, 2), ShardInfo("test-000000.tar", 2**41, "cd" * 32, 1)]
 
 
-def write(folder):
-    return save(folder, "table", SHARDS, ["train", "test"], columns(), {"root": "/data", "quality": 90})
+def write(folder, shards=SHARDS, **changed):
+    return save(folder, "table", shards, ["train", "test"], columns() | changed, {"root": "/data", "quality": 90})
 
 
 def test_what_was_saved_is_loaded(tmp_path):
@@ -70,7 +71,7 @@ def test_other_content_other_hash(tmp_path, change):
     before = write(tmp_path).hash
     shards, values = list(SHARDS), columns()
     if change == "checksum":
-        shards[1] = ShardInfo("test-000000.tar", 10240, "ce", 1)
+        shards[1] = ShardInfo("test-000000.tar", 2**41, "ce" * 32, 1)
     else:
         values["duration"][3] = 2.25
     assert save(tmp_path, "table", shards, ["train", "test"], values, {}).hash != before
@@ -99,6 +100,132 @@ def test_index_of_another_manifest_is_refused(tmp_path):
     (tmp_path / "index.npz").unlink()
     with pytest.raises(UserError, match=r"index\.npz is missing"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../a.tar", "/etc/a.tar", "a/b.tar", "..", ".a.tar", "a.tar\n", "a", "a\\b.tar", 7])
+def test_a_shard_that_is_no_plain_file_of_the_folder_is_refused(tmp_path, name):
+    write(tmp_path, [ShardInfo(name, 10240, "ab" * 32, 2), SHARDS[1]])
+    with pytest.raises(UserError, match=r"names a shard|is damaged") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        ShardInfo("a.tar", 10240, "../../etc", 2),
+        ShardInfo("a.tar", -1, "ab" * 32, 2),
+        ShardInfo("a.tar", 2**70, "ab" * 32, 2),
+        ShardInfo("a.tar", 1.5, "ab" * 32, 2),
+        ShardInfo("test-000000.tar", 10240, "ab" * 32, 2),
+        ShardInfo("a.tar", 10240, "ab" * 32, 3),
+    ],
+)
+def test_a_shard_that_cannot_be_is_refused(tmp_path, shard):
+    write(tmp_path, [shard, SHARDS[1]])
+    with pytest.raises(UserError, match=r"shard a\.tar|a shard twice|not those of the shards"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "reason"),
+    [
+        ("image_offset", [1536, 10140, 1536], r"\(image\) lies outside of shard train-000000\.tar"),
+        ("image_offset", [-1, 5120, 1536], "lies outside"),
+        ("image_offset", [1536, 5120, 2**62], "outside of shard test-000000"),
+        ("image_bytes", [100, -1, 12], "lies outside"),
+        ("meta_bytes", [10, 2**63 - 1, 12], "lies outside"),
+        ("audio_offset", [1, 2, 10240, 4, 5], "lies outside"),
+        ("audio_bytes", [6, 7, 10238, 9, 10], "lies outside"),
+        ("shard", [0, 0, 2], "column shard"),
+        ("shard", [-1, 0, 1], "column shard"),
+        ("shard", [0, 1, 0], "not those of the shards"),
+        ("split", [0, 0, 2], "column split"),
+        ("split", [0, 1, 1], "do not stand together"),
+        ("twin", [-1, -1, 3], "column twin"),
+        ("twin", [-2, -1, 0], "column twin"),
+        ("first_caption", [0, 2, 3, 6], "first_caption"),
+        ("first_caption", [1, 2, 3, 5], "first_caption"),
+        ("first_caption", [0, 4, 3, 5], "first_caption"),
+        ("first_caption", [0, 2, 5], "3 rows"),
+        ("duration", [0.5, 1.0, float("nan"), 2.0, 2.5], "a duration"),
+        ("duration", [0.5, 1.0, -1.0, 2.0, 2.5], "a duration"),
+        ("audio_bytes", [6, 7, 8, 9], "4 rows"),
+        ("key", [b"a", b"b"], r"rows|not those"),
+    ],
+)
+def test_an_index_that_cannot_be_is_refused(tmp_path, column, values, reason):
+    write(tmp_path, **{column: values})
+    with pytest.raises(UserError, match=reason) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_in_two_pieces_is_refused(tmp_path):
+    shards = [ShardInfo(f"{n}.tar", 2**41, "ab" * 32, 1) for n in range(3)]
+    write(tmp_path, shards, shard=[0, 1, 2], split=[0, 1, 0])
+    with pytest.raises(UserError, match="do not stand together"):
+        load(tmp_path)
+
+
+def rehash(folder):
+    """Make the manifest agree with an index that was changed."""
+    head = json.loads((folder / "manifest.json").read_text())
+    head["index"]["sha256"] = hashlib.sha256((folder / "index.npz").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(head))
+
+
+def with_pickle(path):
+    arrays = {name: np.asarray(values, dtype=manifest.COLUMNS[name]) for name, values in columns().items()}
+    np.savez(path, **arrays | {"key": np.array([{}, 1, 2], dtype=object)})
+
+
+def compressed(path):
+    arrays = {name: np.asarray(values, dtype=manifest.COLUMNS[name]) for name, values in columns().items()}
+    np.savez_compressed(path, **arrays)
+
+
+def other_types(path):
+    np.savez(path, **{name: np.asarray(values, dtype="f8" if name == "shard" else manifest.COLUMNS[name])
+                      for name, values in columns().items()})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "spoil", [with_pickle, compressed, other_types, lambda path: path.write_bytes(b"no zip at all")]
+)
+def test_an_index_of_hostile_make_is_refused(tmp_path, spoil):
+    write(tmp_path)
+    spoil(tmp_path / "index.npz")
+    rehash(tmp_path)
+    with pytest.raises(UserError, match=r"index\.npz"):
+        load(tmp_path)
+
+
+def test_remote_manifest(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    made = write(tmp_path)
+    memory = fsspec.filesystem("memory")
+    for name in (manifest.MANIFEST, manifest.INDEX):
+        memory.pipe_file(f"/bucket/set/{name}", (tmp_path / name).read_bytes())
+    loaded = load("memory://bucket/set/")
+    assert (loaded.url, loaded.place, loaded.hash) == ("memory://bucket/set",) * 2 + (made.hash,)
+    assert loaded.audio_bytes.tolist() == columns()["audio_bytes"]
+    by_file = load(f"file://{tmp_path}")
+    assert (by_file.url, by_file.hash) == (f"file://{tmp_path}", made.hash)
+    with pytest.raises(UserError, match=r"no split 'dev' in memory://bucket/set"):
+        loaded.rows("dev")
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("memory://bucket/nothing", r"memory://bucket/nothing/manifest\.json is missing"),
+        ("nosuch://bucket/a", r"nosuch://bucket/a/manifest\.json cannot be read: .*nosuch"),
+    ],
+)
+def test_remote_manifest_that_cannot_be_had_is_named(url, reason):
+    with pytest.raises(UserError, match=reason):
+        load(url)
 
 
 def test_manifest_is_readable_json(tmp_path):

@@ -1,60 +1,62 @@
-"""The stream: the same batches for any number of ranks, workers and restarts; damage is named."""
+"""The stream: the same batches for any number of ranks, workers and restarts; what is broken is replaced or named."""
 
-from functools import partial
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
+from shards import stream as module
 from shards.audio import SAMPLE_RATE, decode_audio
-from shards.corpora.item import Caption, Item
+from shards.cache import Cache
 from shards.errors import UserError
 from shards.manifest import Manifest, load
-from shards.order import order_of
-from shards.stream import Batch, Reader, open_stream
-from shards.write import Format, write_shards
+from shards.order import Order, order_of
+from shards.picture import decode_picture
+from shards.reader import Reader
+from shards.stream import Batch, open_stream
+from tests.shards.noise import noise, spoil
 
 MAX_SECONDS = 0.3
-
-
-def drawn(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8))
-
-
-def spoken(seed: int) -> tuple[np.ndarray, int]:
-    chance = np.random.default_rng(seed)
-    return chance.uniform(-0.5, 0.5, (1, chance.integers(2000, 8000))).astype(np.float32), SAMPLE_RATE
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
-    items = [
-        Item(
-            f"p{n}",
-            "train",
-            partial(drawn, n),
-            tuple(Caption(f"p{n}-{k}", partial(spoken, 7 * n + k), f"text {n} {k}") for k in range(3)),
-        )
-        for n in range(26)
-    ]
-    write_shards(items, tmp_path / "shards", "noise", Format(samples_per_shard=5), {})
-    return load(tmp_path / "shards")
+    return noise(tmp_path / "shards")
+
+
+def order_for(*manifests: Manifest, lanes: int = 1, batch_size: int = 8) -> Order:
+    weights = [1.0, 2.0][: len(manifests)]
+    return order_of(manifests, "train", batch_size, seed=3, window=2, lanes=lanes, weights=weights)
+
+
+def opened(reader: Reader, order: Order, steps: range, **settings: Any) -> Any:
+    settings = {"micros": 1, "rank": 0, "world_size": 1, "workers": 0, "report": lambda line: None} | settings
+    return open_stream(reader, order, steps, image_size=16, max_seconds=MAX_SECONDS, **settings)
 
 
 def batches(
-    manifest: Manifest, steps: range, world_size: int = 1, micros: int = 1, workers: int = 0
+    manifest: Manifest, steps: range, world_size: int = 1, micros: int = 1, workers: int = 0, **settings: Any
 ) -> list[list[Batch]]:
     """All ranks' micro-batches of each step, in global order."""
-    order = order_of(manifest, "train", 8, seed=3, window=2)
+    order = settings.pop("order", None) or order_for(manifest)
+    reader = settings.pop("reader", None) or Reader(manifest)
     streams = [
-        open_stream(
-            manifest, order, steps, image_size=16, max_seconds=MAX_SECONDS, micros=micros,
-            rank=rank, world_size=world_size, workers=workers,
-        )
+        opened(reader, order, steps, micros=micros, rank=rank, world_size=world_size, workers=workers, **settings)
         for rank in range(world_size)
-    ]  # fmt: skip
+    ]
     found = []
     for _ in steps:
         parts = [[next(stream) for stream in streams] for _ in range(micros)]
@@ -64,31 +66,68 @@ def batches(
     return found
 
 
-def joined(parts: list[Batch]) -> tuple[np.ndarray, list[bytes], list[bytes]]:
+def joined(parts: list[Batch]) -> tuple[list[int], list[bytes], list[bytes]]:
     """Ids, pictures and cut waveforms of a global batch."""
-    ids = torch.cat([b.ids for b in parts]).numpy()
+    ids = torch.cat([b.ids for b in parts]).tolist()
     pictures = [image.numpy().tobytes() for b in parts for image in b.images]
     waves = [wave[:n].numpy().tobytes() for b in parts for wave, n in zip(b.waveforms, b.lengths, strict=True)]
     return ids, pictures, waves
 
 
-@pytest.mark.parametrize(("world_size", "micros", "workers"), [(2, 1, 0), (1, 2, 0), (2, 2, 0), (4, 1, 0), (1, 1, 2)])
-def test_global_batches_do_not_depend_on_the_cluster(
-    manifest: Manifest, world_size: int, micros: int, workers: int
-) -> None:
-    for one, other in zip(
-        batches(manifest, range(5)), batches(manifest, range(5), world_size, micros, workers), strict=True
-    ):
+def assert_same(ones: list[list[Batch]], others: list[list[Batch]]) -> None:
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
         a, b = joined(one), joined(other)
-        np.testing.assert_array_equal(a[0], b[0])
+        assert a[0] == b[0]
         assert a[1:] == b[1:]
 
 
-def test_a_resumed_stream_goes_on_with_the_same_bytes(manifest: Manifest) -> None:
+@pytest.mark.parametrize(("world_size", "micros", "workers"), [(2, 1, 0), (1, 2, 0), (2, 2, 0), (8, 1, 0), (2, 1, 3)])
+def test_global_batches_do_not_depend_on_the_cluster(
+    manifest: Manifest, world_size: int, micros: int, workers: int
+) -> None:
+    assert_same(batches(manifest, range(5)), batches(manifest, range(5), world_size, micros, workers))
+
+
+@pytest.mark.parametrize(("broken", "seed"), [(False, 0), (True, 1), (True, 2)])
+def test_resumed_in_mid_epoch_on_another_cluster_the_rest_is_what_was_left(
+    manifest: Manifest, broken: bool, seed: int
+) -> None:
+    """Two passes of 26 pictures in steps of 8; stopped at a random step, with other ranks and workers behind it."""
+    for sample in (1, 12, 13, 20) if broken else ():
+        spoil(manifest, sample, "image" if sample % 2 else "audio")
+    chance = np.random.default_rng(seed)
+    stop = int(chance.integers(1, 6))
+    (before, workers), (after, others) = [(2 ** int(chance.integers(0, 3)), int(w)) for w in chance.integers(0, 3, 2)]
     whole = batches(manifest, range(7))
-    rest = batches(manifest, range(4, 7), world_size=2)
-    for one, other in zip(whole[4:], rest, strict=True):
-        assert joined(one)[1:] == joined(other)[1:]
+    assert_same(whole[:stop], batches(manifest, range(stop), before, workers=workers))
+    assert_same(whole[stop:], batches(manifest, range(stop, 7), after, workers=others))
+    ids = [n for step in whole[:3] for n in joined(step)[0]]
+    assert len(set(ids)) == 24 or broken
+    assert all(len(set(joined(step)[0])) == 8 for step in whole), "a picture is in a batch twice"
+    assert bool(sum(len(b.faults) for step in whole for b in step)) == broken
+
+
+@pytest.mark.parametrize(("lanes", "world_size", "micros"), [(1, 2, 1), (2, 1, 2), (2, 2, 1), (2, 4, 2)])
+def test_mixtures_and_lanes_hold_the_right_bytes(
+    manifest: Manifest, tmp_path: Path, lanes: int, world_size: int, micros: int
+) -> None:
+    both = (manifest, noise(tmp_path / "more", captions=2, first=500))
+    order, reader = order_for(*both, lanes=lanes), Reader(*both)
+    places = {
+        place: None
+        for micro in range(micros)
+        for rank in range(world_size)
+        for place in module.part_of(8, micro, micros, rank, world_size, lanes).tolist()
+    }
+    for step, parts in enumerate(batches(manifest, range(8), world_size, micros, order=order, reader=reader)):
+        chosen = order.batch(step).part(list(places))
+        ids, pictures, waves = joined(parts)
+        assert ids == chosen.samples.tolist()
+        for n, sample in enumerate(ids):
+            assert pictures[n] == decode_picture(reader.picture(sample), 16).tobytes()
+            caption = decode_audio(reader.audio(int(chosen.captions[n])))
+            assert _holds(caption, np.frombuffer(waves[n], np.float32))
 
 
 def test_batches_hold_the_pictures_and_captions_that_were_written(manifest: Manifest) -> None:
@@ -98,34 +137,285 @@ def test_batches_hold_the_pictures_and_captions_that_were_written(manifest: Mani
         assert batch.images.shape == (8, 3, 16, 16)
         for sample, wave, length in zip(batch.ids, batch.waveforms, batch.lengths, strict=True):
             captions = [decode_audio(reader.audio(row)) for row in manifest.captions(int(sample))]
-            cut = wave[:length].numpy()
-            assert len(cut) == min(int(MAX_SECONDS * SAMPLE_RATE), len(cut))
+            assert length <= int(MAX_SECONDS * SAMPLE_RATE)
             assert not wave[length:].any(), "padding is not zero"
-            assert any(_holds(caption, cut) for caption in captions), "not a caption of this picture"
+            assert any(_holds(caption, wave[:length].numpy()) for caption in captions), "not a caption of this picture"
+
+
+def test_a_worker_fills_the_same_memory_again_and_no_batch_in_use_is_touched(manifest: Manifest) -> None:
+    steps = range(30)
+    plain = opened(Reader(manifest), order_for(manifest), steps)
+    on_slots, kept = 0, []
+    for number, batch in enumerate(opened(Reader(manifest), order_for(manifest), steps, workers=1)):
+        on_slots += batch.images.untyped_storage().nbytes() > batch.images.nbytes
+        expected = next(plain)
+        assert torch.equal(batch.waveforms, expected.waveforms), "what was there before shows in the padding"
+        if number in (3, 10):
+            kept.append((batch.images[1:], batch.waveforms[2], expected))
+    assert on_slots >= 20, "batches take new memory"
+    for images, wave, expected in kept:
+        assert torch.equal(images, expected.images[1:])
+        assert torch.equal(wave, expected.waveforms[2])
 
 
 def _holds(caption: np.ndarray, cut: np.ndarray) -> bool:
     return any(np.array_equal(caption[start : start + len(cut)], cut) for start in range(len(caption) - len(cut) + 1))
 
 
-def test_reader_returns_the_members(manifest: Manifest) -> None:
-    reader = Reader(manifest)
-    meta = reader.meta(4)
-    assert meta["image_id"] == manifest.image_id[4].decode()
-    assert [caption["text"] for caption in meta["captions"]] == [f"text 4 {k}" for k in range(3)]
-    assert reader.picture(4)[:2] == b"\xff\xd8"
+@pytest.mark.parametrize("workers", [0, 2])
+def test_remote_shards_give_the_same_batches(manifest: Manifest, tmp_path: Path, workers: int) -> None:
+    memory = fsspec.filesystem("memory")
+    for path in manifest.folder.iterdir():
+        memory.pipe_file(f"/far/{path.name}", path.read_bytes())
+    far = load("memory://far")
+    lines: list[str] = []
+    for cache in (None, Cache(tmp_path / "cache"), Cache(tmp_path / "small", 3 * far.shards[0].bytes / 1e9)):
+        found = batches(far, range(9), 2, workers=workers, reader=Reader(far, cache=cache), report=lines.append)
+        assert_same(batches(manifest, range(9)), found)
+    small = [line for line in lines if "less than two windows of 2 shards" in line]
+    assert len(small) == 2, "each of two ranks says once that the small cache is small"
+
+
+def test_workers_fetch_ahead(manifest: Manifest, tmp_path: Path) -> None:
+    far, fetched = load(f"file://{manifest.folder}"), tmp_path / "cache"
+    order = order_of(far, "train", 4, seed=3, window=1)
+    stream = opened(Reader(far, cache=Cache(fetched)), order, range(1), workers=1)
+    next(stream)
+    now, later = ({int(far.shard[s]) for s in order.batch(step).samples} for step in (0, 1))
+    assert later - now
+    deadline = time.monotonic() + 10
+    while len(list(fetched.glob("*.tar"))) < len(now | later) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert {path.stem for path in fetched.glob("*.tar")} == {far.shards[n].sha256 for n in now | later}
+
+
+# Faults.
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def hour() -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(3600 * SAMPLE_RATE, np.int16), SAMPLE_RATE, format="FLAC")
+    return buffer.getvalue()
+
+
+class Poisoned(Reader):
+    """A reader with something else in some members."""
+
+    pictures: dict[int, bytes]
+    captions: dict[int, bytes]
+
+    def picture(self, sample: int) -> bytes:
+        return self.pictures.get(sample) or super().picture(sample)
+
+    def audio(self, caption: int) -> bytes:
+        return self.captions.get(caption) or super().audio(caption)
+
+
+def test_bombs_and_endless_audio_are_replaced_and_named(manifest: Manifest) -> None:
+    reader = Poisoned(manifest)
+    reader.pictures = {
+        2: encoded(Image.new("1", (9000, 9000)), "PNG"),
+        3: encoded(Image.new("L", (40, 40)), "PPM"),
+        4: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    }
+    reader.captions = dict.fromkeys(manifest.captions(5), hour())
+    found = batches(manifest, range(4), reader=reader)
+    faults = {fault.sample: fault.reason for (batch,) in found for fault in batch.faults}
+    assert set(faults) >= {"p2", "p3", "p4", "p5"}
+    assert "9000 x 9000 pixels, the limit is 50,000,000" in faults["p2"]
+    assert "not JPEG or PNG or WEBP" in faults["p3"]
+    assert "not JPEG or PNG or WEBP" in faults["p4"]
+    assert "audio of 3600.0 s in a shard" in faults["p5"]
+    assert not {2, 3, 4, 5} & {n for (batch,) in found for n in batch.ids.tolist()}
+
+
+def test_a_bad_sample_is_replaced_as_the_order_says_and_counted(manifest: Manifest) -> None:
+    order, bad = order_for(manifest), 9
+    spoil(manifest, bad)
+    step, place = next((t, b.tolist().index(bad)) for t in range(9) if bad in (b := order.batch(t).samples))
+    lines: list[str] = []
+    (batch,) = batches(manifest, range(step, step + 1), report=lines.append)[0]
+    assert int(batch.ids[place]) == order.replacement(step, place, 1)[0]
+    (fault,) = batch.faults
+    assert (fault.sample, fault.step, fault.row) == ("p9", step, place)
+    assert fault.shard == str(manifest.folder / "train-000001.tar")
+    assert lines == [f"replaced unreadable {fault}"]
+    moved = batch.to(torch.device("cpu"))
+    assert moved.faults == [fault]
+    assert torch.equal(moved.ids, batch.ids)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_shard_is_named_in_one_line(manifest: Manifest, workers: int) -> None:
-    shard = manifest.folder / manifest.shards[0].name
-    shard.write_bytes(shard.read_bytes()[:3000])
-    with pytest.raises(UserError, match=shard.name) as caught:
-        batches(manifest, range(5), workers=workers)
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"max_faults": 6}, r"samples, 7 in all, could not"),
+        ({"max_faults_in_a_row": 4}, r"samples, 5 in a row, could not"),
+    ],
+)
+def test_too_many_bad_samples_end_the_stream(
+    manifest: Manifest, workers: int, limits: dict[str, int], reason: str
+) -> None:
+    for sample in range(26):
+        spoil(manifest, sample)
+    with pytest.raises(UserError, match=reason) as caught:
+        batches(manifest, range(5), workers=workers, **limits)
+    assert "shards/train-00000" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_shard_is_named(manifest: Manifest) -> None:
-    (manifest.folder / manifest.shards[2].name).unlink()
-    with pytest.raises(UserError, match=manifest.shards[2].name):
-        batches(manifest, range(5))
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", ["truncated", "missing"])
+def test_a_damaged_shard_is_no_bad_sample(manifest: Manifest, workers: int, how: str) -> None:
+    shard = manifest.folder / manifest.shards[0].name
+    shard.write_bytes(shard.read_bytes()[:3000]) if how == "truncated" else shard.unlink()
+    lines: list[str] = []
+    with pytest.raises(UserError, match=shard.name) as caught:
+        batches(manifest, range(5), workers=workers, report=lines.append)
+    assert "\n" not in str(caught.value)
+    assert not lines
+
+
+def test_a_batch_that_is_too_broken_is_not_tried_to_its_end(manifest: Manifest) -> None:
+    for sample in range(26):
+        spoil(manifest, sample)
+    reader = Stuck(manifest)
+    reader.answers = 7
+    with pytest.raises(UserError, match="7 in all"):
+        batches(manifest, range(5), reader=reader, max_faults=6)
+
+
+# Worker processes.
+
+
+def children() -> set[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return {int(pid) for pid in file.read().split()}
+
+
+def stat(pid: int) -> str:
+    """State of a process, "" if it is no more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return ""
+
+
+@pytest.mark.parametrize(("kill", "cause"), [(signal.SIGKILL, "memory ran out"), (signal.SIGBUS, "/dev/shm")])
+def test_a_killed_worker_is_named_where_a_batch_is_waited_for(manifest: Manifest, kill: int, cause: str) -> None:
+    before = children()
+    stream = opened(Reader(manifest), order_for(manifest), range(200), workers=2)
+    next(stream)
+    (first, second) = sorted(children() - before)
+    os.kill(first, kill)
+    time.sleep(0.3)  # the death alone must not interrupt what runs now
+    with pytest.raises(UserError, match=cause) as caught:
+        for _ in stream:
+            pass
+    assert f"(pid {first})" in str(caught.value)
+    assert signal.Signals(kill).name in str(caught.value)
+    assert stat(second) in ("", "Z"), "the other worker goes on"
+
+
+class Stuck(Reader):
+    """A reader whose disk answers so many times in a process, and then no more."""
+
+    answers = 0
+
+    def picture(self, sample: int) -> bytes:
+        self.answers -= 1
+        if self.answers < 0:
+            threading.Event().wait()
+        return super().picture(sample)
+
+
+def test_a_worker_that_hangs_is_named_after_the_time_given(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_POLL", 0.2)
+    before, start = children(), time.monotonic()
+    stream = opened(Stuck(manifest), order_for(manifest), range(9), workers=2, timeout=1.0)
+    with pytest.raises(UserError, match=r"no batch came .* in 1 s: .*--data\.timeout"):
+        next(stream)
+    assert time.monotonic() - start < 9
+    assert children() == before, "a stuck worker is left"
+
+
+def test_a_slow_worker_is_waited_for(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_POLL", 0.1)
+    real = Reader.picture
+    monkeypatch.setattr(Reader, "picture", lambda self, sample: time.sleep(0.06) or real(self, sample))
+    assert_same(batches(manifest, range(3)), batches(manifest, range(3), workers=1, timeout=30.0))
+
+
+def test_a_stream_that_is_left_early_leaves_no_worker(manifest: Manifest) -> None:
+    before = children()
+    stream = opened(Reader(manifest), order_for(manifest), range(200), workers=2)
+    next(stream)
+    assert children() != before
+    stream.close()
+    assert children() == before
+
+
+PARENT = """
+import sys, time
+from shards.manifest import load
+from tests.shards.test_stream import opened, order_for, Stuck
+manifest = load(sys.argv[1])
+reader = Stuck(manifest)
+reader.answers = 8
+stream = opened(reader, order_for(manifest), range(99), workers=2)
+next(stream)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_parent_leaves_no_worker_though_it_is_stuck(manifest: Manifest) -> None:
+    command = [sys.executable, "-c", PARENT, str(manifest.folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"ready\n"
+        workers = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)  # which asks the trainer to save: a worker goes on
+        time.sleep(0.3)
+        assert len(workers) == 2
+        assert all(stat(pid) not in ("", "Z") for pid in workers)
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while any(stat(pid) not in ("", "Z") for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if stat(pid) not in ("", "Z")]
+
+
+def private_memory(pid: int) -> int:
+    """Bytes that a process shares with no other."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+
+
+PASSES = """
+import sys
+from shards.manifest import load
+from tests.shards.test_stream import Reader, children, opened, order_for, private_memory
+manifest = load(sys.argv[1])
+for step, _ in enumerate(opened(Reader(manifest), order_for(manifest, batch_size=6), range(10 * 22), workers=1)):
+    if step % 10 == 9:
+        print(private_memory(*children()))
+"""
+
+
+def test_a_workers_memory_is_flat_over_twenty_passes(tmp_path: Path) -> None:
+    """In a process of its own: a worker would take over, page by page, what a process that tests much holds."""
+    noise(tmp_path / "shards", pictures=60, captions=2, samples_per_shard=4)
+    command = [sys.executable, "-c", PASSES, str(tmp_path / "shards")]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, timeout=100)
+    sizes = [int(size) for size in done.stdout.split()]
+    assert len(sizes) == 22
+    # By then everything that is kept has been made; a kilobyte left behind by each picture would come to 840 kB.
+    assert sizes[-1] - sizes[7] < 1_000_000, [size // 1024 for size in sizes]

@@ -22,10 +22,10 @@ from shards.audio import SAMPLE_RATE, decode_audio
 from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.picture import decode_picture
-from shards.stream import Reader
 from toolkit.config import Config
 from toolkit.distributed import all_gather
 from toolkit.model.encoded import Encoded
+from toolkit.training.data import open_reader
 
 if TYPE_CHECKING:
     from toolkit.model.retrieval import SpeechImageModel
@@ -117,7 +117,7 @@ class _Source:
 
     def __init__(self, manifest: Manifest, samples: np.ndarray, config: Config) -> None:
         spans = [manifest.captions(int(sample)) for sample in samples]
-        self.manifest, self.samples, self.reader = manifest, samples, Reader(manifest)
+        self.manifest, self.samples, self.reader = manifest, samples, open_reader(config.data, manifest)
         self.captions = np.concatenate([np.asarray(span, dtype=np.int64) for span in spans])
         self.owner = np.repeat(np.arange(len(samples)), [len(span) for span in spans])
         self.image_size = config.data.image_size
@@ -138,7 +138,7 @@ class _Source:
             return torch.from_numpy(decode())
         except UserError as error:
             key = self.manifest.key[sample].decode()
-            raise UserError(f"sample {key} of {self.manifest.folder}: {error}; make the shards again") from error
+            raise UserError(f"sample {key} of {self.manifest.place}: {error}; make the shards again") from error
 
 
 @dataclass(frozen=True)

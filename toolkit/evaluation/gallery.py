@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from shards.manifest import Manifest
-from shards.stream import Reader
+from shards.reader import Reader
 from toolkit.evaluation.recall import Standing
 from toolkit.evaluation.run import Retrieval
 
@@ -65,7 +65,7 @@ def examples(reader: Reader, found: Retrieval) -> tuple[list[Spoken], list[Shown
 
     def text(at: int) -> str:
         sample = int(found.samples[found.picture[at]])
-        number = int(found.captions[at] - reader.manifest.first_caption[sample])
+        number = int(found.captions[at] - reader.manifests[0].first_caption[sample])
         caption = reader.meta(sample)["captions"][number]
         return caption.get("text") or f"(no text: utterance {caption.get('utterance')})"
 

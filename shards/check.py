@@ -1,0 +1,248 @@
+"""The shard doctor: is a folder of shards what its manifest says, and fit to train on?
+
+Every byte is read once and nothing is extracted. A problem is what makes training wrong or impossible; a warning is
+what someone should know.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.check_one import DIGEST, NAMED, Found, Task, check_shard, task_of, text
+from shards.errors import UserError
+from shards.folder import UNFINISHED
+from shards.manifest import INDEX, MANIFEST, Manifest, load
+from shards.pool import Progress, run_tasks
+from shards.report import REPORT, load_report
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's."""
+
+    where: str  # a file of the folder, or a split
+    what: str
+
+    def __str__(self) -> str:
+        """Show it in one line, whatever bytes a hostile name is made of."""
+        line = f"{self.where}: {self.what}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+@dataclass
+class Health:
+    """What the doctor found."""
+
+    folder: Path
+    manifest: Manifest | None  # None: it cannot be read
+    problems: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+    pictures: int = 0  # decoded
+    recordings: int = 0
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there is no problem; warnings do not count."""
+        return not self.problems
+
+    @property
+    def verdict(self) -> str:
+        """In a word, or with the number of problems."""
+        return "healthy" if self.healthy else f"NOT HEALTHY ({_count(len(self.problems), 'problem')})"
+
+    def text(self) -> str:
+        """The summary for people."""
+        lines = [str(self.folder)]
+        if self.manifest is not None:
+            lines += [*_table(self.manifest), ""]
+            lines.append(
+                f"read: every byte of {_count(len(self.manifest.shards), 'shard')}, all headers; "
+                f"decoded: {_count(self.pictures, 'picture')}, {_count(self.recordings, 'recording')}"
+            )
+        lines += [f"problem: {finding}" for finding in self.problems]
+        lines += [f"warning: {finding}" for finding in self.warnings]
+        return "\n".join([*lines, self.verdict])
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        m = self.manifest
+        return {
+            "folder": str(self.folder),
+            "healthy": self.healthy,
+            "problems": [str(finding) for finding in self.problems],
+            "warnings": [str(finding) for finding in self.warnings],
+            "decoded": {"pictures": self.pictures, "recordings": self.recordings},
+            "hash": m.hash if m else None,
+            "shards": len(m.shards) if m else None,
+            "bytes": sum(shard.bytes for shard in m.shards) if m else None,
+            "splits": {row.pop("split"): row for row in split_rows(m)} if m else {},
+        }
+
+
+def check_folder(
+    folder: Path, decode: int | None = 200, jobs: int = 1, progress: Progress = lambda done: None
+) -> Health:
+    """Examine a folder of shards.
+
+    Args:
+        folder: what make_shards wrote.
+        decode: samples to decode, spread over the folder; None: all. The headers of all are read.
+        jobs: processes.
+        progress: told how many samples were done since the last call.
+
+    Raises:
+        UserError: there is no such folder, or nothing of shards in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    try:
+        manifest = load(folder)
+    except UserError as error:
+        if not any(path.suffix == ".tar" or path.name in (MANIFEST, INDEX, UNFINISHED) for path in folder.iterdir()):
+            raise
+        return Health(folder, None, [Finding(MANIFEST, str(error))])
+    health = Health(folder, manifest)
+    chosen = _spread(len(manifest.key), decode)
+    found = dict(run_tasks(check_shard, _Tasks(manifest, chosen), jobs, progress))
+    for shard in manifest.shards:
+        _add(health, shard.name, found[shard.name])
+    digests = np.frombuffer(b"".join(found[shard.name].digests for shard in manifest.shards), dtype=f"S{DIGEST}")
+    _find_duplicates(health, manifest, digests)
+    _compare_report(health, manifest)
+    _find_foreign(health, manifest)
+    return health
+
+
+class _Tasks(Mapping[str, Task]):
+    """A task for each shard by its name, made when it is its turn."""
+
+    def __init__(self, m: Manifest, decode: np.ndarray) -> None:
+        self.m, self.decode = m, decode
+        self.numbers = {shard.name: number for number, shard in enumerate(m.shards)}
+
+    def __getitem__(self, name: str) -> Task:
+        return task_of(self.m, self.numbers[name], self.decode)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def split_rows(m: Manifest) -> Iterator[dict[str, Any]]:
+    """What each split holds: split, pictures, captions, hours, shards, megabytes."""
+    captions = np.diff(m.first_caption)
+    seconds = np.add.reduceat(np.append(m.duration, 0.0), m.first_caption[:-1]) if len(captions) else np.zeros(0)
+    seconds = np.where(captions > 0, seconds, 0.0)
+    for split in m.splits:
+        rows = m.rows(split)
+        shards = np.unique(m.shard[rows])
+        yield {
+            "split": split,
+            "pictures": len(rows),
+            "captions": int(captions[rows].sum()),
+            "hours": round(float(seconds[rows].sum()) / 3600, 4),
+            "shards": len(shards),
+            "megabytes": round(sum(m.shards[n].bytes for n in shards) / 1e6, 3),
+        }
+
+
+def _table(m: Manifest) -> list[str]:
+    names = ("pictures", "captions", "hours", "shards", "MB")
+    lines = ["split       " + "".join(f"{name:>10}" for name in names)]
+    for row in split_rows(m):
+        numbers = f"{row['pictures']:>10,}{row['captions']:>10,}{row['hours']:>10.2f}{row['shards']:>10,}"
+        lines.append(f"{row['split']:<12}{numbers}{row['megabytes']:>10,.1f}")
+    return lines
+
+
+def _spread(samples: int, count: int | None) -> np.ndarray:
+    """Mark `count` of the samples at even distances, bool [samples]."""
+    if count is None:
+        return np.ones(samples, bool)
+    chosen = np.zeros(samples, bool)
+    chosen[np.linspace(0, samples - 1, min(count, samples)).round().astype(int)] = True
+    return chosen
+
+
+def _add(health: Health, name: str, found: Found) -> None:
+    health.problems += [Finding(name, line) for line in found.problems]
+    health.warnings += [Finding(name, line) for line in found.warnings]
+    health.pictures += found.pictures
+    health.recordings += found.recordings
+
+
+def _find_duplicates(health: Health, m: Manifest, digests: np.ndarray) -> None:
+    """Find ids and keys that come twice, and pictures of the same bytes; the latter may be meant within a split."""
+    shared: list[Finding] = []
+    repeated: list[Finding] = []
+    for what, column in (("image id", m.image_id), ("key", m.key)):
+        for one, other in _equal_pairs(column):
+            splits = _splits(m, one, other)
+            health.problems.append(Finding(splits, f"{what} {text(column[one])} comes twice, {_shards(m, one, other)}"))
+    for one, other in _equal_pairs(digests):
+        line = f"{text(m.image_id[one])} and {text(m.image_id[other])} are the same picture, {_shards(m, one, other)}"
+        (repeated if m.split[one] == m.split[other] else shared).append(Finding(_splits(m, one, other), line))
+    health.problems += _shortened(shared)
+    health.warnings += _shortened(repeated)
+
+
+def _equal_pairs(column: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Neighbouring rows among those of each value; empty values are nobody's."""
+    order = np.argsort(column, kind="stable")
+    same = (column[order[1:]] == column[order[:-1]]) & (column[order[1:]] != b"")
+    for place in np.flatnonzero(same):
+        yield int(order[place]), int(order[place + 1])
+
+
+def _splits(m: Manifest, one: int, other: int) -> str:
+    return " and ".join(dict.fromkeys(m.splits[m.split[row]] for row in (one, other)))
+
+
+def _shards(m: Manifest, one: int, other: int) -> str:
+    names = dict.fromkeys(m.shards[m.shard[row]].name for row in (one, other))
+    return f"in {' and '.join(names)}"
+
+
+def _shortened(findings: list[Finding]) -> list[Finding]:
+    rest = len(findings) - NAMED
+    return [*findings[:NAMED], Finding("all splits", f"and {rest} more like these")] if rest > 0 else findings
+
+
+def _compare_report(health: Health, m: Manifest) -> None:
+    try:
+        report = load_report(health.folder)
+    except UserError as error:
+        health.warnings.append(Finding(REPORT, str(error)))
+        return
+    for row in split_rows(m):
+        counts = report.splits.get(row["split"])
+        told = (counts.pictures, counts.captions) if counts else (0, 0)
+        if told != (row["pictures"], row["captions"]):
+            line = f"it counts {told[0]:,} pictures and {told[1]:,} captions in {row['split']}, the index has "
+            health.problems.append(Finding(REPORT, f"{line}{row['pictures']:,} and {row['captions']:,}"))
+
+
+def _find_foreign(health: Health, m: Manifest) -> None:
+    """Name what is in the folder and is not of the data set."""
+    ours = {MANIFEST, INDEX, REPORT, *(shard.name for shard in m.shards)}
+    foreign = sorted(path.name for path in health.folder.iterdir() if path.name not in ours)
+    tars = [name for name in foreign if name.endswith(".tar")]
+    line = "is not in the manifest, but whatever reads *.tar would read it: remove it"
+    health.problems += _shortened([Finding(name, line) for name in tars])
+    rest = (name for name in foreign if name not in tars)
+    health.warnings += _shortened([Finding(name, _why_there(name)) for name in rest])
+
+
+def _why_there(name: str) -> str:
+    if name == UNFINISHED or name.endswith(".tmp"):
+        return "was left by a run that did not end: it can be removed"
+    return "is not of the data set"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,219 @@
+"""The same pictures and captions through other loaders, each as its documentation has it unless a function says more.
+
+Each function gives an iterator of batches whose `images`, `waveforms`, `lengths` and `ids` are those of
+`shards.stream.Batch`: the codecs are this project's (`decode_picture`, `decode_audio`), and so is the padding.
+"""
+
+import io
+import json
+import random
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from corpus import CAPTIONS, PER_SHARD
+
+from shards.audio import SAMPLE_RATE, decode_audio
+from shards.corpora.item import Item
+from shards.manifest import Manifest
+from shards.picture import decode_picture, read_picture
+from shards.reader import Reader
+from shards.stream import Batch
+
+BUFFER = 1000  # samples that are shuffled together
+AHEAD = 4  # batches that a worker makes in advance, as in `shards.stream`
+
+
+def webdataset_docs(urls: list[str], size: int, batch: int, workers: int, passes: int) -> Iterator[Batch]:
+    """webdataset as its documentation has it: `decode` decodes all of a sample, then a function takes what it needs."""
+    import webdataset as wds
+    from PIL import Image
+
+    def audio(name: str, data: bytes) -> np.ndarray | None:  # webdataset's own decoder is torchaudio's, which is slower
+        return decode_audio(data) if name.endswith("flac") else None
+
+    def pair(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
+        image = sample["jpg"]
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        wave = sample[f"{random.randrange(CAPTIONS)}.flac"]
+        return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), wave, int(sample["__key__"])
+
+    data = wds.WebDataset(urls, shardshuffle=100).shuffle(BUFFER).decode("pil", audio).map(pair)
+    data = data.batched(batch, collation_fn=_collate).repeat(passes)
+    return iter(wds.WebLoader(data, batch_size=None, num_workers=workers))
+
+
+def webdataset_best(
+    urls: list[str], size: int, batch: int, workers: int, passes: int = 1, skip: int = 0
+) -> Iterator[Batch]:
+    """webdataset at its quickest: of a sample, only the picture and the chosen caption are decoded.
+
+    Args:
+        urls: The shards, at least one a worker.
+        size: Side of the pictures.
+        batch: Pairs in a batch.
+        workers: Processes.
+        passes: How often to read the shards.
+        skip: Samples to pass over at the beginning: read and shuffled, or the order would be another, but not decoded.
+    """
+    import webdataset as wds
+
+    def pair(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
+        caption = decode_audio(sample[f"{random.randrange(CAPTIONS)}.flac"])
+        return decode_picture(sample["jpg"], size), caption, int(sample["__key__"])
+
+    data = wds.WebDataset(urls, shardshuffle=len(urls), select_files=_is_needed).shuffle(BUFFER)
+    data = data.slice(skip // workers, None).map(pair).batched(batch, collation_fn=_collate).repeat(passes)
+    return iter(wds.WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=AHEAD))
+
+
+def _is_needed(name: str) -> bool:
+    return not name.endswith(".json")
+
+
+def mosaicml_streaming(
+    folder: Path, manifest: Manifest, size: int, batch: int, workers: int, passes: int
+) -> Iterator[Batch]:
+    """mosaicml-streaming, from a folder in its own format with the same encoded bytes.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    _without_torchvision()
+    from streaming import MDSWriter, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+    from torch.utils.data import DataLoader
+
+    captions = [f"caption{k}" for k in range(CAPTIONS)]
+    if not (folder / "index.json").exists():
+        columns = {"id": "int", "picture": "bytes", **dict.fromkeys(captions, "bytes")}
+        reader = Reader(manifest)
+        with MDSWriter(out=str(folder), columns=columns) as writer:
+            for n in range(len(manifest.key)):
+                spoken = [reader.audio(row) for row in manifest.captions(n)]
+                writer.write({"id": n, "picture": reader.picture(n), **dict(zip(captions, spoken, strict=True))})
+
+    class Pairs(StreamingDataset):
+        def __getitem__(self, at: Any) -> tuple[np.ndarray, np.ndarray, int]:
+            sample = super().__getitem__(at)
+            caption = decode_audio(sample[captions[random.randrange(CAPTIONS)]])
+            return decode_picture(sample["picture"], size), caption, sample["id"]
+
+    clean_stale_shared_memory()
+    total = passes * len(manifest.key)
+    data = Pairs(local=str(folder), shuffle=True, batch_size=batch, epoch_size=total, num_canonical_nodes=1)
+    return iter(DataLoader(data, batch, num_workers=workers, collate_fn=_collate, prefetch_factor=AHEAD))
+
+
+def _without_torchvision() -> None:
+    # mosaicml-streaming imports torchvision for data sets of its own that are not used here; where there is none, empty
+    # modules stand in for it. transformers, which it imports too, looks for torchvision itself, so it comes first.
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        import transformers.feature_extraction_utils  # noqa: F401
+
+        contents: dict[str, dict[str, Any]] = {"": {}, ".datasets": {"VisionDataset": object}, ".transforms": {}}
+        contents[".transforms.functional"] = {"to_tensor": None}
+        for name, content in contents.items():
+            stand_in = types.ModuleType(f"torchvision{name}")
+            vars(stand_in).update(content)
+            sys.modules.setdefault(stand_in.__name__, stand_in)
+
+
+def lhotse_shar(folder: Path, manifest: Manifest, size: int, batch: int, workers: int, passes: int) -> Iterator[Batch]:
+    """lhotse's Shar: a cut for each picture with one caption only, as its tars are read from end to end.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    from lhotse import CutSet
+    from lhotse.dataset import DynamicCutSampler
+    from lhotse.dataset.iterable_dataset import IterableDatasetWrapper
+    from torch.utils.data import DataLoader, Dataset
+
+    if not (folder / "done").exists():
+        _write_shar(folder, manifest)
+
+    class Pairs(Dataset[Batch]):
+        def __getitem__(self, cuts: Any) -> Batch:
+            return _collate([_pair_of_cut(cut, size) for cut in cuts])
+
+    fields = {name: sorted(map(str, folder.glob(f"{name}.*"))) for name in ("cuts", "recording", "picture")}
+    cuts = CutSet.from_shar(fields=fields, split_for_dataloading=True, shuffle_shards=True)
+    cuts = cuts.repeat(passes, preserve_id=True)
+    sampler = DynamicCutSampler(
+        cuts, max_cuts=batch, shuffle=True, shuffle_buffer_size=BUFFER, rank=0, world_size=1, drop_last=False
+    )
+    data = IterableDatasetWrapper(Pairs(), sampler)
+    return iter(DataLoader(data, None, num_workers=workers, prefetch_factor=AHEAD))
+
+
+def _pair_of_cut(cut: Any, size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    picture = decode_picture(cut.load_picture().tobytes(), size)
+    return picture, decode_audio(cut.recording.sources[0].source), int(cut.id)
+
+
+def _write_shar(folder: Path, manifest: Manifest) -> None:
+    from lhotse import MonoCut, Recording
+    from lhotse.array import Array
+    from lhotse.shar import SharWriter
+
+    reader = Reader(manifest)
+    folder.mkdir(exist_ok=True)
+    with SharWriter(folder, {"recording": "flac", "picture": "numpy"}, shard_size=PER_SHARD) as writer:
+        for n in range(len(manifest.key)):
+            name = f"{n:06d}"
+            stored = io.BytesIO()
+            np.save(stored, np.frombuffer(reader.picture(n), np.uint8))
+            count = int(manifest.image_bytes[n])
+            picture = Array("memory_npy", "", stored.getvalue(), [count])
+            recording = Recording.from_bytes(reader.audio(int(manifest.first_caption[n])), name)
+            writer.write(MonoCut(name, 0.0, recording.duration, 0, recording=recording, custom={"picture": picture}))
+    (folder / "done").touch()
+
+
+def webdataset_writer(items: list[Item], folder: Path, jobs: int) -> None:
+    """Write items by webdataset's ShardWriter, fed by a pool of processes that convert them as make_shards does."""
+    import multiprocessing
+
+    import webdataset as wds
+
+    folder.mkdir()
+    with (
+        multiprocessing.Pool(jobs) as pool,
+        wds.ShardWriter(str(folder / "train-%06d.tar"), maxcount=PER_SHARD, verbose=0) as writer,
+    ):
+        for sample in pool.imap(_convert, items, chunksize=4):
+            writer.write(sample)
+        pool.close()
+        pool.join()
+
+
+def _convert(item: Item) -> dict[str, Any]:
+    from shards.audio import encode_audio, read_audio
+
+    waves = [read_audio(caption.audio, 30.0) for caption in item.captions]  # type: ignore[arg-type]
+    described = [
+        {"utterance": c.utterance, "duration": len(w) / SAMPLE_RATE} for c, w in zip(item.captions, waves, strict=True)
+    ]
+    meta = {"image_id": item.image_id, "split": item.split, "captions": described}
+    audio = {f"{k}.flac": encode_audio(wave, "flac") for k, wave in enumerate(waves)}
+    picture = read_picture(item.picture, 256, 90)  # type: ignore[arg-type]
+    return {"__key__": item.image_id, "json": json.dumps(meta).encode(), "jpg": picture, **audio}
+
+
+def _collate(pairs: list[tuple[np.ndarray, np.ndarray, int]]) -> Batch:
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+    from torch.utils.data import default_collate
+
+    images, waves, ids = zip(*pairs, strict=True)
+    stacked = default_collate([torch.from_numpy(image) for image in images])  # in a worker, in shared memory at once
+    padded = pad_sequence([torch.from_numpy(wave) for wave in waves], batch_first=True)
+    return Batch(stacked, padded, torch.tensor([len(wave) for wave in waves]), torch.tensor(ids))

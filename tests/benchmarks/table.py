@@ -1,0 +1,49 @@
+"""What a benchmark prints: a table, or with `--json` a line for each figure."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Ours against theirs; the bound is on the ratio.
+
+    Attributes:
+        ratio: How many times better ours is; for a figure with `at_most`, ours divided by theirs.
+        what: A line that says what was compared.
+    """
+
+    figure: str
+    ours: float
+    theirs: float
+    unit: str
+    ratio: float
+    what: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the bound is kept."""
+        if self.at_least is not None and not self.ratio >= self.at_least:
+            return False
+        return self.at_most is None or self.ratio <= self.at_most
+
+    def json(self) -> str:
+        """One line."""
+        bound = {"at_least": self.at_least} if self.at_most is None else {"at_most": self.at_most}
+        values: dict[str, Any] = {"figure": self.figure, "ours": self.ours, "theirs": self.theirs, "unit": self.unit}
+        return json.dumps({**values, "ratio": self.ratio, **bound})
+
+
+def table(figures: list[Figure]) -> str:
+    """All figures, a line each, with what they compare."""
+    rows = [("figure", "ours", "theirs", "unit", "ratio", "bound", "")]
+    for one in figures:
+        bound = f">= {one.at_least:g}" if one.at_most is None else f"<= {one.at_most:g}"
+        verdict = "ok" if one.holds else "MISSED"
+        rows.append((one.figure, f"{one.ours:.4g}", f"{one.theirs:.4g}", one.unit, f"{one.ratio:.3g}", bound, verdict))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", *(f"{one.figure}: {one.what}" for one in figures)])

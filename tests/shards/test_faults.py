@@ -1,0 +1,67 @@
+"""Counting faults: what is told, and when it is too much."""
+
+import pytest
+
+from shards.errors import UserError
+from shards.faults import Fault, FaultCounter
+
+
+def fault(row: int = 0, step: int = 0) -> Fault:
+    return Fault("p7", "data/train-000003.tar", "cannot be decoded", step, row)
+
+
+def counter(most: int = 1000, in_a_row: int = 50) -> tuple[FaultCounter, list[str], list[float]]:
+    lines: list[str] = []
+    now = [0.0]
+    return FaultCounter(most, in_a_row, lines.append, lambda: now[0]), lines, now
+
+
+def test_the_first_five_are_told_and_then_one_in_thirty_seconds() -> None:
+    faults, lines, now = counter()
+    for second in range(100):
+        now[0] = float(second)
+        faults.add([fault()], rows=4)
+    assert lines[0] == "replaced unreadable sample p7 of data/train-000003.tar at step 0: cannot be decoded"
+    counts = [line.rpartition(" (")[2] for line in lines[1:]]
+    assert counts == [f"{n} so far)" for n in (2, 3, 4, 5, 35, 65, 95)]
+
+
+def test_too_many_in_all() -> None:
+    faults, _, _ = counter(most=3)
+    for _ in range(3):
+        faults.add([fault()], rows=2)
+    with pytest.raises(
+        UserError,
+        match=r"^too many samples, 4 in all, could .* sample p7 of data/train-000003\.tar at .*--data\.max_faults",
+    ):
+        faults.add([fault()], rows=2)
+
+
+@pytest.mark.parametrize(
+    ("batches", "in_a_row"),
+    [
+        ([[0, 1, 2, 3]], 4),
+        ([[3, 3, 3]], 3),  # replacements of one row that could not be read either
+        ([[1, 3]], 1),
+        ([[0, 2]], 0),
+        ([[2, 3], [0, 1, 2, 3]], 6),
+        ([[2, 3], [0, 1]], 0),
+        ([[2, 3], [1, 3]], 1),
+        ([[3], [], [3]], 1),
+    ],
+)
+def test_a_row_of_faults_goes_on_across_batches_and_ends_with_a_good_sample(batches, in_a_row) -> None:
+    faults, _, _ = counter()
+    for rows in batches:
+        faults.add([fault(row) for row in rows], rows=4)
+    assert faults.in_a_row == in_a_row
+    assert faults.total == sum(len(rows) for rows in batches)
+
+
+def test_too_many_in_a_row() -> None:
+    faults, _, _ = counter(in_a_row=5)
+    faults.add([fault(2), fault(3)], rows=4)
+    faults.add([fault(0), fault(1), fault(2)], rows=4)
+    faults.add([fault(0), fault(1), fault(2), fault(3)], rows=4)
+    with pytest.raises(UserError, match=r"^too many samples, 6 in a row,.*--data\.max_faults_in_a_row"):
+        faults.add([fault(0), fault(1, step=9)], rows=4)

@@ -1,0 +1,154 @@
+"""The doctor's page: complete in itself, safe whatever the shards hold, written even for damaged ones."""
+
+import base64
+import io
+import json
+import os
+from dataclasses import replace
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import soundfile
+from PIL import Image
+
+from shards import manifest
+from shards.audio import Codec
+from shards.check import check_folder
+from shards.errors import UserError
+from shards.page import write_page
+from tests.shards import damage
+
+EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)>\"'"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+    def sources(self, tag: str) -> list[str]:
+        return [str(attributes.get("src")) for name, attributes in self.tags if name == tag]
+
+
+def page_of(folder: Path, advice: tuple[str, ...] = ()) -> Page:
+    write_page(folder.parent / "page.html", check_folder(folder, 0), advice)
+    return Page(folder.parent / "page.html")
+
+
+def payload(source: str, mime: str) -> io.BytesIO:
+    head, _, data = source.partition(",")
+    assert head == f"data:{mime};base64"
+    return io.BytesIO(base64.b64decode(data))
+
+
+@pytest.mark.parametrize(
+    ("codec", "mime", "kind"), [("flac", "flac", "FLAC"), ("wav", "wav", "WAV"), ("opus", "ogg", "OGG")]
+)
+def test_samples_with_pictures_and_recordings(tmp_path: Path, codec: Codec, mime: str, kind: str) -> None:
+    page = page_of(damage.write(tmp_path / "shards", codec=codec), ("take more shards",))
+    pictures, recordings = page.sources("img"), page.sources("audio")
+    assert (len(pictures), len(recordings)) == (11, 22)
+    assert {Image.open(payload(source, "image/jpeg")).format for source in pictures} == {"JPEG"}
+    assert {soundfile.info(payload(source, f"audio/{mime}")).format for source in recordings} == {kind}
+    for word in ("healthy", "t3", "e1", "it is 1", "train-000002.tar", "take more shards", "11 of 11 samples"):
+        assert word in page.words
+    waveforms = [attributes for tag, attributes in page.tags if tag == "svg" and "aria-label" in attributes]
+    assert len(waveforms) == 22
+
+
+def test_nothing_is_loaded_or_run(tmp_path: Path) -> None:
+    items = [replace(one, image_id=f"{one.image_id}{EVIL}", twin=None) for one in damage.corpus()]
+    items.append(damage.item(EVIL, "test", seed=3, said=f"{{}} {EVIL}"))
+    folder = damage.write(tmp_path / "shards", items)
+    (folder / "x<script>.tar").touch()
+    page = page_of(folder, (EVIL,))
+    assert {tag for tag, _ in page.tags} == {
+        *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr", "th", "td"),
+        *("ul", "li", "div", "small", "img", "svg", "rect", "text", "audio"),
+    } - {"title"} | {"title"}
+    assert page.words.count(EVIL) >= 11 + 2 + 1
+    assert not [one for _, attributes in page.tags for one in attributes if one.startswith("on")]
+    assert all(str(a[name]).startswith("data:") for _, a in page.tags for name in ("src", "href") if name in a)
+    policy = next(str(a["content"]) for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    assert policy == "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+
+
+def test_damaged_members_are_shown_as_such(tmp_path: Path) -> None:
+    folder = damage.write(tmp_path / "shards")
+    damage.replace(folder, "t0", 1, damage.bomb(damage.member(folder, "t0", 1)))
+    damage.replace(folder, "t1", 1, damage.member(folder, "t1", 1)[:700])
+    damage.replace(folder, "t2", 2, damage.recording(3700))
+    damage.replace(folder, "t3", 3, b"hello")
+    damage.replace(folder, "t4", 0, b"[" * 500_000)
+    sound = damage.member(folder, "t5", 2)
+    damage.replace(folder, "t5", 2, sound[: len(sound) // 2])
+    (folder / "dev-000000.tar").unlink()
+    (folder / "test-000000.tar").unlink()
+    os.mkfifo(folder / "test-000000.tar")
+    page = page_of(folder)
+    assert (len(page.sources("img")), len(page.sources("audio"))) == (5, 12)
+    for word in ("NOT HEALTHY", "a picture bomb", "3,700 s of audio", "(no text)", "No such file"):
+        assert word in page.words
+    assert page.words.count("cannot be decoded as audio") == 2  # in the summary and beside the recording
+
+
+def test_json_with_fewer_captions_than_the_index(tmp_path: Path) -> None:
+    folder = damage.write(tmp_path / "shards")
+    stored = json.loads(damage.member(folder, "t4", 0))
+    del stored["captions"][1]
+    damage.replace(folder, "t4", 0, json.dumps(stored).encode())
+    page = page_of(folder)
+    assert len(page.sources("audio")) == 22
+    assert page.words.count("(no text)") == 1
+
+
+def test_many_samples_and_captions_are_left_out(tmp_path: Path) -> None:
+    chatty = damage.item("t0", "train", 0)
+    captions = tuple(damage.Caption(f"c{n}", partial(damage.spoken, n), f"said {n}") for n in range(7))
+    items = [damage.item(f"t{n}", "train", n) for n in range(1, 60)]
+    items += [damage.item(f"d{n}", "dev", 70 + n) for n in range(1)]
+    page = page_of(damage.write(tmp_path / "shards", [replace(chatty, captions=captions), *items]))
+    assert 20 <= len(page.sources("img")) <= 26
+    assert "of 61 samples" in page.words
+    assert "and 2 more captions" in page.words
+    assert "dev-000000.tar" in page.words
+
+
+def test_histograms_count_everything(tmp_path: Path) -> None:
+    folder = damage.write(tmp_path / "shards")
+    write_page(tmp_path / "page.html", check_folder(folder, 0))
+    bars = [line.split("</title>")[0].split(": ") for line in (tmp_path / "page.html").read_text().split("<title>")[2:]]
+    assert sum(int(count) for _, count in bars) == 22 + 11 + 11 + 22
+    assert ["1.5 to 2.5", "11"] in bars
+
+
+def test_folder_without_a_manifest(tmp_path: Path) -> None:
+    folder = damage.write(tmp_path / "shards")
+    (folder / manifest.INDEX).unlink()
+    page = page_of(folder)
+    assert "NOT HEALTHY" in page.words
+    assert "index.npz is missing" in page.words
+
+
+def test_unwritable_place_and_odd_bytes(tmp_path: Path) -> None:
+    folder = damage.write(tmp_path / "shards")
+    health = check_folder(folder, 0)
+    with pytest.raises(UserError, match=r"cannot write .*nowhere/page\.html: No such file"):
+        write_page(tmp_path / "nowhere/page.html", health)
+    stored = json.loads(damage.member(folder, "t4", 0))
+    stored["captions"][1]["text"] = "half \ud800 a letter"
+    damage.replace(folder, "t4", 0, json.dumps(stored).encode())
+    write_page(tmp_path / "page.html", check_folder(folder, 0))
+    assert "half \\ud800 a letter" in Page(tmp_path / "page.html").words

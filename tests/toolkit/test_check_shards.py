@@ -1,0 +1,107 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shards.errors import UserError
+from tests.shards import damage
+from toolkit.check_shards import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def check(*arguments: object) -> int:
+    """Exit code of the script, run here."""
+    try:
+        main([str(one) for one in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the script as a user does, in another folder."""
+    command = [sys.executable, ROOT / "toolkit/check_shards.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return damage.write(tmp_path / "shards")
+
+
+def test_exit_codes(folder: Path, tmp_path: Path) -> None:
+    done = run(folder, "--jobs", 2, "--ranks", 16, "--workers", 3)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\nhealthy\n" in done.stdout
+    assert "for 16 ranks x 3 workers: " in done.stdout
+    os.truncate(folder / damage.SHARD, 100)
+    done = run(folder, "--jobs", 2)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"\nproblem: {damage.SHARD}: has 100 bytes, the manifest says " in done.stdout
+    assert "\nNOT HEALTHY (1 problem)\n" in done.stdout
+    done = run(tmp_path / "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path}/nowhere: no such folder\n"
+
+
+def test_how_much_is_decoded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage.replace(folder, "t4", 1, damage.member(folder, "t4", 1)[:700])
+    assert check(folder, "--decode", 0, "--jobs", 1) == 0
+    assert "decoded: 0 pictures, 0 recordings" in capsys.readouterr().out
+    assert check(folder, "--decode", "all", "--jobs", 1) == 1
+    assert "decoded: 11 pictures, 22 recordings" in capsys.readouterr().out
+
+
+def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "more.tar").touch()
+    (folder / "notes.txt").touch()
+    assert check(folder, "--json", "--jobs", 1) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["healthy"] is False
+    assert told["splits"]["train"]["pictures"] == 7
+    assert told["decoded"] == {"pictures": 11, "recordings": 22}
+    assert told["problems"] == ["more.tar: is not in the manifest, but whatever reads *.tar would read it: remove it"]
+    assert told["warnings"] == ["notes.txt: is not of the data set"]
+    assert told["advice"]
+
+
+def test_page(folder: Path, tmp_path: Path) -> None:
+    assert check(folder, "--html", tmp_path / "page.html", "--jobs", 1) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "for 8 ranks x 4 workers" in page
+    (folder / "manifest.json").write_text("{}")
+    assert check(folder, "--html", tmp_path / "page.html", "--jobs", 1) == 1
+    assert "NOT HEALTHY" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "arguments are required: DIR"),
+        (["x", "--decode", "some"], "--decode: expected a number of samples or all, got 'some'"),
+        (["x", "--decode", "-1"], "--decode: "),
+        (["x", "--jobs", "0"], "--jobs: expected a whole number of at least 1, got '0'"),
+        (["x", "--ranks", "many"], "--ranks: expected a whole number of at least 1, got 'many'"),
+        (["x", "--fast"], "unrecognized arguments: --fast"),
+        (["/no/where"], "/no/where: no such folder"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments: list[str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as caught:
+        check(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("--help") == 0
+    assert "exit code: 0 healthy, 1 not healthy" in capsys.readouterr().out
+    code = (
+        "import sys; from toolkit.check_shards import build_parser; build_parser();"
+        "print(*{'torch', 'torchaudio', 'numpy', 'PIL', 'soundfile', 'tqdm'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -1,0 +1,41 @@
+"""The training data of a configuration: which data sets, in which order, read from where."""
+
+import math
+
+from shards.cache import Cache
+from shards.errors import UserError
+from shards.manifest import Manifest, load
+from shards.order import Order, order_of, part_of
+from shards.reader import Reader
+from toolkit.config import Config, Data
+
+
+def open_order(config: Config, world_size: int = 1) -> tuple[list[Manifest], Order]:
+    """Read the manifests that training draws from and lay out their order; no shard is opened.
+
+    Args:
+        config: The configuration.
+        world_size: Number of ranks that batches are to be divided among.
+
+    Returns:
+        The data sets of the mixture, or the one of `data.shards`, as the order numbers them, and the order.
+
+    Raises:
+        UserError: Shards are not there, have no such split, or do not fit batch size, lanes and weights.
+    """
+    data = config.data
+    mixture = data.mixture or {data.shards: 1.0}
+    for folder, weight in mixture.items():
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            raise UserError(f"--data.mixture gives {folder} the weight {weight!r}; expected a number above 0")
+    manifests = [load(folder) for folder in mixture]
+    order = order_of(
+        manifests, data.train, config.training.batch_size, config.seed, data.window, data.lanes, list(mixture.values())
+    )
+    part_of(order.batch_size, 0, config.training.accumulation, 0, world_size, order.lanes)  # or it does not divide
+    return manifests, order
+
+
+def open_reader(data: Data, *manifests: Manifest) -> Reader:
+    """Read data sets through the configured cache."""
+    return Reader(*manifests, cache=Cache(data.cache, data.cache_gb) if data.cache else None)
