@@ -123,8 +123,10 @@ def make_shards(config: Config) -> None:
         UserError: There are none, and it does not say.
         SystemExit: make_shards failed, with its exit code.
     """
+    from shards.remote import is_url
+
     data = config.data
-    if (Path(data.shards) / "manifest.json").is_file():
+    if is_url(data.shards) or (Path(data.shards) / "manifest.json").is_file():
         return
     if not data.make:
         how = f"make them with python toolkit/make_shards.py CORPUS --root DIR --out {data.shards}"
@@ -143,7 +145,7 @@ def check_splits(config: Config) -> None:
     """
     from shards.manifest import load
 
-    manifest = load(Path(config.data.shards))
+    manifest = load(config.data.shards)
     wanted = [config.data.train, config.data.dev if config.evaluation.every else "", config.final.split]
     for split in filter(None, wanted):
         manifest.rows(split)

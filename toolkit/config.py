@@ -13,14 +13,21 @@ from shards.errors import UserError
 class Data:
     """Where samples come from and how they are prepared."""
 
-    shards: str = "data/scenes"  # folder that make_shards wrote
+    shards: str = "data/scenes"  # folder that make_shards wrote, or its URL (s3://..., https://...)
+    mixture: dict[str, float] = field(default_factory=dict)  # folders to train on, with weights; empty: `shards` alone
     make: list[str] = field(default_factory=list)  # arguments with which submit runs make_shards if it is missing
     train: str = "train"  # names of the splits
     dev: str = "dev"
     image_size: int = 224  # pixels; pictures are resized and centre-cropped in the loader
     max_seconds: float = 8.0  # longer captions are cropped at random in training, from their start in evaluation
     workers: int = 2  # loader processes a rank
+    timeout: float = 600.0  # seconds that a batch may take before its workers are taken to hang
     window: int = 16  # shards shuffled together
+    lanes: int = 1  # parts of a batch with shards of their own: a node that serves some lanes reads only their shards
+    cache: str | None = None  # folder on each node's own disk that keeps remote shards; null: read them from afar
+    cache_gb: float = 100.0  # what it may hold, in GB
+    max_faults: int = 1000  # samples that a rank may replace because they cannot be read
+    max_faults_in_a_row: int = 50  # the same, without one between that can be read
 
 
 @dataclass
@@ -50,7 +57,7 @@ class Image:
     train: str = "none"
     head_layers: int = 0
     pool: Literal["class", "mean", "grid"] = (
-        "class"  # what is projected without head layers: class token, mean of the patches, means of a 4 x 4 grid's cells
+        "class"  # what is projected without head layers: class token, mean of the patches, means over a 4 x 4 grid
     )
     head_heads: int = 8
     dropout: float = 0.1
@@ -145,6 +152,7 @@ class Training:
     steps: int = 50000
     batch_size: int = 256  # pairs an optimizer step, over all ranks and accumulated micro-batches
     accumulation: int = 1  # micro-batches a step
+    cached: bool = False  # SIC compares all pairs of an accumulated step, not of a micro-batch; encodes twice
     lr: float = 1e-4
     min_lr: float = 1e-6
     warmup: int = 5000  # steps
@@ -156,6 +164,11 @@ class Training:
     log_every: int = 20  # steps
     save_every: int = 1000  # steps
     keep: int = 3  # newest checkpoints kept, beside the best
+    max_skipped_in_a_row: int = 20  # steps skipped for numbers that are not finite, after which the run ends
+    watchdog: float = (
+        900.0  # seconds without a completed step after which the stacks are shown and the run ends; 0: none
+    )
+    name_bad_module: bool = False  # say which module's output was not finite first; slower
     stop_after: int | None = None  # steps after which this process saves and leaves, short of `steps`
 
 

@@ -1,4 +1,4 @@
-"""Tensors across ranks: gathers with and without gradient, and the fetch of single rows.
+"""Tensors across ranks: gathers with and without gradient, several tensors in one, and the fetch of single rows.
 
 Rank and world size are arguments; a world of one touches no process group. Every rank calls each function, in the same
 order. The global batch is the ranks' batches behind one another: row `r` of rank `o` is global row `o * B + r`.
@@ -8,13 +8,15 @@ does, N ranks with a loss that is a mean over B rows give exactly one rank's gra
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
+
+from shards.errors import UserError
 
 T = TypeVar("T")
 
@@ -53,50 +55,124 @@ def gather_with_grad(tensor: Tensor, rank: int, world_size: int) -> Tensor:
     return tensor if world_size == 1 else _Gather.apply(tensor, rank, world_size)
 
 
-def fetch_rows(tensor: Tensor, index: Tensor, rank: int, world_size: int) -> Tensor:
-    """Take rows of the global batch by index; only the rows asked for travel.
+def gather_packed(
+    vectors: Sequence[Tensor], integers: Sequence[Tensor], rank: int, world_size: int, differentiable: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gather several tensors of the same rows in one collective.
 
-    Differentiable: the gradient of a row goes back to its owner, summed over all that asked for it. Reads the indices
-    of all ranks on the host once, for the sizes of the exchange.
+    They travel side by side as float32: narrower floats are widened, which loses nothing, and integers travel as the
+    bits of two float32 each. Nothing is computed with those on the way, so every bit arrives.
 
     Args:
-        tensor: [B, ...], of equal shape and dtype on all ranks (see `pad_to_common_length`).
-        index: int64 [n], global rows that this rank wants; n is the same on all ranks.
+        vectors: Floats [B, D_k], float32 or narrower; the shapes and types are the same on all ranks.
+        integers: int64, int32 or bool [B], identities or flags.
         rank: This rank.
-        world_size: Number of ranks.
+        world_size: Number of ranks; with one all tensors come back as they are.
+        differentiable: The vectors' gradients flow back as in `gather_with_grad`.
 
     Returns:
-        [n, ...], the rows in the order of `index`.
+        The same with [world_size * B, ...], each of its own type, in the order of ranks.
     """
     if world_size == 1:
-        return tensor.index_select(0, index)
-    wanted = all_gather(index, world_size).view(world_size, -1).cpu()  # [asking rank, n]
-    owner = wanted // tensor.shape[0]
+        return list(vectors), list(integers)
+    bits = [each.to(torch.int64).contiguous().view(-1, 1).view(torch.float32) for each in integers]
+    columns = [*(vector.float() for vector in vectors), *bits]
+    packed = torch.cat(columns, dim=1)
+    packed = gather_with_grad(packed, rank, world_size) if differentiable else all_gather(packed, world_size)
+    parts = packed.split([column.shape[1] for column in columns], dim=1)
+    numbers = [part.detach().contiguous().view(torch.int64).view(-1) for part in parts[len(vectors) :]]
+    return (
+        [part.to(vector.dtype) for part, vector in zip(parts, vectors, strict=False)],
+        [number.to(each.dtype) for number, each in zip(numbers, integers, strict=True)],
+    )
+
+
+class Requests:
+    """Rows of the global batch that every rank wants, of several tensors; only the rows asked for travel.
+
+    The sizes of the exchange have to be known on the host, and which rows are wanted is known on the device alone: this
+    is the one place of a training step that waits for the device. All wishes are gathered in one collective; their
+    copy to the host begins at once and is waited for at the first use, so work that is queued between the two hides
+    the wait. The lengths to which ranks pad travel with them.
+    """
+
+    def __init__(self, index: Tensor, lengths: Sequence[int], rank: int, world_size: int) -> None:
+        """Tell all ranks what this one wants.
+
+        Args:
+            index: int64 [K, n], the global rows that this rank wants of K batches; n is the same on all ranks.
+            lengths: This rank's sequence length in each of the K batches.
+            rank: This rank.
+            world_size: Number of ranks; with one nothing is sent or read.
+        """
+        self.index, self.lengths = index, list(lengths)
+        self.rank, self.world_size = rank, world_size
+        self._plans: dict[tuple[int, int], _Plan] = {}
+        if world_size > 1:
+            own = [index.flatten(), *(index.new_full((1,), length) for length in lengths)]  # filled on the device
+            every = all_gather(torch.cat(own), world_size)
+            self._host = every.to("cpu", non_blocking=True).view(world_size, -1)  # into pinned memory
+            self._arrived = torch.cuda.Event() if index.is_cuda else None
+            if self._arrived:
+                self._arrived.record()
+
+    def longest(self, batch: int) -> int:
+        """The greatest of the ranks' lengths in a batch."""
+        if self.world_size == 1:
+            return self.lengths[batch]
+        return int(self._read()[:, self.index.numel() + batch].max())
+
+    def fetch(self, batch: int, tensor: Tensor) -> Tensor:
+        """Fetch the wanted rows.
+
+        Differentiable: the gradient of a row goes back to its owner, summed over all that asked for it.
+
+        Args:
+            batch: Which of the K.
+            tensor: [B, ...], of equal shape and dtype on all ranks.
+
+        Returns:
+            [n, ...], the rows in the order of the index.
+        """
+        if self.world_size == 1:
+            return tensor.index_select(0, self.index[batch])
+        plan = self._plan(batch, tensor)
+        arrived = _Exchange.apply(tensor.index_select(0, plan.rows), plan.sent, plan.received)  # by owner
+        return arrived.index_select(0, plan.place)
+
+    def _plan(self, batch: int, tensor: Tensor) -> "_Plan":
+        rows, count = tensor.shape[0], self.index.shape[1]
+        if (batch, rows) not in self._plans:
+            wanted = self._read()[:, batch * count : (batch + 1) * count]  # [asking rank, n]
+            self._plans[batch, rows] = _plan(wanted, rows, self.rank, tensor.device)
+        return self._plans[batch, rows]
+
+    def _read(self) -> Tensor:
+        if self._arrived:
+            self._arrived.synchronize()
+        return self._host
+
+
+@dataclass
+class _Plan:
+    """An exchange of rows: how many go to and come from each rank, which own rows are sent, where each one belongs."""
+
+    sent: list[int]
+    received: list[int]
+    rows: Tensor
+    place: Tensor
+
+
+def _plan(wanted: Tensor, rows: int, rank: int, device: torch.device) -> _Plan:
+    """Plan from what all ranks want, [asking rank, n] on the host, of `rows` a rank."""
+    owner = wanted // rows
     mine = owner == rank
-    rows = (wanted[mine] % tensor.shape[0]).to(tensor.device)  # what the others want of this rank, by asking rank
-    sent, received = mine.sum(1).tolist(), torch.bincount(owner[rank], minlength=world_size).tolist()
-    arrived = _Exchange.apply(tensor.index_select(0, rows), sent, received)  # by owner
+    sent, received = mine.sum(1).tolist(), torch.bincount(owner[rank], minlength=len(wanted)).tolist()
+    asked = wanted[mine] % rows  # by asking rank
     place = owner[rank].argsort(stable=True).argsort()
-    return arrived.index_select(0, place.to(tensor.device))
-
-
-def pad_to_common_length(tokens: Tensor, mask: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
-    """Pad sequences with zeros to the longest of all ranks. Reads that length on the host.
-
-    Args:
-        tokens: [B, L, H]; L may differ between ranks.
-        mask: bool [B, L], True = real.
-        world_size: Number of ranks; with one nothing changes.
-
-    Returns:
-        Tokens [B, L', H] and mask [B, L'], L' the same on all ranks.
-    """
-    if world_size == 1:
-        return tokens, mask
-    longest = torch.tensor(tokens.shape[1], device=tokens.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    missing = int(longest) - tokens.shape[1]
-    return F.pad(tokens, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+    if device.type == "cuda":
+        asked, place = asked.pin_memory(), place.pin_memory()  # so that the copies need no wait
+    return _Plan(sent, received, asked.to(device, non_blocking=True), place.to(device, non_blocking=True))
 
 
 class _Gather(torch.autograd.Function):
@@ -170,3 +246,39 @@ def agree(work: Callable[[], T], rank: int) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def agree_all(work: Callable[[], T], rank: int, world_size: int) -> T:
+    """Do something on every rank and give each its result; if it fails on one, it fails on all, with that one's reason.
+
+    Costs one reduction of two numbers between the hosts.
+
+    Raises:
+        UserError: It failed on another rank; here it raises what it raised.
+    """
+    return agree_all_and_on(lambda: 0, work, rank, world_size)[0]
+
+
+def agree_all_and_on(number: Callable[[], int], work: Callable[[], T], rank: int, world_size: int) -> tuple[T, int]:
+    """Do `agree_all`, and in its reduction agree on a number: the greatest of those that the ranks name afterwards."""
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    greatest = number()
+    if world_size > 1:
+        agreed = torch.tensor([failure is not None, greatest], dtype=torch.int32)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        failed, greatest = agreed.tolist()
+        if failed and failure is None:
+            reasons: list[Any] = [None] * world_size
+            dist.all_gather_object(reasons, None)
+            first = next(other for other, reason in enumerate(reasons) if reason)
+            raise UserError(f"rank {first}: {reasons[first]}")
+        if failure is not None:
+            line = " ".join(str(failure).split()) or type(failure).__name__
+            dist.all_gather_object([None] * world_size, line)
+    if failure is not None:
+        raise failure
+    return result, greatest

@@ -1,6 +1,8 @@
 """The run folder: one run, whose configuration stands in it and does not change under way."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from toolkit.config_loader import FLOAT, SAVED, apply_yaml
 
 # What may differ when a run is continued: it changes nothing of what is learned.
 _FREE = (
-    "run", "launch.", "wandb.", "evaluation.", "final.", "data.workers", "data.make",
-    "training.stop_after", "training.log_every", "training.save_every", "training.keep",
+    "run", "launch.", "wandb.", "evaluation.", "final.", "data.workers", "data.make", "data.timeout", "data.cache",
+    "data.max_faults", "training.stop_after", "training.log_every", "training.save_every", "training.keep",
+    "training.zero", "training.max_skipped_in_a_row", "training.name_bad_module", "training.watchdog",
 )  # fmt: skip
 
 
@@ -73,6 +76,12 @@ def load_run(folder: str | Path) -> Config:
     config = Config()
     apply_yaml(config, path)
     return config
+
+
+def fingerprint(config: Config) -> str:
+    """Checksum of what matters to what is learned: the same for runs that may continue one another."""
+    flat = {key: value for key, value in _flat(dataclasses.asdict(config)).items() if not key.startswith(_FREE)}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
 def to_yaml(config: Config) -> str:

@@ -2,9 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.toolkit import naive
-from toolkit.objectives.contrastive import contrastive_loss
+from toolkit.objectives.contrastive import BLOCK, contrastive_loss
 
 
 class Case:
@@ -36,13 +38,16 @@ class Case:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_equals_naive_loops(seed):
+def test_equals_naive_loops_whatever_the_block(seed):
     case = Case(seed)
+    inputs = (case.speech, case.image, case.temperature)
     for alpha in (0.0, 0.4, 1.0):
-        ours, reference = (loss(*case.arguments(alpha)) for loss in (contrastive_loss, naive.contrastive))
-        torch.testing.assert_close(ours, reference, msg=lambda text, a=alpha: f"loss at alpha {a}: {text}")
-        inputs = (case.speech, case.image, case.temperature)
-        torch.testing.assert_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(reference, inputs))
+        reference = naive.contrastive(*case.arguments(alpha))
+        expected = torch.autograd.grad(reference, inputs)
+        for block in (1, 2 * len(case.key_ids), BLOCK):  # one row, two rows, all rows at once
+            ours = contrastive_loss(*case.arguments(alpha), block=block)
+            torch.testing.assert_close(ours, reference, msg=lambda text, a=alpha: f"loss at alpha {a}: {text}")
+            torch.testing.assert_close(torch.autograd.grad(3 * ours, inputs), tuple(3 * one for one in expected))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -63,6 +68,47 @@ def test_without_momentum_the_keys_carry_gradient(seed):
         value = loss(case.speech, case.image, case.speech, case.image, case.ids, case.ids, case.temperature)
         gradients.append((value, *torch.autograd.grad(value, (case.speech, case.image, case.temperature))))
     torch.testing.assert_close(*gradients)
+
+
+def test_keys_may_come_in_parts_of_which_some_carry_gradient():
+    case = Case(2)
+    cut, rows = len(case.ids), len(case.key_ids)
+    assert 1 < cut < rows
+    speech_keys, image_keys = (keys.clone().requires_grad_() for keys in (case.speech_keys, case.image_keys))
+    arguments = (case.speech, case.image, speech_keys, image_keys, *case.arguments(0.4)[4:])
+    reference = naive.contrastive(*arguments)
+    expected = torch.autograd.grad(reference, (speech_keys, image_keys, case.speech, case.image))
+    expected = (*(by_key[:cut] for by_key in expected[:2]), *expected[2:])
+    for block in (1, BLOCK):
+        parts = [[keys.detach()[:cut].requires_grad_(), keys.detach()[cut:]] for keys in (speech_keys, image_keys)]
+        ours = contrastive_loss(case.speech, case.image, *parts, *arguments[4:], block=block)
+        torch.testing.assert_close(ours, reference)
+        gradients = torch.autograd.grad(ours, (parts[0][0], parts[1][0], case.speech, case.image))
+        torch.testing.assert_close(gradients, expected)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor holds that an operation gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for leaf in filter(torch.is_tensor, tree_leaves(found)):
+            self.numbers = max(self.numbers, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return found
+
+
+def test_the_logits_of_all_rows_never_exist_at_once():
+    rows, keys, width, block = 32, 300, 2, 1200
+    speech_keys, image_keys = (F.normalize(torch.randn(keys, width), dim=1) for _ in range(2))
+    speech, image = (side[:rows].clone().requires_grad_() for side in (speech_keys, image_keys))
+    arguments = (speech_keys, image_keys, torch.arange(rows), torch.arange(keys))
+    temperature = torch.tensor(0.1, requires_grad=True)
+    own = (speech_keys[:rows], image_keys[:rows])
+    with Largest() as largest:
+        contrastive_loss(speech, image, *arguments, temperature, 0.4, *own, block=block).backward()
+    assert largest.numbers == 2 * block, "more than a block of student's and teacher's logits, or not seen at all"
 
 
 def test_one_certain_pair_costs_nothing_and_two_equal_ones_log_two():

@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from shards.errors import UserError
 from tests.distributed import RankError, run_ranks
-from toolkit.distributed import all_gather, fetch_rows, gather_with_grad, pad_to_common_length
+from toolkit.distributed import Requests, agree_all, all_gather, gather_packed, gather_with_grad
 from toolkit.objectives.contrastive import contrastive_loss
 from toolkit.objectives.denoising import denoising_loss
 from toolkit.objectives.matching import draw_negatives, matching_loss
@@ -81,17 +82,18 @@ def contrastive(pairs: Pairs, _name: str) -> Tensor:
 
 def contrastive_own_keys(pairs: Pairs, _name: str) -> Tensor:
     _, speech, _, image = pairs.encode(pairs.weights)
-    keys = [gather_with_grad(own, pairs.rank, pairs.world_size) for own in (speech, image)]
-    return contrastive_loss(speech, image, *keys, pairs.ids, pairs.all_ids, pairs.weights["temperature"])
+    keys, (ids,) = gather_packed([speech, image], [pairs.ids], pairs.rank, pairs.world_size, differentiable=True)
+    return contrastive_loss(speech, image, *keys, pairs.ids, ids, pairs.weights["temperature"])
 
 
 def matching(pairs: Pairs, name: str) -> Tensor:
     speech, _, image, _ = pairs.encode(pairs.weights)
     negatives, valid = draw(pairs) if name == "SIM, drawn" else (pairs.negatives, pairs.valid)
-    tokens, mask = pad_to_common_length(speech, pairs.mask, pairs.world_size)
-    wrong_image = fetch_rows(image, negatives[0], pairs.rank, pairs.world_size)
-    wrong_speech = fetch_rows(tokens, negatives[1], pairs.rank, pairs.world_size)
-    wrong_mask = fetch_rows(mask, negatives[1], pairs.rank, pairs.world_size)
+    requests = Requests(negatives, [image.shape[1], speech.shape[1]], pairs.rank, pairs.world_size)
+    missing = requests.longest(1) - speech.shape[1]
+    wrong_image = requests.fetch(0, image)
+    wrong_speech = requests.fetch(1, F.pad(speech, (0, 0, 0, missing)))
+    wrong_mask = requests.fetch(1, F.pad(pairs.mask, (0, missing)))
     return matching_loss(
         _match(pairs, speech, pairs.mask, image),
         _match(pairs, speech, pairs.mask, wrong_image),
@@ -153,8 +155,30 @@ def wrong_fetches(rank: int, world_size: int) -> list[str]:
         if not all_gather(own, world_size).equal(table):
             wrong.append(f"all_gather of {dtype}")
         for name, index in requests.items():
-            if not fetch_rows(own, index, rank, world_size).equal(table[index]):
+            wishes = Requests(torch.stack([index, index.flip(0)]), [rank, 9 - rank], rank, world_size)
+            if not wishes.fetch(1, own).equal(table[index.flip(0)]) or not wishes.fetch(0, own).equal(table[index]):
                 wrong.append(f"{name}, {dtype}")
+            if (wishes.longest(0), wishes.longest(1)) != (world_size - 1, 9):
+                wrong.append(f"{name}, lengths")
+    return [*wrong, *wrong_packing(rank, world_size)]
+
+
+def wrong_packing(rank: int, world_size: int) -> list[str]:
+    """Pack floats of several widths with integers whose bits are no ordinary floats; name what comes back wrong."""
+    every = [
+        torch.randn(world_size * 3, 2, generator=torch.Generator().manual_seed(0)),
+        torch.randn(world_size * 3, 5, generator=torch.Generator().manual_seed(1)).bfloat16(),
+        torch.tensor([2**63 - 1, -(2**63), 0x7FC00001_FFC00001] * (world_size - 1) + [-1, 1, 0x00000001_80000000]),
+        (torch.arange(world_size * 3) % 3 == 1),
+        torch.arange(world_size * 3, dtype=torch.int32) - 2,
+    ]
+    own = [each[3 * rank : 3 * rank + 3] for each in every]
+    wrong = []
+    for differentiable in (False, True):
+        vectors, integers = gather_packed(own[:2], own[2:], rank, world_size, differentiable)
+        for number, (got, expected) in enumerate(zip([*vectors, *integers], every, strict=True)):
+            if got.dtype != expected.dtype or not got.equal(expected):
+                wrong.append(f"packed tensor {number}, differentiable: {differentiable}")
     return wrong
 
 
@@ -193,12 +217,15 @@ def test_rows_come_back_as_asked(ranks):
 
 
 def test_a_world_of_one_needs_no_process_group():
-    x, mask = torch.randn(3, 4, 5), torch.ones(3, 4, dtype=torch.bool)
+    x, ids = torch.randn(3, 4), torch.arange(3)
     assert not dist.is_initialized()
     assert all_gather(x, 1) is x
     assert gather_with_grad(x, 0, 1) is x
-    assert pad_to_common_length(x, mask, 1) == (x, mask)
-    assert fetch_rows(x, torch.tensor([2, 0]), 0, 1).equal(x[[2, 0]])
+    assert gather_packed([x], [ids], 0, 1) == ([x], [ids])
+    requests = Requests(torch.tensor([[2, 0], [1, 1]]), [4, 7], 0, 1)
+    assert requests.fetch(0, x).equal(x[[2, 0]])
+    assert requests.fetch(1, x).equal(x[[1, 1]])
+    assert (requests.longest(0), requests.longest(1)) == (4, 7)
 
 
 def do_nothing(rank: int, world_size: int) -> None:
@@ -238,3 +265,23 @@ def test_harness_ends_hanging_ranks_and_shows_where_they_stood():
         run_ranks(sleep_second, 2, timeout=6)
     assert time.time() - start < 20
     assert not multiprocessing.active_children()
+
+
+def one_fails(rank: int, world_size: int, failing: tuple[int, ...]) -> str:
+    def work() -> int:
+        if rank in failing:
+            raise UserError(f"shard {rank} is\nmissing")
+        return 10 * rank
+
+    try:
+        return str(agree_all(work, rank, world_size))
+    except UserError as error:
+        return str(error)
+
+
+def test_what_fails_on_one_rank_fails_on_all_with_its_reason() -> None:
+    assert run_ranks(one_fails, 3, ()) == ["0", "10", "20"]
+    from_afar = "rank 1: shard 1 is missing"
+    assert run_ranks(one_fails, 3, (1,)) == [from_afar, "shard 1 is\nmissing", from_afar]
+    assert run_ranks(one_fails, 3, (1, 2))[0] == from_afar
+    assert one_fails(0, 1, (0,)) == "shard 0 is\nmissing"

@@ -5,7 +5,7 @@ import pytest
 from shards.errors import UserError
 from toolkit.config import Config
 from toolkit.config_loader import load_config
-from toolkit.run_folder import check_run, load_run, prepare_run
+from toolkit.run_folder import check_run, fingerprint, load_run, prepare_run
 
 
 def changed(config, **values):
@@ -40,9 +40,13 @@ def test_run_folder_of_another_configuration(tmp_path):
     free = [
         "--launch.nodes", "4", "--wandb.mode", "offline", "--evaluation.rerank", "3", "--final.rerank", "5",
         "--training.keep", "9", "--training.log_every", "1", "--data.workers", "0",
+        "--training.zero", "3",
     ]  # fmt: skip
     check_run(load_config(["--run", run, *free]))
     other = load_config(["--run", run, "--training.lr", "0.5", "--model.image.config.patch_size", "16"])
+    same = fingerprint(load_config(["--run", run]))
+    assert fingerprint(load_config(["--run", run, *free])) == same
+    assert fingerprint(other) != same
     with pytest.raises(UserError) as error:
         prepare_run(other)
     assert str(error.value) == (

@@ -56,7 +56,7 @@ def test_hidden_states_are_those_of_transformers(values, lengths):
     normed = values is LARGE
     expected, mask = reference(encoder.trunk, waves, lengths, normed)
 
-    features = encoder.frozen(waves, lengths)
+    (features,) = encoder.frozen(waves, lengths)
 
     assert torch.equal(features.mask, mask.bool())
     assert len(features.states) == len(expected)
@@ -123,10 +123,10 @@ def test_what_is_frozen_never_drops_out(values):
     dropout = {name: 0.5 for name in HUBERT if name.endswith("dropout")}
     encoder = make_encoder(values, "1", **dropout).train()
     inputs = make_waves(6000, 5000)
-    first, second = encoder.frozen(*inputs), encoder.frozen(*inputs)
+    (first,), (second,) = encoder.frozen(*inputs), encoder.frozen(*inputs)
     assert torch.equal(first.hidden, second.hidden)
     assert all(torch.equal(a, b) for a, b in zip(first.states, second.states, strict=True))
-    assert not torch.equal(encoder(first).vector, encoder(first).vector), "the trained layer should drop out"
+    assert not torch.equal(encoder((first,)).vector, encoder((first,)).vector), "the trained layer should drop out"
     assert not first.hidden.requires_grad
 
 
@@ -202,16 +202,31 @@ def test_groups_by_length_change_nothing(train: str) -> None:
     settings = tiny_model()
     settings.speech.train = train
     model = build_model(settings)
-    waves, lengths = torch.randn(7, 16000), torch.tensor([16000, 500, 9000, 9000, 12345, 3000, 1])
+    waves, lengths = make_waves(16000, 500, 9000, 9000, 12345, 3000, 1)
     encoded = []
     for groups in (1, 3, 7, 20):
         model.speech.groups = groups
-        encoded.append(model.encode_speech(waves, lengths))
+        encoded.append(model.speech(model.speech.frozen(waves, lengths, lengths.tolist())))
     for other in encoded[1:]:
         assert torch.equal(other.mask, encoded[0].mask)
         torch.testing.assert_close(other.vector, encoded[0].vector, atol=1e-5, rtol=0)
         real = other.mask
         torch.testing.assert_close(other.tokens[real], encoded[0].tokens[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("train", ["all", "1", "none"])
+def test_each_group_is_padded_to_its_own_longest_only(train: str) -> None:
+    settings = tiny_model()
+    settings.speech.train, settings.speech.groups = train, 3
+    model = build_model(settings)
+    lengths = [16000, 4000, 9000, 8000, 15000, 3000, 2000]
+    seen = []
+    hook = model.speech.trunk.feature_extractor.conv_layers[0].register_forward_hook(
+        lambda module, inputs, output: seen.append(tuple(inputs[0].shape))
+    )
+    model.speech(model.speech.frozen(torch.randn(7, 16000), torch.tensor(lengths), lengths))
+    hook.remove()
+    assert seen == [(3, 1, 4000), (3, 1, 15000), (1, 1, 16000)]
 
 
 def test_a_filter_bank_hears_a_tone_where_it_lies() -> None:

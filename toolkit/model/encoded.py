@@ -14,11 +14,13 @@ class Features:
             [B, 3, S, S] where nothing is frozen.
         mask: bool [B, L] (or [B, T]), True on real positions; None where all are real (pictures).
         states: hidden states [B, L, H] already final, for the layer mix of the speech encoder.
+        rows: int64 [B], the rows of the batch that these are; None: all, in order.
     """
 
     hidden: Tensor
     mask: Tensor | None
     states: tuple[Tensor, ...] = ()
+    rows: Tensor | None = None
 
 
 @dataclass

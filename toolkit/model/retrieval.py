@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,20 +139,23 @@ class SpeechImageModel(PreTrainedModel):
         self.image.freeze()
         self.temperature.log_temperature.requires_grad_(self.temperature.learned)
 
-    def frozen(self, images: Tensor, waveforms: Tensor, lengths: Tensor) -> tuple[Features, Features]:
+    def frozen(
+        self, images: Tensor, waveforms: Tensor, lengths: Tensor, host_lengths: Sequence[int] | None = None
+    ) -> tuple[tuple[Features, ...], Features]:
         """Run the frozen parts of both trunks, without gradient.
 
         Args:
             images: uint8 [B, 3, S, S].
             waveforms: [B, T] in [-1, 1], 16 kHz, zero-padded.
             lengths: int64 [B], samples.
+            host_lengths: the same as numbers: with them utterances are encoded in groups of like length.
 
         Returns:
-            Speech features, image features.
+            Speech features, a group each; image features.
         """
-        return self.speech.frozen(waveforms, lengths), self.image.frozen(images)
+        return self.speech.frozen(waveforms, lengths, host_lengths), self.image.frozen(images)
 
-    def encode(self, speech: Features, image: Features) -> tuple[Encoded, Encoded]:
+    def encode(self, speech: tuple[Features, ...], image: Features) -> tuple[Encoded, Encoded]:
         """Encode what `frozen` made: speech, image."""
         return self.speech(speech), self.image(image)
 

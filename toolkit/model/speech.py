@@ -1,6 +1,7 @@
 """Speech encoder: HuBERT trunk, softmax-weighted mix of its hidden states, head."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -106,13 +107,29 @@ class SpeechEncoder(PartlyFrozen):
         yield from encoder.layers[: self.frozen_layers]
 
     @torch.no_grad()
-    def frozen(self, waveforms: Tensor, lengths: Tensor) -> Features:
+    def frozen(
+        self, waveforms: Tensor, lengths: Tensor, host_lengths: Sequence[int] | None = None
+    ) -> tuple[Features, ...]:
         """Run the frozen part of the trunk, or, where nothing is frozen, only prepare the waveforms.
 
         Args:
             waveforms: [B, T] in [-1, 1], 16 kHz, zero-padded.
             lengths: int64 [B], samples.
+            host_lengths: the same as numbers: with them the utterances are taken in `groups` of like length, each
+                padded to its own longest only; without, as one.
         """
+        if self.groups == 1 or host_lengths is None:
+            return (self._frozen(waveforms, lengths),)
+        by_length = sorted(range(len(host_lengths)), key=host_lengths.__getitem__)
+        order = torch.tensor(by_length, device=lengths.device)
+        size = -(-len(by_length) // self.groups)
+        parts = []
+        for start in range(0, len(by_length), size):
+            rows, longest = order[start : start + size], host_lengths[by_length[start : start + size][-1]]
+            parts.append(replace(self._frozen(waveforms[rows, :longest], lengths[rows]), rows=rows))
+        return tuple(parts)
+
+    def _frozen(self, waveforms: Tensor, lengths: Tensor) -> Features:
         waveforms, mask = self._prepare(waveforms, lengths)
         if self.frozen_layers is None:
             return Features(waveforms, mask)
@@ -120,8 +137,19 @@ class SpeechEncoder(PartlyFrozen):
         states = self._run_layers(hidden, mask, 0, self.frozen_layers)
         return Features(states[-1], mask, self._for_mix(states, last=self.frozen_layers == self.layers))
 
-    def forward(self, features: Features) -> Encoded:
-        """Run the rest of the trunk, the layer mix and the head."""
+    def forward(self, features: tuple[Features, ...]) -> Encoded:
+        """Run the rest of the trunk, the layer mix and the head, and put the groups together again."""
+        encoded = [self._encode(part) for part in features]
+        if len(encoded) == 1 and features[0].rows is None:
+            return encoded[0]
+        place = torch.cat([part.rows for part in features if part.rows is not None]).argsort()
+        return Encoded(
+            torch.cat([part.vector for part in encoded])[place],
+            _padded([part.tokens for part in encoded])[place],
+            _padded([part.mask for part in encoded])[place],
+        )
+
+    def _encode(self, features: Features) -> Encoded:
         hidden, mask = features.hidden, features.mask
         assert mask is not None
         if self.frozen_layers is None:

@@ -1,28 +1,55 @@
-"""Checkpoints of a run: complete or absent, the newest k kept.
+"""Checkpoints of a run: complete or absent, written behind the training, read by any number of ranks at any ZeRO stage.
 
-    RUN/checkpoints/step-00000600/   deepspeed/ (model, optimizer) teacher.safetensors queue.safetensors progress.json
-    RUN/export/{best,last}/          the model alone, as save_pretrained writes it
+    RUN/checkpoints/step-00000600/
+        fragments-00003.safetensors   what rank 3 held of float32 weights and Adam's moments (see `fragments.py`);
+                                      under ZeRO 0 all of it, from rank 0
+        shared.safetensors            momentum average, queue, buffers
+        progress.json                 how far the run is, what it trains on, every file with size and checksum
+    RUN/checkpoints/.step-...         one that is being written
+    RUN/export/{best,last}/           the model alone, as save_pretrained writes it
 
-`progress.json` is written last: a folder without it is a save that was cut short, and is passed over.
+The random numbers of a run are a function of its seed and the step, and so is its place in the data: neither is saved.
 """
 
+import atexit
+import contextlib
+import dataclasses
 import json
-import os
+import re
 import shutil
-from dataclasses import asdict, dataclass
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from shards.errors import UserError
 from shards.manifest import atomic
 from toolkit.config import Config
+from toolkit.distributed import agree, agree_all
 from toolkit.model.processor import SpeechImageProcessor
 from toolkit.model.retrieval import SpeechImageModel
+from toolkit.run_folder import fingerprint
+from toolkit.training.checkpoint_files import FileInfo, Pieces, keyed, problem_of, sync_folder, write_tensors
+from toolkit.training.fragments import applied_steps, fragments, rewritten
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
+
+T = TypeVar("T")
+
+FORMAT = 1
+MARKER = "progress.json"
+SHARED = "shared.safetensors"
+_FILE = re.compile(r"(shared|fragments-\d{5})\.safetensors")  # the only files of a checkpoint that are opened
+_LOOK_EVERY = 0.2  # seconds between rank 0's looks for the other ranks' receipts
+_LINGER = 30.0  # seconds that a process which ends without `finish` leaves to a save under way
 
 
 @dataclass
@@ -34,6 +61,7 @@ class Progress:
         best: Best mean R@1 on dev so far, in per cent; -1 before the first evaluation.
         best_step: When that was.
         skipped: Steps that changed no weight.
+        skipped_in_a_row: Of these, the ones since the last that did.
         seconds: Training time so far, over all restarts.
         restarts: How often the run was continued.
     """
@@ -42,97 +70,437 @@ class Progress:
     best: float = -1.0
     best_step: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
     seconds: float = 0.0
     restarts: int = 0
 
 
-class Checkpoints:
-    """The checkpoints of one run folder."""
+@dataclass(frozen=True)
+class Saved:
+    """What the marker of a complete checkpoint says."""
 
-    def __init__(self, run: Path, keep: int, rank: int, world_size: int) -> None:
+    folder: Path
+    progress: Progress
+    applied_steps: int  # as the optimizer counts
+    config: str
+    data: list[str]
+    files: list[FileInfo]
+
+
+@dataclass
+class _Attempt:
+    """A save under way.
+
+    Attributes:
+        step: That it is of.
+        folder: Where it is written; the name is of this attempt alone.
+        marker: What `progress.json` will hold, without the files.
+        written: This rank's files, when they are on the disk.
+        marked: On rank 0: whether the checkpoint was made complete; False once it is left to `settle`.
+        stop: Set when `settle` takes over.
+    """
+
+    step: int
+    folder: Path
+    marker: dict[str, Any]
+    written: "Future[list[FileInfo]]"
+    marked: "Future[bool] | None" = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    `save` copies and returns; a thread of every rank writes. Rank 0 makes the checkpoint complete when it sees the
+    receipts of all ranks in the folder. What went wrong shows when the ranks meet again, in the next `save` or in
+    `finish`: nothing waits for a file that may never come, and nothing incomplete gets its marker.
+
+    Attributes:
+        fence: Called on rank 0 before a checkpoint becomes complete; raises if the folder is another run's by now.
+    """
+
+    def __init__(self, run: Path, config: Config, data: list[str], rank: int, world_size: int) -> None:
+        """Prepare to save and resume.
+
+        Args:
+            run: The run folder.
+            config: The run's configuration.
+            data: Identities of the data sets that are trained on.
+            rank: This process.
+            world_size: Number of processes.
+        """
         self.run, self.folder = run, run / "checkpoints"
-        self.keep, self.rank, self.world_size = keep, rank, world_size
+        self.keep, self.config, self.data = config.training.keep, fingerprint(config), data
+        self.rank, self.world_size = rank, world_size
+        self._copies = _HostCopies()
+        self._attempt: _Attempt | None = None
+        self._exports: dict[str, Future[None]] = {}
+        self._damaged: set[Path] = set()
+        self.fence: Callable[[], None] = lambda: None
 
     def save(self, engine: Any, teacher: MomentumEncoder | None, queue: EmbeddingQueue, progress: Progress) -> None:
-        """Save everything the run needs to continue; every rank calls this."""
-        folder = self.folder / f"step-{progress.step:08d}"
+        """Copy everything that the run needs to continue, and have it written; every rank calls this.
+
+        Takes as long as the copy to the CPU's memory, on a GPU not even that: the copy is in the device's queue before
+        the next step. A former save that is still being written is waited for, since it uses the same memory.
+        """
+        self.settle()
+        try:
+            folder = agree(lambda: self._begin(progress.step), self.rank)
+        except OSError as error:
+            self._say_failed(progress.step, 0, _reason(error))
+            return
+        held = fragments(engine) if self.rank == 0 or engine.zero_optimization_stage() else []
+        tensors = {_fragments(self.rank): {k: v for each in held for k, v in keyed(each).items()}}
         if self.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        dist.barrier()
-        engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
+            tensors[SHARED] = _shared(engine.module, teacher, queue)
+        copies = {name: self._copies.copy(name, values) for name, values in tensors.items() if values}
+        ready = torch.cuda.Event(blocking=True) if torch.cuda.is_available() else None
+        if ready:
+            ready.record()
+        shapes = {each.name: json.dumps(each.shape) for each in held}
+        marker = asdict(progress) | {
+            "format": FORMAT,
+            "applied_steps": applied_steps(engine),
+            "world_size": self.world_size,
+            "zero": engine.zero_optimization_stage(),
+            "config": self.config,
+            "data": self.data,
+        }
+        written = _background(lambda: self._write(folder, copies, shapes, ready))
+        self._attempt = attempt = _Attempt(progress.step, folder, marker, written)
         if self.rank == 0:
-            if teacher:
-                save_file(teacher.state_dict(), folder / "teacher.safetensors")
-            save_file(queue.state_dict(), folder / "queue.safetensors")
-        dist.barrier()
-        if self.rank == 0:
-            _sync(folder)
-            state = asdict(progress) | {"world_size": self.world_size, "zero": engine.zero_optimization_stage()}
-            with atomic(folder / "progress.json") as file:
-                file.write(json.dumps(state, indent=1).encode())
-            self._forget_old()
-        dist.barrier()
+            attempt.marked = _background(lambda: self._mark_when_whole(attempt))
+        atexit.register(self._linger)
+
+    def settle(self) -> None:
+        """Wait until the save under way is complete or has failed; every rank calls this. A failure is one line."""
+        attempt, self._attempt = self._attempt, None
+        if attempt is None:
+            return
+        atexit.unregister(self._linger)
+        outcomes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(outcomes, _outcome(attempt.written))
+        if attempt.marked is None:
+            return
+        attempt.stop.set()
+        if attempt.marked.result():
+            return
+        failures = [(rank, outcome) for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+        if not failures:
+            try:
+                self._mark(attempt, outcomes)
+            except OSError as error:
+                failures = [(0, _reason(error))]
+        if failures:
+            _remove(attempt.folder)
+            self._say_failed(attempt.step, *failures[0])
+
+    def finish(self) -> None:
+        """Wait for all that is still being written; every rank calls this before the run ends or leaves."""
+        self.settle()
+        for name in list(self._exports):
+            self._await_export(name)
 
     def resume(self, engine: Any, teacher: MomentumEncoder | None, queue: EmbeddingQueue) -> Progress:
         """Load the newest complete checkpoint into the parts given; without one, start at step 0.
 
-        Raises:
-            UserError: The checkpoint was written by another number of ranks or another ZeRO stage.
-        """
-        folder = self.newest()
-        if folder is None:
-            return Progress()
-        state = json.loads((folder / "progress.json").read_text())
-        world_size, zero = state.pop("world_size"), state.pop("zero")
-        now = engine.zero_optimization_stage()
-        if zero != now or (zero > 0 and world_size != self.world_size):
-            raise UserError(
-                f"{folder} was written by {world_size} ranks at ZeRO stage {zero}, this run has {self.world_size} at "
-                f"stage {now}: continue with the former, or start a new run with another --run"
-            )
-        engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
-        if teacher:
-            teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
-        queue.load_state_dict(load_file(folder / "queue.safetensors"))
-        progress = Progress(**state)
-        progress.restarts += 1
-        return progress
+        Every rank calls this and reads what it needs. A damaged checkpoint is passed over with a line.
 
-    def newest(self) -> Path | None:
-        """Return the newest complete checkpoint, if there is one."""
-        complete = sorted(path.parent for path in self.folder.glob("step-*/progress.json"))
-        return complete[-1] if complete else None
+        Raises:
+            UserError: The data set changed, the checkpoint is of another model, or all that are there are damaged.
+        """
+        found = agree(self._candidates, self.rank)
+        for name, saved in found:
+            problem = saved if isinstance(saved, str) else self._problem_of(saved)
+            if isinstance(saved, Saved) and problem is None:
+                self._load(saved, engine, teacher, queue)
+                return dataclasses.replace(saved.progress, restarts=saved.progress.restarts + 1)
+            self._say(f"checkpoint {self.folder / name} is passed over: {problem}")
+            self._damaged.add(self.folder / name)
+        if found:
+            raise UserError(
+                f"no checkpoint in {self.folder} is whole: mend the files, or remove the folder to begin at step 0"
+            )
+        return Progress()
 
     def export(self, model: SpeechImageModel, name: str, config: Config, progress: Progress) -> None:
-        """Write the model and its processor to `RUN/export/NAME`, replacing what was there in one rename."""
+        """Copy the model and have it written with its processor to `RUN/export/NAME`, in place of what was there.
+
+        Args:
+            model: With whole parameters.
+            name: Of the export.
+            config: For the processor.
+            progress: Written beside it.
+        """
+        self._await_export(name)
+        state = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+        data, so_far = config.data, asdict(progress)
+        processor = SpeechImageProcessor(image_size=data.image_size, max_seconds=data.max_seconds)
+        self._exports[name] = _background(lambda: self._write_export(model, state, processor, name, so_far))
+
+    def _begin(self, step: int) -> Path:
+        folder = self.folder / f".{_name(step)}-{uuid.uuid4().hex[:8]}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def _write(
+        self,
+        folder: Path,
+        tensors: dict[str, dict[str, Tensor]],
+        shapes: dict[str, str],
+        ready: torch.cuda.Event | None,
+    ) -> list[FileInfo]:
+        """Write this rank's files, then its receipt; behind the training."""
+        if ready:
+            ready.synchronize()
+        written = []
+        for name, values in tensors.items():
+            try:
+                written.append(write_tensors(folder / name, values, {} if name == SHARED else shapes))
+            except OSError:
+                (folder / name).unlink(missing_ok=True)  # room for those who write the log
+                raise
+        with atomic(folder / _receipt(self.rank)) as file:
+            file.write(json.dumps([asdict(info) for info in written]).encode())
+        return written
+
+    def _mark_when_whole(self, attempt: _Attempt) -> bool:
+        """Look for the receipts of all ranks and make the checkpoint complete; behind the training, on rank 0."""
+        receipts = [attempt.folder / _receipt(rank) for rank in range(self.world_size)]
+        while not all(path.exists() for path in receipts):
+            if attempt.stop.wait(_LOOK_EVERY):
+                return False
+        with contextlib.suppress(OSError):  # `settle` tries again, and says why if it cannot either
+            self._mark(attempt, [[FileInfo(**info) for info in json.loads(path.read_bytes())] for path in receipts])
+            return True
+        return False
+
+    def _mark(self, attempt: _Attempt, receipts: list[list[FileInfo]]) -> None:
+        """Make a checkpoint complete: the marker, then the name; then forget old ones."""
+        self.fence()
+        files = [info for receipt in receipts for info in receipt]
+        for info in files:
+            if (attempt.folder / info.name).stat().st_size != info.bytes:
+                raise OSError(f"{info.name} is not whole")
+        for path in attempt.folder.glob(_receipt("*")):
+            path.unlink()
+        with atomic(attempt.folder / MARKER) as file:
+            file.write(json.dumps(attempt.marker | {"files": [asdict(info) for info in files]}, indent=1).encode())
+        target = self.folder / _name(attempt.step)
+        if target.exists():
+            target.rename(self.folder / f".{target.name}-{uuid.uuid4().hex[:8]}")
+        attempt.folder.rename(target)
+        sync_folder(self.folder)
+        self._damaged.discard(target)
+        self._forget(self.folder / _name(attempt.marker["best_step"]))
+
+    def _forget(self, best: Path) -> None:
+        """Remove all but the newest `keep` and the best, and what saves that were cut short have left."""
+        whole = {path.parent for path in self.folder.glob(f"step-*/{MARKER}")} - self._damaged
+        kept = {*sorted(whole)[-self.keep :], best}
+        for path in (*self.folder.glob("step-*"), *self.folder.glob(".step-*")):
+            if path not in kept:
+                _remove(path)
+
+    def _candidates(self) -> list[tuple[str, "Saved | str"]]:
+        """The checkpoints by name, newest first, with what their markers say or what is wrong with them."""
+        return [(folder.name, _read_marker(folder)) for folder in sorted(self.folder.glob("step-*"), reverse=True)]
+
+    def _problem_of(self, saved: Saved) -> str | None:
+        """Check the files of a checkpoint, shared out among the ranks; all learn what any of them finds."""
+        own = saved.files[self.rank :: self.world_size]
+        problems = [problem for info in own if (problem := problem_of(saved.folder, info))]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, problems)
+        return next((problem for problems in found for problem in problems), None)
+
+    def _load(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None, queue: EmbeddingQueue) -> None:
+        def prepare() -> Pieces:
+            pieces = self._open(saved, engine)
+            _load_shared(saved.folder / SHARED, engine.module, teacher, queue)
+            return pieces
+
+        # What can fail comes first: in what follows the ranks exchange weights and need one another.
+        pieces = agree_all(prepare, self.rank, self.world_size)
+        with rewritten(engine, saved.applied_steps) as held:
+            for fragment in held:
+                pieces.read_into(fragment)
+
+    def _open(self, saved: Saved, engine: Any) -> Pieces:
+        """Make sure that a checkpoint is of this run and holds all that this rank needs."""
+        if saved.data != self.data:
+            raise UserError(
+                f"{saved.folder} was trained on other data than is there now: bring the shards back as they were, "
+                "or start a new run with another --run"
+            )
+        if saved.config != self.config:
+            self._say(f"checkpoint {saved.folder} was written with another configuration than this run's")
+        own = _fragments(self.rank)
+        names = sorted((info.name for info in saved.files if info.name != SHARED), key=lambda name: name != own)
+        pieces = Pieces(saved.folder / name for name in names)
+        for fragment in fragments(engine):
+            pieces.check(fragment)
+        return pieces
+
+    def _write_export(
+        self,
+        model: SpeechImageModel,
+        state: dict[str, Tensor],
+        processor: SpeechImageProcessor,
+        name: str,
+        progress: dict[str, Any],
+    ) -> None:
         target = self.run / "export" / name
-        fresh = target.with_name(f".{name}.new")
+        fresh, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")
         shutil.rmtree(fresh, ignore_errors=True)
-        model.save_pretrained(fresh)
-        SpeechImageProcessor(image_size=config.data.image_size, max_seconds=config.data.max_seconds).save_pretrained(
-            fresh
-        )
-        (fresh / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
-        old = target.with_name(f".{name}.old")
+        model.save_pretrained(fresh, state_dict=state)
+        processor.save_pretrained(fresh)
+        (fresh / MARKER).write_text(json.dumps(progress, indent=1))
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         fresh.rename(target)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _forget_old(self) -> None:
-        complete = {path.parent for path in self.folder.glob("step-*/progress.json")}
-        kept = sorted(complete)[-self.keep :]
-        for path in self.folder.glob("step-*"):
-            if path not in kept:
-                shutil.rmtree(path)
+    def _await_export(self, name: str) -> None:
+        export = self._exports.pop(name, None)
+        if export and isinstance(outcome := _outcome(export), str):
+            self._say(f"the model was not written to {self.run / 'export' / name}: {outcome}; training goes on")
+
+    def _say_failed(self, step: int, rank: int, reason: str) -> None:
+        newest = max((path.parent.name for path in self.folder.glob(f"step-*/{MARKER}")), default="none")
+        self._say(
+            f"no checkpoint of step {step}: rank {rank} could not write ({reason}); training goes on, "
+            f"the newest checkpoint is {newest}"
+        )
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def _linger(self) -> None:
+        """Leave a save under way some time when the process ends without `finish`; the other ranks may be gone."""
+        if self._attempt:
+            for future in (self._attempt.written, self._attempt.marked):
+                if future:
+                    with contextlib.suppress(Exception):
+                        future.result(_LINGER)
 
 
-def _sync(folder: Path) -> None:
-    """Flush every file of a folder to the disk, so that the marker is never there before them."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+class _HostCopies:
+    """Copies in the CPU's memory, which is page-locked for a GPU and kept from one save to the next."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, str], Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors without waiting for the device."""
+        copies = {}
+        for key, tensor in tensors.items():
+            old = self._memory.get((name, key))
+            if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+                old = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._memory[name, key] = old
+            copies[key] = old.copy_(tensor, non_blocking=True)
+        return copies
+
+
+def _shared(module: nn.Module, teacher: MomentumEncoder | None, queue: EmbeddingQueue) -> dict[str, Tensor]:
+    """What is the same on all ranks."""
+    parts = {
+        "teacher": teacher.state_dict() if teacher else {},
+        "queue": queue.state_dict(),
+        "buffer": _buffers(module),
+    }
+    return {f"{part}:{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
+
+
+def _load_shared(path: Path, module: nn.Module, teacher: MomentumEncoder | None, queue: EmbeddingQueue) -> None:
+    parts: dict[str, dict[str, Tensor]] = {"teacher": {}, "queue": {}, "buffer": {}}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  not a mapping
+            part, _, name = key.partition(":")
+            parts.setdefault(part, {})[name] = file.get_tensor(key)
+    try:
+        if teacher:
+            teacher.load_state_dict(parts["teacher"])
+        queue.load_state_dict(parts["queue"])
+        for name, buffer in _buffers(module).items():
+            buffer.copy_(parts["buffer"][name])
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit teacher, queue or model ({reason}): it is of another model") from None
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    kept = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
+def _read_marker(folder: Path) -> "Saved | str":
+    """What a marker says, or why it cannot be believed; it may come from anywhere."""
+    try:
+        state = json.loads((folder / MARKER).read_bytes())
+        if state["format"] != FORMAT:
+            return f"it has format {state['format']}, this version reads {FORMAT}"
+        files = [FileInfo(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in state["files"]]
+        if bad := [info.name for info in files if not _FILE.fullmatch(info.name)]:
+            return f"{bad[0]!r} is no file of a checkpoint"
+        if SHARED not in {info.name for info in files}:
+            return f"{SHARED} is missing"
+        known = asdict(Progress())
+        progress = Progress(**{name: type(value)(state.get(name, value)) for name, value in known.items()})
+        data = [str(each) for each in state["data"]]
+        return Saved(folder, progress, int(state["applied_steps"]), str(state["config"]), data, files)
+    except FileNotFoundError:
+        return f"{MARKER} is missing"
+    except OSError as error:
+        return f"{MARKER} cannot be read: {_reason(error)}"
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return f"{MARKER} is damaged"
+
+
+def _background(work: Callable[[], T]) -> "Future[T]":
+    """Run something in a thread that does not keep the process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _outcome(future: "Future[T]") -> "T | str":
+    """Wait for what runs behind the training: its result, or why there is none."""
+    try:
+        return future.result()
+    except Exception as error:
+        return _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _remove(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / MARKER).unlink(missing_ok=True)  # first: what is half removed is not complete
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _fragments(rank: int) -> str:
+    return f"fragments-{rank:05d}.safetensors"
+
+
+def _receipt(rank: int | str) -> str:
+    return f"rank-{rank:05d}.json" if isinstance(rank, int) else f"rank-{rank}.json"

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from shards.stream import Batch
 from toolkit import config
-from toolkit.distributed import all_gather, fetch_rows, gather_with_grad, pad_to_common_length
-from toolkit.model.encoded import Encoded
+from toolkit.distributed import Requests, gather_packed
+from toolkit.model.encoded import Encoded, Features
 from toolkit.model.fusion import Denoiser
 from toolkit.model.retrieval import SpeechImageModel
 from toolkit.objectives.contrastive import contrastive_loss
 from toolkit.objectives.denoising import add_noise, denoising_loss
-from toolkit.objectives.matching import draw_negatives, matching_loss
+from toolkit.objectives.matching import Negatives, draw_negatives, matching_loss
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
 
@@ -32,6 +32,30 @@ class Keys:
     speech: Tensor
     image: Tensor
     ids: Tensor
+
+
+@dataclass
+class Cache:
+    """What SIC found on a whole accumulated batch, for one of its micro-batches (see `toolkit/training/cached.py`).
+
+    Attributes:
+        loss: SIC of the whole batch, a scalar.
+        by_speech: [B, D] its gradient by the micro-batch's speech vectors, times the number of micro-batches.
+        by_image: [B, D] alike.
+        by_temperature: Its gradient by the temperature, a scalar.
+        keys: Of the micro-batch, from all ranks.
+    """
+
+    loss: Tensor
+    by_speech: Tensor
+    by_image: Tensor
+    by_temperature: Tensor
+    keys: Keys
+
+    def stand_in(self, speech: Tensor, image: Tensor, temperature: Tensor) -> Tensor:
+        """A scalar with the value of `loss` and these gradients."""
+        term = (self.by_speech * speech).sum() + (self.by_image * image).sum() + self.by_temperature * temperature
+        return self.loss + (term - term.detach())
 
 
 @dataclass
@@ -64,7 +88,13 @@ class Learner(nn.Module):
             self.denoisers.update({side: _denoiser(model, side, objectives.denoising.layers) for side in sides})
 
     def forward(
-        self, batch: Batch, teacher: MomentumEncoder | None, queue: EmbeddingQueue, alpha: float, draws: Draws
+        self,
+        batch: Batch,
+        teacher: MomentumEncoder | None,
+        queue: EmbeddingQueue,
+        alpha: float,
+        draws: Draws,
+        cache: Cache | None = None,
     ) -> tuple[dict[str, Tensor], Keys]:
         """Compute the losses of one micro-batch.
 
@@ -74,58 +104,70 @@ class Learner(nn.Module):
             queue: Keys of earlier batches.
             alpha: Weight of the teacher's soft targets.
             draws: Randomness of negatives and noise.
+            cache: SIC's part, where it was computed on the whole accumulated batch already.
 
         Returns:
             Scalars by name, of which `loss` is minimised and the rest are detached, and the micro-batch's keys of all
             ranks for the queue.
         """
-        speech_features, image_features = self.model.frozen(batch.images, batch.waveforms, batch.lengths)
-        speech, image = self.model.encode(speech_features, image_features)
-        clean_speech, clean_image = teacher(speech_features, image_features) if teacher else (speech, image)
-        keys = self._keys(clean_speech.vector, clean_image.vector, batch.ids, differentiable=teacher is None)
+        features = self._frozen(batch)
+        speech, image = self.model.encode(*features)
+        denoising = self.objectives.denoising
+        cleaned = teacher and (cache is None or (denoising.weight and denoising.target == "teacher"))
+        clean_speech, clean_image = teacher(*features) if teacher and cleaned else (speech, image)
         temperature = self.model.temperature()
-
-        losses = {"contrastive": self._contrastive(speech, image, keys, queue, batch.ids, temperature, alpha)}
+        if cache:
+            keys = cache.keys
+            losses = {"contrastive": cache.stand_in(speech.vector, image.vector, temperature)}
+        else:
+            keys = self.keys(clean_speech.vector, clean_image.vector, batch.ids, differentiable=teacher is None)
+            own = (speech.vector, image.vector)
+            losses = {"contrastive": self.contrast(*own, keys, queue, batch.ids, temperature, alpha)}
         if self.objectives.matching.weight:
-            losses["matching"] = self._matching(speech, image, keys, batch.ids, temperature.detach(), draws.negatives)
-        if self.objectives.denoising.weight:
-            clean = (speech, image) if self.objectives.denoising.target == "own" else (clean_speech, clean_image)
-            losses |= self._denoising(speech, image, *clean, batch.ids, draws.noise)
+            negatives = self._draw(speech, image, keys, batch.ids, temperature.detach(), draws.negatives)
+            requests = self._request(negatives, speech, image)
+        denoised: dict[str, Tensor] = {}
+        if denoising.weight:  # between request and fetch of the negatives: it hides the wait for them
+            clean = (speech, image) if denoising.target == "own" else (clean_speech, clean_image)
+            denoised = self._denoising(speech, image, *clean, batch.ids, draws.noise)
+        if self.objectives.matching.weight:
+            losses["matching"] = self._matching(speech, image, negatives, requests)
+        losses |= denoised
 
         weights = {name: getattr(self.objectives, name).weight for name in ("contrastive", "matching", "denoising")}
         loss = torch.stack([weights[name] * losses[name] for name in weights if name in losses]).sum()
         values = {name: value.detach() for name, value in losses.items()}
         return {"loss": loss, **values, "temperature": temperature.detach()}, keys
 
-    def _keys(self, speech: Tensor, image: Tensor, ids: Tensor, differentiable: bool) -> Keys:
-        """Gather the keys of all ranks: one collective for both modalities and the identities."""
-        if differentiable:
-            vectors = gather_with_grad(torch.cat([speech, image], dim=1), self.rank, self.world_size)
-            speech, image = vectors.chunk(2, dim=1)
-            return Keys(speech, image, all_gather(ids, self.world_size))
-        # The identities travel as the bits of two float32: nothing is computed with them on the way.
-        packed = torch.cat([speech.float(), image.float(), ids.view(-1, 1).view(torch.float32)], dim=1)
-        packed = all_gather(packed, self.world_size)
-        width = speech.shape[1]
-        all_ids = packed[:, 2 * width :].contiguous().view(torch.int64).view(-1)
-        return Keys(packed[:, :width], packed[:, width : 2 * width], all_ids)
+    def vectors(self, batch: Batch, teacher: MomentumEncoder | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Vectors [B, D] of a micro-batch: speech, image, and the teacher's or without one the same again."""
+        features = self._frozen(batch)
+        speech, image = self.model.encode(*features)
+        clean_speech, clean_image = teacher(*features) if teacher else (speech, image)
+        return speech.vector, image.vector, clean_speech.vector, clean_image.vector
 
-    def _contrastive(
+    def keys(self, speech: Tensor, image: Tensor, ids: Tensor, differentiable: bool) -> Keys:
+        """Gather the keys of all ranks: one collective for both modalities and the identities."""
+        vectors, numbers = gather_packed([speech, image], [ids], self.rank, self.world_size, differentiable)
+        return Keys(*vectors, *numbers)
+
+    def contrast(
         self,
-        speech: Encoded,
-        image: Encoded,
+        speech: Tensor,
+        image: Tensor,
         keys: Keys,
         queue: EmbeddingQueue,
         ids: Tensor,
         temperature: Tensor,
         alpha: float,
     ) -> Tensor:
+        """SIC of this rank's vectors [B, D] against the keys of all ranks, its own among them, and the queue."""
         own = slice(self.rank * len(ids), (self.rank + 1) * len(ids))
         return contrastive_loss(
-            speech.vector,
-            image.vector,
-            torch.cat([keys.speech, queue.speech]),
-            torch.cat([keys.image, queue.image]),
+            speech,
+            image,
+            [keys.speech, queue.speech],
+            [keys.image, queue.image],
             ids,
             torch.cat([keys.ids, queue.ids]),
             temperature,
@@ -134,24 +176,35 @@ class Learner(nn.Module):
             keys.image[own].detach(),
         )
 
-    def _matching(
+    def _frozen(self, batch: Batch) -> tuple[tuple[Features, ...], Features]:
+        return self.model.frozen(batch.images, batch.waveforms, batch.lengths, batch.host_lengths)
+
+    def _draw(
         self, speech: Encoded, image: Encoded, keys: Keys, ids: Tensor, temperature: Tensor, uniforms: Tensor
-    ) -> Tensor:
-        world = self.world_size if self.objectives.matching.negatives == "global" else 1
-        rank = self.rank if world > 1 else 0
-        own = slice(None) if world > 1 else slice(self.rank * len(ids), (self.rank + 1) * len(ids))
-        negatives = draw_negatives(
+    ) -> Negatives:
+        """Draw hard negatives from the batch of all ranks or of this one."""
+        own = slice(self.rank * len(ids), (self.rank + 1) * len(ids))
+        of = slice(None) if self.objectives.matching.negatives == "global" else own
+        return draw_negatives(
             speech.vector.detach(),
             image.vector.detach(),
-            keys.speech[own].detach(),
-            keys.image[own].detach(),
+            keys.speech[of].detach(),
+            keys.image[of].detach(),
             ids,
-            keys.ids[own],
+            keys.ids[of],
             temperature,
             uniforms,
         )
-        wrong_image = _fetch(image, negatives.image, rank, world)
-        wrong_speech = _fetch(speech, negatives.speech, rank, world)
+
+    def _request(self, negatives: Negatives, speech: Encoded, image: Encoded) -> Requests:
+        """Ask for the rows of the negatives: pictures first, then speech."""
+        index = torch.stack([negatives.image, negatives.speech])
+        lengths = [image.tokens.shape[1], speech.tokens.shape[1]]
+        local = self.objectives.matching.negatives == "local"
+        return Requests(index, lengths, *((0, 1) if local else (self.rank, self.world_size)))
+
+    def _matching(self, speech: Encoded, image: Encoded, negatives: Negatives, requests: Requests) -> Tensor:
+        wrong_image, wrong_speech = _fetch(image, requests, 0), _fetch(speech, requests, 1)
         logits = self.model.match(_stack(speech, speech, wrong_speech), _stack(image, wrong_image, image))
         right, other_image, other_speech = logits.chunk(3)
         return matching_loss(right, other_image, other_speech, negatives.valid)
@@ -189,14 +242,14 @@ def _denoiser(model: SpeechImageModel, side: str, layers: int) -> Denoiser:
     return Denoiser(widths[side], widths[other], fusion["width"], layers, fusion["heads"], fusion["dropout"])
 
 
-def _fetch(encoded: Encoded, index: Tensor, rank: int, world_size: int) -> Encoded:
-    """Take rows of the (global) batch by index."""
-    tokens, mask = pad_to_common_length(encoded.tokens, encoded.mask, world_size)
-    return Encoded(
-        fetch_rows(encoded.vector, index, rank, world_size),
-        fetch_rows(tokens, index, rank, world_size),
-        fetch_rows(mask, index, rank, world_size),
-    )
+def _fetch(encoded: Encoded, requests: Requests, batch: int) -> Encoded:
+    """Fetch the rows of the (global) batch that were asked for: one exchange for the tokens, one for the rest."""
+    missing = requests.longest(batch) - encoded.tokens.shape[1]
+    mask = nn.functional.pad(encoded.mask, (0, missing))
+    tokens = requests.fetch(batch, nn.functional.pad(encoded.tokens, (0, 0, 0, missing)))
+    rest = requests.fetch(batch, torch.cat([encoded.vector, mask.to(encoded.vector.dtype)], dim=1))
+    width = encoded.vector.shape[1]
+    return Encoded(rest[:, :width], tokens, rest[:, width:].bool())
 
 
 def _stack(*parts: Encoded) -> Encoded:

@@ -2,10 +2,11 @@
 
 import contextlib
 import json
-import math
 import netrc
 import os
 import platform
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -18,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.errors import UserError
 from toolkit.config import Config
 from toolkit.training.checkpoint import Progress
+from toolkit.training.report import NAME, flat, read_log, write_report
+from toolkit.training.signals import REQUEUE
 
 T = TypeVar("T")
 
@@ -36,11 +38,14 @@ class Log:
         self.first = progress.step
         self.names: list[str] = []
         self.sums: Tensor | None = None
-        self.steps = 0
+        self.steps = self.applied = self.faults = 0
         self.began = self.interval_began = time.perf_counter()
         self.before = progress.seconds
         self.waited = self.paused_for = self.interval_paused = 0.0
+        self.dev: float | None = None  # mean R@1 of the last evaluation
         self.file = (run / "log.jsonl").open("a") if rank == 0 else None
+        if self.file:
+            self._continue(run / "log.jsonl")
         self.wandb = _wandb(config, run) if rank == 0 else None
 
     def start(self, trainer: Any) -> None:
@@ -52,7 +57,7 @@ class Log:
         if self.rank == 0:
             (self.run / "environment.json").write_text(json.dumps(_environment(self.world_size), indent=1))
         self.say(
-            f"{len(trainer.order.rows):,} pictures, batch {c.training.batch_size} on {self.world_size} ranks "
+            f"{trainer.order.pictures:,} pictures, batch {c.training.batch_size} on {self.world_size} ranks "
             f"({self.device.type}, {c.training.precision}, ZeRO {c.training.zero}), {trained / 1e6:.1f} M of "
             f"{total / 1e6:.1f} M parameters trained, steps {self.first} to {c.training.steps}"
         )
@@ -77,24 +82,39 @@ class Log:
         self.interval_paused += spent
         self._write({"event": what, "seconds": spent})
 
-    def step(self, losses: dict[str, Tensor], lr: float) -> None:
-        """Add a step's scalars to the interval; nothing is read back from the device."""
-        values = torch.stack([value.detach().float() for value in losses.values()])
-        self.names, self.lr = list(losses), lr
-        self.sums = values if self.sums is None else self.sums + values
+    def step(self, losses: dict[str, Tensor] | None, lr: float) -> None:
+        """Add a step's scalars to the interval, or none of a step that was skipped; nothing is read from the device."""
+        self.lr = lr
         self.steps += 1
+        if losses is not None:
+            values = torch.stack([value.detach().float() for value in losses.values()])
+            self.names = list(losses)
+            self.sums = values if self.sums is None else self.sums + values
+            self.applied += 1
+
+    def skipped(self, progress: Progress, bad_modules: str | None) -> None:
+        """Write that the step was skipped, and of several in a row say it once.
+
+        Args:
+            progress: With this step counted among the skipped ones.
+            bad_modules: Where the numbers that are not finite came from, if that was looked for.
+        """
+        self._write({"event": "skipped", "at": progress.step + 1, "first bad module": bad_modules})
+        if progress.skipped_in_a_row == 1:
+            where = f" ({bad_modules})" if bad_modules else ""
+            self.say(f"step {progress.step + 1} skipped: loss or gradient not finite{where}")
 
     def flush(self, progress: Progress) -> None:
-        """Average the interval over steps and ranks, and write it.
-
-        Raises:
-            UserError: A loss is not finite.
-        """
-        if self.sums is None:
+        """Average the interval over its applied steps and the ranks, and write it."""
+        if self.steps == 0:
             return
-        dist.all_reduce(self.sums)
-        means = (self.sums / (self.steps * self.world_size)).tolist()
-        losses = dict(zip(self.names, means, strict=True))
+        sums = torch.zeros(0, device=self.device) if self.sums is None else self.sums
+        totals = torch.cat([sums, sums.new_tensor([self.faults, *self._memory_by_rank()])])
+        dist.all_reduce(totals)
+        values = totals.tolist()
+        means, faults, memory = values[: len(sums)], values[len(sums)], max(values[len(sums) + 1 :])
+        count = self.applied * self.world_size
+        losses = {name: value / count for name, value in zip(self.names, means, strict=True)} if count else {}
         now = time.perf_counter()
         elapsed = max(1e-9, now - self.interval_began - self.interval_paused)
         progress.seconds = self.before + now - self.began
@@ -105,17 +125,21 @@ class Log:
             "pairs_per_second": self.steps * self.config.training.batch_size / elapsed,
             "waiting": self.waited / elapsed,
             "skipped": progress.skipped,
+            "faults": round(faults),
+            "memory_gb": memory,
             "seconds": progress.seconds,
         }
         self._write(record)
         self.say(self._line(record))
-        _check(losses, progress.step)
-        self.sums, self.steps, self.waited, self.interval_paused = None, 0, 0.0, 0.0
+        self.sums, self.steps, self.applied, self.faults = None, 0, 0, 0
+        self.waited = self.interval_paused = 0.0
         self.interval_began = now
 
     def recall(self, progress: Progress, recall: dict[str, Any], best: bool) -> None:
-        """Write an evaluation on dev."""
+        """Write an evaluation on dev, and the report with it."""
         self._write({"step": progress.step, "dev": recall})
+        self.dev = _mean_recall(recall)
+        self._report()
         for stage in ("coarse", "reranked"):
             if recall.get(stage):
                 s2i, i2s = recall[stage]["speech_to_image"], recall[stage]["image_to_speech"]
@@ -125,9 +149,22 @@ class Log:
                 )
                 self.say(f"{self.config.data.dev} {stage}: {figures}" + ("   best so far" if best else ""))
 
-    def close(self, progress: Progress) -> None:
-        """Finish the files."""
-        self.say(f"step {progress.step} done after {_duration(progress.seconds)}; run folder {self.run}")
+    def close(self, progress: Progress, stop: int = 0) -> None:
+        """Finish the files.
+
+        Args:
+            progress: How far the run is.
+            stop: The signal by which it was asked to stop short of its end; 0: none.
+        """
+        if stop:
+            self.say(
+                f"{signal.Signals(stop).name}: stopped after step {progress.step} of {self.config.training.steps}, "
+                f"exit code {REQUEUE}; the same command continues the run"
+            )
+            self._write({"event": f"stopped by {signal.Signals(stop).name}", "at": progress.step})
+        else:
+            self.say(f"step {progress.step} done after {_duration(progress.seconds)}; run folder {self.run}")
+        self._report()
         if self.file:
             self.file.close()
         if self.wandb:
@@ -138,36 +175,62 @@ class Log:
         if self.rank == 0:
             print(text, flush=True)
 
+    def _continue(self, path: Path) -> None:
+        """Take up what a former process of this run has written; it may have been killed in the middle of a line."""
+        assert self.file
+        for record in read_log(path):
+            if isinstance(record.get("dev"), dict):
+                self.dev = _mean_recall(record["dev"])
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+                self.file.write("\n")
+
+    def _memory_by_rank(self) -> list[float]:
+        """GB that this rank has used at most so far, of its GPU or else of the machine, in a list of zeros."""
+        own = [0.0] * self.world_size
+        if self.device.type == "cuda":
+            own[self.rank] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            own[self.rank] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        return own
+
+    def _report(self) -> None:
+        """Write the report; a disk that is full ends no run."""
+        if self.file:
+            try:
+                write_report(self.run)
+            except OSError as error:
+                self.say(f"{self.run / NAME} was not written: {error.strerror}; training goes on")
+
     def _write(self, record: dict[str, Any]) -> None:
         if self.file:
             self.file.write(json.dumps({"time": time.time(), **record}) + "\n")
             self.file.flush()
         if self.wandb and "step" in record:
-            self.wandb.log(_flat(record), step=record["step"])
+            self.wandb.log(flat(record), step=record["step"])
 
     def _line(self, r: dict[str, Any]) -> str:
         parts = [f"step {r['step']:>{len(str(self.config.training.steps))}}/{self.config.training.steps}"]
-        parts.append(f"loss {r['loss']:.3f}  sic {r['contrastive']:.3f}")
+        if "loss" in r:
+            parts.append(f"loss {r['loss']:.3f}  sic {r['contrastive']:.3f}")
         if "matching" in r:
             parts.append(f"sim {r['matching']:.3f}")
         if "denoising" in r:
             parts.append(f"cmd {r['denoising']:.3f} (alone {r['denoising_withheld']:.3f})")
-        parts.append(f"tau {r['temperature']:.3f}  lr {r['lr']:.1e}  {r['pairs_per_second']:.0f} pairs/s")
-        parts.append(f"wait {100 * r['waiting']:.0f}%")
+        if "temperature" in r:
+            parts.append(f"tau {r['temperature']:.3f}")
+        parts.append(f"lr {r['lr']:.1e}  {r['pairs_per_second']:.0f} pairs/s")
+        parts.append(f"wait {100 * r['waiting']:.0f}%  mem {r['memory_gb']:.1f} GB")
+        if self.dev is not None:
+            parts.append(f"{self.config.data.dev} R@1 {self.dev:.1f}")
         if r["skipped"]:
             parts.append(f"skipped {r['skipped']}")
+        if r["faults"]:
+            parts.append(f"unreadable {r['faults']}")
         trained = r["seconds"] - self.before
         left = trained / max(1, r["step"] - self.first) * (self.config.training.steps - r["step"])
         return "  ".join([*parts, f"eta {_duration(left)}"])
-
-
-def _check(losses: dict[str, float], step: int) -> None:
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"{', '.join(bad)} not finite by step {step}: lower --training.lr or look for bad samples; "
-            "the last checkpoint is kept"
-        )
 
 
 def _wandb(config: Config, run: Path) -> Any:
@@ -231,14 +294,9 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for key, value in record.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
-            flat[prefix + key] = value
-    return flat
+def _mean_recall(recall: dict[str, Any]) -> float | None:
+    best = recall.get("reranked") or recall.get("coarse") or {}
+    return best.get("mean_R@1")
 
 
 def _size(parameter: Tensor) -> int:

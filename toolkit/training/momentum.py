@@ -32,7 +32,7 @@ class MomentumEncoder:
         self.average = [p.detach().float() for p in self.working]
 
     @torch.no_grad()
-    def __call__(self, speech: Features, image: Features) -> tuple[Encoded, Encoded]:
+    def __call__(self, speech: tuple[Features, ...], image: Features) -> tuple[Encoded, Encoded]:
         """Encode what the frozen trunks gave, without gradient."""
         return self.encoder.encode(speech, image)
 

@@ -6,24 +6,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from shards.errors import UserError
 from shards.manifest import load as load_manifest
-from shards.order import order_of
 from shards.stream import Batch, open_stream
 from toolkit.config import Config, micro_batch
+from toolkit.distributed import agree, agree_all_and_on
 from toolkit.evaluation.run import evaluate
 from toolkit.model.build import build_model
+from toolkit.training import lease
+from toolkit.training.bad_numbers import FirstBadModule
+from toolkit.training.cached import make_caches
 from toolkit.training.checkpoint import Checkpoints, Progress
-from toolkit.training.engine import make_engine, whole
+from toolkit.training.data import open_order, open_reader
+from toolkit.training.engine import backward, make_engine, whole
 from toolkit.training.learner import Draws, Keys, Learner
 from toolkit.training.log import Log
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
+from toolkit.training.signals import StopSignals
+from toolkit.training.watchdog import Watchdog
 
 
 class Trainer:
-    """One training run on this rank."""
+    """One training run on this rank.
+
+    Attributes:
+        stop: The signal by which any rank was asked to stop, the same on all ranks; 0: none.
+    """
 
     def __init__(self, config: Config, run: Path, rank: int, world_size: int, device: torch.device) -> None:
         """Build everything that the run needs and continue from its newest checkpoint.
@@ -35,13 +47,14 @@ class Trainer:
             world_size: Number of processes.
             device: Where this process computes.
         """
+        self.signals, self.stop = StopSignals(), 0
         self.config, self.run = config, run
         self.rank, self.world_size, self.device = rank, world_size, device
+        self.lease = agree(lambda: lease.take(run), rank)
+        self.watchdog = Watchdog(run, rank, config.training.watchdog)
         self.micro_batch = micro_batch(config, world_size)
-        self.manifest = load_manifest(Path(config.data.shards))
-        self.order = order_of(
-            self.manifest, config.data.train, config.training.batch_size, config.seed, config.data.window
-        )
+        self.manifest = load_manifest(config.data.shards)
+        self.training_manifests, self.order = open_order(config, world_size)
 
         torch.manual_seed(config.seed)
         model = build_model(config.model, config.objectives.contrastive)
@@ -51,33 +64,65 @@ class Trainer:
         self.engine = make_engine(self.learner, config, world_size, device)
         if self.teacher:
             self.teacher.to(device, next(model.parameters()).dtype)
+        self.first_bad = None
+        if config.training.name_bad_module:
+            watched: dict[str, nn.Module] = {"": self.learner} | (
+                {"teacher": self.teacher.encoder} if self.teacher else {}
+            )
+            self.first_bad = FirstBadModule(watched)
         self.queue = EmbeddingQueue(config.objectives.contrastive.queue, config.model.embed_dim).to(device)
 
-        self.checkpoints = Checkpoints(run, config.training.keep, rank, world_size)
+        data = [manifest.hash for manifest in self.training_manifests]
+        self.checkpoints = Checkpoints(run, config, data, rank, world_size)
+        self.checkpoints.fence = self.lease.check
         self.progress = self.checkpoints.resume(self.engine, self.teacher, self.queue)
         self.log = Log(run, config, self.progress, rank, world_size, device)
 
     def train(self) -> Progress:
-        """Run the remaining steps; evaluate, save and log as configured."""
-        training, evaluation = self.config.training, self.config.evaluation
+        """Run the remaining steps; evaluate, save and log as configured.
+
+        When a signal asks to stop, the step under way is the last: it is saved, and an evaluation that is due is left
+        out, since who sends the signal will not wait for it. While steps are being skipped no checkpoint takes the
+        place of an older one, which may be the last with good weights.
+
+        Raises:
+            UserError: Too many steps in a row had numbers that are not finite.
+        """
+        training = self.config.training
         last = min(training.steps, self.progress.step + (training.stop_after or training.steps))
         self.log.start(self)
+        with self.watchdog:
+            self._train_until(last)
+            with self.watchdog.paused():
+                self.checkpoints.finish()
+        self.stop = self.stop if self.progress.step < last else 0
+        self.log.close(self.progress, self.stop)
+        return self.progress
+
+    def _train_until(self, last: int) -> None:
+        training, evaluation = self.config.training, self.config.evaluation
         batches = self._stream(range(self.progress.step, last))
         for step in range(self.progress.step, last):
             losses = self.train_step(step, batches)
             self.progress.step = step + 1
-            self.log.step(losses, self.lr(step))
-            done = self.progress.step == last
+            self.watchdog.beat()
+            skipping = self.progress.skipped_in_a_row
+            self.log.step(None if skipping else losses, self.lr(step))
+            if skipping >= training.max_skipped_in_a_row:
+                self._give_up()
+            complete = self.progress.step == last
+            done = complete or bool(self.stop)
             if self.progress.step % training.log_every == 0 or done:
+                self._fence()
                 self.log.flush(self.progress)
-            if evaluation.every and (
-                self.progress.step % evaluation.every == 0 or self.progress.step == training.steps
-            ):
+            due = evaluation.every and (step + 1 == training.steps or (step + 1) % evaluation.every == 0)
+            if due and (complete or not self.stop):
                 self.evaluate()
-            if self.progress.step % training.save_every == 0 or done:
+            best = self.progress.best_step == self.progress.step
+            if (self.progress.step % training.save_every == 0 and not skipping) or best or done:
                 self.save()
-        self.log.close(self.progress)
-        return self.progress
+            if done:
+                break
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """Take one optimizer step.
@@ -91,17 +136,17 @@ class Trainer:
         """
         self._set_lr(self.lr(step))
         collected: list[Keys] = []
-        for micro in range(self.config.training.accumulation):
-            batch = self.log.waiting(lambda: next(batches)).to(self.device)
-            draws = self._draws(step * self.config.training.accumulation + micro)
-            losses, keys = self.engine(batch, self.teacher, self.queue, self.alpha(step), draws)
-            self.engine.backward(losses["loss"])
+        if self.first_bad:
+            self.first_bad.begin()
+        for losses, keys in self._micro_losses(step, batches):
+            backward(self.engine, losses["loss"])
             self.engine.step()
             collected.append(keys)
         if self.engine.was_step_applied():
+            self.progress.skipped_in_a_row = 0
             self._follow(step, collected)
         else:
-            self.progress.skipped += 1
+            self._skip()
         return losses
 
     def lr(self, step: int) -> float:
@@ -120,7 +165,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure recall on dev, and export the model if it is the best so far."""
         e = self.config.evaluation
-        with self.log.paused("evaluating on " + self.config.data.dev):
+        self._fence()
+        with self.watchdog.paused(), self.log.paused("evaluating on " + self.config.data.dev):
             self.learner.eval()
             recall = evaluate(
                 self.learner.model, self.manifest, self.config.data.dev, self.config, e.rerank,
@@ -135,8 +181,9 @@ class Trainer:
         self.log.recall(self.progress, recall, best)
 
     def save(self) -> None:
-        """Save a checkpoint and export the model as it is now; every rank takes part."""
-        with self.log.paused("saving"):
+        """Save a checkpoint and export the model as it is now, behind the training; every rank takes part."""
+        self._fence()
+        with self.watchdog.paused(), self.log.paused("saving"):
             self.checkpoints.save(self.engine, self.teacher, self.queue, self.progress)
             self.export("last")
 
@@ -147,10 +194,34 @@ class Trainer:
                 self.checkpoints.export(self.learner.model, name, self.config, self.progress)
 
     def close(self) -> None:
-        """Let go of the engine: without it a rank of ZeRO-3 now and then aborts while it exits."""
+        """Let go of the signals and the engine: else a rank of ZeRO-3 now and then aborts while it exits."""
+        self.signals.close()
+        if self.rank == 0:
+            self.lease.release()
         self.engine.destroy()
         del self.engine
         gc.collect()
+
+    def _micro_losses(self, step: int, batches: Iterator[Batch]) -> Iterator[tuple[dict[str, Tensor], Keys]]:
+        """Yield the losses and keys of a step's micro-batches, each to be followed by its backward pass."""
+        count, others = self.config.training.accumulation, (self.teacher, self.queue, self.alpha(step))
+
+        def take() -> Batch:
+            batch = self.log.waiting(lambda: self._next(batches)).to(self.device)
+            self.log.faults += len(batch.faults)
+            return batch
+
+        def draws(micro: int) -> Draws:
+            return self._draws(step * count + micro)
+
+        if self.config.training.cached and count > 1:
+            held = [take() for _ in range(count)]
+            caches = make_caches(self.learner, held, draws, *others)
+            for micro, (batch, cache) in enumerate(zip(held, caches, strict=True)):
+                yield self.engine(batch, *others, draws(micro), cache)
+        else:
+            for micro in range(count):
+                yield self.engine(take(), *others, draws(micro))
 
     def _follow(self, step: int, collected: list[Keys]) -> None:
         """After an applied step: the teacher follows, and the queue takes the step's keys."""
@@ -160,10 +231,36 @@ class Trainer:
         for keys in collected if step >= self.config.objectives.contrastive.queue_from else ():
             self.queue.push(keys.speech.detach(), keys.image.detach(), keys.ids)
 
+    def _fence(self) -> None:
+        """Before rank 0 writes: if the run folder is another process's by now, all ranks end."""
+        agree(self.lease.check, self.rank)
+
+    def _skip(self) -> None:
+        """Count a step that was skipped; teacher and queue stay as they are. Every rank skips the same ones."""
+        self._fence()
+        self.progress.skipped += 1
+        self.progress.skipped_in_a_row += 1
+        found = None
+        if self.first_bad:
+            names: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(names, self.first_bad.name())
+            bad = [f"rank {rank}: {name}" for rank, name in enumerate(names) if name]
+            found = "first in " + ", ".join(bad) if bad else "every module's output is finite: in the backward pass"
+        self.log.skipped(self.progress, found)
+
+    def _give_up(self) -> None:
+        self.log.flush(self.progress)
+        self.checkpoints.finish()
+        raise UserError(
+            f"loss or gradient not finite by step {self.progress.step}, {self.progress.skipped_in_a_row} times in a "
+            "row: lower --training.lr or look for bad samples (--training.name_bad_module true says where it begins); "
+            "the last checkpoint is kept"
+        )
+
     def _stream(self, steps: range) -> Iterator[Batch]:
         data = self.config.data
         return open_stream(
-            self.manifest,
+            open_reader(data, *self.training_manifests),
             self.order,
             steps,
             image_size=data.image_size,
@@ -173,7 +270,25 @@ class Trainer:
             world_size=self.world_size,
             workers=data.workers,
             pin=self.device.type == "cuda",
+            timeout=data.timeout,
+            max_faults=data.max_faults,
+            max_faults_in_a_row=data.max_faults_in_a_row,
+            report=lambda line: print(f"rank {self.rank}: {line}", flush=True),
         )
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """Take the next micro-batch; where one rank's stream ends or fails, all ranks end together, with its reason."""
+
+        def take() -> Batch:
+            try:
+                return next(batches)
+            except StopIteration:
+                raise RuntimeError("the stream ended before the last step") from None
+
+        # Whether to stop is agreed on in the same reduction, so that no step has one more.
+        batch, stop = agree_all_and_on(lambda: self.signals.number, take, self.rank, self.world_size)
+        self.stop = self.stop or stop
+        return batch
 
     def _draws(self, number: int) -> Draws:
         """Seed the randomness of a micro-batch by its number: a resumed run draws what an unbroken one would."""

@@ -1,0 +1,459 @@
+"""Checkpoints: what they bring back, when they count, and what they do not do."""
+
+import itertools
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from shards.errors import UserError
+from shards.manifest import file_sha256
+from tests.distributed import RankError, run_ranks
+from tests.toolkit import test_fragments, test_trainer
+from toolkit import config
+
+shards = test_trainer.shards
+STEPS = 4
+LOSSES = ("step", "loss", "contrastive", "matching", "denoising", "denoising_withheld", "temperature", "lr")
+
+
+class Gone(Exception):
+    """Stands for a process that is no more."""
+
+
+def settings(shards: Path, run: Path, **training: Any) -> config.Config:
+    made = test_trainer.settings(shards, run, **({"save_every": 1, "steps": STEPS} | training))
+    made.model.fusion.dropout = 0.1
+    return made
+
+
+def train(rank: int, world_size: int, runs: list[tuple[config.Config, int | None, str]]) -> None:
+    """Train several runs one after the other, each to its end or as far as the step at which it is ended."""
+    from toolkit.distributed import agree
+    from toolkit.run_folder import prepare_run
+    from toolkit.training.trainer import Trainer
+
+    for each, last, how in runs:
+        agree(lambda each=each: prepare_run(each), rank)
+        trainer = Trainer(each, Path(each.run), rank, world_size, torch.device("cpu"))
+        take = trainer.train_step
+
+        def step(number: int, batches: Any, take: Any = take, last: int | None = last, how: str = how) -> Any:
+            if number == last and how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if number == last:
+                raise Gone
+            return take(number, batches)
+
+        trainer.train_step = step
+        try:
+            trainer.train()
+        except Gone:
+            trainer.checkpoints._linger()
+        trainer.close()
+
+
+def losses(run: Path) -> dict[int, dict[str, float]]:
+    """By step; a step that was taken twice must have given the same numbers."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (run / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "loss" in record:
+            numbers = {name: record[name] for name in LOSSES if name in record}
+            assert found.setdefault(record["step"], numbers) == numbers
+    assert sorted(found) == list(range(1, STEPS + 1))
+    return found
+
+
+def exported(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "export" / "last" / "model.safetensors")
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    assert losses(run) == losses(other)
+    assert losses(run)[1]["loss"] != losses(run)[STEPS]["loss"]
+    one, two = exported(run), exported(other)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ended_anywhere_and_continued_equals_unbroken_to_the_bit(shards: Path, tmp_path: Path, precision: str) -> None:
+    runs = []
+    for zero in range(4):
+        options = {"zero": zero, "precision": precision, "accumulation": 2 if zero == 1 else 1}
+        runs.append((settings(shards, tmp_path / f"unbroken{zero}", **options), None, ""))
+        broken = settings(shards, tmp_path / f"broken{zero}", **options)
+        broken.deepspeed = runs[-1][0].deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 300}}
+        runs += [(broken, 1 + zero % 3, "raise"), (broken, None, "")]
+    run_ranks(train, 2, runs, timeout=350)
+    for zero in range(4):
+        assert_equal(tmp_path / f"broken{zero}", tmp_path / f"unbroken{zero}")
+
+
+@pytest.mark.timeout(240)
+def test_killed_while_saving_equals_unbroken(shards: Path, tmp_path: Path) -> None:
+    broken, unbroken = (settings(shards, tmp_path / name, zero=2, keep=1) for name in ("broken", "unbroken"))
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(train, 2, [(broken, 3, "kill")], timeout=100)
+    assert not (tmp_path / "broken" / "checkpoints" / "step-00000004").exists()
+    run_ranks(train, 2, [(broken, None, ""), (unbroken, None, "")], timeout=100)
+    assert_equal(tmp_path / "broken", tmp_path / "unbroken")
+    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.timeout(300)
+def test_continued_on_other_ranks_at_other_stages(shards: Path, tmp_path: Path) -> None:
+    def run(name: str, zero: int) -> config.Config:
+        made = settings(shards, tmp_path / name, zero=zero)
+        made.model.fusion.dropout = made.objectives.denoising.weight = 0.0  # these depend on the rank
+        return made
+
+    changing = tmp_path / "changing"
+    run_ranks(train, 2, [(run("unbroken", 1), None, ""), (run("changing", 2), 1, "raise")], timeout=100)
+    run_ranks(train, 4, [(run("changing", 3), 2, "raise")], timeout=100)
+    run_ranks(train, 1, [(run("changing", 0), 3, "raise"), (run("changing", 1), None, "")], timeout=100)
+    markers = [json.loads((changing / f"checkpoints/step-0000000{n}/progress.json").read_text()) for n in (2, 3, 4)]
+    assert [(marker["world_size"], marker["zero"]) for marker in markers] == [(4, 3), (1, 0), (1, 1)]
+    unbroken = losses(tmp_path / "unbroken")
+    for step, found in losses(changing).items():
+        assert found == pytest.approx(unbroken[step], rel=1e-5, abs=1e-5)
+
+
+def engine_and_queue(world_size: int, zero: int = 1) -> tuple[Any, Any]:
+    from toolkit.training.engine import make_engine
+    from toolkit.training.queue import EmbeddingQueue
+
+    made = test_fragments.settings(world_size, zero, "fp32", "none")
+    return make_engine(test_fragments.Small(), made, world_size, torch.device("cpu")), EmbeddingQueue(6, 2)
+
+
+def checkpoints(run: Path, rank: int, world_size: int, keep: int = 9, data: str = "data") -> Any:
+    from toolkit.training.checkpoint import Checkpoints
+
+    return Checkpoints(run, config.Config(training=config.Training(keep=keep)), [data], rank, world_size)
+
+
+def truncated(folder: Path) -> None:
+    os.truncate(folder / "fragments-00001.safetensors", 500)
+
+
+def missing(folder: Path) -> None:
+    (folder / "fragments-00001.safetensors").unlink()
+
+
+def flipped(folder: Path) -> None:
+    path = folder / "fragments-00000.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+
+
+def unmarked(folder: Path) -> None:
+    (folder / "progress.json").unlink()
+
+
+def cut_marker(folder: Path) -> None:
+    os.truncate(folder / "progress.json", 100)
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(os.environ["EVIL"]),)
+
+
+def pickled(folder: Path) -> None:
+    """A pickle in place of a file, with a marker that agrees, and others under the names that DeepSpeed uses."""
+    for name in ("fragments-00000.safetensors", "shared.safetensors"):
+        (folder / name).write_bytes(pickle.dumps(Evil()))
+        listed(folder, name, name)
+    for name in ("latest", "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "progress.pkl"):
+        (folder / name).write_bytes(pickle.dumps(Evil()))
+
+
+def outside(folder: Path) -> None:
+    """A marker that names a file elsewhere."""
+    (folder.parent / "elsewhere.safetensors").write_bytes((folder / "shared.safetensors").read_bytes())
+    listed(folder, "shared.safetensors", "../elsewhere.safetensors")
+
+
+def listed(folder: Path, name: str, instead: str) -> None:
+    marker = json.loads((folder / "progress.json").read_text())
+    path = folder / instead
+    entry = {"name": instead, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    marker["files"] = [entry if info["name"] == name else info for info in marker["files"]]
+    (folder / "progress.json").write_text(json.dumps(marker))
+
+
+DAMAGES = {
+    truncated: "fragments-00001.safetensors has 500 bytes instead of",
+    missing: "fragments-00001.safetensors is missing",
+    flipped: "fragments-00000.safetensors has another checksum than when it was written",
+    unmarked: "progress.json is missing",
+    cut_marker: "progress.json is damaged",
+    pickled: "is not a safetensors file",
+    outside: "'../elsewhere.safetensors' is no file of a checkpoint",
+}
+
+
+def resume_damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Save steps 1 and 2, damage the second in every way, resume each time; then damage both."""
+    import torch.distributed as dist
+
+    from toolkit.training.checkpoint import Progress
+
+    whole = folder / "whole"
+    engine, queue = engine_and_queue(world_size)
+    saving = checkpoints(whole, rank, world_size)
+    for step in (1, 2):
+        queue.push(torch.full((1, 2), float(step)), torch.zeros(1, 2), torch.tensor([step]))
+        saving.save(engine, None, queue, Progress(step=step))
+    saving.finish()
+    seen: dict[str, Any] = {}
+    for damage in [None, *DAMAGES]:
+        run = folder / (damage.__name__ if damage else "none")
+        if rank == 0:
+            shutil.copytree(whole, run)
+            if damage:
+                damage(run / "checkpoints" / "step-00000002")
+        dist.barrier()
+        engine, queue = engine_and_queue(world_size)
+        resuming = checkpoints(run, rank, world_size)
+        lines: list[str] = []
+        resuming._say = lines.append
+        progress = resuming.resume(engine, None, queue)
+        seen[run.name] = (progress.step, progress.restarts, queue.ids.max().item(), lines)
+    seen["other data"] = caught(lambda: checkpoints(whole, rank, world_size, data="x").resume(engine, None, queue))
+    if rank == 0:
+        truncated(folder / "missing" / "checkpoints" / "step-00000001")
+    dist.barrier()
+    seen["all"] = caught(lambda: checkpoints(folder / "missing", rank, world_size).resume(engine, None, queue))
+    return seen
+
+
+def caught(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.timeout(120)
+def test_a_damaged_checkpoint_is_passed_over_and_no_pickle_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
+    pickle.loads(pickle.dumps(Evil()))
+    (tmp_path / "evil").unlink()  # it works
+    first, second = run_ranks(resume_damaged, 2, tmp_path, timeout=100)
+    assert not (tmp_path / "evil").exists()
+    assert first["none"] == (2, 1, 2, [])
+    for damage, line in DAMAGES.items():
+        step, restarts, newest_key, lines = first[damage.__name__]
+        assert (step, restarts, newest_key) == (1, 1, 1), damage.__name__
+        assert len(lines) == 1
+        assert lines[0].startswith(
+            f"checkpoint {tmp_path}/{damage.__name__}/checkpoints/step-00000002 is passed over: "
+        )
+        assert line in lines[0]
+        assert second[damage.__name__][:3] == (1, 1, 1)
+    assert "was trained on other data" in first["other data"]
+    assert "was trained on other data" in second["other data"]
+    assert first["all"].startswith("no checkpoint in ")
+    assert first["all"] == second["all"]
+
+
+def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Save while the disk takes nothing more on rank 1, while a rank is slow, and then as usual."""
+    import torch.distributed as dist
+
+    from toolkit.training import checkpoint
+    from toolkit.training.checkpoint import Progress
+    from toolkit.training.checkpoint_files import keyed
+    from toolkit.training.fragments import fragments
+
+    engine, queue = engine_and_queue(world_size)
+    saving = checkpoints(folder, rank, world_size, keep=2)
+    lines: list[str] = []
+    saving._say = lines.append
+    seen: dict[str, Any] = {}
+
+    def save(step: int) -> None:
+        saving.save(engine, None, queue, Progress(step=step, best_step=min(step, 2)))
+
+    def there() -> list[str]:
+        dist.barrier()
+        return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+    save(1)
+    saving.finish()
+    seen["first"] = there()
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    save(2)
+    saving.settle()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    seen["full"], seen["line"] = there(), list(lines)
+
+    write, go_on = checkpoint.write_tensors, threading.Event()
+    if rank == 1:
+        checkpoint.write_tensors = lambda *args: (go_on.wait(), write(*args))[1]
+    held = fragments(engine)
+    before = {name: tensor.clone() for each in held for name, tensor in keyed(each).items()}
+    save(2)  # returns although rank 1 writes nothing yet
+    for each in held:
+        each.master.add_(1.0)  # training goes on
+    if rank == 0:
+        saving._attempt.written.result()
+        time.sleep(3 * checkpoint._LOOK_EVERY)
+        seen["slow, marked"] = saving._attempt.marked.done()
+    seen["slow"] = [name for name in there() if not name.startswith(".")]
+    go_on.set()
+    for step in (3, 4, 5):
+        save(step)
+    saving.finish()
+    seen["last"], seen["lines"] = there(), lines
+    saved = load_file(folder / "checkpoints" / "step-00000002" / f"fragments-{rank:05d}.safetensors")
+    seen["kept"] = all(torch.equal(tensor, before[name]) for name, tensor in saved.items())
+    return seen
+
+
+@pytest.mark.timeout(120)
+def test_a_save_that_fails_or_lags_is_never_marked_and_the_next_one_is(tmp_path: Path) -> None:
+    first, second = run_ranks(save_badly, 2, tmp_path, timeout=100)
+    assert first["first"] == ["step-00000001"]
+    assert first["full"] == ["step-00000001"], "what was not written whole was left behind"
+    assert first["line"] == [
+        "no checkpoint of step 2: rank 1 could not write (File too large); training goes on, "
+        "the newest checkpoint is step-00000001"
+    ]
+    assert not first["slow, marked"]
+    assert first["slow"] == ["step-00000001"]
+    assert first["last"] == ["step-00000002", "step-00000004", "step-00000005"], "the newest 2 and the best"
+    assert first["lines"] == first["line"]
+    assert second["lines"] == []
+    assert first["kept"], "what was saved is not what was there when save was called"
+    assert second["kept"]
+
+
+class Model:
+    """As much of a model as an export asks for; its first write finds a file where the folder should be."""
+
+    weight = torch.zeros(3)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"weight": self.weight}
+
+    def save_pretrained(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
+        folder.mkdir(parents=True)
+        save_file(state_dict, folder / "model.safetensors")
+
+
+def test_an_export_holds_what_was_there_and_its_failure_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from toolkit.training.checkpoint import Progress
+
+    exporting, model = checkpoints(tmp_path, 0, 1), Model()
+    (tmp_path / "export").touch()
+    exporting.export(model, "last", config.Config(), Progress(step=1))
+    exporting.finish()
+    where = tmp_path / "export" / "last"
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"the model was not written to {where}: Not a directory; training goes on"
+    (tmp_path / "export").unlink()
+    for step in (2, 3):
+        exporting.export(model, "last", config.Config(), progress := Progress(step=step))
+        model.weight += 1  # training goes on
+        progress.step = 9
+    exporting.finish()
+    assert load_file(where / "model.safetensors")["weight"].tolist() == [1.0] * 3
+    assert json.loads((where / "progress.json").read_text())["step"] == 3
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["last"]
+
+
+def test_a_file_is_safetensors_with_its_checksum(tmp_path: Path) -> None:
+    from toolkit.training.checkpoint_files import problem_of, write_tensors
+
+    tensors = {
+        "odd": torch.arange(3, dtype=torch.bfloat16),
+        "matrix": torch.randn(4, 5),
+        "ids": torch.tensor([-1, 2**62]),
+        "scalar": torch.tensor(7),
+        "none": torch.zeros(0, 3),
+        "mask": torch.tensor([True, False]),
+    }
+    info = write_tensors(tmp_path / "x.safetensors", tensors, {"a": "b"})
+    assert (info.bytes, info.sha256) == ((tmp_path / info.name).stat().st_size, file_sha256(tmp_path / info.name))
+    assert problem_of(tmp_path, info) is None
+    found = load_file(tmp_path / info.name)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def cut(size: int, cuts: set[int], tensors: tuple[torch.Tensor, ...]) -> list[Any]:
+    from toolkit.training.fragments import Fragment
+
+    edges = [0, *sorted(each for each in cuts if 0 < each < size), size]
+    return [
+        Fragment("a:b.c", start, stop, (size,), *(tensor[start:stop].clone() for tensor in tensors))
+        for start, stop in itertools.pairwise(edges)
+    ]
+
+
+@given(
+    st.integers(1, 30),
+    st.sets(st.integers(1, 29), max_size=5),
+    st.sets(st.integers(1, 29), max_size=5),
+    st.sets(st.integers(0, 5), max_size=1),
+)
+def test_pieces_of_any_cut_are_read_into_any_other(
+    tmp_path_factory: pytest.TempPathFactory, size: int, there: set[int], here: set[int], lost: set[int]
+) -> None:
+    from toolkit.training.checkpoint_files import Pieces, keyed, write_tensors
+
+    folder = tmp_path_factory.mktemp("pieces")
+    tensors = tuple(torch.randn(size) for _ in range(3))
+    saved = [each for number, each in enumerate(cut(size, there, tensors)) if number not in lost]
+    for number, each in enumerate(saved):
+        write_tensors(folder / f"{number}.safetensors", keyed(each), {each.name: json.dumps(each.shape)})
+    pieces = Pieces(sorted(folder.iterdir(), reverse=True))
+    wanted = cut(size, here, tuple(torch.full((size,), torch.nan) for _ in range(3)))
+    for each in wanted:
+        if not all(any(one.start <= n < one.stop for one in saved) for n in range(each.start, each.stop)):
+            with pytest.raises(UserError, match="does not hold elements"):
+                pieces.check(each)
+            continue
+        pieces.check(each)
+        pieces.read_into(each)
+        for tensor, found in zip(tensors, (each.master, each.exp_avg, each.exp_avg_sq), strict=True):
+            assert torch.equal(found, tensor[each.start : each.stop])
+
+
+def test_a_parameter_of_another_shape_is_refused(tmp_path: Path) -> None:
+    from toolkit.training.checkpoint_files import Pieces, keyed, write_tensors
+
+    (saved,) = cut(6, set(), tuple(torch.zeros(6) for _ in range(3)))
+    write_tensors(tmp_path / "x", keyed(saved), {saved.name: "[2, 3]"})
+    with pytest.raises(UserError, match=r"a:b\.c has shape \(2, 3\) in the checkpoint, \(6,\) in this model"):
+        Pieces([tmp_path / "x"]).check(saved)

@@ -1,0 +1,115 @@
+"""The report of a run, and what of it stands in the line of an interval."""
+
+import contextlib
+import io
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.toolkit import test_trainer
+from toolkit import config
+from toolkit.training.report import read_log, write_report
+
+shards = test_trainer.shards
+EVIL = "</p><script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text, and the tags still open."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def step(number: int, loss: float, **more: Any) -> dict[str, Any]:
+    return {
+        "step": number,
+        "loss": loss,
+        "temperature": 0.07,
+        "lr": 1e-4,
+        "seconds": 10.0 * number,
+        "skipped": 0,
+        **more,
+    }
+
+
+def recall(number: int, value: float) -> dict[str, Any]:
+    way = {"R@1": value, "R@5": value + 1, "R@10": value + 2}
+    coarse = {"speech_to_image": way, "image_to_speech": way, "mean_R@1": value, "mean_R@10": value + 2}
+    return {"step": number, "dev": {"pictures": 6, "coarse": coarse, "reranked": None}}
+
+
+def report(run: Path, records: list[Any]) -> Page:
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    (run / "log.jsonl").write_text("\n".join(lines) + "\n")
+    write_report(run)
+    return Page(run / "report.html")
+
+
+def test_curves_show_each_step_as_it_was_done_last(tmp_path: Path) -> None:
+    records = [step(1, 5.0), step(2, 99.0), '{"step": 3, "lo', recall(2, 11.5), step(2, 4.0), step(3, math.nan)]
+    page = report(tmp_path, [*records, step(4, 3.0), recall(4, 12.5)])
+    loss = next(attrs["points"] for tag, attrs in page.tags if tag == "polyline")
+    assert loss == "0.0,0.0 140.0,75.0 420.0,150.0", "steps 1, 2 and 4 with losses 5, 4 and 3"
+    assert "99" not in page.words
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<td>11.5<") == 2, "both ways of the evaluation of step 2"
+    assert text.count("<td>12.5<") == 4, "R@1 of the one of step 4, and R@5 of the other"
+    assert "step 4, 0.01 hours of training" in page.words
+
+
+def test_nothing_is_loaded_or_run_whatever_the_log_holds(tmp_path: Path) -> None:
+    run = tmp_path / "a<b>&"
+    run.mkdir()
+    page = report(run, [step(1, 1.0, skipped=EVIL), {"event": "stopped by " + EVIL, "at": EVIL}, [], "null", "{"])
+    assert not {tag for tag, _ in page.tags} & {"script", "img", "link", "iframe", "b"}
+    assert not [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "onload")]
+    assert "http" not in (run / "report.html").read_text().replace("http-equiv", "")
+    assert EVIL in page.words
+
+
+@pytest.mark.parametrize("records", [[], [step(1, 1.0)], [recall(1, 0.0)], [{"event": "saving", "seconds": 1.0}]])
+def test_a_run_that_has_hardly_begun_has_a_report(tmp_path: Path, records: list[Any]) -> None:
+    assert report(tmp_path, records).words
+
+
+def test_a_long_run_has_a_small_report(tmp_path: Path) -> None:
+    report(tmp_path, [step(number, 1 / number) for number in range(1, 20001)])
+    assert (tmp_path / "report.html").stat().st_size < 100_000
+
+
+def evaluated(rank: int, world_size: int, run: config.Config) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        test_trainer.train(rank, world_size, run)
+    return said.getvalue()
+
+
+@pytest.mark.timeout(120)
+def test_a_run_writes_it_and_shows_memory_and_recall_also_after_a_restart(shards: Path, tmp_path: Path) -> None:
+    run = test_trainer.settings(shards, tmp_path / "run", stop_after=3)
+    run.evaluation.every = 2
+    lines = [line for line in run_ranks(evaluated, 2, run, timeout=60)[0].splitlines() if line.startswith("step ")]
+    assert [" GB" in line for line in lines[:3]] == [True] * 3
+    assert ["dev R@1" in line for line in lines[:3]] == [False, False, True]
+    assert "speech to image R@1" in Page(tmp_path / "run/report.html").words
+    with (tmp_path / "run/log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # and killed
+    lines = run_ranks(evaluated, 2, run, timeout=60)[0].splitlines()
+    assert any(line.startswith("step 4/4") and "dev R@1" in line for line in lines)
+    whole = [r for r in read_log(tmp_path / "run/log.jsonl") if "loss" in r]
+    assert [r["step"] for r in whole] == [1, 2, 3, 4]
+    assert all(0.05 < r["memory_gb"] < 100 for r in whole)

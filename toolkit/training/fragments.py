@@ -1,0 +1,164 @@
+"""What this rank holds of the optimizer's state, as plain slices of whole parameters, at every ZeRO stage.
+
+DeepSpeed keeps the float32 weights ("masters") and Adam's moments in another place at every stage:
+
+    stage  precision  masters                                                moments of
+    0      fp32       the model's parameters, whole on every rank            each parameter
+    0      bf16       one float32 copy a parameter, whole on every rank      each copy
+    1, 2   any        one flat tensor a group, cut at any element            the flat tensor
+    3      any        flat tensors of every parameter's own equal cut        the flat tensor
+
+A `Fragment` is a view of that memory: what is written into it is what the optimizer goes on with, also where DeepSpeed
+keeps it on the CPU (`offload_optimizer`).
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from shards.errors import UserError
+
+PARTS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """Elements `start` to `stop` of a trained parameter laid out flat, and AdamW's moments of them.
+
+    Attributes:
+        name: As in the learner's `named_parameters`.
+        start: First element, counted in the whole parameter.
+        stop: One past the last.
+        shape: Of the whole parameter.
+        master: float32 [stop - start], what the optimizer updates.
+        exp_avg: float32 [stop - start], first moment.
+        exp_avg_sq: float32 [stop - start], second moment.
+    """
+
+    name: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def fragments(engine: deepspeed.DeepSpeedEngine) -> list[Fragment]:
+    """List what this rank holds, in the order of the learner's parameters.
+
+    At stages 1 to 3 the ranks' fragments together are every trained parameter exactly once; at stage 0 every rank
+    holds all of them, with the same values.
+
+    Raises:
+        UserError: The state lies on NVMe, where it has no address.
+    """
+    if getattr(engine.optimizer, "swap_optimizer", False):
+        raise UserError("deepspeed.zero_optimization.offload_optimizer.device is nvme; use cpu, which can be saved")
+    place = {0: _whole, 1: _partitioned, 2: _partitioned, 3: _sharded}[engine.zero_optimization_stage()]
+    found = []
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for owner, offset, start, stop in place(engine.optimizer, parameter, math.prod(shape)):
+            state = _moments(engine, owner)
+            views = [
+                tensor.detach().view(-1).narrow(0, offset, stop - start)
+                for tensor in (owner, state["exp_avg"], state["exp_avg_sq"])
+            ]
+            found.append(Fragment(name, start, stop, shape, *views))
+    return found
+
+
+def applied_steps(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Steps that AdamW has counted, for its bias correction: skipped ones are not among them."""
+    counts = [int(_moments(engine, owner)["step"]) for owner in _owners(engine)]
+    return max(counts, default=0)
+
+
+@contextlib.contextmanager
+def rewritten(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[list[Fragment]]:
+    """Let the caller overwrite fragments; afterwards the model computes with the masters' values. All ranks take part.
+
+    Args:
+        engine: In no step: between `engine.step()` and the next forward.
+        steps: What AdamW is to have counted.
+
+    Yields:
+        This rank's fragments. At stage 0 every rank must write the same values.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    with torch.no_grad():
+        if stage == 3:
+            optimizer.checkpoint_event_prologue()  # gathered weights would go stale
+        yield fragments(engine)
+        for owner in _owners(engine):
+            _moments(engine, owner)["step"].fill_(steps)
+        if stage == 3:
+            for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
+            optimizer.checkpoint_event_epilogue()  # gathers the small ones, which are kept whole
+        elif stage:
+            optimizer.update_lp_params()
+        else:
+            for parameter in engine.module.parameters():
+                if parameter.requires_grad and (master := _master(optimizer, parameter)) is not parameter:
+                    parameter.copy_(master)
+
+
+def _whole(optimizer: Any, parameter: nn.Parameter, size: int) -> Iterator[tuple[Tensor, int, int, int]]:
+    """Yield the tensor with this rank's part, where the part begins in it, and which elements they are: all."""
+    yield _master(optimizer, parameter), 0, 0, size
+
+
+def _partitioned(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Tensor, int, int, int]]:
+    """The same at stages 1 and 2; nothing where other ranks hold all of it."""
+    mapping = parameter._hp_mapping
+    if mapping is not None:
+        flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
+        start, held = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        yield flat, mapping.hp_fragment_address.start, start, start + held
+
+
+def _sharded(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Tensor, int, int, int]]:
+    """The same at stage 3: the cuts are equal, so the last ones may end, or lie, beyond the parameter."""
+    group, offset, cut = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = deepspeed.comm.get_rank(parameter.ds_process_group) * cut
+    if start < size:
+        yield optimizer.fp32_partitioned_groups_flat[group], offset, start, min(start + cut, size)
+
+
+def _master(optimizer: Any, parameter: nn.Parameter) -> Tensor:
+    """What the optimizer updates at stage 0: under bf16 DeepSpeed's float32 copy."""
+    for group, masters in zip(
+        getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True
+    ):
+        for model, master in zip(group, masters, strict=True):
+            if model is parameter:
+                return master
+    return parameter
+
+
+def _owners(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+    """The tensors that AdamW updates on this rank."""
+    if engine.zero_optimization_stage() == 3:  # it shows them to AdamW only during a step
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [tensor for group in engine.basic_optimizer.param_groups for tensor in group["params"]]
+
+
+def _moments(engine: deepspeed.DeepSpeedEngine, owner: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a tensor; before the first step the zeros that AdamW would make then."""
+    adam = engine.basic_optimizer
+    state = adam.state[owner]
+    if not state:
+        on_device = adam.defaults.get("fused") or adam.defaults.get("capturable")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device if on_device else "cpu")
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(owner), torch.zeros_like(owner)
+    return state

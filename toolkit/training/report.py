@@ -1,0 +1,184 @@
+"""The report of a run: curves and figures in one HTML file that loads and runs nothing, from `log.jsonl` alone."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from shards.manifest import atomic
+
+NAME = "report.html"
+_POINTS = 400  # of a curve, at most
+_SIZE = (420, 150)  # of a chart
+
+# Title, and the keys of the curves in it with their names.
+_CHARTS = (
+    ("Loss", {"loss": "sum"}),
+    (
+        "Objectives",
+        {
+            "contrastive": "SIC",
+            "matching": "SIM",
+            "denoising": "CMD",
+            "denoising_withheld": "CMD without the other modality",
+        },
+    ),
+    ("Temperature", {"temperature": "temperature"}),
+    (
+        "Recall on dev, %",
+        {
+            "dev/coarse/speech_to_image/R@1": "speech to image R@1",
+            "dev/coarse/image_to_speech/R@1": "image to speech R@1",
+            "dev/coarse/mean_R@10": "mean R@10",
+            "dev/reranked/mean_R@1": "mean R@1 re-ranked",
+        },
+    ),
+    ("Learning rate", {"lr": "learning rate"}),
+    ("Pairs a second", {"pairs_per_second": "pairs a second"}),
+    ("Memory, GB", {"memory_gb": "largest rank"}),
+    ("Skipped steps", {"skipped": "skipped so far"}),
+)
+
+_HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>%s</title>
+<style>
+:root { --text: #1d2329; --soft: #616b75; --line: #dfe3e7; --back: #f5f6f8; --card: #fff;
+  --c0: #2f6f9f; --c1: #b3352c; --c2: #2c7a4b; --c3: #8a6100 }
+@media (prefers-color-scheme: dark) { :root { --text: #e3e7eb; --soft: #98a3ad; --line: #343c44; --back: #14181c;
+  --card: #1c2228; --c0: #6fb0dd; --c1: #ee8378; --c2: #6bbf8a; --c3: #dcb25a } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 76rem; background: var(--back); color: var(--text);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin: 2.5rem 0 .8rem }
+h3 { font-size: .9rem; margin: 0 0 .3rem } p { margin: .3rem 0 } .soft { color: var(--soft) }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-variant-numeric: tabular-nums }
+th { color: var(--soft); font-weight: 500 }
+th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%%), 1fr)) }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem .9rem }
+.name { display: inline-block; margin-right: .9rem; font-size: .85rem }
+svg { display: block; width: 100%%; height: auto; overflow: visible }
+svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
+polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round } line { stroke: var(--line) }
+</style></head><body>
+"""
+
+
+def write_report(run: Path) -> None:
+    """Write `report.html` of a run folder, whole or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    records = list(read_log(run / "log.jsonl"))
+    curves = _curves(records)
+    page = [_HEAD % escape(f"Run {run.name}"), f"<h1>{escape(run.name)}</h1>", *_summary(records)]
+    charts = [_chart(title, {names[key]: curves[key] for key in names if key in curves}) for title, names in _CHARTS]
+    page += ["<h2>Curves over steps</h2>", f'<div class="grid">{"".join(charts)}</div>', *_table(curves)]
+    with atomic(run / NAME) as file:
+        file.write(("\n".join(page) + "\n</body></html>\n").encode(errors="backslashreplace"))
+
+
+def read_log(path: Path) -> Iterable[dict[str, Any]]:
+    """Give the records of a log; a line that a killed process left unfinished is passed over."""
+    with path.open(errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a record, those inside of others under `outer/inner`."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            found[prefix + key] = value
+    return found
+
+
+def _curves(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Values by key and step. Steps done again after a restart count as they came last."""
+    curves: dict[str, dict[int, float]] = {}
+    for record in records:
+        if isinstance(record.get("step"), int):
+            for key, value in flat(record).items():
+                if math.isfinite(value):
+                    curves.setdefault(key, {})[record["step"]] = value
+    return {key: dict(sorted(curve.items())) for key, curve in curves.items()}
+
+
+def _summary(records: Sequence[dict[str, Any]]) -> list[str]:
+    steps = [r for r in records if "seconds" in r and "step" in r]
+    if not steps:
+        return ['<p class="soft">no steps yet</p>']
+    last = steps[-1]
+    parts = [f"step {last['step']}", f"{float(last['seconds']) / 3600:.2f} hours of training"]
+    parts += [f"{last[key]} {words}" for key, words in (("skipped", "steps skipped"),) if last.get(key)]
+    unreadable = sum(r.get("faults", 0) for r in steps)
+    if unreadable:
+        parts.append(f"{unreadable} unreadable samples replaced")
+    stops = [r for r in records if str(r.get("event", "")).startswith("stopped")]
+    lines = [f"<li>{escape(str(r['event']))} after step {escape(str(r.get('at')))}</li>" for r in stops]
+    return [f"<p>{escape(', '.join(parts))}</p>", *(["<ul>", *lines, "</ul>"] if lines else [])]
+
+
+def _chart(title: str, curves: dict[str, dict[int, float]]) -> str:
+    """A card with lines of one scale; none if there is nothing to draw."""
+    if not curves:
+        return ""
+    width, height = _SIZE
+    points = [point for curve in curves.values() for point in curve.items()]
+    left, right = min(x for x, _ in points), max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    across, up = width / max(1, right - left), height / ((high - low) or 1.0)
+    drawn, names = [], []
+    for number, (name, curve) in enumerate(curves.items()):
+        every = -(-len(curve) // _POINTS)
+        kept = [*list(curve.items())[:-1:every], list(curve.items())[-1]]
+        path = " ".join(f"{(x - left) * across:.1f},{height - (y - low) * up:.1f}" for x, y in kept)
+        ink = f"var(--c{number % 4})"
+        dot_x, dot_y = path.rpartition(" ")[2].split(",")
+        drawn.append(f'<polyline points="{path}" style="stroke: {ink}"/>')
+        drawn.append(f'<circle cx="{dot_x}" cy="{dot_y}" r="2.5" style="fill: {ink}"/>')
+        names.append(f'<span class="name" style="color: {ink}">{escape(name)} {kept[-1][1]:.4g}</span>')
+    frame = f'<line x1="0" y1="{height}" x2="{width}" y2="{height}"/><line x1="0" y1="0" x2="{width}" y2="0"/>'
+    marks = (
+        f'<text x="0" y="-4">{high:.4g}</text><text x="0" y="{height - 4}">{low:.4g}</text>'
+        f'<text x="0" y="{height + 14}">{left}</text>'
+        f'<text x="{width}" y="{height + 14}" text-anchor="end">{right}</text>'
+    )
+    picture = f'<svg viewBox="0 -16 {width} {height + 34}" role="img">{frame}{"".join(drawn)}{marks}</svg>'
+    return f'<div class="card"><h3>{escape(title)}</h3>{picture}{"".join(names)}</div>'
+
+
+def _table(curves: dict[str, dict[int, float]]) -> list[str]:
+    """Recall on dev by evaluation."""
+    ways = [f"dev/{stage}/{way}" for stage in ("coarse", "reranked") for way in ("speech_to_image", "image_to_speech")]
+    columns = [f"{way}/R@{k}" for way in ways for k in (1, 5, 10) if f"{way}/R@{k}" in curves]
+    steps = sorted({step for column in columns for step in curves[column]})
+    if not steps:
+        return []
+    head = "".join(
+        f"<th>{escape(column.removeprefix('dev/').replace('_', ' ').replace('/', ' '))}" for column in columns
+    )
+    rows = [
+        f"<tr><td>{step}" + "".join(f"<td>{curves[c][step]:.1f}" if step in curves[c] else "<td>" for c in columns)
+        for step in steps
+    ]
+    return [
+        "<h2>Recall on dev, %</h2>",
+        f"<table><tr><th>step{head}</tr>",
+        *(f"{row}</tr>" for row in rows),
+        "</table>",
+    ]
