@@ -1,4 +1,4 @@
-"""Fail unless the quickstart retrieves over 500 unseen scenes: R@10 of at least 50 % (chance 2 %), twins 60 % (50 %)."""
+"""Fail unless the quickstart retrieves over 500 unseen scenes: R@10 of 50 % (chance 2 %), twins of 60 % (50 %)."""
 
 import json
 import sys

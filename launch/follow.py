@@ -202,6 +202,9 @@ def _explain(folder: Path, job_id: str, rank: int) -> int:
     if code == 2 and mistakes:
         print(mistakes[-1], file=sys.stderr)
         return 2
+    if code == os.EX_TEMPFAIL:
+        print("stopped by a signal, and saved: the same command continues", file=sys.stderr)
+        return code
     how = "was killed, or ran out of memory or time" if code is None else f"failed with exit code {code}"
     print("\n".join([f"rank {rank} {how}; the end of its log:", *lines[-_TAIL:]]), file=sys.stderr)
     print(f"error: rank {rank} {how}; the whole log is {log}", file=sys.stderr)

@@ -71,7 +71,8 @@ class Job:
         """Train and evaluate; an error's text goes to the rank's log.
 
         Returns:
-            0, 2 for a user's mistake, 1 for any other error, 130 when interrupted.
+            0, 2 for a user's mistake, 75 when a signal asked to stop and all is saved, 130 when interrupted, 1 for any
+            other error.
         """
         try:
             self.work()
@@ -81,9 +82,11 @@ class Job:
             return 2
         except KeyboardInterrupt:
             return 130
-        except BaseException as error:
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else int(bool(end.code))
+        except BaseException:
             traceback.print_exc()
-            return _exit_code(error)
+            return 1
         return 0
 
 
@@ -135,11 +138,6 @@ def _threads(ranks_here: int) -> int:
         return int(given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // ranks_here)
-
-
-def _exit_code(error: BaseException) -> int:
-    code = error.code if isinstance(error, SystemExit) else 1
-    return code if isinstance(code, int) else 1
 
 
 def _leave_group() -> None:

@@ -90,7 +90,8 @@ class Report:
     def _histogram(self) -> list[str]:
         """Bars of equal width in whole seconds, none empty before the first or after the last."""
         first = next((n for n, count in enumerate(self.durations) if count), 0)
-        width = next(w for w in (1, 2, 5, 10, 30, 60, 120, 300, 600) if (len(self.durations) - first) / w <= _BARS)
+        spread = len(self.durations) - first
+        width = next((w for w in (1, 2, 5, 10, 30, 60, 120, 300) if spread <= w * _BARS), 3600)
         starts = range(first // width * width, len(self.durations), width)
         counts = [sum(self.durations[start : start + width]) for start in starts]
         lines = [f"{'seconds':<12}{'captions':>10}"] if counts else []

@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write: new, empty, or unfinished")
     add("--jobs", type=_number(1), default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
     add("--samples-per-shard", type=_number(1), default=500, metavar="N", help="pictures a tar (default: 500)")
     add("--short-side", type=_number(16), default=256, metavar="PX", help="larger pictures are shrunk (default: 256)")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 from dataclasses import replace
 from functools import partial
@@ -250,7 +251,9 @@ def test_report(tmp_path):
     assert lines[4].split() == ["all", "5", "9", "0.00", "3"]
     assert lines[5].startswith("4 shards")
     assert lines[6:] == ["seconds       captions", "0 to 1               9  " + 40 * "#", "nothing dropped"]
-    assert json.loads((tmp_path / "report.json").read_text())["durations"] == [9]
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["durations"] == [9]
+    assert sorted(stored) == ["bytes", "dropped", "durations", "shards", "splits"]
 
 
 def test_progress_counts_every_picture(tmp_path):
@@ -691,6 +694,20 @@ def test_last_part_to_fail_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"no such file$"):
         part_of(bad, tmp_path / "out", 1, 2)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_last_one_removes_the_notes_while_another_comes(tmp_path, monkeypatch):
+    calls = []
+
+    def flock(descriptor, how, real=fcntl.flock):
+        calls.append(how)
+        if len(calls) == 1:
+            shutil.rmtree(tmp_path / UNFINISHED)
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert part_of(ITEMS, tmp_path, 1, 1) == (5, 0)
+    assert len(calls) > 1
 
 
 def test_without_locks_of_the_file_system(tmp_path, monkeypatch):

@@ -238,6 +238,10 @@ def test_dry_run(tmp_path, capsys):
         ["all", "5", "10", "4"],
     ]
     assert not (tmp_path / "out").exists()
+    make("flickr8k", "--root", root, "--out", tmp_path / "out", "--jobs", 1)
+    before = contents(tmp_path / "out")
+    make("flickr8k", "--root", root, "--out", tmp_path / "out", "--dry-run", "--quality", 80)
+    assert contents(tmp_path / "out") == before
 
 
 def test_parts_at_once(tmp_path, capsys):
