@@ -82,11 +82,11 @@ class Job:
             return 2
         except KeyboardInterrupt:
             return 130
-        except SystemExit as end:
-            return end.code if isinstance(end.code, int) else int(bool(end.code))
-        except BaseException:
-            traceback.print_exc()
-            return 1
+        except BaseException as error:
+            code = _exit_code(error)
+            if code != os.EX_TEMPFAIL:  # that is how a training leaves that a signal stopped: nothing failed
+                traceback.print_exc()
+            return code
         return 0
 
 
@@ -138,6 +138,11 @@ def _threads(ranks_here: int) -> int:
         return int(given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // ranks_here)
+
+
+def _exit_code(error: BaseException) -> int:
+    code = error.code if isinstance(error, SystemExit) else 1
+    return code if isinstance(code, int) else 1
 
 
 def _leave_group() -> None:

@@ -78,6 +78,7 @@ def test_place_on_this_machine(tmp_path, monkeypatch):
         (ValueError("broken"), 1, "ValueError: broken\n"),
         (KeyboardInterrupt(), 130, ""),
         (SystemExit(7), 7, "SystemExit: 7\n"),
+        (SystemExit(75), 75, ""),
     ],
 )
 def test_status(tmp_path, monkeypatch, capsys, error, code, logged):
