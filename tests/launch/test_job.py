@@ -102,7 +102,9 @@ def test_status(tmp_path, monkeypatch, capsys, error, code, logged):
     [(config, gpus, running)] = seen
     assert (config, gpus, running["pid"], running["exit"]) == ("some.yaml", "GPU-1234", os.getpid(), None)
     assert Status(tmp_path, 2).read()["exit"] == code
-    assert capsys.readouterr().err.endswith(logged)
+    shown = capsys.readouterr().err
+    assert shown.endswith(logged)
+    assert bool(shown) == bool(logged)
 
 
 @pytest.mark.parametrize(
