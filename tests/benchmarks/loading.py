@@ -116,8 +116,8 @@ class Bench:
 
     # The figures.
 
-    def rates(self, wanted: set[str], passes: int = 4) -> list[Figure]:
-        """Samples a second."""
+    def rates(self, wanted: set[str], passes: int = 10) -> list[Figure]:
+        """Samples a second, over so many passes that beginning, half a second, weighs little."""
         bounds = {
             "webdataset_docs": (1.5, "samples/s against webdataset as its documentation writes it"),
             "webdataset_best": (1.1, "samples/s against webdataset that decodes only what is chosen"),
