@@ -269,11 +269,11 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    # A rename is lasting only once the folder that holds the name is on disk too.
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: a rename is lasting only then."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -31,13 +31,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from shards.manifest import atomic
+from shards.manifest import atomic, sync_folder
 from toolkit.config import Config
 from toolkit.distributed import agree, agree_all
 from toolkit.model.processor import SpeechImageProcessor
 from toolkit.model.retrieval import SpeechImageModel
 from toolkit.run_folder import fingerprint
-from toolkit.training.checkpoint_files import FileInfo, Pieces, keyed, problem_of, sync_folder, write_tensors
+from toolkit.training.checkpoint_files import FileInfo, Pieces, keyed, problem_of, write_tensors
 from toolkit.training.fragments import applied_steps, fragments, rewritten
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue

@@ -87,15 +87,6 @@ def problem_of(folder: Path, info: FileInfo) -> str | None:
         return f"{info.name} is not a safetensors file"
 
 
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk: a rename is lasting only then."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def keyed(fragment: Fragment) -> dict[str, Tensor]:
     """A fragment's tensors under the names that they have in a file."""
     return {f"{part}:{fragment.start}:{fragment.name}": getattr(fragment, part) for part in PARTS}
