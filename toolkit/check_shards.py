@@ -10,27 +10,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.errors import UserError, run_main
+from shards.errors import Parser, run_main
 
 if TYPE_CHECKING:
     from shards.pool import Progress
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, like every other mistake's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="check_shards.py",
         description="Examine a folder of shards: checksums, tar structure, index, decodability, duplicates.",
         epilog="exit code: 0 healthy, 1 not healthy, 2 a mistake on the command line",

@@ -16,7 +16,7 @@ if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.corpora import CORPORA, module
-from shards.errors import UserError, run_main
+from shards.errors import Parser, UserError, run_main
 
 if TYPE_CHECKING:
     from shards.corpora.item import Item
@@ -29,16 +29,9 @@ _NOT_CONTENT = ("out", "jobs", "part", "restart", "dry_run")  # arguments that d
 _MERGE = "merge"
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, like every other mistake's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line: a subcommand a corpus, each with the common options and its own."""
-    parser = _Parser(
+    parser = Parser(
         prog="make_shards.py",
         description="Write a corpus as shards: tar files of pictures with all their spoken captions. A run that was "
         "stopped goes on from its finished shards if the same command is given again.",
