@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake: printed as one line, exit code 2, no traceback; a command line that raises it."""
+"""The one exception for a user's mistake, printed as one line with exit code 2; and a command line that raises it."""
 
 import argparse
 import sys
