@@ -6,7 +6,6 @@ import json
 import os
 from dataclasses import replace
 from functools import partial
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -18,28 +17,10 @@ from shards.audio import Codec
 from shards.check import check_folder
 from shards.errors import UserError
 from shards.page import write_page
+from tests.html_page import Page
 from tests.shards import damage
 
 EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)>\"'"
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words = ""
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-
-    def sources(self, tag: str) -> list[str]:
-        return [str(attributes.get("src")) for name, attributes in self.tags if name == tag]
 
 
 def page_of(folder: Path, advice: tuple[str, ...] = ()) -> Page:

@@ -4,35 +4,19 @@ import contextlib
 import io
 import json
 import math
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed import run_ranks
+from tests.html_page import Page
 from tests.toolkit import test_trainer
 from toolkit import config
 from toolkit.training.report import read_log, write_report
 
 shards = test_trainer.shards
 EVIL = "</p><script>alert(1)</script>"
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, the text, and the tags still open."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words = ""
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
 
 
 def step(number: int, loss: float, **more: Any) -> dict[str, Any]:
