@@ -49,7 +49,7 @@ def data_offset(folder: Path, key: str, column: str = "image_offset") -> int:
     return int(getattr(m, column)[m.key.tolist().index(key.encode())])
 
 
-def sole(lines: list[str], *parts: str) -> None:
+def assert_sole(lines: list[str], *parts: str) -> None:
     """There is one line, and it holds these parts."""
     assert len(lines) == 1, lines
     for part in parts:
@@ -75,7 +75,7 @@ def test_decodes_as_many_as_asked_for_spread_over_the_folder(folder: Path) -> No
         health = check_folder(folder, asked)
         assert (health.pictures, health.recordings) == (expected, 2 * expected)
     damage.replace(folder, "e1", 1, damage.member(folder, "e1", 1)[:700])  # the last sample
-    sole(problems(folder, 2), "test-000000.tar: e1.jpg: ", "cannot be decoded")
+    assert_sole(problems(folder, 2), "test-000000.tar: e1.jpg: ", "cannot be decoded")
     assert problems(folder, 0) == []
 
 
@@ -112,7 +112,7 @@ ACCIDENTS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_accident(folder: Path, name: str) -> None:
     cause, line = ACCIDENTS[name]
     cause(folder)
-    sole(problems(folder, 0), f"{SHARD}: ", line)
+    assert_sole(problems(folder, 0), f"{SHARD}: ", line)
     assert "NOT HEALTHY (1 problem)" in check_folder(folder, 0).text()
 
 
@@ -149,14 +149,16 @@ def test_hostile_header_under_a_true_checksum(folder: Path, name: str) -> None:
     offset = data_offset(folder, "t4")
     damage.edit(folder / SHARD, lambda data: damage.header(data, offset, **fields))
     damage.sign(folder)
-    sole(problems(folder), f"{SHARD}: ", line.format(f"{offset:,}", header=f"{offset - 512:,}"))
+    assert_sole(problems(folder), f"{SHARD}: ", line.format(f"{offset:,}", header=f"{offset - 512:,}"))
 
 
 def test_header_with_a_wrong_sum(folder: Path) -> None:
     offset = data_offset(folder, "t4")
     damage.edit(folder / SHARD, lambda data: data.__setitem__(offset - 400, 7))
     damage.sign(folder)
-    sole(problems(folder), f"the header at byte {offset - 512:,} is damaged", "rest of the shard was not looked at")
+    assert_sole(
+        problems(folder), f"the header at byte {offset - 512:,} is damaged", "rest of the shard was not looked at"
+    )
 
 
 def test_members_that_the_index_does_not_know(folder: Path) -> None:
@@ -171,21 +173,21 @@ def test_members_that_the_index_does_not_know(folder: Path) -> None:
 
     damage.edit(folder / SHARD, append)
     damage.sign(folder)
-    sole(problems(folder), f"{SHARD}: member 't9.jpg' at byte {start + 512:,} is not in the index")
+    assert_sole(problems(folder), f"{SHARD}: member 't9.jpg' at byte {start + 512:,} is not in the index")
     assert m.shards[1].name == SHARD
 
 
 def test_bytes_behind_the_end_of_the_archive(folder: Path) -> None:
     damage.edit(folder / SHARD, lambda data: data.__setitem__(-1, 1))
     damage.sign(folder)
-    sole(problems(folder), f"{SHARD}: there are bytes after the end of the archive")
+    assert_sole(problems(folder), f"{SHARD}: there are bytes after the end of the archive")
 
 
 def test_archive_without_an_end(folder: Path) -> None:
     data = (folder / SHARD).read_bytes()
     (folder / SHARD).write_bytes(data[: -(-len(data.rstrip(b"\0")) // 512) * 512])
     damage.sign(folder)
-    sole(problems(folder), f"{SHARD}: it ends without the mark of an archive's end")
+    assert_sole(problems(folder), f"{SHARD}: it ends without the mark of an archive's end")
 
 
 def test_offset_of_the_index_where_no_member_is(folder: Path) -> None:
@@ -203,7 +205,7 @@ def test_size_of_the_index_that_is_not_the_members(folder: Path) -> None:
     sizes = m.audio_bytes.copy()
     sizes[8] -= 1  # the first recording of t4
     damage.resave(folder, audio_bytes=sizes)
-    sole(problems(folder), f"member 't4.0.flac' has {sizes[8] + 1:,} bytes, the index says {sizes[8]:,}")
+    assert_sole(problems(folder), f"member 't4.0.flac' has {sizes[8] + 1:,} bytes, the index says {sizes[8]:,}")
 
 
 def test_samples_out_of_their_order(folder: Path) -> None:
@@ -213,7 +215,7 @@ def test_samples_out_of_their_order(folder: Path) -> None:
     rows = np.concatenate([np.arange(m.first_caption[s], m.first_caption[s + 1]) for s in swapped])
     samples = {name: getattr(m, name)[swapped] for name in manifest.SAMPLE_COLUMNS if name != "twin"}
     damage.resave(folder, **samples, **{name: getattr(m, name)[rows] for name in manifest.CAPTION_COLUMNS})
-    sole(problems(folder), f"{SHARD}: its members do not lie one behind another in the order of the index")
+    assert_sole(problems(folder), f"{SHARD}: its members do not lie one behind another in the order of the index")
 
 
 def test_sample_without_captions(folder: Path) -> None:
@@ -269,14 +271,14 @@ METAS: dict[str, tuple[Callable[[dict], bytes], str]] = {
 def test_json_that_is_not_the_samples(folder: Path, name: str) -> None:
     change, line = METAS[name]
     damage.replace(folder, "t4", 0, change(json.loads(damage.member(folder, "t4", 0))))
-    sole(problems(folder), f"{SHARD}: t4.json: ", line)
+    assert_sole(problems(folder), f"{SHARD}: t4.json: ", line)
 
 
 def test_twin_that_the_json_does_not_name(folder: Path) -> None:
     stored = json.loads(damage.member(folder, "t1", 0))
     assert stored.pop("twin") == "t0"
     damage.replace(folder, "t1", 0, json.dumps(stored).encode())
-    sole(problems(folder), "t1.json: twin is None, in the index 't0'")
+    assert_sole(problems(folder), "t1.json: twin is None, in the index 't0'")
 
 
 def test_twin_whose_original_was_dropped(folder: Path) -> None:
@@ -288,14 +290,14 @@ def test_twin_whose_original_was_dropped(folder: Path) -> None:
 def test_picture_bomb_is_refused_by_its_header(folder: Path, side: int, line: str) -> None:
     damage.replace(folder, "t4", 1, damage.bomb(damage.member(folder, "t4", 1), side))
     for decode in (0, None):
-        sole(problems(folder, decode), f"{SHARD}: t4.jpg: a picture bomb: {line}", "the limit", "50,000,000")
+        assert_sole(problems(folder, decode), f"{SHARD}: t4.jpg: a picture bomb: {line}", "the limit", "50,000,000")
     assert stream.MAX_PIXELS == MAX_PIXELS
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"GIF89a" + bytes(40)])
 def test_what_is_no_jpeg(folder: Path, data: bytes) -> None:
     damage.replace(folder, "t4", 1, data)
-    sole(problems(folder, 0), f"{SHARD}: t4.jpg: not a JPEG")
+    assert_sole(problems(folder, 0), f"{SHARD}: t4.jpg: not a JPEG")
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +307,7 @@ def hour() -> bytes:
 
 def test_hour_long_recording(folder: Path, hour: bytes) -> None:
     damage.replace(folder, "t4", 2, hour)
-    sole(problems(folder, 0), f"{SHARD}: t4, caption 0: 3,700 s of audio, the limit is 600 s")
+    assert_sole(problems(folder, 0), f"{SHARD}: t4, caption 0: 3,700 s of audio, the limit is 600 s")
     durations = manifest.load(folder).duration.copy()
     durations[8] = 3700
     damage.resave(folder, duration=durations)
@@ -341,14 +343,14 @@ RECORDINGS = {
 def test_recording_that_is_not_the_captions(folder: Path, name: str) -> None:
     make, line = RECORDINGS[name]
     damage.replace(folder, "t4", 3, make())
-    sole(problems(folder, 0), f"{SHARD}: t4, caption 1: ", line)
+    assert_sole(problems(folder, 0), f"{SHARD}: t4, caption 1: ", line)
 
 
 def test_recording_with_a_hole_is_found_by_decoding(folder: Path) -> None:
     sound = damage.member(folder, "t4", 3)
     damage.replace(folder, "t4", 3, sound[: len(sound) // 2])
     assert problems(folder, 0) == []
-    sole(problems(folder), f"{SHARD}: t4, caption 1: ")
+    assert_sole(problems(folder), f"{SHARD}: t4, caption 1: ")
 
 
 def test_recording_with_numbers_that_are_none(folder: Path) -> None:
@@ -365,7 +367,7 @@ def test_silence_is_a_warning(tmp_path: Path) -> None:
     quiet = damage.Caption("hush", damage.silent, "nothing")
     items = damage.corpus()
     items[4] = damage.Item("t4", "train", damage.partial(damage.drawn, 4), (quiet,))
-    sole(warnings(damage.write(tmp_path / "shards", items)), f"{SHARD}: t4, caption 0: silence")
+    assert_sole(warnings(damage.write(tmp_path / "shards", items)), f"{SHARD}: t4, caption 0: silence")
 
 
 def test_giant_member_and_bounded_memory(folder: Path) -> None:
@@ -375,7 +377,7 @@ def test_giant_member_and_bounded_memory(folder: Path) -> None:
     found = check_shard(task_of(m, 1, np.ones(len(m.key), bool)), lambda done: None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    sole(found.problems, "member 't4.jpg' has 68,157,440 bytes, the limit is 67,108,864")
+    assert_sole(found.problems, "member 't4.jpg' has 68,157,440 bytes, the limit is 67,108,864")
     assert peak < 8e6
 
 
@@ -397,7 +399,7 @@ def test_many_findings_of_a_shard_are_counted(folder: Path) -> None:
 def test_same_picture_in_two_splits(tmp_path: Path) -> None:
     items = [*damage.corpus(), damage.item("other", "test", seed=4)]
     found = problems(damage.write(tmp_path / "shards", items), 0)
-    sole(found, "train and test: t4 and other are the same picture, in train-000001.tar and test-000000.tar")
+    assert_sole(found, "train and test: t4 and other are the same picture, in train-000001.tar and test-000000.tar")
 
 
 def test_same_picture_within_a_split_is_a_warning(tmp_path: Path) -> None:
@@ -426,7 +428,7 @@ def test_foreign_files(folder: Path) -> None:
         (folder / name).touch()
     (folder / UNFINISHED).mkdir()
     health = check_folder(folder, 0)
-    sole([str(one) for one in health.problems], "train-000009.tar: is not in the manifest")
+    assert_sole([str(one) for one in health.problems], "train-000009.tar: is not in the manifest")
     assert [str(one) for one in health.warnings] == [
         f"{UNFINISHED}: was left by a run that did not end: it can be removed",
         "notes.txt: is not of the data set",
@@ -437,20 +439,22 @@ def test_foreign_files(folder: Path) -> None:
 def test_report_that_counts_something_else(folder: Path) -> None:
     path = folder / "report.json"
     path.write_text(path.read_text().replace('"captions": 14', '"captions": 15'))
-    sole(problems(folder, 0), "report.json: it counts 7 pictures and 15 captions in train, the index has 7 and 14")
+    assert_sole(
+        problems(folder, 0), "report.json: it counts 7 pictures and 15 captions in train, the index has 7 and 14"
+    )
     path.unlink()
-    sole(warnings(folder), "report.json: ", "missing")
+    assert_sole(warnings(folder), "report.json: ", "missing")
 
 
 def test_index_or_manifest_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
     damage.edit(folder / manifest.INDEX, lambda data: data.__setitem__(-200, data[-200] ^ 1))
     health = check_folder(folder)
     assert health.manifest is None
-    sole([str(one) for one in health.problems], "manifest.json: ", "is not the index")
+    assert_sole([str(one) for one in health.problems], "manifest.json: ", "is not the index")
     assert "NOT HEALTHY" in health.text()
     assert health.as_json()["splits"] == {}
     (folder / manifest.MANIFEST).unlink()
-    sole(problems(folder), "manifest.json: ", "no shards in")
+    assert_sole(problems(folder), "manifest.json: ", "no shards in")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no shards in"):
         check_folder(tmp_path / "empty")
