@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from shards.errors import UserError
 
 MAX_PIXELS = 178_000_000  # refused from the header, before any memory is taken
+MAX_STORED_PIXELS = 50_000_000  # of a picture in a shard: bounds what a worker's memory may grow by
 _MAX_SIDE = 65_500  # of a JPEG
 _IN_SHARDS = ("JPEG", "PNG", "WEBP")  # Pillow's other decoders are not for data of unknown origin
 

@@ -26,11 +26,11 @@ from shards.audio import SAMPLE_RATE, decode_audio
 from shards.errors import UserError
 from shards.faults import BadSample, Fault, FaultCounter
 from shards.order import Order, Selection, part_of
+from shards.picture import MAX_STORED_PIXELS as MAX_PIXELS
 from shards.picture import decode_picture
 from shards.reader import Reader
 from shards.slots import Layout, Parcel, Slots, bytes_of, shared
 
-MAX_PIXELS = 50_000_000  # of a picture in a shard: bounds what a worker's memory may grow by
 AHEAD = 4  # batches that a worker makes before they are asked for
 _POLL = 2.0  # seconds between looks at whether the workers live
 _TENSORS = ("images", "waveforms", "lengths", "ids")
