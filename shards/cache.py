@@ -114,6 +114,7 @@ class Cache:
         """Copy a shard into its part and check it; what arrives otherwise is fetched once more."""
 
         def copy(*_: object) -> str:
+            """Fill the part from its beginning; say what is wrong with it, nothing if it is the shard."""
             digest, received = hashlib.sha256(), 0
             os.lseek(descriptor, 0, os.SEEK_SET)
             for block in remote.blocks(info.name):

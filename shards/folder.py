@@ -97,6 +97,11 @@ class _Claim:
         self.lock: int | None = None
 
     def enter(self, plan: Plan | None, restart: bool) -> None:
+        """Take the part's lock, sweep what a killed run left, and note the plan; `restart` removes finished shards too.
+
+        Raises:
+            UserError: Somebody else is at work here, or the folder holds what is not ours or is of another command.
+        """
         foreign = sorted(path.name for path in self.folder.iterdir())
         if foreign and UNFINISHED not in foreign:
             raise UserError(f"{self.folder} is not empty (it holds {foreign[0]}): give a new or empty folder as --out")
@@ -130,6 +135,7 @@ class _Claim:
             plan.save(self.notes)
 
     def leave(self) -> None:
+        """Give the part up; the last one clears the notes of a finished folder, or all where nothing was finished."""
         if not self.notes.is_dir():
             return
         with _turnstile(self.notes) as locked:

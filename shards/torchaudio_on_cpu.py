@@ -38,6 +38,8 @@ class _TolerantLoader(Loader):
 
 def _unavailable(cause: OSError) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Put in a function's place one that says why it cannot be had."""
+
         def fail(*_: Any, **__: Any) -> Any:
             raise RuntimeError(
                 f"{function.__name__} needs torchaudio's compiled extension, which did not load: {cause}"
@@ -52,6 +54,7 @@ class _ExtensionFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Find torchaudio's extension as ever, to be loaded by a loader that bears its failure."""
         if fullname != _EXTENSION:
             return None
         spec = PathFinder.find_spec(fullname, path, target)

@@ -194,6 +194,7 @@ def _merge(folder: Path, plan: Plan) -> Report:
     missing: list[str] = []
 
     def records() -> Iterator[Record]:
+        """Yield what there is; name in `missing` what there is not."""
         for name, lists in plan.shards.items():
             record = load_record(folder / UNFINISHED, name, lists, plan.skip_bad)
             if record is None:

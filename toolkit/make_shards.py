@@ -221,6 +221,7 @@ def _progress_bar(total: int) -> Iterator["Progress"]:
     sum_done = last_done = 0
 
     def progress(done: int) -> None:
+        """Count, and print a line if the last one is old."""
         nonlocal last, last_done, sum_done
         sum_done += done
         now = time.monotonic()

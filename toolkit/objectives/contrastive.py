@@ -108,6 +108,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows: int,
         *parts: Tensor,
     ) -> Tensor:
+        """Give the loss, and keep its gradients for unit gradient: the logits are there now and not later."""
         # Finite, so that a target of 0 times it is 0; and far below any logit.
         hidden = queries.new_zeros(len(key_ids)).masked_fill_(key_ids == EMPTY, torch.finfo(queries.dtype).min / 2)
         scaled = queries / temperature
@@ -139,6 +140,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what `forward` kept."""
         by_query, by_temperature, *by_part = ctx.saved_tensors
         scale = grad / len(by_query)
         keys = [None if part is None else part * scale for part in by_part]
