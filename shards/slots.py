@@ -6,6 +6,7 @@ slot, and when the last of them is gone the slot is free again. Where none is fr
 """
 
 import math
+import mmap
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +21,12 @@ Layout = list[tuple[torch.dtype, tuple[int, ...]]]  # of tensors that lie behind
 
 
 class Slots:
-    """The slots of one worker; made before it starts, and known to both sides."""
+    """The slots of one worker; made before it is forked, and known to both sides."""
 
     def __init__(self, count: int, size: int) -> None:
         """Set aside `count` slots of `size` bytes; pages that are never written take no memory."""
-        self.memory = shared(torch.uint8, count, -(-size // _ALIGNED) * _ALIGNED)
-        self.used = shared(torch.uint8, count)  # 1 from when a worker takes a slot until the reader lets go of it
+        self.memory = _inherited(count, -(-size // _ALIGNED) * _ALIGNED)
+        self.used = _inherited(count)  # 1 from when a worker takes a slot until the reader lets go of it
 
     def take(self, size: int) -> int | None:
         """Take a free slot of at least `size` bytes, if there is one; called by the worker only."""
@@ -70,10 +71,13 @@ def bytes_of(wanted: Layout) -> int:
     return sum(_bytes(*one) for one in wanted)
 
 
-def shared(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Make zeros that processes share, in memory that is taken page by page as it is written."""
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+def _inherited(*shape: int) -> torch.Tensor:
+    """Make bytes, all zero, that this process shares with those it forks; a page is taken when it is first written.
+
+    They have no name, so that no kill leaves them behind, and do not count against the size of /dev/shm.
+    """
+    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape), flags=flags), dtype=torch.uint8).view(shape)
 
 
 def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -6,6 +6,8 @@ A worker makes whole micro-batches; the stream yields them in order whatever the
 function of the order and the rank's places alone: a run that goes on elsewhere gets the bytes it would have got here.
 """
 
+import atexit
+import math
 import os
 import queue
 import signal
@@ -29,7 +31,7 @@ from shards.order import Order, Selection, part_of
 from shards.picture import MAX_STORED_PIXELS as MAX_PIXELS
 from shards.picture import decode_picture
 from shards.reader import Reader
-from shards.slots import Layout, Parcel, Slots, bytes_of, shared
+from shards.slots import Layout, Parcel, Slots, bytes_of
 
 AHEAD = 4  # batches that a worker makes before they are asked for
 _POLL = 2.0  # seconds between looks at whether the workers live
@@ -175,13 +177,18 @@ def collate(
         memory: tensors of this `layout` to write into; None: new ones, which in a worker are shared with who takes the
             batch, so that it need not be copied to be sent.
     """
-    make = torch.empty if get_worker_info() is None else lambda shape, dtype: shared(dtype, *shape)
+    make = torch.empty if get_worker_info() is None else _shared
     pictures, padded = memory or [make(shape, dtype=dtype) for dtype, shape in layout(images, waves)]
     np.stack(images, out=pictures.numpy())
     for row, wave in zip(padded.numpy(), waves, strict=True):
         row[: len(wave)], row[len(wave) :] = wave, 0
     lengths = tuple(len(wave) for wave in waves)
     return Batch(pictures, padded, torch.tensor(lengths), torch.tensor(samples), lengths)
+
+
+def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def open_stream(
@@ -265,17 +272,23 @@ def _batches(
             timeout=_POLL if workers else 0,
             prefetch_factor=AHEAD if workers else None,
             worker_init_fn=_begin_worker,
+            multiprocessing_context="fork" if workers else None,  # the slots are inherited
         )
     )
     if main:
         signal.signal(signal.SIGCHLD, before)
     processes: list[BaseProcess] = list(getattr(iterator, "_workers", []))
+    # An exception that nobody catches keeps the stream alive until the interpreter ends. multiprocessing would then
+    # wait for workers that are deaf to its SIGTERM, so they end before it; and a generator's end is later still.
+    end_once = cache(partial(_end, iterator, processes))
+    atexit.register(end_once)
     try:
         for _ in numbers:
             loaded = _next(iterator, processes, timeout)
             yield loaded.open(dataset.slots) if isinstance(loaded, Parcel) else loaded
     finally:
-        _end(iterator, processes)
+        end_once()
+        atexit.unregister(end_once)
 
 
 def _next(iterator: Iterator[Loaded], workers: list[BaseProcess], timeout: float) -> Loaded:

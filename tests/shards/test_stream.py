@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -307,6 +308,12 @@ def stat(pid: int) -> str:
         return ""
 
 
+def deaf(pid: int) -> bool:
+    """Does a process ignore SIGTERM?"""
+    ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(ignored and int(ignored[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 @pytest.mark.parametrize(("kill", "cause"), [(signal.SIGKILL, "memory ran out"), (signal.SIGBUS, "/dev/shm")])
 def test_a_killed_worker_is_named_where_a_batch_is_waited_for(manifest: Manifest, kill: int, cause: str) -> None:
     before = children()
@@ -381,6 +388,8 @@ def test_a_killed_parent_leaves_no_worker_though_it_is_stuck(manifest: Manifest)
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"ready\n"
         workers = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+        while not all(deaf(pid) for pid in workers):  # the second may still begin
+            time.sleep(0.05)
         for pid in workers:
             os.kill(pid, signal.SIGTERM)  # which asks the trainer to save: a worker goes on
         time.sleep(0.3)
@@ -391,6 +400,24 @@ def test_a_killed_parent_leaves_no_worker_though_it_is_stuck(manifest: Manifest)
     while any(stat(pid) not in ("", "Z") for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in workers if stat(pid) not in ("", "Z")]
+
+
+FAILS = """
+import sys
+from shards.manifest import load
+from tests.shards.test_stream import Reader, opened, order_for
+manifest = load(sys.argv[1])
+stream = opened(Reader(manifest), order_for(manifest), range(200), workers=2)
+next(stream)
+raise ValueError("nobody catches this")
+"""
+
+
+def test_a_process_that_fails_ends_although_its_stream_is_open(manifest: Manifest) -> None:
+    command = [sys.executable, "-c", FAILS, str(manifest.folder)]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("ValueError: nobody catches this"), done.stderr
 
 
 def private_memory(pid: int) -> int:
