@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shards.lengths import padded_length
 from shards.manifest import Manifest
 from shards.order import Order, Source, part_of
 
 BATCHES = 200  # looked at, at most
+_MICROS = 5000  # micro-batches of them, about; to group one by length takes a fifth of a millisecond
 _LINES = 16  # for the readers
 _NAMES = 8  # shards named a line
 _FEWEST = 8  # pictures a shard that are still worth a file
@@ -47,7 +49,7 @@ class Plan:
     read_per_node: int  # bytes of pictures and recordings a pass
     stored_per_node: int  # bytes of the shards that hold them, which a node's cache would take
     padding: float  # share of the padded speech that is padding
-    padding_grouped: float  # the same where a micro-batch is encoded in groups of like length
+    padding_grouped: float  # the same where a micro-batch is encoded in groups of like length, as the encoder does it
     batches: int  # that the padding was computed from
     seconds: float  # at which captions are cut
     steps: int  # whose readers are listed: about one window
@@ -60,8 +62,8 @@ class Plan:
         lines += [
             f"steps a pass: {self.steps_per_pass:,.2f} of {self.batch_size:,} pairs "
             f"({_count(self.world_size, 'rank')} x {_count(self.micros, 'micro-batch')} x {pairs:,})",
-            f"a pass, for each of {_count(self.nodes, 'node')}: reads {_size(self.read_per_node)}; "
-            f"a cache of whole shards takes {_size(self.stored_per_node)}",
+            f"a pass, for each of {_count(self.nodes, 'node')}: reads {bytes_text(self.read_per_node)}; "
+            f"a cache of whole shards takes {bytes_text(self.stored_per_node)}",
             f"padding: {self.padding:.1%} of the speech in a micro-batch, {self.padding_grouped:.1%} in "
             f"{_count(self.groups, 'group')} by length (over {_count(self.batches, 'batch')}, "
             f"captions cut at {self.seconds:g} s)",
@@ -73,7 +75,7 @@ class Plan:
         mixed = f", {part.share:.1%} of each batch" if len(self.parts) > 1 else ""
         return [
             f"{part.name}{mixed}: {part.pictures:,} pictures, {part.captions:,} captions, {part.hours:,.2f} h, "
-            f"{_count(part.shards, 'shard')} of {_size(part.stored / part.shards)} on average",
+            f"{_count(part.shards, 'shard')} of {bytes_text(part.stored / part.shards)} on average",
             f"  shuffled together: {part.window:,} pictures, {part.window / part.pictures:.1%} of a pass, "
             f"{part.steps:,.1f} steps",
         ]
@@ -134,7 +136,7 @@ def plan(
         world_size: ranks.
         workers: loader processes a rank; micro-batch n is made by worker n mod `workers`.
         micros: micro-batches a step.
-        groups: parts of equal size, by length, that the speech encoder takes a micro-batch in.
+        groups: parts that the speech encoder takes a micro-batch in, by length.
         max_seconds: longer captions are cut.
         nodes: machines, with equally many ranks each.
 
@@ -148,7 +150,7 @@ def plan(
     }
     total = sum(source.weight for source in order.sources)
     parts = [_part(order, s, m, s.weight / total) for s, m in zip(order.sources, manifests, strict=True)]
-    batches = min(BATCHES, max(1, int(order.steps_per_pass)))
+    batches = min(BATCHES, max(1, int(order.steps_per_pass)), math.ceil(_MICROS / len(places)))
     padding, padding_grouped = _padding(order, manifests, list(places.values()), groups, max_seconds, batches)
     steps = min(BATCHES, math.ceil(max(part.steps for part in parts)))
     ranks = max(1, world_size // nodes)
@@ -186,8 +188,9 @@ def advise(manifest: Manifest, ranks: int, workers: int, window: int = 16) -> li
     wanted = max(2 * readers, 4 * window, round(stored / _IDEAL_BYTES))
     fitting = max(_FEWEST, pictures // wanted)
     lines = [
-        f"{split}: {_count(len(mine), 'shard')} of {_size(stored / len(mine))}, {pictures / len(mine):,.0f} pictures "
-        f"each; a window of {window} shuffles {min(1.0, window / len(mine)):.0%} of a pass together",
+        f"{split}: {_count(len(mine), 'shard')} of {bytes_text(stored / len(mine))}, "
+        f"{pictures / len(mine):,.0f} pictures each; "
+        f"a window of {window} shuffles {min(1.0, window / len(mine)):.0%} of a pass together",
         f"for {_count(ranks, 'rank')} x {_count(workers, 'worker')}: lanes up to {min(len(mine), ranks)}; "
         f"{_for_readers(len(mine), readers)}",
     ]
@@ -195,7 +198,7 @@ def advise(manifest: Manifest, ranks: int, workers: int, window: int = 16) -> li
     if not wanted / 2 <= len(mine) <= 4 * wanted and better != len(mine):
         lines.append(
             f"better: make_shards --samples-per-shard {fitting}, "
-            f"{_count(better, 'shard')} of {_size(stored / pictures * fitting)}"
+            f"{_count(better, 'shard')} of {bytes_text(stored / pictures * fitting)}"
         )
     return lines
 
@@ -244,11 +247,7 @@ def _padding(
         seconds = np.minimum(duration[order.batch(step).captions], max_seconds).astype(np.float64)[taken]
         real += seconds.sum()
         plain += seconds.max(axis=1).sum() * seconds.shape[1]
-        seconds.sort(axis=1)
-        size = math.ceil(seconds.shape[1] / groups)
-        for start in range(0, seconds.shape[1], size):
-            group = seconds[:, start : start + size]
-            grouped += group[:, -1].sum() * group.shape[1]
+        grouped += sum(padded_length(micro, groups) for micro in seconds)
     return (1 - real / plain, 1 - real / grouped) if plain else (0.0, 0.0)
 
 
@@ -285,7 +284,8 @@ def _named(shards: Sequence[str]) -> str:
     return f"{_count(len(shards), 'shard')}: {', '.join(shards[:_NAMES])}{rest}"
 
 
-def _size(count: float) -> str:
+def bytes_text(count: float) -> str:
+    """Write a number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -118,8 +118,8 @@ def test_padding_against_a_plain_count(one: Manifest) -> None:
             mine = seconds[start : start + 4]
             real += sum(mine)
             plain += 4 * max(mine)
-            short, long = sorted(mine)[:2], sorted(mine)[2:]
-            grouped += 2 * max(short) + 2 * max(long)
+            a, b, c, d = sorted(mine)
+            grouped += min(a + 3 * d, 2 * b + 2 * d, 3 * c + d)
     p = of(one)
     assert p.batches == 7
     # The steps that are looked at lie between 0 and 6.5, rounded down.
@@ -129,6 +129,12 @@ def test_padding_against_a_plain_count(one: Manifest) -> None:
     assert of(one, groups=1).padding_grouped == of(one).padding
     assert of(one, groups=4).padding_grouped == of(one, groups=9).padding_grouped == pytest.approx(0)
     assert of(one, max_seconds=1.0).padding == pytest.approx(0)
+
+
+def test_many_ranks_look_at_fewer_batches(one: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.plan._MICROS", 13)
+    assert of(one, world_size=2, micros=2).batches == 4
+    assert of(one, world_size=16, micros=1).batches == 1
 
 
 def test_mixture(tmp_path: Path, one: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
