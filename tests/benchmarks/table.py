@@ -47,3 +47,9 @@ def table(figures: list[Figure]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, "", *(f"{one.figure}: {one.what}" for one in figures)])
+
+
+def tell(figures: list[Figure], as_json: bool) -> int:
+    """Print them one way or the other, and give the exit code: 1 if a bound is missed."""
+    print("\n".join(one.json() for one in figures) if as_json else table(figures))
+    return 0 if all(one.holds for one in figures) else 1
