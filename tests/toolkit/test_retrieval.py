@@ -155,6 +155,22 @@ def test_teacher_shares_what_is_frozen(train):
         assert not theirs.vector.requires_grad
 
 
+@pytest.mark.parametrize("train", ["none", "1"])
+def test_what_is_frozen_is_not_needed_after_it_ran_once(train):
+    model = build(train)
+    teacher = teacher_of(model)
+    with torch.no_grad():
+        features = model.frozen(*make_batch())
+        wanted = [part.vector for part in model.encode(*features)]
+        for encoder in (model.speech, model.image):
+            for module in encoder.frozen_modules():
+                for parameter in module.parameters():
+                    parameter.data = torch.empty(0)  # as ZeRO-3 leaves it, which gathers for the student's modules only
+        for encoders in (model, teacher):
+            for got, vector in zip(encoders.encode(*features), wanted, strict=True):
+                assert torch.equal(got.vector, vector)
+
+
 def test_teacher_does_not_follow_by_itself():
     student = build("1")
     teacher = teacher_of(student)

@@ -1,11 +1,17 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from shards.errors import UserError
+from shards.lengths import padded_length
+from tests.distributed import run_ranks
 from tests.tiny import HUBERT, tiny_model
+from toolkit import config
 from toolkit.model.build import build_model, set_mel_filters
 from toolkit.model.layers import Head
 from toolkit.model.speech import LayerMix, SpeechEncoder, thirds
@@ -77,18 +83,89 @@ def test_what_is_trained_does_not_change_the_result(values, train):
     assert torch.equal(got.mask, wanted.mask)
 
 
+def stock_difference(trunk: HubertModel, waves, lengths, normalise: bool) -> float:
+    """How far transformers' own last states of an utterance move with the padding of a batch, attention mask given."""
+    together, mask = reference(trunk, waves, lengths, normalise)
+    alone = [reference(trunk, waves[row : row + 1], lengths[row : row + 1], normalise)[0] for row in range(len(waves))]
+    moved = [
+        (together[-1][row, :count] - states[-1][0, :count]).abs().max()
+        for row, (states, count) in enumerate(zip(alone, mask.sum(1).tolist(), strict=True))
+    ]
+    return float(torch.stack(moved).max())
+
+
+@pytest.mark.parametrize(("values", "stock_moves"), [(BASE, True), (LARGE, False)])
 @pytest.mark.parametrize("train", ["none", "all"])
 @pytest.mark.parametrize("head_layers", [0, 2])
-def test_an_utterance_is_encoded_the_same_in_any_batch(train, head_layers):
-    encoder = make_encoder(LARGE, train, head_layers)
-    waves, lengths = make_waves(16000, 7000, 900)
+def test_an_utterance_is_encoded_the_same_in_any_batch(values, stock_moves, train, head_layers):
+    encoder = make_encoder(values, train, head_layers)
+    waves, lengths = make_waves(16000, 7000, 900, 9001)
+    moved = stock_difference(make_trunk(values), waves, lengths, values is LARGE)
+    assert moved > 0.05 if stock_moves else moved < 1e-4
+    waves = F.pad(waves, (0, 5000))
+    for groups in (1, 2):
+        encoder.groups = groups
+        with torch.no_grad():
+            together = encoder(encoder.frozen(waves, lengths, lengths.tolist()))
+            for row, length in enumerate(lengths):
+                alone = encoder(encoder.frozen(waves[row : row + 1, :length], lengths[row : row + 1]))
+                check_same(together, row, alone)
+
+
+def check_same(together, row: int, alone, vector: float = 1e-4, tokens: float = 1e-4) -> None:
+    """Whether a row of a batch is encoded as alone, to these distances."""
+    real = together.mask[row]
+    assert int(real.sum()) == alone.tokens.shape[1]
+    torch.testing.assert_close(together.vector[row], alone.vector[0], atol=vector, rtol=0)
+    torch.testing.assert_close(together.tokens[row][real], alone.tokens[0], atol=tokens, rtol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([BASE, LARGE]),
+    st.lists(st.integers(1, 12000), min_size=1, max_size=6),
+    st.integers(0, 6000),
+    st.integers(1, 4),
+)
+def test_any_partners_and_any_padding(values, lengths, extra, groups):
+    encoder = make_encoder(values)
+    encoder.groups = groups
+    waves, lengths = make_waves(*lengths)
     with torch.no_grad():
-        together = encoder(encoder.frozen(waves, lengths))
+        together = encoder(encoder.frozen(F.pad(waves, (0, extra)), lengths, lengths.tolist()))
+        alone = encoder(encoder.frozen(waves[:1, : lengths[0]], lengths[:1]))
+    check_same(together, 0, alone)
+
+
+@pytest.mark.parametrize("values", [BASE, LARGE])
+def test_bf16_moves_by_its_rounding_only(values):
+    exact, half = make_encoder(values), make_encoder(values).bfloat16()
+    waves, lengths = make_waves(16000, 7000, 9001)
+    with torch.no_grad():
+        wanted = exact(exact.frozen(waves, lengths))
+        together = half(half.frozen(waves, lengths))
         for row, length in enumerate(lengths):
-            alone = encoder(encoder.frozen(waves[row : row + 1, :length], lengths[row : row + 1]))
-            assert int(together.mask[row].sum()) == alone.tokens.shape[1]
-            torch.testing.assert_close(together.vector[row], alone.vector[0], atol=1e-4, rtol=0)
-            torch.testing.assert_close(together.tokens[row][together.mask[row]], alone.tokens[0], atol=1e-4, rtol=0)
+            alone = half(half.frozen(waves[row : row + 1, :length], lengths[row : row + 1]))
+            real = together.mask[row]
+            vector = float((alone.vector[0] - wanted.vector[row]).abs().max())
+            tokens = float((alone.tokens[0].float() - wanted.tokens[row][real]).abs().max())
+            assert vector < 0.02
+            assert tokens < 0.15
+            check_same(together, row, alone, 2 * vector, 2 * tokens)
+
+
+@pytest.mark.parametrize("values", [BASE, LARGE])
+def test_a_padded_utterance_is_transformers_unpadded_one(values):
+    encoder, trunk = make_encoder(values), make_trunk(values)
+    waves, lengths = make_waves(16000, 9000, 5001)
+    (features,) = encoder.frozen(F.pad(waves, (0, 3000)), lengths)
+    for row in range(3):
+        expected, mask = reference(trunk, waves[row : row + 1], lengths[row : row + 1], values is LARGE)
+        frames = int(mask.sum())
+        assert int(features.mask[row].sum()) == frames
+        for state, wanted in zip(features.states, expected, strict=True):
+            wanted = F.layer_norm(wanted, wanted.shape[-1:]) if values is LARGE else wanted
+            torch.testing.assert_close(state[row, :frames], wanted[0, :frames], atol=1e-5, rtol=0)
 
 
 def test_speech_shorter_than_a_frame_still_has_one():
@@ -97,6 +174,15 @@ def test_speech_shorter_than_a_frame_still_has_one():
     encoded = encoder(encoder.frozen(waves, lengths))
     assert encoded.mask.tolist() == [[True], [True]]
     assert encoded.vector.isfinite().all()
+
+
+@pytest.mark.parametrize("values", [BASE, LARGE])
+def test_speech_shorter_than_a_frame_is_encoded_as_if_it_ended_in_silence(values):
+    encoder = make_encoder(values)
+    waves, _ = make_waves(40, 9000)
+    alone = encoder(encoder.frozen(waves[:1, :40], torch.tensor([40])))
+    together = encoder(encoder.frozen(waves, torch.tensor([40, 9000])))
+    check_same(together, 0, alone)
 
 
 TRAINED = {
@@ -196,11 +282,12 @@ def test_unknown_part_to_train_is_refused(train):
         make_encoder(train=train)
 
 
+@pytest.mark.parametrize("values", [BASE, LARGE])
 @pytest.mark.parametrize("train", ["all", "1", "none"])
-def test_groups_by_length_change_nothing(train: str) -> None:
+def test_groups_by_length_change_nothing(train: str, values: dict) -> None:
     torch.manual_seed(0)
     settings = tiny_model()
-    settings.speech.train = train
+    settings.speech.train, settings.speech.config = train, values
     model = build_model(settings)
     waves, lengths = make_waves(16000, 500, 9000, 9000, 12345, 3000, 1)
     encoded = []
@@ -226,7 +313,59 @@ def test_each_group_is_padded_to_its_own_longest_only(train: str) -> None:
     )
     model.speech(model.speech.frozen(torch.randn(7, 16000), torch.tensor(lengths), lengths))
     hook.remove()
-    assert seen == [(3, 1, 4000), (3, 1, 15000), (1, 1, 16000)]
+    assert seen == [(3, 1, 4000), (2, 1, 9000), (2, 1, 16000)]
+    assert sum(rows * samples for rows, _, samples in seen) == padded_length(lengths, 3), "what the dry run counts"
+
+
+@pytest.mark.parametrize("cut", [8.0, 15.0])
+def test_little_of_what_is_encoded_is_padding(cut: float) -> None:
+    """Batches of 32 with SpokenCOCO-like durations: see `tests/benchmarks/padding.py`."""
+    chance = np.random.default_rng(0)
+    batches = [np.minimum(chance.lognormal(1.38, 0.41, 32), cut) for _ in range(100)]
+    padded = sum(padded_length(batch, config.Speech().groups) for batch in batches)
+    assert 1 - sum(batch.sum() for batch in batches) / padded < 0.10
+
+
+class Loss(nn.Module):
+    """An encoder whose loss is taken in its `forward`, as DeepSpeed wants it."""
+
+    def __init__(self, encoder: SpeechEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, waves: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.encoder(self.encoder.frozen(waves, lengths, lengths.tolist())).vector.square().sum(0).std()
+
+
+def losses_of_stages(rank: int, world_size: int) -> list[list[float]]:
+    from toolkit.training.engine import make_engine
+
+    batch = make_waves(*[(9000, 9000, 9000, 9000), (12000, 3000, 500, 7000)][rank])
+    seen = []
+    for zero in (0, 3):
+        encoder = make_encoder(BASE, "all", head_layers=0)
+        encoder.groups = 3
+        training = config.Training(batch_size=world_size, zero=zero, precision="fp32", lr=1e-2)
+        sharding = {"stage3_param_persistence_threshold": 0} if zero == 3 else {}  # by default, not what is small
+        made = config.Config(training=training, deepspeed={"zero_optimization": sharding})
+        engine = make_engine(Loss(encoder), made, world_size, torch.device("cpu"))
+        losses = []
+        for _ in range(3):
+            loss = engine(*batch)
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss.detach()))
+        seen.append(losses)
+        engine.destroy()
+    return seen
+
+
+@pytest.mark.timeout(120)
+def test_ranks_with_other_lengths_agree_under_zero_3():
+    """The group norm's weights are there where they are used, and all ranks call every layer equally often."""
+    for sharded_not, sharded in run_ranks(losses_of_stages, 2, timeout=90):
+        assert sharded == pytest.approx(sharded_not, rel=1e-4)
+        assert sharded[0] != pytest.approx(sharded[-1], rel=1e-3), "it trains"
 
 
 def test_a_filter_bank_hears_a_tone_where_it_lies() -> None:

@@ -20,6 +20,7 @@ from transformers import (
 
 from shards.errors import UserError
 from tests.tiny import HUBERT, VIT, tiny_model
+from tests.toolkit.test_retrieval import results
 from toolkit.model.build import build_model
 from toolkit.model.retrieval import SpeechImageModel
 
@@ -62,20 +63,6 @@ def build(**trunks) -> SpeechImageModel:
     for side, folder in trunks.items():
         getattr(model, side).trunk = str(folder)
     return build_model(model)
-
-
-def make_batch():
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    lengths = torch.tensor([9000, 7000, 6000])
-    waveforms = 0.1 * torch.randn(3, 9000, generator=generator) * (torch.arange(9000) < lengths[:, None])
-    return images, waveforms, lengths
-
-
-def results(model: SpeechImageModel) -> list[torch.Tensor]:
-    with torch.no_grad():
-        speech, image = model.eval()(*make_batch())
-        return [speech.vector, speech.tokens, image.vector, image.tokens, model.match(speech, image)]
 
 
 @pytest.mark.parametrize("name", TRUNKS)

@@ -77,10 +77,13 @@ class ImageEncoder(PartlyFrozen):
         yield self.trunk.embeddings
         if hasattr(self.trunk, "pre_layrnorm"):
             yield self.trunk.pre_layrnorm
-        layers = self.trunk.encoder.layers
-        yield from layers[: self.frozen_layers]
-        if self.frozen_layers == len(layers):
+        yield from self.trunk.encoder.layers[: self.frozen_layers]
+        if self._all_frozen:
             yield self.trunk.post_layernorm
+
+    @property
+    def _all_frozen(self) -> bool:
+        return self.frozen_layers == len(self.trunk.encoder.layers)
 
     @torch.no_grad()
     def frozen(self, images: Tensor) -> Features:
@@ -93,7 +96,8 @@ class ImageEncoder(PartlyFrozen):
         pixels = torch.stack(channels, dim=1)
         if self.frozen_layers is None:
             return Features(pixels, None)
-        return Features(self._run_layers(self._embed(pixels), 0, self.frozen_layers), None)
+        hidden = self._run_layers(self._embed(pixels), 0, self.frozen_layers)
+        return Features(self.trunk.post_layernorm(hidden) if self._all_frozen else hidden, None)
 
     def forward(self, features: Features) -> Encoded:
         """Run the rest of the trunk and the head; tokens are the patches, without the class token."""
@@ -101,7 +105,8 @@ class ImageEncoder(PartlyFrozen):
         if self.frozen_layers is None:
             hidden = self._embed(hidden)
         hidden = self._run_layers(hidden, self.frozen_layers or 0, len(self.trunk.encoder.layers))
-        hidden = self.trunk.post_layernorm(hidden)
+        if not self._all_frozen:
+            hidden = self.trunk.post_layernorm(hidden)
         vector, tokens = self.head(hidden[:, 1:], None, self._summary(hidden))
         return Encoded(vector, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 

@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import HubertModel
 
 from shards.errors import UserError
+from shards.lengths import group_by_length
+from toolkit.model import group_norm
 from toolkit.model.encoded import Encoded, Features
 from toolkit.model.layers import Head
 from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
@@ -18,8 +21,6 @@ NARROW = (
     "model.speech.config: in bf16, CPUs with AMX compute convolutions of 2 to 31 channels wrongly: take fp32, or make "
     "conv_dim, and hidden_size / num_conv_pos_embedding_groups, at least 32"
 )
-
-
 THIRDS = 3
 
 
@@ -43,9 +44,9 @@ class SpeechEncoder(PartlyFrozen):
     """Encode utterances as one vector and a sequence of frames each.
 
     The waveform of a layer-norm trunk (HuBERT-large) is normalised to zero mean and unit variance per utterance, and
-    its hidden states are layer-normed before the mix, as in SpeechCLIP large (arXiv 2210.00705). An utterance is then
-    encoded the same, whatever it is batched with. Not so with a group-norm trunk (HuBERT-base): its first convolution
-    is normalised over time, padding included, and a feature of the same utterance moves by as much as 0.8.
+    its hidden states are layer-normed before the mix, as in SpeechCLIP large (arXiv 2210.00705). An utterance is
+    encoded the same whatever it is batched with: padding is kept out of the waveform's statistics, of the group norm
+    of HuBERT-base (see `toolkit/model/group_norm.py`), the positional convolution, attention and pooling.
 
     Args:
         trunk: the HuBERT; its hidden layers are called one by one, never its `forward`.
@@ -75,6 +76,8 @@ class SpeechEncoder(PartlyFrozen):
         self.trunk = trunk
         self.groups = groups
         self.normed = config.feat_extract_norm == "layer"
+        if not self.normed:
+            group_norm.measure(trunk.feature_extractor.conv_layers[0])
         self.pre_norm = config.do_stable_layer_norm
         self.layers = config.num_hidden_layers
         trained = trained_layers(train, self.layers, "model.speech.train")
@@ -115,18 +118,19 @@ class SpeechEncoder(PartlyFrozen):
         Args:
             waveforms: [B, T] in [-1, 1], 16 kHz, zero-padded.
             lengths: int64 [B], samples.
-            host_lengths: the same as numbers: with them the utterances are taken in `groups` of like length, each
-                padded to its own longest only; without, as one.
+            host_lengths: the same as numbers: with them the utterances are taken in `groups` of like length
+                (see `shards/lengths.py`), each padded to its own longest only; without, as one.
         """
         if self.groups == 1 or host_lengths is None:
             return (self._frozen(waveforms, lengths),)
-        by_length = sorted(range(len(host_lengths)), key=host_lengths.__getitem__)
-        order = torch.tensor(by_length, device=lengths.device)
-        size = -(-len(by_length) // self.groups)
+        grouped = group_by_length(host_lengths, self.groups)
+        # One copy to the device, which the host does not wait for.
+        order = torch.from_numpy(np.concatenate(grouped))
+        order = order.pin_memory().to(lengths.device, non_blocking=True) if lengths.is_cuda else order
         parts = []
-        for start in range(0, len(by_length), size):
-            rows, longest = order[start : start + size], host_lengths[by_length[start : start + size][-1]]
-            parts.append(replace(self._frozen(waveforms[rows, :longest], lengths[rows]), rows=rows))
+        for rows, places in zip(order.split([len(places) for places in grouped]), grouped, strict=True):
+            waves = waveforms[rows, : host_lengths[int(places[-1])]]
+            parts.append(replace(self._frozen(waves, lengths[rows]), rows=rows))
         return tuple(parts)
 
     def _frozen(self, waveforms: Tensor, lengths: Tensor) -> Features:
@@ -176,22 +180,26 @@ class SpeechEncoder(PartlyFrozen):
         hidden = waveforms[:, None].to(self.head.project.weight.dtype)
         if self.narrow and hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
             raise UserError(NARROW)
-        for layer in self.trunk.feature_extractor.conv_layers:
+        # What is shorter than a frame is encoded as if it ended in silence.
+        samples = mask.sum(dim=1).clamp(min=self.shortest)
+        first, *others = self.trunk.feature_extractor.conv_layers
+        hidden = first(hidden) if self.normed else group_norm.run(first, hidden, self._frames(samples, 1))
+        for layer in others:
             hidden = layer(hidden)
         hidden = self.trunk.feature_projection(hidden.transpose(1, 2))
-        mask = torch.arange(hidden.shape[1], device=hidden.device) < self._frames(mask.sum(dim=1))[:, None]
+        mask = torch.arange(hidden.shape[1], device=hidden.device) < self._frames(samples)[:, None]
         # The positional convolution reads its neighbours: in the padding it must see zeros, as beyond a sequence's end.
         hidden = hidden * mask.unsqueeze(-1)
         encoder = self.trunk.encoder
         hidden = hidden + encoder.pos_conv_embed(hidden)
         return encoder.dropout(hidden if self.pre_norm else encoder.layer_norm(hidden)), mask
 
-    def _frames(self, samples: Tensor) -> Tensor:
-        """Number of frames whose receptive field lies within so many samples, one at least."""
+    def _frames(self, samples: Tensor, convolutions: int | None = None) -> Tensor:
+        """Frames after the first so many convolutions, or all, whose receptive field lies within so many samples."""
         config = self.trunk.config
-        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        for kernel, stride in list(zip(config.conv_kernel, config.conv_stride, strict=True))[:convolutions]:
             samples = (samples - kernel).div(stride, rounding_mode="floor") + 1
-        return samples.clamp(min=1)
+        return samples
 
     def _run_layers(self, hidden: Tensor, mask: Tensor, start: int, stop: int) -> list[Tensor]:
         """The input [B, L, H] of layer `start` and the outputs of the layers from there to before `stop`."""

@@ -1,5 +1,6 @@
 """Trunks: pretrained weights from a folder or the hub, frozen in part or whole."""
 
+import abc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,12 +34,12 @@ def trained_layers(train: str, total: int, key: str) -> int | None:
     return count
 
 
-class PartlyFrozen(nn.Module):
+class PartlyFrozen(nn.Module, abc.ABC):
     """A module of which some parts are never trained: no gradients, and always in eval mode, so without dropout."""
 
+    @abc.abstractmethod
     def frozen_modules(self) -> Iterator[nn.Module]:
         """The parts that are never trained."""
-        raise NotImplementedError
 
     def freeze(self) -> None:
         """Take the frozen parts out of training; to be called once they are there."""
