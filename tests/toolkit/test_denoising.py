@@ -4,6 +4,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.toolkit import naive
 from toolkit.objectives.denoising import Noised, add_noise, denoising_loss
+from toolkit.objectives.row_random import RowRandom
 
 LOSSES = ("cosine", "mse", "infonce")
 
@@ -23,8 +24,9 @@ def labelled(mask: torch.Tensor) -> torch.Tensor:
 
 
 def noise(tokens: torch.Tensor, mask: torch.Tensor, kind: str, seed: int = 0, **options) -> Noised:
-    settings = {"ids": torch.arange(len(tokens)), "ratio": 0.5, "span": 1, "snr_db": 0.0, **options}
-    return add_noise(tokens, mask, noise=kind, generator=generator(seed), **settings)
+    settings = {"ids": torch.arange(len(tokens)), "ratio": 0.5, "span": 1, "snr_db": 0.0, "donors": 10**6, **options}
+    random = RowRandom(seed, torch.arange(len(tokens)))
+    return add_noise(tokens, mask, **({"noise": kind, "random": random} | settings))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -181,7 +183,7 @@ def test_mask_puts_zeros_or_the_given_token():
 
 
 @pytest.mark.parametrize("kind", ["swap", "gaussian", "mask"])
-def test_all_randomness_comes_from_the_generator(kind):
+def test_all_randomness_comes_from_the_seed(kind):
     tokens, mask = torch.randn(3, 8, 2, generator=generator()), torch.ones(3, 8, dtype=torch.bool)
     before = torch.get_rng_state()
     first = noise(tokens, mask, kind, seed=1)
@@ -190,6 +192,31 @@ def test_all_randomness_comes_from_the_generator(kind):
     again, other = noise(tokens, mask, kind, seed=1), noise(tokens, mask, kind, seed=2)
     assert again.tokens.equal(first.tokens)
     assert not other.tokens.equal(first.tokens)
+
+
+@pytest.mark.parametrize("kind", ["swap", "gaussian", "mask"])
+@pytest.mark.parametrize("span", [1, 3])
+def test_a_rows_noise_is_the_same_on_any_number_of_ranks_and_with_any_padding(kind, span):
+    mask = lengths_to_mask([9, 7, 5, 8, 12, 3, 6, 12], 12)
+    tokens = torch.randn(8, 12, 3, generator=generator(1))
+    whole = noise(tokens, mask, kind, span=span, donors=2)
+    for ranks in (2, 4):
+        for rank in range(ranks):
+            own = torch.arange(8).chunk(ranks)[rank]
+            longest = int(mask[own].sum(1).max())
+            part = noise(
+                tokens[own, :longest], mask[own, :longest], kind, ids=own, span=span, donors=2, random=RowRandom(0, own)
+            )
+            assert part.positions.equal(whole.positions[own, :longest])
+            real = mask[own, :longest]
+            assert part.tokens[real].equal(whole.tokens[own, :longest][real])
+
+
+def test_swap_takes_from_the_rows_of_its_group():
+    mask = torch.ones(12, 40, dtype=torch.bool)
+    taken = noise(labelled(mask), mask, "swap", ratio=1.0, donors=4).tokens[..., 0].long()
+    for row in range(12):
+        assert set(taken[row].tolist()) == {n for n in range(12) if n // 4 == row // 4 and n != row}
 
 
 def test_unknown_names_are_refused():
@@ -206,6 +233,7 @@ def test_does_not_wait_for_the_device():
     with FakeTensorMode() as mode:  # refuses whatever needs a value on the host
         tokens, mask = mode.from_tensor(torch.ones(2, 5, 3)), mode.from_tensor(torch.ones(2, 5, dtype=torch.bool))
         for kind in ("swap", "gaussian", "mask"):
-            noised = noise(tokens, mask, kind, span=2, ids=mode.from_tensor(torch.arange(2)))
+            random = RowRandom(0, mode.from_tensor(torch.arange(2)))
+            noised = noise(tokens, mask, kind, span=2, ids=mode.from_tensor(torch.arange(2)), random=random)
             for loss in LOSSES:
                 assert denoising_loss(noised.tokens, tokens, noised.positions, mask, loss).shape == ()

@@ -21,8 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.objectives.row_random import RowRandom
+
 Noise = Literal["swap", "gaussian", "mask"]
 Loss = Literal["cosine", "mse", "infonce"]
+
+# Streams of random numbers. The normal distribution takes two.
+_OFFSET, _CHOSEN, _ROW, _PLACE, _WHITE = range(5)
 
 
 @dataclass
@@ -46,18 +51,21 @@ def add_noise(
     ratio: float,
     span: int,
     snr_db: float,
-    generator: torch.Generator,
+    random: RowRandom,
+    donors: int,
     mask_token: Tensor | None = None,
 ) -> Noised:
     """Noise a share of the tokens in runs of `span`, without waiting for the device.
 
     Each row is cut into runs at a random offset, and each run is noised with probability `ratio`; so is every token.
 
-    - swap: the run becomes one of another row, drawn evenly among the batch's rows of other pictures and the places
-      in it, real tokens all (a row shorter than the run is read in a circle). A row for which the batch holds no other
-      picture keeps its tokens, its positions False. With span 1 these are single patches.
+    - swap: the run becomes one of another row, drawn evenly among its group's rows of other pictures and the places
+      in it, real tokens all (a row shorter than the run is read in a circle). A row whose group holds no other picture
+      keeps its tokens, its positions False. With span 1 these are single patches.
     - gaussian: white noise is added, `snr_db` below the mean power of the row's real tokens.
     - mask: tokens become zeros or `mask_token`.
+
+    Every row's noise is the same however the batch is cut over ranks, as long as no group of swap is cut.
 
     Args:
         tokens: [B, L, H]; gradient flows through what is kept and what is swapped in.
@@ -67,19 +75,22 @@ def add_noise(
         ratio: Expected share of the real tokens that is noised.
         span: Length of a run, in tokens.
         snr_db: Signal-to-noise ratio of gaussian.
-        generator: Where all randomness comes from; on the tokens' device.
+        random: Where all randomness comes from.
+        donors: Rows of the global batch in a group: rows 0 to donors - 1, and so on.
         mask_token: [H] for mask; default zeros.
 
     Raises:
         ValueError: The noise is unknown or the span is not positive.
     """
-    run, within = _runs(tokens, span, generator)
-    positions = (_uniform(mask, generator) < ratio).gather(1, run) & mask
+    run, within = _runs(tokens, span, random)
+    positions = (_by_run(random, _CHOSEN, run) < ratio) & mask
     if noise == "swap":
-        replacement, possible = _other_tokens(tokens, mask, ids, run, within, span, generator)
+        group = random.rows // donors
+        allowed = (ids[:, None] != ids) & (group[:, None] == group) & mask.any(1)
+        replacement, possible = _other_tokens(tokens, mask, allowed, run, within, span, random)
         positions = positions & possible[:, None]
     elif noise == "gaussian":
-        replacement = tokens + _white_noise(tokens, mask, snr_db, generator)
+        replacement = tokens + _white_noise(tokens, mask, snr_db, random)
     elif noise == "mask":
         replacement = torch.zeros_like(tokens) if mask_token is None else mask_token.to(tokens).expand_as(tokens)
     else:
@@ -87,32 +98,30 @@ def add_noise(
     return Noised(torch.where(positions[..., None], replacement, tokens), positions)
 
 
-def _runs(tokens: Tensor, span: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _runs(tokens: Tensor, span: int, random: RowRandom) -> tuple[Tensor, Tensor]:
     """Cut rows into runs at a random offset: number of each token's run, and its place within, both [B, L]."""
     if span < 1:
         raise ValueError(f"span is {span}, expected at least 1")
-    batch, length, _ = tokens.shape
-    offset = torch.randint(span, (batch, 1), generator=generator, device=tokens.device)
-    step = torch.arange(length, device=tokens.device) + offset
+    offset = (random.uniform(_OFFSET, 1) * span).long()
+    step = torch.arange(tokens.shape[1], device=tokens.device) + offset
     return step // span, step % span
 
 
 def _other_tokens(
-    tokens: Tensor, mask: Tensor, ids: Tensor, run: Tensor, within: Tensor, span: int, generator: torch.Generator
+    tokens: Tensor, mask: Tensor, allowed: Tensor, run: Tensor, within: Tensor, span: int, random: RowRandom
 ) -> tuple[Tensor, Tensor]:
-    """Draw for each run one of another picture's row: tokens [B, L, H], and whether the batch has any [B]."""
-    allowed = (ids[:, None] != ids) & mask.any(1)
+    """Draw for each run one of the rows allowed [B, B]: tokens [B, L, H], and whether a row has any [B]."""
     choices = allowed.sum(1, keepdim=True)
-    row = _nth_true(allowed).gather(1, _below(choices, _uniform(mask, generator)).gather(1, run))
+    row = _nth_true(allowed).gather(1, _below(choices, _by_run(random, _ROW, run)))
     real = mask.sum(1)[row]  # tokens that the source row has
-    start = _below(real - span + 1, _uniform(mask, generator).gather(1, run))
+    start = _below(real - span + 1, _by_run(random, _PLACE, run))
     place = _nth_true(mask)[row, (start + within) % real.clamp(min=1)]
     return tokens[row, place], choices[:, 0] > 0
 
 
-def _uniform(mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a number in [0, 1) for each run of each row; [B, L] are as many as any span and offset need."""
-    return torch.rand(mask.shape, generator=generator, device=mask.device)
+def _by_run(random: RowRandom, stream: int, run: Tensor) -> Tensor:
+    """Draw a number in [0, 1) for each run of each row; every token [B, L] of the run has it."""
+    return random.uniform(stream, run.shape[1]).gather(1, run)  # as many as any span and offset need
 
 
 def _below(count: Tensor, uniforms: Tensor) -> Tensor:
@@ -125,12 +134,12 @@ def _nth_true(mask: Tensor) -> Tensor:
     return (~mask).to(torch.uint8).argsort(dim=1, stable=True)
 
 
-def _white_noise(tokens: Tensor, mask: Tensor, snr_db: float, generator: torch.Generator) -> Tensor:
+def _white_noise(tokens: Tensor, mask: Tensor, snr_db: float, random: RowRandom) -> Tensor:
     """Gaussian noise [B, L, H] of variance P / 10^(snr/10), P the mean square of each row's real tokens."""
     power = tokens.detach().float().square().mean(-1)
     power = torch.where(mask, power, 0).sum(1) / mask.sum(1).clamp(min=1)
     deviation = (power / 10 ** (snr_db / 10)).sqrt()
-    noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
+    noise = random.normal(_WHITE, *tokens.shape[1:])
     return (noise * deviation[:, None, None]).to(tokens.dtype)
 
 
