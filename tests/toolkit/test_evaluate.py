@@ -22,7 +22,6 @@ from tests.distributed import run_ranks
 from tests.tiny import tiny_model
 from toolkit import config, evaluate
 from toolkit.evaluation.encode import Process, encode
-from toolkit.evaluation.run import evaluate as measure
 from toolkit.evaluation.run import retrieve
 from toolkit.model.build import build_model
 from toolkit.run_folder import to_yaml
@@ -30,6 +29,10 @@ from toolkit.run_folder import to_yaml
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SIZE, SECONDS = 32, 1.0
+
+
+def measure(model, manifest, split, settings, rerank, rank, world_size, device):
+    return retrieve(model, manifest, split, settings, rerank, Process(rank, world_size, device)).report
 
 
 def drawn(seed):

@@ -64,10 +64,7 @@ def examples(reader: Reader, found: Retrieval) -> tuple[list[Spoken], list[Shown
             return ImageOps.fit(opened.convert("RGB"), (_SIDE, _SIDE))
 
     def text(at: int) -> str:
-        sample = int(found.samples[found.picture[at]])
-        number = int(found.captions[at] - reader.manifests[0].first_caption[sample])
-        caption = reader.meta(sample)["captions"][number]
-        return caption.get("text") or f"(no text: utterance {caption.get('utterance')})"
+        return caption_text(reader, found, at)
 
     spoken = []
     for query in equally_spaced(len(found.captions), SPOKEN):
@@ -83,6 +80,14 @@ def examples(reader: Reader, found: Retrieval) -> tuple[list[Spoken], list[Shown
         rank = _rank(found.image_to_speech.standing, query)
         shown.append(Shown(picture(at), rank, [text(caption) for caption in best], right))
     return spoken, shown
+
+
+def caption_text(reader: Reader, found: Retrieval, at: int) -> str:
+    """What caption number `at` of a retrieval says, if the shards know that."""
+    sample = int(found.samples[found.picture[at]])
+    number = int(found.captions[at] - reader.manifests[0].first_caption[sample])
+    caption = reader.meta(sample)["captions"][number]
+    return caption.get("text") or f"(no text: utterance {caption.get('utterance')})"
 
 
 def _rank(standing: Standing, query: int) -> int:

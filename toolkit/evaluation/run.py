@@ -34,17 +34,11 @@ class Retrieval:
     image_to_speech: Ranking  # Q queries; candidates are positions of captions
 
 
-def evaluate(
-    model: "SpeechImageModel",
-    manifest: Manifest,
-    split: str,
-    config: Config,
-    rerank: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Measure recall of a split; every rank calls this and gets the same figures.
+@torch.no_grad()
+def retrieve(
+    model: "SpeechImageModel", manifest: Manifest, split: str, config: Config, rerank: int, process: Process
+) -> Retrieval:
+    """Measure recall of a split; every rank calls this and gets the same.
 
     Args:
         model: On the device; it is in evaluation mode meanwhile.
@@ -52,12 +46,10 @@ def evaluate(
         split: Name of the split. Twins are measured with the split that holds their originals.
         config: Sections data and evaluation count.
         rerank: Candidates that the fusion encoder scores for each query; 0: coarse recall only.
-        rank: This process.
-        world_size: Number of processes.
-        device: Where the model computes.
+        process: This process's place among the ranks, and its device.
 
     Returns:
-        In per cent, with None for what was not measured:
+        The rankings, and a report in per cent, with None for what was not measured:
         {"split", "pictures", "captions", "max_seconds",
         "coarse": {"speech_to_image": {"R@1", "R@5", "R@10"}, "image_to_speech": the same, "mean_R@1"},
         "reranked": as coarse, with "k", "fuse" and "seconds_per_query", which one rank takes,
@@ -67,14 +59,6 @@ def evaluate(
     Raises:
         UserError: There is no such split, or a sample cannot be read.
     """
-    return retrieve(model, manifest, split, config, rerank, Process(rank, world_size, device)).report
-
-
-@torch.no_grad()
-def retrieve(
-    model: "SpeechImageModel", manifest: Manifest, split: str, config: Config, rerank: int, process: Process
-) -> Retrieval:
-    """Do what `evaluate` does, and return the rankings as well."""
     training = model.training
     model.eval()
     samples = manifest.rows(split)

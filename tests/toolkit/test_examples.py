@@ -1,0 +1,95 @@
+"""Examples of what was retrieved: the same queries each time, right answers marked, small, and never in the way."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shards.manifest import load
+from shards.picture import decode_picture
+from shards.reader import Reader
+from tests.shards.noise import spoil
+from tests.toolkit import test_trainer
+from toolkit import config
+from toolkit.evaluation import examples
+from toolkit.evaluation.recall import Ranking, Standing
+from toolkit.evaluation.run import Retrieval
+
+shards = test_trainer.shards
+
+
+def retrieval(folder: Path, shift: int) -> Retrieval:
+    """On dev: for each caption the pictures in order, beginning `shift` after the right one."""
+    manifest = load(folder)
+    samples = manifest.rows("dev")
+    spans = [manifest.captions(int(sample)) for sample in samples]
+    captions = np.concatenate([np.asarray(span) for span in spans])
+    picture = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(span) for span in spans]))
+    candidates = (picture[:, None] + shift + torch.arange(len(samples))) % len(samples)
+    ahead = torch.full_like(picture, -shift % len(samples))
+    none = torch.zeros(0, dtype=torch.int64)
+    ranking = Ranking(Standing(ahead, torch.zeros_like(ahead), torch.ones_like(ahead)), candidates)
+    report = {"split": "dev", "reranked": None}
+    return Retrieval(report, samples, captions, picture, none, ranking, Ranking(Standing(none, none, none), none))
+
+
+def pixels(uri: str) -> np.ndarray:
+    head, _, code = uri.partition(",")
+    assert head == "data:image/jpeg;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(code)))).astype(float)
+
+
+def test_right_answers_are_marked_and_pictures_are_the_ones_found(shards: Path) -> None:
+    reader, found = Reader(load(shards)), retrieval(shards, shift=4)
+    queries = examples.draw_examples(reader, found, seed=3)
+    assert len(queries) == examples.QUERIES == 6
+    for query in queries:
+        assert query["rank"] == 3
+        assert [answer["right"] for answer in query["answers"]] == [False, False, True, False, False]
+        caption = next(
+            at for at in range(len(found.captions)) if examples.caption_text(reader, found, at) == query["text"]
+        )
+        for answer, at in zip(query["answers"], found.speech_to_image.candidates[caption].tolist(), strict=False):
+            stored = decode_picture(reader.picture(int(found.samples[at])), examples.SIDE).transpose(1, 2, 0)
+            assert np.abs(pixels(answer["picture"]) - stored).mean() < 16
+
+
+def test_the_queries_are_the_runs_own(shards: Path) -> None:
+    reader = Reader(load(shards))
+
+    def texts(seed: int, shift: int) -> list[str]:
+        return [query["text"] for query in examples.draw_examples(reader, retrieval(shards, shift), seed)]
+
+    assert texts(1, 0) == texts(1, 2)
+    assert len(set(texts(1, 0))) == 6
+    assert texts(1, 0) != texts(2, 0)
+    assert all("utterance dev" in text for text in texts(1, 0)), "these captions have no text"
+
+
+def test_a_file_of_examples_is_small(shards: Path, tmp_path: Path) -> None:
+    settings = test_trainer.settings(shards, tmp_path)
+    name = examples.keep_examples(tmp_path, 7, load(shards), retrieval(shards, 1), settings)
+    assert name == "examples-00000007.json"
+    assert (tmp_path / name).stat().st_size < 400_000, "pictures of noise, the worst there are"
+    assert set(json.loads((tmp_path / name).read_text())) == {"split", "reranked", "queries"}
+
+
+@pytest.mark.parametrize("trouble", ["sample", "disk"])
+def test_trouble_is_one_line(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], trouble: str) -> None:
+    folder, run = tmp_path / "shards", tmp_path / "run"
+    test_trainer.shutil.copytree(shards, folder)
+    if trouble == "sample":
+        run.mkdir()
+        for sample in load(folder).rows("dev"):
+            spoil(load(folder), int(sample))
+    settings: config.Config = test_trainer.settings(folder, run)
+    assert examples.keep_examples(run, 7, load(folder), retrieval(folder, 0), settings) is None
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "examples-00000007.json was not written" in said
+    assert not run.exists() or not list(run.iterdir())
