@@ -1,4 +1,4 @@
-"""Run a function on real gloo ranks, one process each, on the CPU.
+"""Run a function on real ranks, one process each: gloo ranks on the CPU, or with RANKS=cuda NCCL ranks, one a GPU.
 
 The processes are forked from a server that has imported torch and transformers once: a rank costs milliseconds. Runs
 share nothing: each meets through a file of its own, and each has a deadline after which no process is left.
@@ -17,7 +17,10 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 GRACE = 3.0  # seconds after the deadline in which a rank may show where it stands and end itself
 SETTLE = (
@@ -25,12 +28,19 @@ SETTLE = (
 )
 
 
+def device_of(rank: int) -> "torch.device":
+    """Where a rank computes."""
+    import torch
+
+    return torch.device("cuda", rank) if os.environ.get("RANKS") == "cuda" else torch.device("cpu")
+
+
 class RankError(AssertionError):
     """A rank failed: its number and its traceback."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
-    """Call `function(rank, world_size, *args)` on every rank of a gloo process group.
+    """Call `function(rank, world_size, *args)` on every rank of a process group.
 
     Args:
         function: What each rank runs, from the top of a module; torch uses one thread.
@@ -129,7 +139,11 @@ def _in_group(
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whether or not the machine can resolve its own name
     meeting = f"file://{folder}/meeting"
     patience = timedelta(seconds=max(deadline - time.time(), 0) + GRACE)  # past the deadline, which shows the stacks
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=patience)
+    device = device_of(rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world_size, timeout=patience)
     result = function(rank, world_size, *args)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -43,7 +43,7 @@ class Speech:
     )
     head_heads: int = 8
     dropout: float = 0.1
-    groups: int = 4  # parts, by length, that a batch is encoded in: less padding
+    groups: int = 6  # parts, by length, that a batch is encoded in: less padding
     filterbank: bool = False  # random weights only: the first convolution begins as a mel-spaced filter bank
 
 
@@ -127,6 +127,7 @@ class Denoising:
     noise: Literal["swap", "gaussian", "mask"] = "swap"
     ratio: float = 0.5  # share of the positions that are noised
     span: int = 5  # length of a noised run of speech frames
+    donors: int = 8  # neighbours in the global batch that exchange tokens; no rank's micro-batch should cut them
     snr_db: float = 0.0  # of the Gaussian noise
     target: Literal["teacher", "own"] = "teacher"
     loss: Literal["cosine", "mse", "infonce"] = "cosine"
@@ -152,6 +153,7 @@ class Training:
     steps: int = 50000
     batch_size: int = 256  # pairs an optimizer step, over all ranks and accumulated micro-batches
     accumulation: int = 1  # micro-batches a step
+    activation_checkpointing: bool = False  # keep only the inputs of trained layers, and compute the rest once more
     cached: bool = False  # SIC compares all pairs of an accumulated step, not of a micro-batch; encodes twice
     lr: float = 1e-4
     min_lr: float = 1e-6
@@ -169,6 +171,7 @@ class Training:
         900.0  # seconds without a completed step after which the stacks are shown and the run ends; 0: none
     )
     name_bad_module: bool = False  # say which module's output was not finite first; slower
+    resume: str = "auto"  # auto: from the run's newest checkpoint; never; or from that of another run, if it has none
     stop_after: int | None = None  # steps after which this process saves and leaves, short of `steps`
 
 
@@ -200,15 +203,23 @@ class Final:
 
 @dataclass
 class Launch:
-    """Where and on how many ranks `launch/submit.py` runs."""
+    """Where and on what `launch/submit.py` runs."""
 
-    cluster: Literal["auto", "slurm", "local"] = "auto"
+    cluster: Literal["auto", "slurm", "local", "debug"] = "auto"  # auto: SLURM where it is; debug: one process, here
+    profile: str | None = None  # a name in slurm/profiles or a YAML file; null: the one that fits this machine, if any
+    name: str | None = None  # of the job; null: that of the run folder
     nodes: int = 1
     ranks_per_node: int = 0  # 0: one a GPU, or 2 where there is none
     gpus_per_node: int | None = None  # to ask SLURM for; null: none. This machine's are found by themselves
-    partition: str | None = None
-    time: str = "24:00:00"  # limit, as SLURM writes it: minutes, H:M:S or D-H:M:S
     cpus_per_rank: int = 0  # 0: the machine's cores shared out; on SLURM, as many as the loader needs
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str = "24:00:00"  # limit, as SLURM writes it: minutes, H:M:S or D-H:M:S
+    signal: int = 300  # seconds before that limit at which all ranks save and leave, to go on in the next job
+    array: int = 0  # members of a grid that run at once; 0: as many as fit
+    follow: bool = True  # show the log until the job ends
 
 
 @dataclass

@@ -30,7 +30,8 @@ _RANGES: dict[str, tuple[Any, str]] = {
         """data.image_size data.window data.lanes model.embed_dim model.fusion.width model.fusion.layers
         model.fusion.heads model.fusion.pool model.speech.head_heads model.image.head_heads objectives.denoising.span
         objectives.denoising.layers training.steps training.batch_size training.accumulation training.log_every
-        training.save_every training.keep training.max_skipped_in_a_row evaluation.batch_size launch.nodes""",
+        training.save_every training.keep training.max_skipped_in_a_row evaluation.batch_size launch.nodes
+        launch.signal""",
     ),
     "0 or more": (
         lambda value: value >= 0,
@@ -38,7 +39,8 @@ _RANGES: dict[str, tuple[Any, str]] = {
         objectives.contrastive.weight
         objectives.contrastive.queue objectives.contrastive.alpha_ramp objectives.matching.weight
         objectives.denoising.weight training.min_lr training.warmup training.weight_decay training.clip
-        training.watchdog evaluation.every evaluation.rerank final.rerank launch.ranks_per_node launch.cpus_per_rank""",
+        training.watchdog evaluation.every evaluation.rerank final.rerank launch.ranks_per_node launch.cpus_per_rank
+        launch.array""",
     ),
     "more than 0": (
         lambda value: value > 0,

@@ -132,7 +132,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
 
 def _apply_file(config: Config, path: Path, heirs: tuple[Path, ...] = ()) -> None:
     """Set what a YAML file says; its `base: NAME|FILE` comes first."""
-    values = _read_yaml(path)
+    values = read_yaml(path)
     base = values.pop("base", None)
     if base is not None:
         parent = _find(str(base), path.parent)
@@ -142,7 +142,12 @@ def _apply_file(config: Config, path: Path, heirs: tuple[Path, ...] = ()) -> Non
     _apply(config, values, "", f"{path}: ")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty one.
+
+    Raises:
+        UserError: It cannot be read, is not YAML, or holds something else.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -160,20 +165,29 @@ def _override(config: Config, key: str, text: str) -> None:
     while names and is_dataclass(getattr(section, names[0], None)):
         section = getattr(section, names.pop(0))
     kind = get_type_hints(type(section)).get(names[0]) if names else None
-    try:
-        value = _from_text(text, kind)
-    except yaml.YAMLError as error:
-        raise UserError(f"--{key} {_shown(text)}{_problem(error)}") from None
+    value = _from_text(text, kind, f"--{key} {_shown(text)}")
     for name in reversed(key.split(".")):
         value = {name: value}
     _apply(config, value, "", "--")
 
 
-def _from_text(text: str, kind: Any) -> Any:
+def parse_value(text: str, where: str) -> Any:
+    """A word of the command line as a YAML value.
+
+    Raises:
+        UserError: It is not YAML; `where` names the word.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}{_problem(error)}") from None
+
+
+def _from_text(text: str, kind: Any, where: str) -> Any:
     """A word of the command line as a YAML value; as it stands where a string is wanted."""
     if kind is str:
         return text
-    value = yaml.load(text, _Loader)
+    value = parse_value(text, where)
     return text if kind == str | None and value is not None else value
 
 
@@ -192,7 +206,7 @@ def _apply(section: Any, values: dict[str, Any], prefix: str, where: str) -> Non
             _apply(current, value, f"{key}.", where)
             continue
         try:
-            setattr(section, name, merged(current, _typed(value, kinds[name])))
+            setattr(section, name, merged(current, typed(value, kinds[name])))
         except TypeError:
             raise UserError(f"{where}{key} is {_shown(value)}; expected {describe(kinds[name])}") from None
 
@@ -205,7 +219,7 @@ def _keys(section: Any, prefix: str) -> Iterable[str]:
             yield from _keys(value, f"{prefix}{field.name}.")
 
 
-def _typed(value: Any, kind: Any) -> Any:
+def typed(value: Any, kind: Any) -> Any:
     """Check a value against a type of the tree: a bool is no number, a whole number is a float, and a number a string.
 
     Raises:
@@ -215,9 +229,9 @@ def _typed(value: Any, kind: Any) -> Any:
     if origin is Literal and any(value == choice and type(value) is type(choice) for choice in inner):
         return value
     if origin in (Union, types.UnionType):
-        return None if value is None else _typed(value, inner[0])
+        return None if value is None else typed(value, inner[0])
     if origin is list and isinstance(value, list):
-        return [_typed(item, inner[0]) for item in value]
+        return [typed(item, inner[0]) for item in value]
     if origin is dict and isinstance(value, dict) and all(isinstance(name, str) for name in value):
         return value
     if kind is float and type(value) in (int, float) and math.isfinite(value):

@@ -41,6 +41,20 @@ def all_gather(tensor: Tensor, world_size: int) -> Tensor:
     return gathered
 
 
+def begin_all_gather(tensor: Tensor, world_size: int) -> tuple[Tensor, Any]:
+    """Begin what `all_gather` does, among two ranks or more, and go on meanwhile.
+
+    Args:
+        tensor: [B, ...], contiguous, of equal shape and dtype on all ranks; to be left alone until the work is done.
+        world_size: Number of ranks.
+
+    Returns:
+        [world_size * B, ...] in the order of ranks, to be read after `wait()` of the second, the work.
+    """
+    gathered = tensor.new_empty((world_size * tensor.shape[0], *tensor.shape[1:]))
+    return gathered, _all_gather_single(gathered, tensor, async_op=True)
+
+
 def gather_with_grad(tensor: Tensor, rank: int, world_size: int) -> Tensor:
     """Put the ranks' tensors behind one another; every rank's use of a row flows back to the rank that owns it.
 

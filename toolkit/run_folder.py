@@ -15,8 +15,9 @@ from toolkit.config_loader import FLOAT, SAVED, apply_yaml
 # What may differ when a run is continued: it changes nothing of what is learned.
 _FREE = (
     "run", "launch.", "wandb.", "evaluation.", "final.", "data.workers", "data.make", "data.timeout", "data.cache",
-    "data.max_faults", "training.stop_after", "training.log_every", "training.save_every", "training.keep",
-    "training.zero", "training.max_skipped_in_a_row", "training.name_bad_module", "training.watchdog",
+    "data.max_faults", "training.resume", "training.stop_after", "training.log_every", "training.save_every",
+    "training.keep", "training.zero", "training.activation_checkpointing",
+    "training.max_skipped_in_a_row", "training.name_bad_module", "training.watchdog",
 )  # fmt: skip
 
 

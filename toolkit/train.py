@@ -27,10 +27,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--dry-run", action="store_true", help="print who would read what, and train nothing")
     parser.add_argument("--ranks", type=int, metavar="N", help="of the dry run (default: as launched or configured)")
+    parser.add_argument(
+        "--profile", type=int, nargs="?", const=10, metavar="STEPS",
+        help="time some steps (10), say where their time goes and trace a few, in RUN/profile; train nothing",
+    )  # fmt: skip
+    parser.add_argument("--resume", metavar="WHAT", help="the same as --training.resume (default: auto)")
     config, options = parse(sys.argv[1:] if arguments is None else arguments, parser)
+    config.training.resume = options.resume or config.training.resume
     if options.dry_run:
         print(dry_run(config, options.ranks))
         return
+    if options.profile is not None and options.profile < 1:
+        raise UserError(f"--profile {options.profile}: expected 1 or more steps")
     if options.ranks is not None:
         raise UserError("--ranks is an option of --dry-run; a training has as many as it is launched with")
 
@@ -44,6 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
     # A mistake in what follows leaves no run folder behind.
     deepspeed_config(config, world_size)
     open_order(config, world_size)
+    if options.profile:
+        from toolkit.training.profile import profile_training
+
+        profile_training(config, rank, world_size, device, options.profile)
+        return
     run = Path(config.run)
     agree(lambda: prepare_run(config), rank)
     trainer = Trainer(config, run, rank, world_size, device)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.distributed import RankError, run_ranks
+from tests.distributed import RankError, device_of, run_ranks
 from tests.toolkit import test_trainer
 from toolkit import config
 from toolkit.training.bad_numbers import FirstBadModule
@@ -42,7 +42,7 @@ def train(rank: int, world_size: int, runs: list[config.Config], how: str) -> li
     ends = []
     for each in runs:
         agree(partial(prepare_run, each), rank)
-        trainer = module.Trainer(each, Path(each.run), rank, world_size, torch.device("cpu"))
+        trainer = module.Trainer(each, Path(each.run), rank, world_size, device_of(rank))
         if how == "left out":
             leave_out(trainer)
         else:

@@ -13,6 +13,7 @@ from tests.tiny import tiny_model
 from tests.toolkit import test_trainer
 from toolkit import config
 from toolkit.model.build import build_model
+from toolkit.objectives.row_random import RowRandom
 from toolkit.training.cached import make_caches
 from toolkit.training.learner import Draws, Learner
 from toolkit.training.momentum import MomentumEncoder
@@ -52,7 +53,7 @@ class Setting:
 
 
 def draws(rows: int) -> Draws:
-    return Draws(torch.full((2, rows), 0.5), torch.Generator().manual_seed(0))
+    return Draws(torch.full((2, rows), 0.5), RowRandom(0, torch.arange(rows)))
 
 
 def step(rank: int, world_size: int, teacher: bool, count: int) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from shards.errors import UserError
 from shards.manifest import file_sha256
-from tests.distributed import RankError, run_ranks
+from tests.distributed import RankError, device_of, run_ranks
 from tests.toolkit import test_fragments, test_trainer
 from toolkit import config
 
@@ -48,7 +49,7 @@ def train(rank: int, world_size: int, runs: list[tuple[config.Config, int | None
 
     for each, last, how in runs:
         agree(lambda each=each: prepare_run(each), rank)
-        trainer = Trainer(each, Path(each.run), rank, world_size, torch.device("cpu"))
+        trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
         take = trainer.train_step
 
         def step(number: int, batches: Any, take: Any = take, last: int | None = last, how: str = how) -> Any:
@@ -133,6 +134,32 @@ def test_continued_on_other_ranks_at_other_stages(shards: Path, tmp_path: Path) 
         assert found == pytest.approx(unbroken[step], rel=1e-5, abs=1e-5)
 
 
+def refused(rank: int, world_size: int, run: config.Config) -> str:
+    with pytest.raises(UserError) as caught:
+        train(rank, world_size, [(run, None, "")])
+    return str(caught.value)
+
+
+@pytest.mark.timeout(240)
+def test_a_run_begins_from_anothers_checkpoint_or_never_from_one(shards: Path, tmp_path: Path) -> None:
+    first = settings(shards, tmp_path / "first", keep=9)
+    run_ranks(train, 2, [(first, None, "")], timeout=100)
+    marked = tmp_path / "first" / "checkpoints" / "step-00000002"
+    branch, again = (settings(shards, tmp_path / "branch", resume=str(each)) for each in (marked, tmp_path / "first"))
+    # The second begins where the branch is, not at the end of the first, which it names.
+    run_ranks(train, 2, [(branch, 3, "raise"), (again, None, "")], timeout=100)
+    records = [json.loads(line) for line in (tmp_path / "branch" / "log.jsonl").read_text().splitlines()]
+    found = {record["step"]: record["loss"] for record in records if "loss" in record}
+    assert found == {step: losses(tmp_path / "first")[step]["loss"] for step in (3, 4)}
+    assert [record["at"] for record in records if record.get("event") == "began"] == [2, 3]
+
+    never = settings(shards, tmp_path / "first", resume="never")
+    assert "holds checkpoints" in run_ranks(refused, 1, never, timeout=60)[0]
+    nowhere = settings(shards, tmp_path / "nowhere", resume=str(tmp_path / "nothing"))
+    assert "no checkpoint there" in run_ranks(refused, 1, nowhere, timeout=60)[0]
+    run_ranks(train, 1, [(settings(shards, tmp_path / "new", resume="never", steps=1), None, "")], timeout=60)
+
+
 def engine_and_queue(world_size: int, zero: int = 1) -> tuple[Any, Any]:
     from toolkit.training.engine import make_engine
     from toolkit.training.queue import EmbeddingQueue
@@ -215,7 +242,7 @@ def resume_damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Save steps 1 and 2, damage the second in every way, resume each time; then damage both."""
     import torch.distributed as dist
 
-    from toolkit.training.checkpoint import Progress
+    from toolkit.training.progress import Progress
 
     whole = folder / "whole"
     engine, queue = engine_and_queue(world_size)
@@ -284,9 +311,9 @@ def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     import torch.distributed as dist
 
     from toolkit.training import checkpoint
-    from toolkit.training.checkpoint import Progress
     from toolkit.training.checkpoint_files import keyed
     from toolkit.training.fragments import fragments
+    from toolkit.training.progress import Progress
 
     engine, queue = engine_and_queue(world_size)
     saving = checkpoints(folder, rank, world_size, keep=2)
@@ -370,18 +397,19 @@ class Model:
 def test_an_export_holds_what_was_there_and_its_failure_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from toolkit.training.checkpoint import Progress
+    from toolkit.training.export import Exports
+    from toolkit.training.progress import Progress
 
-    exporting, model = checkpoints(tmp_path, 0, 1), Model()
+    exporting, model = Exports(tmp_path, config.Data()), Model()
     (tmp_path / "export").touch()
-    exporting.export(model, "last", config.Config(), Progress(step=1))
+    exporting.write(model, "last", Progress(step=1))
     exporting.finish()
     where = tmp_path / "export" / "last"
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == f"the model was not written to {where}: Not a directory; training goes on"
     (tmp_path / "export").unlink()
     for step in (2, 3):
-        exporting.export(model, "last", config.Config(), progress := Progress(step=step))
+        exporting.write(model, "last", progress := Progress(step=step))
         model.weight += 1  # training goes on
         progress.step = 9
     exporting.finish()
@@ -421,6 +449,7 @@ def cut(size: int, cuts: set[int], tensors: tuple[torch.Tensor, ...]) -> list[An
     ]
 
 
+@examples(deadline=None)  # the first one imports DeepSpeed
 @given(
     st.integers(1, 30),
     st.sets(st.integers(1, 29), max_size=5),

@@ -1,10 +1,16 @@
 """DeepSpeed's configuration: accepted by DeepSpeed itself; what it would pass over in silence is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from shards.errors import UserError
+from tests.distributed import run_ranks
+from tests.toolkit import test_checkpoint, test_trainer
 from toolkit.config import Config
 from toolkit.training.deepspeed_config import deepspeed_config
+
+shards = test_trainer.shards
 
 
 def config(**free):
@@ -92,6 +98,10 @@ def test_keys_that_deepspeed_knows(free):
         ({"zero_optimization": 3}, "deepspeed: "),
         ({"communication_data_type": "int"}, "deepspeed: Invalid communication_data_type. Supported data types: "),
         ({"fp16": {"enabled": True}}, "deepspeed: bfloat16 and fp16 modes cannot be simultaneously enabled"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
+            "deepspeed.zero_optimization.offload_optimizer.device is nvme, which cannot be saved; set cpu",
+        ),
         ({"train_batch_size": 3}, "deepspeed.train_batch_size cannot be set here; set --training.batch_size"),
         ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer cannot be set here; set --training.lr"),
     ],
@@ -106,3 +116,40 @@ def test_mistakes(free, message):
 def test_batch_that_does_not_divide():
     with pytest.raises(UserError, match=r"48 does not divide by 5 ranks x 2 .*: 40 or 50"):
         deepspeed_config(config(), 5)
+
+
+CPU = {"device": "cpu"}
+OFFLOADS = {
+    2: {"offload_optimizer": CPU},
+    3: {"offload_optimizer": CPU, "offload_param": CPU, "stage3_param_persistence_threshold": 300},
+}
+
+
+@pytest.mark.timeout(400)
+def test_offloaded_to_the_cpu_it_trains_alike_and_continues_to_the_bit(shards: Path, tmp_path: Path) -> None:
+    runs = [(test_checkpoint.settings(shards, tmp_path / "plain", zero=2), None, "")]
+    for zero, offload in OFFLOADS.items():
+        for name, last in (("whole", None), ("broken", 2), ("broken", None)):
+            run = test_checkpoint.settings(shards, tmp_path / f"{name}{zero}", zero=zero)
+            run.deepspeed = {"zero_optimization": offload}
+            runs.append((run, last, "raise"))
+    run_ranks(test_checkpoint.train, 2, runs, timeout=350)
+    plain = test_checkpoint.losses(tmp_path / "plain")
+    for zero in OFFLOADS:
+        for step, found in test_checkpoint.losses(tmp_path / f"whole{zero}").items():
+            assert found == pytest.approx(plain[step], rel=1e-5, abs=1e-5)
+        test_checkpoint.assert_equal(tmp_path / f"broken{zero}", tmp_path / f"whole{zero}")
+
+
+@pytest.mark.timeout(240)
+def test_frozen_trunks_train_alike_where_no_parameter_stays_whole(shards: Path, tmp_path: Path) -> None:
+    runs = []
+    for zero in (0, 3):
+        run = test_checkpoint.settings(shards, tmp_path / str(zero), zero=zero, save_every=9)
+        run.model.speech.train = run.model.image.train = "none"
+        run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        runs.append((run, None, ""))
+    run_ranks(test_checkpoint.train, 2, runs, timeout=220)
+    expected = test_checkpoint.losses(tmp_path / "0")
+    for step, found in test_checkpoint.losses(tmp_path / "3").items():
+        assert found == pytest.approx(expected[step], rel=1e-5, abs=1e-5)

@@ -12,6 +12,7 @@ from tests.tiny import tiny_model
 from toolkit import config
 from toolkit import distributed as across_ranks
 from toolkit.model.build import build_model
+from toolkit.objectives.row_random import RowRandom
 from toolkit.training.learner import Draws, Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
@@ -20,7 +21,7 @@ from toolkit.training.queue import EmbeddingQueue
 def losses(learner: Learner, images: torch.Tensor, waveforms: torch.Tensor) -> dict[str, float]:
     rows = len(images)
     batch = Batch(images, waveforms, torch.full((rows,), waveforms.shape[1]), torch.arange(rows))
-    draws = Draws(torch.full((2, rows), 0.5), torch.Generator().manual_seed(0))
+    draws = Draws(torch.full((2, rows), 0.5), RowRandom(0, torch.arange(rows)))
     found, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws)
     return {name: value.item() for name, value in found.items()}
 
@@ -60,7 +61,7 @@ def collectives(rank: int, world_size: int, objectives: config.Objectives) -> li
     rows, samples = 2, 6000 + 3000 * rank
     lengths, ids = torch.full((rows,), samples), torch.arange(rows) + rows * rank + 2**40
     batch = Batch(torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8), torch.randn(rows, samples), lengths, ids)
-    draws = Draws(torch.full((2, rows), 0.5), torch.Generator().manual_seed(0))
+    draws = Draws(torch.full((2, rows), 0.5), RowRandom(0, torch.arange(rows)))
     _, keys = learner(batch, teacher, EmbeddingQueue(4, 16), 0.0, draws)
     assert keys.ids.tolist() == [2**40 + row for row in range(rows * world_size)]
     return seen

@@ -118,6 +118,21 @@ def test_a_released_lease_is_free_and_its_ghost_is_still_fenced(other: Any, tmp_
     lease.take(tmp_path).check()
 
 
+def test_a_job_that_begins_again_takes_over_from_its_former_ranks(other: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    held = held_by(other, tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for theirs in (
+        {"job": "6", "restart": "0"},
+        {"job": "7", "restart": "1"},
+    ):  # another job; a second training of this
+        (tmp_path / "lease.json").write_text(json.dumps(held | theirs))
+        with pytest.raises(UserError, match="is in use"):
+            lease.take(tmp_path)
+    (tmp_path / "lease.json").write_text(json.dumps(held | {"job": "7", "restart": "0"}))
+    lease.take(tmp_path).check()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
 def test_a_damaged_lease_is_taken(tmp_path: Path, text: str) -> None:
     (tmp_path / "lease.json").write_text(text)

@@ -1,19 +1,21 @@
-"""The report of a run, and what of it stands in the line of an interval."""
+"""The report of a run: curves, retrieved examples, and what of it stands in the line of an interval."""
 
 import contextlib
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shards.json_lines import read_records
 from tests.distributed import run_ranks
 from tests.html_page import Page
 from tests.toolkit import test_trainer
 from toolkit import config
-from toolkit.training.report import read_log, write_report
+from toolkit.training.report import write_report
 
 shards = test_trainer.shards
 EVIL = "</p><script>alert(1)</script>"
@@ -56,6 +58,14 @@ def test_curves_show_each_step_as_it_was_done_last(tmp_path: Path) -> None:
     assert "step 4, 0.01 hours of training" in page.words
 
 
+@pytest.mark.parametrize(("times", "words"), [(1, None), (2, "1 restart"), (4, "3 restarts")])
+def test_restarts_are_counted(tmp_path: Path, times: int, words: str | None) -> None:
+    page = report(tmp_path, [{"event": "began", "at": 0}] * times + [step(1, 5.0)])
+    said = next(line for line in page.words.split("\n") if "hours of training" in line)
+    assert ("restart" in said) == bool(words)
+    assert not words or said.endswith(f", {words}")
+
+
 def test_nothing_is_loaded_or_run_whatever_the_log_holds(tmp_path: Path) -> None:
     run = tmp_path / "a<b>&"
     run.mkdir()
@@ -76,6 +86,56 @@ def test_a_long_run_has_a_small_report(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").stat().st_size < 100_000
 
 
+PIXEL = "data:image/jpeg;base64,AAAA"
+
+
+def examples(run: Path, number: int, **query: Any) -> dict[str, Any]:
+    """The record of an evaluation, and its file."""
+    answers = [{"right": False, "picture": PIXEL}, {"right": True, "picture": PIXEL}]
+    queries = [{"text": f"a dog of {number}", "rank": 2, "answers": answers} | query]
+    name = f"examples-{number:08d}.json"
+    (run / name).write_text(json.dumps({"split": "dev", "reranked": False, "queries": queries}))
+    return recall(number, 1.0) | {"examples": name}
+
+
+def test_examples_of_the_last_evaluation_are_shown_with_the_right_one_framed(tmp_path: Path) -> None:
+    page = report(tmp_path, [examples(tmp_path, 2), examples(tmp_path, 4)])
+    assert page.sources("img") == [PIXEL, PIXEL]
+    assert "a dog of 4" in page.words
+    assert "a dog of 2" not in page.words
+    assert "right picture: number 2" in page.words
+    assert [attrs.get("class") for tag, attrs in page.tags if tag == "figure"] == [None, "right"]
+    (tmp_path / "examples-00000004.json").unlink()
+    write_report(tmp_path)
+    assert "a dog of 2" in Page(tmp_path / "report.html").words
+    (tmp_path / "examples-00000002.json").write_text('{"queries": [')
+    write_report(tmp_path)
+    assert "Retrieved" not in Page(tmp_path / "report.html").words
+
+
+def test_examples_can_neither_load_nor_run_anything(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    sources = ["http://there/x.jpg", PIXEL + '" onload="alert(1)', "data:image/svg+xml;base64,AAAA", ["x"], PIXEL]
+    answers = [{"right": EVIL, "picture": source} for source in sources]
+    page = report(run, [examples(run, 2, text=EVIL, rank=EVIL, answers=[*answers, "x", None])])
+    assert page.sources("img") == [PIXEL]
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe"}
+    assert page.words.count(EVIL) == 2
+    assert "img-src data:" in (run / "report.html").read_text()
+    secret = examples(tmp_path, 3)["examples"]
+    for name in (f"../{secret}", str(tmp_path / secret), "config.yaml", 5):
+        assert not report(run, [{"step": 3, "examples": name}]).sources("img")
+
+
+def test_examples_that_are_too_large_or_no_examples_are_left_out(tmp_path: Path) -> None:
+    large = examples(tmp_path, 2, text="x" * (3 << 20))
+    assert "Retrieved" not in report(tmp_path, [large]).words
+    for content in ("[]", "{}", '{"queries": 5}', '{"queries": [5, {}]}', "[" * 100_000):
+        (tmp_path / large["examples"]).write_text(content)
+        assert not report(tmp_path, [large]).sources("img")
+
+
 def evaluated(rank: int, world_size: int, run: config.Config) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as said:
         test_trainer.train(rank, world_size, run)
@@ -92,8 +152,15 @@ def test_a_run_writes_it_and_shows_memory_and_recall_also_after_a_restart(shards
     assert "speech to image R@1" in Page(tmp_path / "run/report.html").words
     with (tmp_path / "run/log.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # and killed
+    (tmp_path / "copy").mkdir()
+    for name in ("log.jsonl", "examples-00000002.json"):
+        shutil.copy(tmp_path / "run" / name, tmp_path / "copy")
+    write_report(tmp_path / "copy")
+    pictures = Page(tmp_path / "copy/report.html").sources("img")
+    assert len(pictures) == 30
+    assert pictures == Page(tmp_path / "run/report.html").sources("img")
     lines = run_ranks(evaluated, 2, run, timeout=60)[0].splitlines()
     assert any(line.startswith("step 4/4") and "dev R@1" in line for line in lines)
-    whole = [r for r in read_log(tmp_path / "run/log.jsonl") if "loss" in r]
+    whole = [r for r in read_records(tmp_path / "run/log.jsonl") if "loss" in r]
     assert [r["step"] for r in whole] == [1, 2, 3, 4]
     assert all(0.05 < r["memory_gb"] < 100 for r in whole)

@@ -10,12 +10,14 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from shards.corpora.item import Caption, Item
 from shards.manifest import load
 from shards.write import Format, write_shards
-from tests.distributed import run_ranks
+from tests.distributed import device_of, run_ranks
 from tests.shards.noise import spoil
 from tests.tiny import tiny_model
 from toolkit import config
@@ -79,7 +81,6 @@ def settings(shards: Path, run: Path, **training: Any) -> config.Config:
 
 def train(rank: int, world_size: int, *runs: config.Config) -> None:
     """Train several runs one after the other on this rank."""
-    import torch
 
     from toolkit.distributed import agree
     from toolkit.run_folder import prepare_run
@@ -87,7 +88,7 @@ def train(rank: int, world_size: int, *runs: config.Config) -> None:
 
     for each in runs:
         agree(partial(prepare_run, each), rank)
-        trainer = Trainer(each, Path(each.run), rank, world_size, torch.device("cpu"))
+        trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
         trainer.train()
         trainer.close()
 
@@ -114,16 +115,25 @@ def test_every_zero_stage_trains_with_the_same_losses(shards: Path, tmp_path: Pa
         assert_same(losses(tmp_path / str(zero)), reference, 1e-5)
 
 
-@pytest.mark.timeout(240)
-def test_ranks_and_accumulation_leave_the_losses_alone(shards: Path, tmp_path: Path) -> None:
-    def plain(name: str) -> config.Config:
-        run = settings(shards, tmp_path / name)
-        run.objectives.denoising.weight = 0.0  # its noise comes from the rank's own batch
-        return run
+@pytest.mark.timeout(300)
+def test_ranks_leave_twenty_steps_losses_and_weights_alone(shards: Path, tmp_path: Path) -> None:
+    def run(ranks: int) -> config.Config:
+        made = settings(shards, tmp_path / str(ranks), steps=20)
+        made.objectives.denoising.donors = 2  # rows of a rank where there are four
+        return made
 
-    run_ranks(train, 1, plain("one"), timeout=120)
-    run_ranks(train, 2, plain("two"), timeout=120)
-    assert_same(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-5)
+    for ranks in (1, 2, 4):
+        run_ranks(train, ranks, run(ranks), timeout=120)
+    reference, weights = losses(tmp_path / "1"), load_file(tmp_path / "1/export/last/model.safetensors")
+    assert [record["step"] for record in reference] == list(range(1, 21))
+    for ranks in (2, 4):
+        for found, expected in zip(losses(tmp_path / str(ranks)), reference, strict=True):
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), f"step {expected['step']} on {ranks} ranks"
+        exported = load_file(tmp_path / str(ranks) / "export/last/model.safetensors")
+        for name, value in weights.items():
+            # Attention does not feel a bias of its keys: that gradient is only rounding, and Adam steps all the same.
+            if not name.endswith(("k_proj.bias", "key_value.bias")):
+                torch.testing.assert_close(exported[name], value, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.timeout(240)
@@ -202,12 +212,42 @@ def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
     assert sorted(trainer.queue.ids[trainer.queue.ids >= 0].tolist()) == [3, 4]
 
 
+def updates(rank: int, world_size: int, run: config.Config) -> list[int]:
+    """Train, and give the step of each update of the teacher."""
+    from toolkit.training.momentum import MomentumEncoder
+    from toolkit.training.trainer import Trainer
+
+    now, found = [], []
+    update, take = MomentumEncoder.update, Trainer.train_step
+
+    def noted_update(self: MomentumEncoder) -> None:
+        found.append(now[-1])
+        update(self)
+
+    def noted_step(self: Trainer, step: int, batches: Any) -> Any:
+        now.append(step)
+        return take(self, step, batches)
+
+    MomentumEncoder.update, Trainer.train_step = noted_update, noted_step  # type: ignore[method-assign]
+    train(rank, world_size, run)
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_the_teacher_follows_once_a_step_however_many_micro_batches_it_has(shards: Path, tmp_path: Path) -> None:
+    assert run_ranks(updates, 2, settings(shards, tmp_path / "run", accumulation=2), timeout=100) == 2 * [[0, 1, 2, 3]]
+
+
 def test_best_is_the_best_on_dev_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     from toolkit.training import trainer as module
-    from toolkit.training.checkpoint import Progress
+    from toolkit.training.progress import Progress
 
     scores = iter([10.0, 5.0, 20.0, 20.0])
-    monkeypatch.setattr(module, "evaluate", lambda *_: {"coarse": {"mean_R@1": next(scores)}, "reranked": None})
+
+    def retrieved(*_: Any) -> SimpleNamespace:
+        return SimpleNamespace(report={"coarse": {"mean_R@1": next(scores)}, "reranked": None})
+
+    monkeypatch.setattr(module, "retrieve", retrieved)
     exported: list[int] = []
     progress = Progress()
     trainer = MagicMock(config=config.Config(), progress=progress)

@@ -2,11 +2,10 @@
 
     RUN/checkpoints/step-00000600/
         fragments-00003.safetensors   what rank 3 held of float32 weights and Adam's moments (see `fragments.py`);
-                                      under ZeRO 0 all of it, from rank 0
-        shared.safetensors            momentum average, queue, buffers
+                                      and of the momentum average; under ZeRO 0 all of it, from rank 0
+        shared.safetensors            queue, buffers
         progress.json                 how far the run is, what it trains on, every file with size and checksum
     RUN/checkpoints/.step-...         one that is being written
-    RUN/export/{best,last}/           the model alone, as save_pretrained writes it
 
 The random numbers of a run are a function of its seed and the step, and so is its place in the data: neither is saved.
 """
@@ -15,7 +14,6 @@ import atexit
 import contextlib
 import dataclasses
 import json
-import re
 import shutil
 import threading
 import uuid
@@ -34,57 +32,19 @@ from shards.errors import UserError
 from shards.manifest import atomic, sync_folder
 from toolkit.config import Config
 from toolkit.distributed import agree, agree_all
-from toolkit.model.processor import SpeechImageProcessor
-from toolkit.model.retrieval import SpeechImageModel
 from toolkit.run_folder import fingerprint
-from toolkit.training.checkpoint_files import FileInfo, Pieces, keyed, problem_of, write_tensors
+from toolkit.training.background import background, outcome_of, reason_of
+from toolkit.training.checkpoint_files import FileInfo, HostCopies, Pieces, keyed, problem_of, write_tensors
 from toolkit.training.fragments import applied_steps, fragments, rewritten
 from toolkit.training.momentum import MomentumEncoder
+from toolkit.training.progress import FORMAT, MARKER, SHARED, Progress, Saved, read_marker
 from toolkit.training.queue import EmbeddingQueue
+from toolkit.training.slices import Slice
 
 T = TypeVar("T")
 
-FORMAT = 1
-MARKER = "progress.json"
-SHARED = "shared.safetensors"
-_FILE = re.compile(r"(shared|fragments-\d{5})\.safetensors")  # the only files of a checkpoint that are opened
 _LOOK_EVERY = 0.2  # seconds between rank 0's looks for the other ranks' receipts
 _LINGER = 30.0  # seconds that a process which ends without `finish` leaves to a save under way
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: Optimizer steps done.
-        best: Best mean R@1 on dev so far, in per cent; -1 before the first evaluation.
-        best_step: When that was.
-        skipped: Steps that changed no weight.
-        skipped_in_a_row: Of these, the ones since the last that did.
-        seconds: Training time so far, over all restarts.
-        restarts: How often the run was continued.
-    """
-
-    step: int = 0
-    best: float = -1.0
-    best_step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0
-    restarts: int = 0
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What the marker of a complete checkpoint says."""
-
-    folder: Path
-    progress: Progress
-    applied_steps: int  # as the optimizer counts
-    config: str
-    data: list[str]
-    files: list[FileInfo]
 
 
 @dataclass
@@ -131,10 +91,10 @@ class Checkpoints:
         """
         self.run, self.folder = run, run / "checkpoints"
         self.keep, self.config, self.data = config.training.keep, fingerprint(config), data
+        self.source = config.training.resume
         self.rank, self.world_size = rank, world_size
-        self._copies = _HostCopies()
+        self._copies = HostCopies()
         self._attempt: _Attempt | None = None
-        self._exports: dict[str, Future[None]] = {}
         self._damaged: set[Path] = set()
         self.fence: Callable[[], None] = lambda: None
 
@@ -148,12 +108,14 @@ class Checkpoints:
         try:
             folder = agree(lambda: self._begin(progress.step), self.rank)
         except OSError as error:
-            self._say_failed(progress.step, 0, _reason(error))
+            self._say_failed(progress.step, 0, reason_of(error))
             return
-        held = fragments(engine) if self.rank == 0 or engine.zero_optimization_stage() else []
+        held: list[Slice] = []
+        if self.rank == 0 or engine.zero_optimization_stage():
+            held = [*fragments(engine), *(teacher.held() if teacher else ())]
         tensors = {_fragments(self.rank): {k: v for each in held for k, v in keyed(each).items()}}
         if self.rank == 0:
-            tensors[SHARED] = _shared(engine.module, teacher, queue)
+            tensors[SHARED] = _shared(engine.module, queue)
         copies = {name: self._copies.copy(name, values) for name, values in tensors.items() if values}
         ready = torch.cuda.Event(blocking=True) if torch.cuda.is_available() else None
         if ready:
@@ -167,10 +129,10 @@ class Checkpoints:
             "config": self.config,
             "data": self.data,
         }
-        written = _background(lambda: self._write(folder, copies, shapes, ready))
+        written = background(lambda: self._write(folder, copies, shapes, ready))
         self._attempt = attempt = _Attempt(progress.step, folder, marker, written)
         if self.rank == 0:
-            attempt.marked = _background(lambda: self._mark_when_whole(attempt))
+            attempt.marked = background(lambda: self._mark_when_whole(attempt))
         atexit.register(self._linger)
 
     def settle(self) -> None:
@@ -180,7 +142,7 @@ class Checkpoints:
             return
         atexit.unregister(self._linger)
         outcomes: list[Any] = [None] * self.world_size
-        dist.all_gather_object(outcomes, _outcome(attempt.written))
+        dist.all_gather_object(outcomes, outcome_of(attempt.written))
         if attempt.marked is None:
             return
         attempt.stop.set()
@@ -191,7 +153,7 @@ class Checkpoints:
             try:
                 self._mark(attempt, outcomes)
             except OSError as error:
-                failures = [(0, _reason(error))]
+                failures = [(0, reason_of(error))]
         if failures:
             _remove(attempt.folder)
             self._say_failed(attempt.step, *failures[0])
@@ -199,8 +161,6 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait for all that is still being written; every rank calls this before the run ends or leaves."""
         self.settle()
-        for name in list(self._exports):
-            self._await_export(name)
 
     def resume(self, engine: Any, teacher: MomentumEncoder | None, queue: EmbeddingQueue) -> Progress:
         """Load the newest complete checkpoint into the parts given; without one, start at step 0.
@@ -208,36 +168,26 @@ class Checkpoints:
         Every rank calls this and reads what it needs. A damaged checkpoint is passed over with a line.
 
         Raises:
-            UserError: The data set changed, the checkpoint is of another model, or all that are there are damaged.
+            UserError: The data set changed, the checkpoint is of another model, all that are there are damaged, or
+                there are some or none and `training.resume` says that there should not be.
         """
         found = agree(self._candidates, self.rank)
-        for name, saved in found:
+        for folder, saved in found:
             problem = saved if isinstance(saved, str) else self._problem_of(saved)
             if isinstance(saved, Saved) and problem is None:
                 self._load(saved, engine, teacher, queue)
-                return dataclasses.replace(saved.progress, restarts=saved.progress.restarts + 1)
-            self._say(f"checkpoint {self.folder / name} is passed over: {problem}")
-            self._damaged.add(self.folder / name)
+                if folder.parent == self.folder:
+                    return dataclasses.replace(saved.progress, restarts=saved.progress.restarts + 1)
+                self._say(f"begins from the checkpoint {folder}")
+                return Progress(step=saved.progress.step)
+            self._say(f"checkpoint {folder} is passed over: {problem}")
+            self._damaged.add(folder)
         if found:
+            where = found[0][0].parent
             raise UserError(
-                f"no checkpoint in {self.folder} is whole: mend the files, or remove the folder to begin at step 0"
+                f"no checkpoint in {where} is whole: mend the files, or remove the folder to begin at step 0"
             )
         return Progress()
-
-    def export(self, model: SpeechImageModel, name: str, config: Config, progress: Progress) -> None:
-        """Copy the model and have it written with its processor to `RUN/export/NAME`, in place of what was there.
-
-        Args:
-            model: With whole parameters.
-            name: Of the export.
-            config: For the processor.
-            progress: Written beside it.
-        """
-        self._await_export(name)
-        state = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
-        data, so_far = config.data, asdict(progress)
-        processor = SpeechImageProcessor(image_size=data.image_size, max_seconds=data.max_seconds)
-        self._exports[name] = _background(lambda: self._write_export(model, state, processor, name, so_far))
 
     def _begin(self, step: int) -> Path:
         folder = self.folder / f".{_name(step)}-{uuid.uuid4().hex[:8]}"
@@ -303,9 +253,16 @@ class Checkpoints:
             if path not in kept:
                 _remove(path)
 
-    def _candidates(self) -> list[tuple[str, "Saved | str"]]:
-        """The checkpoints by name, newest first, with what their markers say or what is wrong with them."""
-        return [(folder.name, _read_marker(folder)) for folder in sorted(self.folder.glob("step-*"), reverse=True)]
+    def _candidates(self) -> list[tuple[Path, "Saved | str"]]:
+        """The checkpoints to begin from, newest first, with what their markers say or what is wrong with them."""
+        own = sorted(self.folder.glob("step-*"), reverse=True)
+        if own and self.source == "never":
+            raise UserError(
+                f"--training.resume never: {self.folder} holds checkpoints; name another folder with --run DIR"
+            )
+        if not own and self.source not in ("auto", "never"):
+            own = _checkpoints_at(Path(self.source))
+        return [(folder, read_marker(folder)) for folder in own]
 
     def _problem_of(self, saved: Saved) -> str | None:
         """Check the files of a checkpoint, shared out among the ranks; all learn what any of them finds."""
@@ -317,8 +274,8 @@ class Checkpoints:
 
     def _load(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None, queue: EmbeddingQueue) -> None:
         def prepare() -> Pieces:
-            pieces = self._open(saved, engine)
-            _load_shared(saved.folder / SHARED, engine.module, teacher, queue)
+            pieces = self._open(saved, engine, teacher)
+            _load_shared(saved.folder / SHARED, engine.module, queue)
             return pieces
 
         # What can fail comes first: in what follows the ranks exchange weights and need one another.
@@ -326,8 +283,12 @@ class Checkpoints:
         with rewritten(engine, saved.applied_steps) as held:
             for fragment in held:
                 pieces.read_into(fragment)
+        if teacher:
+            with teacher.rewritten() as averages:
+                for average in averages:
+                    pieces.read_into(average)
 
-    def _open(self, saved: Saved, engine: Any) -> Pieces:
+    def _open(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None) -> Pieces:
         """Make sure that a checkpoint is of this run and holds all that this rank needs."""
         if saved.data != self.data:
             raise UserError(
@@ -339,34 +300,9 @@ class Checkpoints:
         own = _fragments(self.rank)
         names = sorted((info.name for info in saved.files if info.name != SHARED), key=lambda name: name != own)
         pieces = Pieces(saved.folder / name for name in names)
-        for fragment in fragments(engine):
-            pieces.check(fragment)
+        for part in (*fragments(engine), *(teacher.held() if teacher else ())):
+            pieces.check(part)
         return pieces
-
-    def _write_export(
-        self,
-        model: SpeechImageModel,
-        state: dict[str, Tensor],
-        processor: SpeechImageProcessor,
-        name: str,
-        progress: dict[str, Any],
-    ) -> None:
-        target = self.run / "export" / name
-        fresh, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")
-        shutil.rmtree(fresh, ignore_errors=True)
-        model.save_pretrained(fresh, state_dict=state)
-        processor.save_pretrained(fresh)
-        (fresh / MARKER).write_text(json.dumps(progress, indent=1))
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _await_export(self, name: str) -> None:
-        export = self._exports.pop(name, None)
-        if export and isinstance(outcome := _outcome(export), str):
-            self._say(f"the model was not written to {self.run / 'export' / name}: {outcome}; training goes on")
 
     def _say_failed(self, step: int, rank: int, reason: str) -> None:
         newest = max((path.parent.name for path in self.folder.glob(f"step-*/{MARKER}")), default="none")
@@ -388,104 +324,40 @@ class Checkpoints:
                         future.result(_LINGER)
 
 
-class _HostCopies:
-    """Copies in the CPU's memory, which is page-locked for a GPU and kept from one save to the next."""
-
-    def __init__(self) -> None:
-        self._memory: dict[tuple[str, str], Tensor] = {}
-
-    @torch.no_grad()
-    def copy(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors without waiting for the device."""
-        copies = {}
-        for key, tensor in tensors.items():
-            old = self._memory.get((name, key))
-            if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-                old = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._memory[name, key] = old
-            copies[key] = old.copy_(tensor, non_blocking=True)
-        return copies
+def _checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints, newest first, of a run folder; or the one that the path is."""
+    found = [path] if (path / MARKER).is_file() else sorted((path / "checkpoints").glob("step-*"), reverse=True)
+    if not found:
+        raise UserError(
+            f"--training.resume {path}: no checkpoint there; give auto, never, a run folder or a checkpoint's"
+        )
+    return found
 
 
-def _shared(module: nn.Module, teacher: MomentumEncoder | None, queue: EmbeddingQueue) -> dict[str, Tensor]:
+def _shared(module: nn.Module, queue: EmbeddingQueue) -> dict[str, Tensor]:
     """What is the same on all ranks."""
-    parts = {
-        "teacher": teacher.state_dict() if teacher else {},
-        "queue": queue.state_dict(),
-        "buffer": _buffers(module),
-    }
+    parts = {"queue": queue.state_dict(), "buffer": _buffers(module)}
     return {f"{part}:{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
 
 
-def _load_shared(path: Path, module: nn.Module, teacher: MomentumEncoder | None, queue: EmbeddingQueue) -> None:
-    parts: dict[str, dict[str, Tensor]] = {"teacher": {}, "queue": {}, "buffer": {}}
+def _load_shared(path: Path, module: nn.Module, queue: EmbeddingQueue) -> None:
+    parts: dict[str, dict[str, Tensor]] = {"queue": {}, "buffer": {}}
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118  not a mapping
             part, _, name = key.partition(":")
             parts.setdefault(part, {})[name] = file.get_tensor(key)
     try:
-        if teacher:
-            teacher.load_state_dict(parts["teacher"])
         queue.load_state_dict(parts["queue"])
         for name, buffer in _buffers(module).items():
             buffer.copy_(parts["buffer"][name])
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not fit teacher, queue or model ({reason}): it is of another model") from None
+        raise UserError(f"{path} does not fit queue or model ({reason}): it is of another model") from None
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
     kept = module.state_dict().keys()
     return {name: buffer for name, buffer in module.named_buffers() if name in kept}
-
-
-def _read_marker(folder: Path) -> "Saved | str":
-    """What a marker says, or why it cannot be believed; it may come from anywhere."""
-    try:
-        state = json.loads((folder / MARKER).read_bytes())
-        if state["format"] != FORMAT:
-            return f"it has format {state['format']}, this version reads {FORMAT}"
-        files = [FileInfo(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in state["files"]]
-        if bad := [info.name for info in files if not _FILE.fullmatch(info.name)]:
-            return f"{bad[0]!r} is no file of a checkpoint"
-        if SHARED not in {info.name for info in files}:
-            return f"{SHARED} is missing"
-        known = asdict(Progress())
-        progress = Progress(**{name: type(value)(state.get(name, value)) for name, value in known.items()})
-        data = [str(each) for each in state["data"]]
-        return Saved(folder, progress, int(state["applied_steps"]), str(state["config"]), data, files)
-    except FileNotFoundError:
-        return f"{MARKER} is missing"
-    except OSError as error:
-        return f"{MARKER} cannot be read: {_reason(error)}"
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return f"{MARKER} is damaged"
-
-
-def _background(work: Callable[[], T]) -> "Future[T]":
-    """Run something in a thread that does not keep the process alive."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def _outcome(future: "Future[T]") -> "T | str":
-    """Wait for what runs behind the training: its result, or why there is none."""
-    try:
-        return future.result()
-    except Exception as error:
-        return _reason(error)
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _remove(folder: Path) -> None:

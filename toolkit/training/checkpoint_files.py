@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shards.errors import UserError
 from shards.manifest import file_sha256
-from toolkit.training.fragments import PARTS, Fragment
+from toolkit.training.slices import Slice
 
 _TYPES = {
     torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
@@ -87,13 +87,13 @@ def problem_of(folder: Path, info: FileInfo) -> str | None:
         return f"{info.name} is not a safetensors file"
 
 
-def keyed(fragment: Fragment) -> dict[str, Tensor]:
-    """A fragment's tensors under the names that they have in a file."""
-    return {f"{part}:{fragment.start}:{fragment.name}": getattr(fragment, part) for part in PARTS}
+def keyed(fragment: Slice) -> dict[str, Tensor]:
+    """A slice's tensors under the names that they have in a file."""
+    return {f"{part}:{fragment.start}:{fragment.name}": getattr(fragment, part) for part in fragment.parts}
 
 
 class Pieces:
-    """Fragments in the files of a checkpoint, written by any number of ranks at any ZeRO stage.
+    """Slices in the files of a checkpoint, written by any number of ranks at any ZeRO stage.
 
     A file is opened (its header read) when something is asked for that is not in the files opened so far. With a rank's
     own file first in the list, a run that goes on as it was opens no other.
@@ -109,29 +109,29 @@ class Pieces:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._found: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}  # (name, part): start, stop, slice
 
-    def check(self, fragment: Fragment) -> None:
-        """Make sure that a fragment can be read whole.
+    def check(self, fragment: Slice) -> None:
+        """Make sure that a slice can be read whole.
 
         Raises:
             UserError: The checkpoint does not hold it, or holds a parameter of another shape.
         """
-        for part in PARTS:
+        for part in fragment.parts:
             self._covering(fragment, part)
         shape = self._shapes.get(fragment.name)
         if shape != fragment.shape:
             raise UserError(f"{fragment.name} has shape {shape} in the checkpoint, {fragment.shape} in this model")
 
-    def read_into(self, fragment: Fragment) -> None:
-        """Overwrite a fragment's tensors with what the files hold; only the elements needed are read."""
-        for part in PARTS:
+    def read_into(self, fragment: Slice) -> None:
+        """Overwrite a slice's tensors with what the files hold; only the elements needed are read."""
+        for part in fragment.parts:
             target = getattr(fragment, part)
             for start, stop, piece in self._covering(fragment, part):
                 first, last = max(start, fragment.start), min(stop, fragment.stop)
                 values = piece[first - start : last - start]
                 target[first - fragment.start : last - fragment.start].copy_(values)
 
-    def _covering(self, fragment: Fragment, part: str) -> list[tuple[int, int, Any]]:
-        """The pieces that overlap a fragment; together they hold all of it."""
+    def _covering(self, fragment: Slice, part: str) -> list[tuple[int, int, Any]]:
+        """The pieces that overlap a slice; together they hold all of it."""
         while True:
             pieces = sorted(self._found.get((fragment.name, part), []), key=lambda piece: piece[:2])
             needed = [piece for piece in pieces if piece[0] < fragment.stop and fragment.start < piece[1]]
@@ -160,3 +160,22 @@ class Pieces:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+class HostCopies:
+    """Copies in the CPU's memory, which is page-locked for a GPU and kept from one save to the next."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, str], Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors without waiting for the device."""
+        copies = {}
+        for key, tensor in tensors.items():
+            old = self._memory.get((name, key))
+            if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+                old = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._memory[name, key] = old
+            copies[key] = old.copy_(tensor, non_blocking=True)
+        return copies

@@ -1,6 +1,7 @@
 """The training data of a configuration: which data sets, in which order, read from where."""
 
 import math
+import os
 
 from shards.cache import Cache
 from shards.errors import UserError
@@ -37,5 +38,6 @@ def open_order(config: Config, world_size: int = 1) -> tuple[list[Manifest], Ord
 
 
 def open_reader(data: Data, *manifests: Manifest) -> Reader:
-    """Read data sets through the configured cache."""
-    return Reader(*manifests, cache=Cache(data.cache, data.cache_gb) if data.cache else None)
+    """Read data sets through the configured cache; its path may name variables of the node's environment."""
+    cache = Cache(os.path.expandvars(data.cache), data.cache_gb) if data.cache else None
+    return Reader(*manifests, cache=cache)

@@ -44,7 +44,15 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     }
     settings = merged(derived, config.deepspeed)
     _check(settings)
+    _refuse(settings["zero_optimization"])
     return settings
+
+
+def _refuse(zero: dict[str, Any]) -> None:
+    """Refuse NVMe: what lies there has no address, and checkpoints and the teacher's average need one."""
+    for section in ("offload_optimizer", "offload_param"):
+        if (zero.get(section) or {}).get("device") == "nvme":
+            raise UserError(f"deepspeed.zero_optimization.{section}.device is nvme, which cannot be saved; set cpu")
 
 
 def _check(settings: dict[str, Any]) -> None:
@@ -52,6 +60,7 @@ def _check(settings: dict[str, Any]) -> None:
 
     It ignores unknown keys outside its typed sections. Which ones it knows is learned by watching what it asks for.
     """
+    from toolkit.training import deepspeed_import  # noqa: F401  # isort: skip  before all else of DeepSpeed
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 

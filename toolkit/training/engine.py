@@ -1,27 +1,15 @@
-"""The DeepSpeed engine around the learner; all that knows DeepSpeed's ways is here and in `deepspeed_config.py`."""
+"""The DeepSpeed engine around the learner; its ways are known here, in `deepspeed_config.py` and in `fragments.py`."""
 
 import contextlib
-import logging
-import os
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed
-import deepspeed.ops
-
 from toolkit.config import Config
 from toolkit.training.deepspeed_config import deepspeed_config
-
-if not torch.cuda.is_available():
-    # Its first use compiles for half a minute, and a compile that was killed blocks every later run; gloo does as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-deepspeed.utils.logger.setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", r"`torch\.distributed", FutureWarning)  # DeepSpeed calls what torch has renamed
+from toolkit.training.deepspeed_import import deepspeed
+from toolkit.training.momentum import averaged
 
 
 def make_engine(learner: nn.Module, config: Config, world_size: int, device: torch.device) -> deepspeed.DeepSpeedEngine:
@@ -72,9 +60,18 @@ def _skip_bad_step(optimizer: Any, *_: Any) -> None:
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices; leave biases, norms and the temperature alone."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    """Decay matrices; leave biases, norms and the temperature alone.
+
+    ZeRO 1 and 2 cut each group into equal parts, one a rank. What the teacher averages has groups of its own, so that
+    every rank has an equal part of that, too.
+    """
+    trained = [(averaged(name), p) for name, p in module.named_parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for has_average, p in trained if has_average == of_teacher and (p.ndim > 1) == matrices],
+            "weight_decay": weight_decay if matrices else 0.0,
+        }
+        for of_teacher in (True, False)
+        for matrices in (True, False)
     ]
+    return [group for group in groups if group["params"]]

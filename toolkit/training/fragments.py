@@ -16,38 +16,53 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
 from shards.errors import UserError
+from toolkit.training.deepspeed_import import deepspeed
+from toolkit.training.slices import Cut, Slice
 
 PARTS = ("master", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, eq=False)
-class Fragment:
-    """Elements `start` to `stop` of a trained parameter laid out flat, and AdamW's moments of them.
+class Fragment(Slice):
+    """A slice of the weights, and AdamW's moments of it.
 
     Attributes:
-        name: As in the learner's `named_parameters`.
-        start: First element, counted in the whole parameter.
-        stop: One past the last.
-        shape: Of the whole parameter.
         master: float32 [stop - start], what the optimizer updates.
         exp_avg: float32 [stop - start], first moment.
         exp_avg_sq: float32 [stop - start], second moment.
     """
 
-    name: str
-    start: int
-    stop: int
-    shape: tuple[int, ...]
+    parts: ClassVar[tuple[str, ...]] = PARTS
+
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+
+def cuts(engine: deepspeed.DeepSpeedEngine) -> list[Cut]:
+    """List where the float32 weights are, the same stretches on all ranks; the memory stays where it is."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    names = {parameter: name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    if stage == 0:
+        return [Cut(_master(optimizer, parameter).detach().view(-1), {name: 0}) for parameter, name in names.items()]
+    if stage == 3:
+        found = []
+        for parameter, name in names.items():
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            found.append(Cut(optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, size), {name: 0}))
+        return found
+    found = []
+    flats = (optimizer.bit16_groups_flat, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
+    for flat, group, master in zip(*flats, strict=True):  # the model's parameters are views of `flat`
+        offsets = {names[p]: (p.data_ptr() - flat.data_ptr()) // flat.element_size() for p in group}
+        found.append(Cut(master.detach(), offsets))
+    return found
 
 
 def fragments(engine: deepspeed.DeepSpeedEngine) -> list[Fragment]:

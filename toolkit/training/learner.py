@@ -21,8 +21,10 @@ from toolkit.model.retrieval import SpeechImageModel
 from toolkit.objectives.contrastive import contrastive_loss
 from toolkit.objectives.denoising import add_noise, denoising_loss
 from toolkit.objectives.matching import Negatives, draw_negatives, matching_loss
+from toolkit.objectives.row_random import RowRandom
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
+from toolkit.training.spans import spanned
 
 
 @dataclass
@@ -64,11 +66,11 @@ class Draws:
 
     Attributes:
         negatives: [2, B] in [0, 1), for this rank's rows; the same whatever the number of ranks.
-        noise: Generator of the denoising noise.
+        noise: Of the denoising, by the rows' places in the global batch.
     """
 
     negatives: Tensor
-    noise: torch.Generator
+    noise: RowRandom
 
 
 class Learner(nn.Module):
@@ -111,10 +113,10 @@ class Learner(nn.Module):
             ranks for the queue.
         """
         features = self._frozen(batch)
-        speech, image = self.model.encode(*features)
+        speech, image = self._encode(*features)
         denoising = self.objectives.denoising
         cleaned = teacher and (cache is None or (denoising.weight and denoising.target == "teacher"))
-        clean_speech, clean_image = teacher(*features) if teacher and cleaned else (speech, image)
+        clean_speech, clean_image = _cleaned(teacher, *features) if teacher and cleaned else (speech, image)
         temperature = self.model.temperature()
         if cache:
             keys = cache.keys
@@ -142,15 +144,17 @@ class Learner(nn.Module):
     def vectors(self, batch: Batch, teacher: MomentumEncoder | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Vectors [B, D] of a micro-batch: speech, image, and the teacher's or without one the same again."""
         features = self._frozen(batch)
-        speech, image = self.model.encode(*features)
-        clean_speech, clean_image = teacher(*features) if teacher else (speech, image)
+        speech, image = self._encode(*features)
+        clean_speech, clean_image = _cleaned(teacher, *features) if teacher else (speech, image)
         return speech.vector, image.vector, clean_speech.vector, clean_image.vector
 
+    @spanned("gather of keys")
     def keys(self, speech: Tensor, image: Tensor, ids: Tensor, differentiable: bool) -> Keys:
         """Gather the keys of all ranks: one collective for both modalities and the identities."""
         vectors, numbers = gather_packed([speech, image], [ids], self.rank, self.world_size, differentiable)
         return Keys(*vectors, *numbers)
 
+    @spanned("SIC")
     def contrast(
         self,
         speech: Tensor,
@@ -176,9 +180,15 @@ class Learner(nn.Module):
             keys.image[own].detach(),
         )
 
+    @spanned("frozen trunks")
     def _frozen(self, batch: Batch) -> tuple[tuple[Features, ...], Features]:
         return self.model.frozen(batch.images, batch.waveforms, batch.lengths, batch.host_lengths)
 
+    @spanned("encoders")
+    def _encode(self, speech: tuple[Features, ...], image: Features) -> tuple[Encoded, Encoded]:
+        return self.model.encode(speech, image)
+
+    @spanned("SIM")
     def _draw(
         self, speech: Encoded, image: Encoded, keys: Keys, ids: Tensor, temperature: Tensor, uniforms: Tensor
     ) -> Negatives:
@@ -196,6 +206,7 @@ class Learner(nn.Module):
             uniforms,
         )
 
+    @spanned("SIM")
     def _request(self, negatives: Negatives, speech: Encoded, image: Encoded) -> Requests:
         """Ask for the rows of the negatives: pictures first, then speech."""
         index = torch.stack([negatives.image, negatives.speech])
@@ -203,12 +214,14 @@ class Learner(nn.Module):
         local = self.objectives.matching.negatives == "local"
         return Requests(index, lengths, *((0, 1) if local else (self.rank, self.world_size)))
 
+    @spanned("SIM")
     def _matching(self, speech: Encoded, image: Encoded, negatives: Negatives, requests: Requests) -> Tensor:
         wrong_image, wrong_speech = _fetch(image, requests, 0), _fetch(speech, requests, 1)
         logits = self.model.match(_stack(speech, speech, wrong_speech), _stack(image, wrong_image, image))
         right, other_image, other_speech = logits.chunk(3)
         return matching_loss(right, other_image, other_speech, negatives.valid)
 
+    @spanned("CMD")
     def _denoising(
         self,
         speech: Encoded,
@@ -216,7 +229,7 @@ class Learner(nn.Module):
         clean_speech: Encoded,
         clean_image: Encoded,
         ids: Tensor,
-        generator: torch.Generator,
+        random: RowRandom,
     ) -> dict[str, Tensor]:
         """Rebuild each noised side with the other's help, and without it to show what the help is worth."""
         sides = {"image": (image, speech, clean_image), "speech": (speech, image, clean_speech)}
@@ -226,7 +239,7 @@ class Learner(nn.Module):
         for side, denoiser in self.denoisers.items():
             student, other, clean = sides[side]
             span = c.span if side == "speech" else 1  # frames change together, patches one by one
-            noised = add_noise(student.tokens, student.mask, ids, c.noise, c.ratio, span, c.snr_db, generator)
+            noised = add_noise(student.tokens, student.mask, ids, c.noise, c.ratio, span, c.snr_db, random, c.donors)
             positions = noised.positions if c.positions == "noised" else student.mask
             truth = (clean.tokens.detach(), positions, student.mask, c.loss, c.token_temperature)
             helped.append(denoising_loss(denoiser(noised.tokens, student.mask, other.tokens, other.mask), *truth))
@@ -240,6 +253,11 @@ def _denoiser(model: SpeechImageModel, side: str, layers: int) -> Denoiser:
     widths = {"speech": model.speech.token_dim, "image": model.image.token_dim}
     other = {"speech": "image", "image": "speech"}[side]
     return Denoiser(widths[side], widths[other], fusion["width"], layers, fusion["heads"], fusion["dropout"])
+
+
+@spanned("teacher")
+def _cleaned(teacher: MomentumEncoder, speech: tuple[Features, ...], image: Features) -> tuple[Encoded, Encoded]:
+    return teacher(speech, image)
 
 
 def _fetch(encoded: Encoded, requests: Requests, batch: int) -> Encoded:

@@ -59,11 +59,13 @@ def take(run: Path) -> Lease:
 
     Raises:
         UserError: Who has it is alive on this machine, or the folder cannot be written. A process of another machine
-            cannot be seen: it loses the lease.
+            cannot be seen: it loses the lease. So does one of this SLURM job before it was started again.
     """
     there = _read(run)
     mine = there.get("host") == platform.node() and there.get("pid") == os.getpid()
-    if there and not there.get("released") and not mine and _runs_here(there):
+    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    former = bool(job) and there.get("job") == job and there.get("restart") != restart
+    if there and not there.get("released") and not mine and not former and _runs_here(there):
         raise UserError(
             f"run folder {run} is in use by process {there['pid']} of this machine since {there['time']}: wait for it "
             "or end it, or name another folder with --run DIR"
@@ -73,7 +75,8 @@ def take(run: Path) -> Lease:
         "host": platform.node(),
         "pid": os.getpid(),
         "began": _began(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": job,
+        "restart": restart,
         "token": token,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import netrc
 import os
 import platform
 import resource
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shards.json_lines import read_records
 from toolkit.config import Config
-from toolkit.training.checkpoint import Progress
-from toolkit.training.report import NAME, flat, read_log, write_report
+from toolkit.training.progress import Progress
+from toolkit.training.report import NAME, flat, write_report
 from toolkit.training.signals import REQUEUE
+from toolkit.training.wandb_run import open_wandb
+from toolkit.training.work import Amount
 
 T = TypeVar("T")
 
@@ -39,14 +40,15 @@ class Log:
         self.names: list[str] = []
         self.sums: Tensor | None = None
         self.steps = self.applied = self.faults = 0
+        self.work = Amount()  # of this rank, in the interval
         self.began = self.interval_began = time.perf_counter()
         self.before = progress.seconds
-        self.waited = self.paused_for = self.interval_paused = 0.0
+        self.waited = self.interval_paused = 0.0
         self.dev: float | None = None  # mean R@1 of the last evaluation
         self.file = (run / "log.jsonl").open("a") if rank == 0 else None
         if self.file:
             self._continue(run / "log.jsonl")
-        self.wandb = _wandb(config, run) if rank == 0 else None
+        self.wandb = open_wandb(config.wandb, run, progress) if rank == 0 else None
 
     def start(self, trainer: Any) -> None:
         """Say what is about to run, and keep the environment beside the configuration."""
@@ -63,6 +65,7 @@ class Log:
         )
         if self.first:
             self.say(f"continued from the checkpoint at step {self.first}")
+        self._write({"event": "began", "at": self.first, "ranks": self.world_size})
         self.began = self.interval_began = time.perf_counter()
 
     def waiting(self, fetch: Callable[[], T]) -> T:
@@ -78,7 +81,6 @@ class Log:
         begin = time.perf_counter()
         yield
         spent = time.perf_counter() - begin
-        self.paused_for += spent
         self.interval_paused += spent
         self._write({"event": what, "seconds": spent})
 
@@ -109,10 +111,13 @@ class Log:
         if self.steps == 0:
             return
         sums = torch.zeros(0, device=self.device) if self.sums is None else self.sums
-        totals = torch.cat([sums, sums.new_tensor([self.faults, *self._memory_by_rank()])])
+        done = self.work
+        own = [self.faults, done.seconds, done.tokens, done.total() / 1e12, *self._memory_by_rank()]
+        totals = torch.cat([sums, sums.new_tensor(own)])
         dist.all_reduce(totals)
         values = totals.tolist()
-        means, faults, memory = values[: len(sums)], values[len(sums)], max(values[len(sums) + 1 :])
+        means = values[: len(sums)]
+        faults, seconds, tokens, tera, *memory = values[len(sums) :]
         count = self.applied * self.world_size
         losses = {name: value / count for name, value in zip(self.names, means, strict=True)} if count else {}
         now = time.perf_counter()
@@ -123,21 +128,31 @@ class Log:
             **losses,
             "lr": self.lr,
             "pairs_per_second": self.steps * self.config.training.batch_size / elapsed,
+            "audio_per_second": seconds / elapsed,
+            "tokens_per_second": tokens / elapsed,
+            "tflops": tera / elapsed / self.world_size,
             "waiting": self.waited / elapsed,
             "skipped": progress.skipped,
             "faults": round(faults),
-            "memory_gb": memory,
+            "memory_gb": max(memory),
             "seconds": progress.seconds,
         }
         self._write(record)
         self.say(self._line(record))
-        self.sums, self.steps, self.applied, self.faults = None, 0, 0, 0
+        self.sums, self.steps, self.applied, self.faults, self.work = None, 0, 0, 0, Amount()
         self.waited = self.interval_paused = 0.0
         self.interval_began = now
 
-    def recall(self, progress: Progress, recall: dict[str, Any], best: bool) -> None:
-        """Write an evaluation on dev, and the report with it."""
-        self._write({"step": progress.step, "dev": recall})
+    def recall(self, progress: Progress, recall: dict[str, Any], best: bool, examples: str | None = None) -> None:
+        """Write an evaluation on dev, and the report with it.
+
+        Args:
+            progress: How far the run is.
+            recall: What was measured.
+            best: Whether that is the best so far.
+            examples: Name of the file beside the log with some of what was retrieved.
+        """
+        self._write({"step": progress.step, "dev": recall} | ({"examples": examples} if examples else {}))
         self.dev = _mean_recall(recall)
         self._report()
         for stage in ("coarse", "reranked"):
@@ -178,7 +193,7 @@ class Log:
     def _continue(self, path: Path) -> None:
         """Take up what a former process of this run has written; it may have been killed in the middle of a line."""
         assert self.file
-        for record in read_log(path):
+        for record in read_records(path):
             if isinstance(record.get("dev"), dict):
                 self.dev = _mean_recall(record["dev"])
         with path.open("rb") as file:
@@ -233,39 +248,6 @@ class Log:
         return "  ".join([*parts, f"eta {_duration(left)}"])
 
 
-def _wandb(config: Config, run: Path) -> Any:
-    """Open the run's wandb record: one id for all its restarts, offline where no key is found."""
-    if config.wandb.mode == "disabled":
-        return None
-    import wandb
-
-    mode: Any = config.wandb.mode
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-    identity = run / "wandb_id"
-    if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:12])
-    return wandb.init(
-        project=config.wandb.project,
-        name=run.name,
-        id=identity.read_text(),
-        resume="allow",
-        dir=str(run),
-        mode=mode,
-        settings=wandb.Settings(console="off", silent=True),
-    )
-
-
-def _has_wandb_key() -> bool:
-    """Whether `wandb login` was done here, or the key is in the environment."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return any("wandb" in host for host in netrc.netrc().hosts)
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def _environment(world_size: int) -> dict[str, Any]:
     """Collect what a reader needs to repeat the run: versions, machine, git state."""
     versions = {
@@ -280,8 +262,16 @@ def _environment(world_size: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "world_size": world_size,
-        "git": {"commit": _git(root, "rev-parse", "HEAD"), "changed": _git(root, "status", "--porcelain")},
+        "git": _git_state(root),
     }
+
+
+def _git_state(root: Path) -> dict[str, str | None]:
+    """Commit and changes of the code; of a copy in a run folder, those of what it was copied from."""
+    try:
+        return dict(json.loads(root.with_name(f"{root.name}.json").read_text())["git"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"commit": _git(root, "rev-parse", "HEAD"), "changed": _git(root, "status", "--porcelain")}
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -1,18 +1,56 @@
-"""The momentum encoder: a slow average of the student that supplies keys, soft targets and clean features."""
+r"""The momentum encoder: a slow average of the student that supplies keys, soft targets and clean features.
+
+.. math:: w_t \leftarrow m \, w_t + (1 - m) \, w_s
+
+A bfloat16 number keeps 8 bits, so an update of half a per cent would be lost in it, and so would most of what the
+student's own weights gain in a step. The average is kept in float32 and follows the float32 weights that the optimizer
+updates, where these are: a rank averages its own cut of them, and all the ranks' cuts are gathered in the precision of
+the model, for the forward pass.
+
+Bytes a trained weight of the encoders on each of N ranks, beside what the optimizer has:
+
+    stage    average    working copy, which encodes
+    0        4          2 in bf16; in fp32 the average is what encodes
+    1 to 3   4 / N      2 in bf16, 4 in fp32: whole on each rank, under ZeRO 3 too
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from toolkit.distributed import begin_all_gather
 from toolkit.model.encoded import Encoded, Features
 from toolkit.model.retrieval import SpeechImageModel, teacher_of
+from toolkit.training.slices import Cut, Slice
+
+
+@dataclass(frozen=True, eq=False)
+class Average(Slice):
+    """A slice of the average.
+
+    Attributes:
+        average: float32 [stop - start], a view: what is written into it counts.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("average",)
+
+    average: Tensor
 
 
 class MomentumEncoder:
-    """Teacher whose weights are w_t = m w_t + (1 - m) w_s, exact under bf16.
+    """The teacher. Frozen weights are the student's own, neither copied nor run a second time.
 
-    A bf16 number keeps 8 bits, so an update of half a per cent would be lost in it. The average is therefore kept in
-    float32 beside the copy in the model's precision that the forward pass uses; in float32 the two are one. Frozen
-    weights are the student's own, neither copied nor run a second time.
+    Attributes:
+        decay: m.
+        encoder: Both encoders, with the working copy of the average.
+        student: The trained parameters of the student's encoders.
+        working: The teacher's, in the same order, in the model's precision.
+        average: This rank's part of the average, float32; without an engine one flat tensor a parameter.
     """
 
     def __init__(self, student: SpeechImageModel, decay: float) -> None:
@@ -24,48 +62,140 @@ class MomentumEncoder:
         """
         self.decay = decay
         self.encoder = teacher_of(student)
-        trained = {name: p for name, p in student.named_parameters() if p.requires_grad and _in_encoder(name)}
-        self.names = list(trained)
-        self.student = list(trained.values())
+        trained = {name: p for name, p in student.named_parameters() if p.requires_grad and averaged(name)}
         copies = dict(self.encoder.named_parameters())
+        self.names, self.student = list(trained), list(trained.values())
         self.working = [copies[name] for name in self.names]
-        self.average = [p.detach().float() for p in self.working]
+        self._pending: tuple[Tensor, Tensor, Any] | None = None  # what is sent, what arrives, the work
+        self._lay_out(self._own_cuts(), [w.detach().float().view(-1) for w in self.working], 0, 1)
 
     @torch.no_grad()
     def __call__(self, speech: tuple[Features, ...], image: Features) -> tuple[Encoded, Encoded]:
         """Encode what the frozen trunks gave, without gradient."""
+        self.settle()
         return self.encoder.encode(speech, image)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "MomentumEncoder":
         """Move to a device; the working copy takes `dtype`, the average stays float32."""
-        self.encoder.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
-        self.average = [a.to(device) for a in self.average]
-        for working, average in zip(self.working, self.average, strict=True):
-            working.data = average if dtype == torch.float32 else average.to(dtype)
+        self._move(device, dtype)
+        self._lay_out(self._own_cuts(), [average.to(device) for average in self.average], 0, 1)
+        return self
+
+    def follow(self, engine: Any, rank: int, world_size: int) -> "MomentumEncoder":
+        """Begin at the float32 weights of an engine's optimizer, and average them where they are.
+
+        Args:
+            engine: DeepSpeed's, of a module that holds the student; every rank calls this.
+            rank: This process.
+            world_size: Number of processes.
+        """
+        from toolkit.training.fragments import cuts  # DeepSpeed: not where nothing but the model is wanted
+
+        self._move(engine.device, next(engine.module.parameters()).dtype)
+        numbers = {id(parameter): number for number, parameter in enumerate(self.student)}
+        self.names = [""] * len(self.student)
+        for name, parameter in engine.module.named_parameters():
+            if (number := numbers.get(id(parameter))) is not None:
+                self.names[number] = name
+        found = [cut for cut in cuts(engine) if not cut.offsets.keys().isdisjoint(self.names)]
+        where = (rank, world_size) if engine.zero_optimization_stage() else (0, 1)
+        with torch.no_grad():
+            self._lay_out(found, [cut.master.float().clone() for cut in found], *where)
         return self
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the student's present weights; they must be whole (gathered under ZeRO-3)."""
-        weights: list[Tensor] = [p.detach().float() for p in self.student]
-        torch._foreach_lerp_(self.average, weights, 1.0 - self.decay)
-        self._refresh()
+        """Move the average towards the student's present weights, and begin to renew the working copy.
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the average by parameter name, float32."""
-        return dict(zip(self.names, self.average, strict=True))
+        The first forward pass from here waits for that.
+        """
+        self.settle()
+        masters = [cut.master if cut.master.dtype == torch.float32 else cut.master.float() for cut in self._cuts]
+        torch._foreach_lerp_(self.average, masters, 1.0 - self.decay)
+        self._refresh()
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved average."""
-        for average, name in zip(self.average, self.names, strict=True):
-            average.copy_(state[name])
-        self._refresh()
+    def settle(self) -> None:
+        """Wait until the working copy has arrived, if it is on its way."""
+        if self._pending is None:
+            return
+        (_, gathered, work), self._pending = self._pending, None
+        work.wait()
+        for whole, parts in zip(self._whole, gathered.split(self._sizes, dim=1), strict=True):
+            whole.copy_(parts)
+
+    def held(self) -> list[Average]:
+        """List this rank's part of the average; at stage 0 it is all of it on every rank, else the ranks share it."""
+        shapes = dict(zip(self.names, self._shapes, strict=True))
+        found = []
+        for cut, average in zip(self._cuts, self.average, strict=True):
+            first = self._rank * len(average)
+            for name, offset in cut.offsets.items():
+                if name in shapes:
+                    start = max(first - offset, 0)
+                    stop = min(first + len(average) - offset, math.prod(shapes[name]))
+                    if start < stop:
+                        view = average[offset + start - first : offset + stop - first]
+                        found.append(Average(name, start, stop, shapes[name], view))
+        return found
+
+    @contextlib.contextmanager
+    def rewritten(self) -> Iterator[list[Average]]:
+        """Let the caller overwrite this rank's part; afterwards the teacher encodes with it. All ranks take part."""
+        with torch.no_grad():
+            self.settle()
+            yield self.held()
+            self._refresh()
+            self.settle()
+
+    def _own_cuts(self) -> list[Cut]:
+        """The student's parameters, whole, where no engine has them."""
+        return [Cut(p.detach().view(-1), {name: 0}) for name, p in zip(self.names, self.student, strict=True)]
+
+    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.encoder.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
+        for working in self.working:
+            working.data = working.data.to(dtype)
+
+    def _lay_out(self, found: list[Cut], averages: list[Tensor], rank: int, world_size: int) -> None:
+        """Place the average and, as `world_size` rows of such cuts, the working copy, of which the teacher has views.
+
+        Args:
+            found: This rank's cuts.
+            averages: float32, the average of each; kept.
+            rank: Which of the equal cuts are this process's.
+            world_size: How many there are of each.
+        """
+        self._cuts, self.average, self._rank, self._world_size = found, averages, rank, world_size
+        self._shapes = [tuple(working.shape) for working in self.working]
+        self._sizes = [len(average) for average in averages]
+        places = {name: (n, cut.offsets[name]) for n, cut in enumerate(found) for name in cut.offsets}
+        self._whole = [
+            average.view(1, -1)
+            if world_size == 1 and (average.dtype, average.device) == (self.working[0].dtype, self.working[0].device)
+            else self.working[0].new_empty(world_size, len(average))
+            for average in averages
+        ]
+        for name, working, shape in zip(self.names, self.working, self._shapes, strict=True):
+            number, offset = places[name]
+            working.data = self._whole[number].view(-1)[offset : offset + math.prod(shape)].view(shape)
+        with torch.no_grad():
+            self._refresh()
+            self.settle()
 
     def _refresh(self) -> None:
-        if self.working and self.working[0].dtype != torch.float32:
-            torch._foreach_copy_([w.data for w in self.working], self.average)
+        """Renew the working copy: at once where the average is whole here, else begin to gather it."""
+        if self._world_size == 1:
+            pairs = zip(self._whole, self.average, strict=True)
+            stale = [(whole.view(-1), average) for whole, average in pairs if whole.data_ptr() != average.data_ptr()]
+            if stale:
+                torch._foreach_copy_([whole for whole, _ in stale], [average for _, average in stale])
+        elif self._whole:
+            row = self._whole[0].new_empty(1, sum(self._sizes))
+            torch._foreach_copy_(list(row.view(-1).split(self._sizes)), self.average)
+            self._pending = (row, *begin_all_gather(row, self._world_size))
 
 
-def _in_encoder(name: str) -> bool:
-    return name.startswith(("speech.", "image."))
+def averaged(name: str) -> bool:
+    """Whether the teacher has an average of a trained parameter, by its name in the model or in the learner."""
+    return name.removeprefix("model.").startswith(("speech.", "image."))

@@ -1,16 +1,24 @@
-"""The report of a run: curves and figures in one HTML file that loads and runs nothing, from `log.jsonl` alone."""
+"""The report of a run: curves, figures and retrieved examples in one HTML file that loads and runs nothing.
+
+It is made from `log.jsonl` and the newest file of examples that the log names, beside it.
+"""
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from shards.json_lines import read_records
 from shards.manifest import atomic
 
 NAME = "report.html"
 _POINTS = 400  # of a curve, at most
+_EXAMPLES = re.compile(r"examples-\d{8}\.json")  # the only files that a log can have read
+_MAX_EXAMPLES = 2 << 20  # bytes
+_PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]+=*")  # the only source that a picture can have
 _SIZE = (420, 150)  # of a chart
 
 # Title, and the keys of the curves in it with their names.
@@ -37,13 +45,15 @@ _CHARTS = (
     ),
     ("Learning rate", {"lr": "learning rate"}),
     ("Pairs a second", {"pairs_per_second": "pairs a second"}),
+    ("Model TFLOP/s a rank", {"tflops": "TFLOP/s"}),
+    ("Waiting for data, share of the time", {"waiting": "waiting"}),
     ("Memory, GB", {"memory_gb": "largest rank"}),
     ("Skipped steps", {"skipped": "skipped so far"}),
 )
 
 _HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>%s</title>
 <style>
@@ -62,6 +72,10 @@ th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); te
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%%), 1fr)) }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem .9rem }
 .name { display: inline-block; margin-right: .9rem; font-size: .85rem }
+.answers { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0 0 }
+figure { margin: 0; text-align: center; font-size: .75rem; color: var(--soft) }
+figure img { display: block; width: 96px; height: 96px; border: 3px solid transparent; border-radius: .3rem }
+.right { color: var(--c2) } .right img { border-color: var(--c2) }
 svg { display: block; width: 100%%; height: auto; overflow: visible }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
 polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round } line { stroke: var(--line) }
@@ -75,25 +89,14 @@ def write_report(run: Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    records = list(read_log(run / "log.jsonl"))
+    records = list(read_records(run / "log.jsonl"))
     curves = _curves(records)
     page = [_HEAD % escape(f"Run {run.name}"), f"<h1>{escape(run.name)}</h1>", *_summary(records)]
     charts = [_chart(title, {names[key]: curves[key] for key in names if key in curves}) for title, names in _CHARTS]
     page += ["<h2>Curves over steps</h2>", f'<div class="grid">{"".join(charts)}</div>', *_table(curves)]
+    page += _examples(run, records)
     with atomic(run / NAME) as file:
         file.write(("\n".join(page) + "\n</body></html>\n").encode(errors="backslashreplace"))
-
-
-def read_log(path: Path) -> Iterable[dict[str, Any]]:
-    """Give the records of a log; a line that a killed process left unfinished is passed over."""
-    with path.open(errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record
 
 
 def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -125,6 +128,9 @@ def _summary(records: Sequence[dict[str, Any]]) -> list[str]:
     last = steps[-1]
     parts = [f"step {last['step']}", f"{float(last['seconds']) / 3600:.2f} hours of training"]
     parts += [f"{last[key]} {words}" for key, words in (("skipped", "steps skipped"),) if last.get(key)]
+    restarts = sum(r.get("event") == "began" for r in records) - 1
+    if restarts > 0:
+        parts.append(f"{restarts} restart{'s' if restarts > 1 else ''}")
     unreadable = sum(r.get("faults", 0) for r in steps)
     if unreadable:
         parts.append(f"{unreadable} unreadable samples replaced")
@@ -182,3 +188,52 @@ def _table(curves: dict[str, dict[int, float]]) -> list[str]:
         *(f"{row}</tr>" for row in rows),
         "</table>",
     ]
+
+
+def _examples(run: Path, records: Sequence[dict[str, Any]]) -> list[str]:
+    """What was retrieved at the last evaluation that kept examples which are still there."""
+    for record in reversed(records):
+        name = record.get("examples")
+        if isinstance(name, str) and _EXAMPLES.fullmatch(name):
+            found = _read_examples(run / name)
+            if found:
+                cards = "".join(_query(query) for query in found["queries"] if isinstance(query, dict))
+                how = "re-ranked" if found.get("reranked") else "by the global vectors"
+                note = (
+                    f"Step {record.get('step')}, {found.get('split')}, {how}: spoken queries drawn once by the run's "
+                    "seed, whatever is found for them, and the pictures found, best first. Framed: the right one."
+                )
+                return ["<h2>Retrieved</h2>", f'<p class="soft">{escape(note)}</p><div class="grid">{cards}</div>']
+    return []
+
+
+def _read_examples(path: Path) -> dict[str, Any] | None:
+    """A file of examples; None if it is not there, too large or none."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(_MAX_EXAMPLES))  # what is cut off in the middle is no JSON
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("queries"), list) else None
+
+
+def _query(query: dict[str, Any]) -> str:
+    """A card: what was said, where the right picture stands, and the pictures found."""
+    answers = query.get("answers")
+    figures = [
+        _figure(number, answer)
+        for number, answer in enumerate(answers if isinstance(answers, list) else [], start=1)
+        if isinstance(answer, dict) and _PICTURE.fullmatch(str(answer.get("picture")))
+    ]
+    return (
+        f'<div class="card"><h3>\u201c{escape(str(query.get("text")))}\u201d</h3>'
+        f'<p class="soft">right picture: number {escape(str(query.get("rank")))}</p>'
+        f'<div class="answers">{"".join(figures)}</div></div>'
+    )
+
+
+def _figure(number: int, answer: dict[str, Any]) -> str:
+    right = bool(answer.get("right"))
+    caption = f"{number}, right" if right else f"{number}"
+    image = f'<img src="{answer["picture"]}" alt="picture found as number {caption}">'
+    return f"<figure{' class=right' if right else ''}>{image}{caption}</figure>"

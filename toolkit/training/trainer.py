@@ -11,23 +11,32 @@ from torch import Tensor, nn
 
 from shards.errors import UserError
 from shards.manifest import load as load_manifest
+from shards.order import part_of
 from shards.stream import Batch, open_stream
 from toolkit.config import Config, micro_batch
 from toolkit.distributed import agree, agree_all_and_on
-from toolkit.evaluation.run import evaluate
+from toolkit.evaluation.encode import Process
+from toolkit.evaluation.examples import keep_examples
+from toolkit.evaluation.run import retrieve
 from toolkit.model.build import build_model
+from toolkit.objectives.row_random import RowRandom
 from toolkit.training import lease
+from toolkit.training.activations import recompute_activations
 from toolkit.training.bad_numbers import FirstBadModule
 from toolkit.training.cached import make_caches
-from toolkit.training.checkpoint import Checkpoints, Progress
+from toolkit.training.checkpoint import Checkpoints
 from toolkit.training.data import open_order, open_reader
 from toolkit.training.engine import backward, make_engine, whole
+from toolkit.training.export import Exports
 from toolkit.training.learner import Draws, Keys, Learner
 from toolkit.training.log import Log
 from toolkit.training.momentum import MomentumEncoder
+from toolkit.training.progress import Progress
 from toolkit.training.queue import EmbeddingQueue
 from toolkit.training.signals import StopSignals
+from toolkit.training.spans import span
 from toolkit.training.watchdog import Watchdog
+from toolkit.training.work import Work
 
 
 class Trainer:
@@ -61,9 +70,12 @@ class Trainer:
         momentum = config.objectives.momentum
         self.teacher = MomentumEncoder(model, momentum.decay) if momentum.enabled else None
         self.learner = Learner(model, config.objectives, rank, world_size)
+        self.work = Work(self.learner, config, world_size)
+        if config.training.activation_checkpointing:
+            recompute_activations(self.learner)
         self.engine = make_engine(self.learner, config, world_size, device)
         if self.teacher:
-            self.teacher.to(device, next(model.parameters()).dtype)
+            self.teacher.follow(self.engine, rank, world_size)
         self.first_bad = None
         if config.training.name_bad_module:
             watched: dict[str, nn.Module] = {"": self.learner} | (
@@ -74,6 +86,7 @@ class Trainer:
 
         data = [manifest.hash for manifest in self.training_manifests]
         self.checkpoints = Checkpoints(run, config, data, rank, world_size)
+        self.exports = Exports(run, config.data)
         self.checkpoints.fence = self.lease.check
         self.progress = self.checkpoints.resume(self.engine, self.teacher, self.queue)
         self.log = Log(run, config, self.progress, rank, world_size, device)
@@ -94,14 +107,14 @@ class Trainer:
         with self.watchdog:
             self._train_until(last)
             with self.watchdog.paused():
-                self.checkpoints.finish()
+                self._finish_writing()
         self.stop = self.stop if self.progress.step < last else 0
         self.log.close(self.progress, self.stop)
         return self.progress
 
     def _train_until(self, last: int) -> None:
         training, evaluation = self.config.training, self.config.evaluation
-        batches = self._stream(range(self.progress.step, last))
+        batches = self.stream(range(self.progress.step, last))
         for step in range(self.progress.step, last):
             losses = self.train_step(step, batches)
             self.progress.step = step + 1
@@ -139,12 +152,15 @@ class Trainer:
         if self.first_bad:
             self.first_bad.begin()
         for losses, keys in self._micro_losses(step, batches):
-            backward(self.engine, losses["loss"])
-            self.engine.step()
+            with span("backward"):
+                backward(self.engine, losses["loss"])
+            with span("optimizer"):
+                self.engine.step()
             collected.append(keys)
         if self.engine.was_step_applied():
             self.progress.skipped_in_a_row = 0
-            self._follow(step, collected)
+            with span("teacher's average, queue"):
+                self._follow(step, collected)
         else:
             self._skip()
         return losses
@@ -168,17 +184,20 @@ class Trainer:
         self._fence()
         with self.watchdog.paused(), self.log.paused("evaluating on " + self.config.data.dev):
             self.learner.eval()
-            recall = evaluate(
-                self.learner.model, self.manifest, self.config.data.dev, self.config, e.rerank,
-                self.rank, self.world_size, self.device,
-            )  # fmt: skip
+            process = Process(self.rank, self.world_size, self.device)
+            dev = self.config.data.dev
+            found = retrieve(self.learner.model, self.manifest, dev, self.config, e.rerank, process)
+            recall = found.report
             self.learner.train()
             score = (recall.get("reranked") or recall["coarse"])["mean_R@1"]
             best = score > self.progress.best
             if best:
                 self.progress.best, self.progress.best_step = score, self.progress.step
                 self.export("best")
-        self.log.recall(self.progress, recall, best)
+        examples = None
+        if self.rank == 0:
+            examples = keep_examples(self.run, self.progress.step, self.manifest, found, self.config)
+        self.log.recall(self.progress, recall, best, examples)
 
     def save(self) -> None:
         """Save a checkpoint and export the model as it is now, behind the training; every rank takes part."""
@@ -191,11 +210,13 @@ class Trainer:
         """Write the model alone, as `save_pretrained` does, to `RUN/export/NAME`."""
         with whole(self.engine, list(self.learner.model.parameters())):
             if self.rank == 0:
-                self.checkpoints.export(self.learner.model, name, self.config, self.progress)
+                self.exports.write(self.learner.model, name, self.progress)
 
     def close(self) -> None:
         """Let go of the signals and the engine: else a rank of ZeRO-3 now and then aborts while it exits."""
         self.signals.close()
+        if self.teacher:
+            self.teacher.settle()
         if self.rank == 0:
             self.lease.release()
         self.engine.destroy()
@@ -209,10 +230,11 @@ class Trainer:
         def take() -> Batch:
             batch = self.log.waiting(lambda: self._next(batches)).to(self.device)
             self.log.faults += len(batch.faults)
+            self.log.work.add(self.work.of(batch))
             return batch
 
         def draws(micro: int) -> Draws:
-            return self._draws(step * count + micro)
+            return self._draws(step, micro)
 
         if self.config.training.cached and count > 1:
             held = [take() for _ in range(count)]
@@ -226,8 +248,7 @@ class Trainer:
     def _follow(self, step: int, collected: list[Keys]) -> None:
         """After an applied step: the teacher follows, and the queue takes the step's keys."""
         if self.teacher:
-            with whole(self.engine, self.teacher.student):
-                self.teacher.update()
+            self.teacher.update()
         for keys in collected if step >= self.config.objectives.contrastive.queue_from else ():
             self.queue.push(keys.speech.detach(), keys.image.detach(), keys.ids)
 
@@ -248,16 +269,22 @@ class Trainer:
             found = "first in " + ", ".join(bad) if bad else "every module's output is finite: in the backward pass"
         self.log.skipped(self.progress, found)
 
+    def _finish_writing(self) -> None:
+        """Wait for what is written behind the training."""
+        self.checkpoints.finish()
+        self.exports.finish()
+
     def _give_up(self) -> None:
         self.log.flush(self.progress)
-        self.checkpoints.finish()
+        self._finish_writing()
         raise UserError(
             f"loss or gradient not finite by step {self.progress.step}, {self.progress.skipped_in_a_row} times in a "
             "row: lower --training.lr or look for bad samples (--training.name_bad_module true says where it begins); "
             "the last checkpoint is kept"
         )
 
-    def _stream(self, steps: range) -> Iterator[Batch]:
+    def stream(self, steps: range) -> Iterator[Batch]:
+        """The micro-batches of this rank for some steps."""
         data = self.config.data
         return open_stream(
             open_reader(data, *self.training_manifests),
@@ -281,25 +308,29 @@ class Trainer:
 
         def take() -> Batch:
             try:
-                return next(batches)
+                with span("data"):
+                    return next(batches)
             except StopIteration:
                 raise RuntimeError("the stream ended before the last step") from None
 
         # Whether to stop is agreed on in the same reduction, so that no step has one more.
-        batch, stop = agree_all_and_on(lambda: self.signals.number, take, self.rank, self.world_size)
+        with span("agreement of the ranks"):
+            batch, stop = agree_all_and_on(lambda: self.signals.number, take, self.rank, self.world_size)
         self.stop = self.stop or stop
         return batch
 
-    def _draws(self, number: int) -> Draws:
+    def _draws(self, step: int, micro: int) -> Draws:
         """Seed the randomness of a micro-batch by its number: a resumed run draws what an unbroken one would."""
-        common = torch.Generator().manual_seed(_seed(self.config.seed, number, 0))
+        seed, micros = self.config.seed, self.config.training.accumulation
+        number = step * micros + micro
+        common = torch.Generator().manual_seed(_seed(seed, number, 0))
         uniforms = torch.rand(2, self.world_size * self.micro_batch, generator=common)
-        own = _seed(self.config.seed, number, self.rank + 1)
-        torch.manual_seed(own)  # dropout
+        torch.manual_seed(_seed(seed, number, self.rank + 1))  # dropout
         first = self.rank * self.micro_batch
+        places = part_of(self.order.batch_size, micro, micros, self.rank, self.world_size, self.order.lanes)
         return Draws(
             uniforms[:, first : first + self.micro_batch].to(self.device, non_blocking=True),
-            torch.Generator(self.device).manual_seed(own),
+            RowRandom(_seed(seed, step, 0), torch.from_numpy(places).to(self.device, non_blocking=True)),
         )
 
     def _set_lr(self, lr: float) -> None:

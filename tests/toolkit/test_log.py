@@ -1,0 +1,81 @@
+"""The log of a run: how much work an interval was, and one wandb id for all its restarts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shards.json_lines import read_records
+from tests.distributed import run_ranks
+from tests.toolkit import test_trainer
+from toolkit import config
+from toolkit.training.log import Log
+from toolkit.training.progress import Progress
+from toolkit.training.work import Amount
+
+shards = test_trainer.shards
+
+
+def intervals(rank: int, world_size: int, run: Path) -> None:
+    """Two intervals of one step; rank r has (r + 1) times as much work in them."""
+    settings = config.Config(wandb=config.Wandb(mode="disabled"))
+    settings.training.batch_size = 12
+    progress = Progress()
+    log = Log(run, settings, progress, rank, world_size, torch.device("cpu"))
+    for step, times in ((1, 1), (2, 3)):
+        share = times * (rank + 1)
+        log.work.add(Amount(share, 2.0 * share, 10 * share, 20 * share, {"SIC": 3e9 * share, "SIM": 1e9 * share}))
+        log.step({"loss": torch.tensor(1.0), "contrastive": torch.tensor(1.0)}, 1e-3)
+        progress.step = step
+        log.flush(progress)
+
+
+def test_an_interval_tells_tokens_speech_and_operations_of_all_ranks(tmp_path: Path) -> None:
+    run_ranks(intervals, 2, tmp_path)
+    records = list(read_records(tmp_path / "log.jsonl"))
+    for record, times in zip(records, (1, 3), strict=True):
+        elapsed = 12 / record["pairs_per_second"]
+        assert record["tokens_per_second"] * elapsed == pytest.approx(30 * 3 * times)
+        assert record["audio_per_second"] * elapsed == pytest.approx(2 * 3 * times)
+        assert record["tflops"] * elapsed == pytest.approx(4e-3 * 3 * times / 2), "of a rank"
+
+
+def identities(run: Path) -> set[str]:
+    """The ids that wandb's own folders have in their names."""
+    return {path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")}
+
+
+@pytest.mark.timeout(200)
+def test_a_run_keeps_its_wandb_id_over_restarts_and_in_another_folder(shards: Path, tmp_path: Path) -> None:
+    def settings(name: str, **training: Any) -> config.Config:
+        run = test_trainer.settings(shards, tmp_path / name, batch_size=4, **training)
+        run.objectives.matching.weight = run.objectives.denoising.weight = 0.0
+        run.wandb.mode = "offline"
+        return run
+
+    run_ranks(test_trainer.train, 1, settings("here", stop_after=1), settings("here", stop_after=1), timeout=90)
+    here = identities(tmp_path / "here")
+    assert len(here) == 1
+    assert len(list((tmp_path / "here/wandb").glob("offline-run-*"))) == 2
+    shutil.copytree(tmp_path / "here/checkpoints", tmp_path / "there/checkpoints")
+    run_ranks(test_trainer.train, 1, settings("there", stop_after=1), settings("new", stop_after=1), timeout=90)
+    assert identities(tmp_path / "there") == here
+    assert identities(tmp_path / "new").isdisjoint(here)
+    marker = json.loads((tmp_path / "there/checkpoints/step-00000003/progress.json").read_text())
+    assert {marker["wandb_id"]} == here == {(tmp_path / "there/wandb_id").read_text()}
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_its_wandb_id(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("wandb.init", lambda **options: opened.append(options["id"]))
+    settings = config.Config(wandb=config.Wandb(mode="offline"))
+    for _ in "12":
+        Log(tmp_path, settings, Progress(), 0, 1, torch.device("cpu"))
+    Log(tmp_path, settings, Progress(wandb_id="fromcheckpoint"), 0, 1, torch.device("cpu"))
+    assert opened[0] == opened[1]
+    assert opened[2] == "fromcheckpoint" == (tmp_path / "wandb_id").read_text()

@@ -1,0 +1,255 @@
+"""Where a step's time goes, and how much work it is."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from shards.errors import UserError
+from shards.stream import Batch
+from tests.distributed import run_ranks
+from tests.tiny import tiny_model
+from tests.toolkit import test_trainer
+from toolkit import config, train
+from toolkit.model.build import build_model
+from toolkit.objectives.row_random import RowRandom
+from toolkit.training import peak, profile, spans, work
+from toolkit.training.learner import Draws, Learner
+from toolkit.training.momentum import MomentumEncoder
+from toolkit.training.queue import EmbeddingQueue
+
+shards = test_trainer.shards
+ROWS, SAMPLES, PATCHES = 4, 9000, 16
+
+
+def whole(train: str, head_layers: int, **training: Any) -> config.Config:
+    model = tiny_model()
+    model.speech.train = model.image.train = train
+    model.speech.head_layers, model.image.head_layers = head_layers, 1 - head_layers
+    objectives = config.Objectives(denoising=config.Denoising(side="both", layers=2))
+    objectives.contrastive.queue = 12
+    return config.Config(model=model, objectives=objectives, training=config.Training(batch_size=ROWS, **training))
+
+
+def made(settings: config.Config) -> tuple[Learner, work.Work]:
+    torch.manual_seed(0)
+    learner = Learner(build_model(settings.model, settings.objectives.contrastive), settings.objectives, 0, 1)
+    return learner, work.Work(learner, settings, 1)
+
+
+def batch(*lengths: int) -> Batch:
+    pictures = torch.randint(0, 256, (len(lengths), 3, 32, 32), dtype=torch.uint8)
+    waves = torch.zeros(len(lengths), max(lengths))
+    for row, length in enumerate(lengths):
+        waves[row, :length] = torch.randn(length)
+    return Batch(pictures, waves, torch.tensor(lengths), torch.arange(len(lengths)), lengths)
+
+
+def counted(function: Any) -> tuple[Any, int]:
+    """The result, and the floating-point operations that torch counts."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        return function(), counter.get_total_flops()
+
+
+@pytest.mark.parametrize("train", ["none", "1", "all"])
+@pytest.mark.parametrize("head_layers", [0, 1])
+def test_flops_of_the_parts_are_those_that_torch_counts(train: str, head_layers: int) -> None:
+    learner, count = made(whole(train, head_layers))
+    model, one = learner.model, batch(*[SAMPLES] * ROWS)
+    frozen_speech, a = counted(lambda: model.speech.frozen(one.waveforms, one.lengths))
+    speech, b = counted(lambda: model.speech(frozen_speech))
+    frozen_image, c = counted(lambda: model.image.frozen(one.images))
+    image, d = counted(lambda: model.image(frozen_image))
+    assert work.speech_flops(model.speech, np.full(ROWS, SAMPLES)) == (
+        a,
+        pytest.approx(b, abs=1e4),
+    )  # means over frames
+    assert work.image_flops(model.image, PATCHES) == (c / ROWS, d / ROWS)
+    parts = count.of(one).flops
+    assert parts.get("frozen trunks", 0) == a + c
+    assert parts["encoders"] == pytest.approx(3 * (b + d), rel=0.01)
+    assert parts["teacher"] == pytest.approx(b + d, rel=0.01)
+    _, matching = counted(lambda: model.match(speech, image))
+    assert parts["SIM"] == pytest.approx(9 * matching, rel=0.01)
+    helped = alone = 0
+    for side, (own, other) in {"speech": (speech, image), "image": (image, speech)}.items():
+        denoise = learner.denoisers[side]
+        tokens = (own.tokens.detach(), own.mask)
+        helped += counted(lambda: denoise(*tokens, other.tokens, other.mask))[1]  # noqa: B023
+        alone += counted(lambda: denoise(*tokens, None))[1]  # noqa: B023
+    assert parts["CMD"] == 3 * helped + alone
+
+
+def test_flops_of_a_whole_step_are_nearly_those_that_torch_counts() -> None:
+    settings = whole("all", 1)
+    learner, count = made(settings)
+    teacher, queue = MomentumEncoder(learner.model, 0.9), EmbeddingQueue(12, 16)
+    draws = Draws(torch.full((2, ROWS), 0.5), RowRandom(0, torch.arange(ROWS)))
+    one = batch(*[SAMPLES] * ROWS)
+    _, done = counted(lambda: learner(one, teacher, queue, 0.4, draws)[0]["loss"].backward())
+    assert count.of(one).total() == pytest.approx(done, rel=0.05)
+
+
+def test_padding_counts_nothing() -> None:
+    _, count = made(whole("1", 1))
+    together = count.of(batch(SAMPLES, 4000, 2500, 6000))
+    each = work.Amount()
+    for length in (SAMPLES, 4000, 2500, 6000):
+        each.add(count.of(batch(length)))
+    assert together == each
+    assert together.seconds == pytest.approx((SAMPLES + 4000 + 2500 + 6000) / 16000)
+    assert together.tokens == together.frames + ROWS * PATCHES
+
+
+def test_frames_are_those_of_the_encoder() -> None:
+    learner, count = made(whole("none", 0))
+    lengths = (SAMPLES, 10, 2500, 6001)
+    one = batch(*lengths)
+    mask = learner.model.encode_speech(one.waveforms, one.lengths).mask
+    assert count.of(one).frames == int(mask.sum())
+    assert work.count_frames(learner.model.speech, np.array(lengths)).tolist() == mask.sum(1).tolist()
+
+
+def test_cached_steps_compare_with_the_keys_of_the_whole_step() -> None:
+    plain, cached = (made(whole("none", 0, accumulation=2, cached=cached))[1] for cached in (False, True))
+    assert (plain.keys, cached.keys) == (2 + 12, 4 + 12)
+
+
+def test_time_belongs_to_the_innermost_span_and_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(spans.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    @spans.spanned("outer")
+    def outer() -> None:
+        spend(1)
+        with spans.span("inner"):
+            spend(2)
+        spend(4)
+
+    with spans.Recorder(torch.device("cpu")) as recorder:
+        spend(8)
+        outer()
+        recorder.end_step()
+        with contextlib.suppress(ValueError), spans.span("inner"):
+            spend(16)
+            raise ValueError
+        spend(32)
+        recorder.end_step()
+    outer()
+    assert recorder.seconds() == [{"rest": 8, "outer": 5, "inner": 2}, {"rest": 32, "inner": 16}]
+
+
+def test_nothing_is_recorded_where_there_is_no_profile() -> None:
+    with torch.profiler.profile() as tracer, spans.span("not there"):
+        torch.ones(1) + 1
+    assert not [event for event in tracer.events() or () if event.name == "not there"]
+    assert spans.span("one") is spans.span("another")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tf32", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", False, 312.0),
+        ("NVIDIA A100-SXM4-80GB", "fp32", True, 156.0),
+        ("NVIDIA A100-SXM4-80GB", "fp32", False, 19.5),
+        ("NVIDIA H100 80GB HBM3", "bf16", False, 989.4),
+        ("NVIDIA H100 PCIe", "bf16", False, 756.0),
+        ("NVIDIA H200", "bf16", False, 989.4),
+        ("NVIDIA L40S", "bf16", False, 362.0),
+        ("NVIDIA GeForce RTX 4090", "bf16", False, 165.2),
+        ("Tesla V100-SXM2-32GB", "bf16", False, None),
+        ("Tesla V100-SXM2-32GB", "fp32", False, 15.7),
+        ("NVIDIA B200", "bf16", False, None),
+    ],
+)
+def test_peaks_of_known_gpus(name: str, precision: str, tf32: bool, expected: float | None) -> None:
+    assert peak.table_peak(name, precision, tf32) == expected
+
+
+def test_collectives_are_known_by_name_and_their_overlap_counts_once() -> None:
+    names = {
+        "gloo:all_to_all": "all_to_all",
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "AllReduce",
+        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "AllGather",
+        "ncclKernel_SendRecv(ncclWorkElem)": "SendRecv",
+        "nccl:all_reduce": None,  # the host's part of the same
+        "aten::mm": None,
+    }
+    found = {name: match and match[1] for name in names for match in [profile._COLLECTIVE.match(name)]}
+    assert found == names
+    assert profile._covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
+
+
+def profiled(rank: int, world_size: int, settings: config.Config) -> profile.Profile:
+    """A profile of a run in which rank 1 waits 50 ms for each micro-batch and both 100 ms in the optimizer."""
+    make, stream = profile.Trainer.__init__, profile.Trainer.stream
+
+    def slow_step(self: Any, *args: Any) -> None:
+        make(self, *args)
+        step = self.engine.step
+        self.engine.step = lambda: (time.sleep(0.1), step())
+
+    def slow_stream(self: Any, steps: range) -> Iterator[Batch]:
+        for each in stream(self, steps):
+            time.sleep(0.05 * rank)
+            yield each
+
+    profile.Trainer.__init__, profile.Trainer.stream = slow_step, slow_stream  # type: ignore[method-assign]
+    profile.WARM_UP = profile.TRACED = 1
+    return profile.profile_training(settings, rank, world_size, torch.device("cpu"), 3)
+
+
+@pytest.mark.timeout(240)
+def test_a_profile_says_where_the_time_went_and_leaves_the_run_alone(shards: Path, tmp_path: Path) -> None:
+    settings = test_trainer.settings(shards, tmp_path, accumulation=2, steps=1000)
+    settings.model.speech.groups = 1
+    found, same = run_ranks(profiled, 2, settings, timeout=200)
+    assert found == same
+    assert (found.ranks, found.steps) == (2, 3)
+    assert sum(found.parts.values()) == pytest.approx(found.step)
+    assert set(found.parts) == set(profile._PARTS)
+    assert found.parts_slowest["data"] > 0.1 > found.parts["data"] > 0.05, "two micro-batches of 50 ms on one of two"
+    assert found.parts_slowest["agreement of the ranks"] > 0.06, "the other rank waits for them"
+    assert found.parts["optimizer"] > 0.2
+    assert found.fastest <= found.step <= found.slowest
+    assert found.pairs_per_second * found.step == pytest.approx(8)
+    assert found.patches_per_second * found.step == pytest.approx(8 * PATCHES)
+    assert 0.01 < found.padding < 0.5
+    assert found.tflops == pytest.approx(sum(found.flops.values()) / found.step / 1e12)
+    assert found.utilisation == pytest.approx(found.tflops / found.peak)
+    assert found.peak > 1e-3
+    assert found.peak_source.startswith("measured")
+    assert {"all_reduce", "all_gather", "all_to_all"} <= set(found.collectives)
+    text = found.text()
+    for title in ("waiting for data", "SIM: negatives, fusion", "optimizer", "collectives in all that", "utilisation"):
+        assert title in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["profile"]
+    assert json.loads((tmp_path / "profile/profile.json").read_text())["steps"] == 3
+    for rank in (0, 1):
+        events = json.loads((tmp_path / f"profile/trace-rank{rank}.json").read_text())["traceEvents"]
+        labels = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+        assert labels.count("backward") == 2
+        assert {"data", "encoders", "teacher", "SIC", "SIM", "CMD", "optimizer"} <= set(labels)
+
+
+def test_a_profile_takes_a_number_of_steps() -> None:
+    with pytest.raises(UserError, match=r"--profile 0: expected 1 or more steps"):
+        train.main(["--profile", "0"])
+
+
+def test_work_of_a_batch_without_lengths_on_the_host_is_that_of_its_width() -> None:
+    _, count = made(whole("none", 0))
+    one = batch(SAMPLES, SAMPLES)
+    assert count.of(replace(one, host_lengths=None)) == count.of(one)

@@ -1,0 +1,46 @@
+"""Activation checkpointing: of a layer only its input is kept for the backward pass, which computes the rest again.
+
+Memory for the activations of a stack of layers falls to one tensor a layer and the inside of one; the price is a second
+forward pass of these layers. Dropout draws the same numbers again, so losses and gradients are as without it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from toolkit.model.fusion import FusionLayer
+from toolkit.model.layers import EncoderLayer
+from toolkit.training.learner import Learner
+
+
+def recompute_activations(learner: Learner) -> None:
+    """Have every trained layer of trunks, heads, fusion encoder and denoisers computed again in the backward pass.
+
+    Call it before DeepSpeed wraps the learner, and after the teacher was made, which keeps nothing for a backward pass.
+    """
+    for layer in _layers(learner):
+        _recompute(layer)
+
+
+def _layers(learner: Learner) -> Iterator[nn.Module]:
+    stacks = (learner.model.speech.trunk.encoder.layers, learner.model.image.trunk.encoder.layers)
+    for layer in (layer for stack in stacks for layer in stack):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            yield layer
+    for module in learner.modules():
+        if isinstance(module, EncoderLayer | FusionLayer):
+            yield module
+
+
+def _recompute(layer: nn.Module) -> None:
+    plain = layer.forward
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        if layer.training and torch.is_grad_enabled():
+            return checkpoint(plain, *inputs, use_reentrant=False, **options)
+        return plain(*inputs, **options)
+
+    layer.forward = forward

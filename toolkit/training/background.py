@@ -1,0 +1,35 @@
+"""Work behind the training: a thread that does one thing, and what came of it."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def background(work: Callable[[], T]) -> "Future[T]":
+    """Run something in a thread that does not keep the process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def outcome_of(future: "Future[T]") -> "T | str":
+    """Wait for what runs behind the training: its result, or why there is none."""
+    try:
+        return future.result()
+    except Exception as error:
+        return reason_of(error)
+
+
+def reason_of(error: BaseException) -> str:
+    """Say what an error says, in one line."""
+    return getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,195 @@
+r"""How much work a micro-batch is: speech, tokens, and the model's floating-point operations, from its lengths alone.
+
+Model FLOPs are counted as is usual for utilisation (PaLM, arXiv 2204.02311, appendix B): two for each multiply-add of
+matrix products, convolutions and attention; what is trained counts three times, forward once and backward twice; what
+is frozen, the teacher, and CMD without the other modality count once. They are what the model needs, not what a step
+happens to do: padding counts nothing (each utterance at its own length), nor does recomputation (activation
+checkpointing, the first pass of cached steps).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shards.audio import SAMPLE_RATE
+from shards.stream import Batch
+from toolkit.config import Config, micro_batch
+from toolkit.model.fusion import Denoiser, FusionEncoder
+from toolkit.model.image import ImageEncoder
+from toolkit.model.layers import Head
+from toolkit.model.speech import SpeechEncoder
+from toolkit.training.learner import Learner
+
+TRAINED = 3  # forward once, backward twice
+
+
+@dataclass
+class Amount:
+    """Work of one rank.
+
+    Attributes:
+        pairs: Speech-image pairs.
+        seconds: Of speech, without padding.
+        frames: Speech frames, without padding.
+        patches: Of pictures.
+        flops: Model FLOPs by part of the step, see this module.
+    """
+
+    pairs: int = 0
+    seconds: float = 0.0
+    frames: int = 0
+    patches: int = 0
+    flops: dict[str, float] = field(default_factory=dict)
+
+    def add(self, more: "Amount") -> None:
+        """Add other work to this."""
+        self.pairs += more.pairs
+        self.seconds += more.seconds
+        self.frames += more.frames
+        self.patches += more.patches
+        for part, flops in more.flops.items():
+            self.flops[part] = self.flops.get(part, 0.0) + flops
+
+    @property
+    def tokens(self) -> int:
+        """Speech frames and patches."""
+        return self.frames + self.patches
+
+    def total(self) -> float:
+        """Model FLOPs of all parts."""
+        return sum(self.flops.values())
+
+
+class Work:
+    """Counts the work of micro-batches, on the host; a quarter of a millisecond each."""
+
+    def __init__(self, learner: Learner, config: Config, world_size: int) -> None:
+        """Read the sizes.
+
+        Args:
+            learner: What is trained.
+            config: Of the run.
+            world_size: Number of ranks: keys and negatives come from all.
+        """
+        self.learner, self.objectives = learner, config.objectives
+        together = config.training.accumulation if config.training.cached else 1
+        self.keys = world_size * micro_batch(config, world_size) * together + config.objectives.contrastive.queue
+
+    def of(self, batch: Batch) -> Amount:
+        """Count a micro-batch of this rank."""
+        width = batch.waveforms.shape[1]
+        lengths = np.array(batch.host_lengths or [width] * len(batch.ids), dtype=np.int64)
+        frames = count_frames(self.learner.model.speech, lengths)
+        patches = count_patches(self.learner.model.image, batch.images.shape[-1])
+        seconds = float(lengths.sum()) / SAMPLE_RATE
+        flops = self.flops(lengths, patches)
+        return Amount(len(lengths), seconds, int(frames.sum()), patches * len(lengths), flops)
+
+    def flops(self, lengths: np.ndarray, patches: int) -> dict[str, float]:
+        """Model FLOPs by part of the step.
+
+        Args:
+            lengths: int64 [B], samples of the utterances.
+            patches: Of a picture.
+        """
+        model, objectives = self.learner.model, self.objectives
+        rows, frames = len(lengths), count_frames(model.speech, lengths)
+        frozen_speech, speech = speech_flops(model.speech, lengths)
+        frozen_image, image = image_flops(model.image, patches)
+        trained = speech + rows * image
+        similarities = 2 * 2.0 * rows * self.keys * model.config.embed_dim
+        targets = bool(objectives.momentum.enabled and objectives.contrastive.alpha)
+        parts = {
+            "frozen trunks": frozen_speech + rows * frozen_image,
+            "encoders": TRAINED * trained,
+            "teacher": trained * objectives.momentum.enabled,
+            "SIC": similarities * (TRAINED + targets),
+        }
+        if objectives.matching.weight:
+            pooled = -(-frames // model.fusion.pool)
+            once = float(fusion_flops(model.fusion, pooled, patches).sum()) + rows * 2.0 * model.fusion.width * 2
+            parts["SIM"] = TRAINED * 3 * once  # the right pair, another picture, another utterance
+        if objectives.denoising.weight:
+            parts["CMD"] = 0.0
+            for side, denoiser in self.learner.denoisers.items():
+                assert isinstance(denoiser, Denoiser)
+                own, other = (frames, patches) if side == "speech" else (np.full(rows, patches), frames)
+                predict = 2.0 * own * denoiser.predict.in_features * denoiser.predict.out_features
+                helped, alone = (fusion_flops(denoiser.fusion, own, context) + predict for context in (other, 0))
+                parts["CMD"] += float((TRAINED * helped + alone).sum())
+        return {part: flops for part, flops in parts.items() if flops}
+
+
+def count_frames(encoder: SpeechEncoder, lengths: np.ndarray) -> np.ndarray:
+    """Frames that the trunk makes of utterances of so many samples, int64 [B]; one at least."""
+    config = encoder.trunk.config
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        lengths = (lengths - kernel) // stride + 1
+    return lengths.clip(min=1)
+
+
+def count_patches(encoder: ImageEncoder, image_size: int) -> int:
+    """Patches of a picture of so many pixels a side."""
+    return (image_size // encoder.trunk.config.patch_size) ** 2
+
+
+def speech_flops(encoder: SpeechEncoder, lengths: np.ndarray) -> tuple[float, float]:
+    """FLOPs of one forward pass over utterances, each by itself: of what is frozen, of what is trained."""
+    config = encoder.trunk.config
+    width, first = config.hidden_size, 1
+    samples, embedding = lengths, np.zeros(len(lengths))
+    for kernel, stride, size in zip(config.conv_kernel, config.conv_stride, config.conv_dim, strict=True):
+        samples = ((samples - kernel) // stride + 1).clip(min=1)
+        embedding += 2.0 * samples * first * size * kernel
+        first = size
+    taps = config.num_conv_pos_embeddings
+    shifted = samples + (taps % 2 == 0)  # an even kernel gives one more, which is cut off
+    embedding += 2.0 * samples * first * width
+    embedding += 2.0 * shifted * width * (width // config.num_conv_pos_embedding_groups) * taps
+    layers = encoder.frozen_layers if encoder.frozen_layers is not None else 0
+    each = float(_layer(config, samples).sum())
+    frozen = 0.0 if encoder.frozen_layers is None else float(embedding.sum()) + layers * each
+    trained = float(embedding.sum()) + config.num_hidden_layers * each - frozen
+    return frozen, trained + float(_head(encoder.head, samples).sum())
+
+
+def image_flops(encoder: ImageEncoder, patches: int) -> tuple[float, float]:
+    """FLOPs of one forward pass over a picture: of what is frozen, of what is trained."""
+    config = encoder.trunk.config
+    embedding = 2.0 * patches * config.hidden_size * 3 * config.patch_size**2
+    layers, each = len(encoder.trunk.encoder.layers), float(_layer(config, patches + 1))
+    frozen = 0.0 if encoder.frozen_layers is None else embedding + encoder.frozen_layers * each
+    return frozen, embedding + layers * each - frozen + float(_head(encoder.head, patches))
+
+
+def fusion_flops(encoder: FusionEncoder, queries: Any, context: Any) -> Any:
+    """FLOPs of one forward pass over so many queries with so many context tokens; 0: without context."""
+    width = encoder.width
+    into, other = encoder.query_input[0].in_features, encoder.context_input[0].in_features
+    total = 2.0 * width * (queries * into + context * other)
+    tokens = queries + (encoder.class_token is not None)
+    for depth in range(1, len(encoder.layers) + 1):
+        last = encoder.class_token is not None and depth == len(encoder.layers)
+        kept = 1 if last else tokens  # of the last layer only the class token is used
+        attended = _attention(width, kept, tokens) + np.where(context, _attention(width, kept, context), 0)
+        total = total + attended + 2.0 * kept * 8 * width**2
+    return total
+
+
+def _layer(config: Any, tokens: Any) -> Any:
+    """A layer of a trunk: self-attention and feed-forward."""
+    width = config.hidden_size
+    return _attention(width, tokens, tokens) + 2.0 * tokens * 2 * width * config.intermediate_size
+
+
+def _head(head: Head, tokens: Any) -> Any:
+    """Transformer layers with a class token, and the projection."""
+    width, tokens = head.project.in_features, tokens + 1
+    projection = 2.0 * width * head.project.out_features
+    return len(head.layers) * (_attention(width, tokens, tokens) + 2.0 * tokens * 8 * width**2) + projection
+
+
+def _attention(width: int, queries: Any, keys: Any) -> Any:
+    """Projections of queries and output, of keys and values, and the two products between them."""
+    return 2.0 * width**2 * (2 * queries + 2 * keys) + 2 * 2.0 * queries * keys * width
