@@ -1,0 +1,137 @@
+"""The momentum update against the usual Python loop over parameters, and shared out among ranks.
+
+    python tests/benchmarks/momentum.py [--json] [--hidden W] [--layers L] [--repeats R] [--threads T]
+
+The student is of HuBERT-base's size by default, wholly trained, in float32 on the CPU. One rank: the two take turns,
+and the figure is the ratio of the medians. Two ranks and four: DeepSpeed's ZeRO 1 shares out the weights, and the
+figures are the elements that a rank averages, and the time that it spends on this, against one rank's; what the gather
+of the working copy costs is not in them. Times are of the processor, so that waiting for a core does not count.
+Exit code 1: a bound is missed.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from table import Figure, tell
+
+from tests.distributed import run_ranks
+from tests.tiny import HUBERT, VIT
+from toolkit import config
+from toolkit.model.build import build_model
+from toolkit.model.retrieval import SpeechImageModel
+from toolkit.training.learner import Learner
+from toolkit.training.momentum import MomentumEncoder
+
+DECAY = 0.995
+RANKS = (1, 2, 4)
+
+
+def student(hidden: int, layers: int) -> SpeechImageModel:
+    """A model with a HuBERT of so many layers of a width, all trained, beside a small picture trunk."""
+    size = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden}
+    base = {"conv_dim": [512] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2]}
+    base |= {"num_feat_extract_layers": 7, "num_conv_pos_embeddings": 128, "num_conv_pos_embedding_groups": 16}
+    speech = config.Speech(config=HUBERT | base | size, train="all", head_heads=4)
+    image = config.Image(config=dict(VIT), train="all", head_heads=4)
+    torch.manual_seed(0)
+    return build_model(config.Model(speech=speech, image=image, fusion=config.Fusion(width=32, layers=1, heads=4)))
+
+
+@torch.no_grad()
+def loop(teacher: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+    """The update as ALBEF's code writes it."""
+    for average, weight in zip(teacher, weights, strict=True):
+        average.data = average.data * DECAY + weight.data * (1.0 - DECAY)
+
+
+def one_rank(model: SpeechImageModel, repeats: int) -> tuple[float, float]:
+    """Median processor seconds of the update and of the loop, taken in turns; both must give the same average."""
+    teacher = MomentumEncoder(model, DECAY).to(torch.device("cpu"), torch.float32)
+    theirs = [working.detach().clone() for working in teacher.working]
+    weights = [p.detach() for p in teacher.student]
+    for weight in weights:
+        weight.mul_(1.01)
+    turns: dict[str, Callable[[], None]] = {"ours": teacher.update, "theirs": lambda: loop(theirs, weights)}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(repeats + 1):
+        for name, turn in turns.items():
+            begin = time.process_time()
+            turn()
+            if number:
+                times[name].append(time.process_time() - begin)
+    for ours, other in zip(teacher.working, theirs, strict=True):
+        torch.testing.assert_close(ours.detach(), other, rtol=1e-5, atol=1e-6)
+    return statistics.median(times["ours"]), statistics.median(times["theirs"])
+
+
+def of_rank(rank: int, world_size: int, hidden: int, layers: int, repeats: int) -> tuple[int, float]:
+    """Elements that this rank averages under ZeRO 1, and the median processor seconds of the averaging alone."""
+    from toolkit.training.engine import make_engine
+
+    model = student(hidden, layers)
+    teacher = MomentumEncoder(model, DECAY)
+    off = config.Objectives(denoising=config.Denoising(weight=0.0))
+    training = config.Training(batch_size=world_size, precision="fp32", zero=1)
+    learner = Learner(model, off, rank, world_size)
+    engine = make_engine(learner, config.Config(training=training), world_size, torch.device("cpu"))
+    teacher.follow(engine, rank, world_size)
+    teacher._refresh = lambda: None  # type: ignore[method-assign]  # the gather depends on the network, not on this
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        teacher.update()
+        times.append(time.process_time() - begin)
+    engine.destroy()
+    return sum(average.numel() for average in teacher.average), statistics.median(times)
+
+
+def shared(options: argparse.Namespace) -> list[Figure]:
+    """Work of the busiest of several ranks against one rank's."""
+    sizes = (options.hidden, options.layers, options.repeats)
+    found = {ranks: run_ranks(of_rank, ranks, *sizes, timeout=300) for ranks in RANKS}
+    busiest = {ranks: [max(column) for column in zip(*each, strict=True)] for ranks, each in found.items()}
+    figures = []
+    for ranks in RANKS[1:]:
+        (elements, seconds), (all_elements, alone) = busiest[ranks], busiest[1]
+        share = f"the busiest of {ranks} ranks under ZeRO 1 against one rank"
+        what = f"weights averaged by {share}"
+        figures.append(
+            Figure(f"momentum_elements_{ranks}", elements, all_elements, "", elements / all_elements, what,
+                   at_most=1.01 / ranks)
+        )  # fmt: skip
+        what = f"median processor time of the averaging by {share}"
+        figures.append(
+            Figure(f"momentum_time_{ranks}", seconds, alone, "s", seconds / alone, what, at_most=1.3 / ranks)
+        )
+    return figures
+
+
+def main() -> int:
+    """Measure, print, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line rather than a table")
+    parser.add_argument("--hidden", type=int, default=768, help="width of the HuBERT (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=12, help="its layers (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="turns (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = student(options.hidden, options.layers)
+    trained = sum(p.numel() for p in MomentumEncoder(model, DECAY).student) / 1e6
+    ours, theirs = one_rank(model, options.repeats)
+    what = f"median processor time of an update of {trained:.1f} M weights, float32"
+    figures = [Figure("momentum_update", ours, theirs, "s", theirs / ours, what, at_least=2.0)]
+    del model
+    figures += shared(options)
+    return tell(figures, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

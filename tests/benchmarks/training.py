@@ -1,0 +1,101 @@
+"""What the benchmarks of training share: small models in true proportion, batches with real durations, a trainer.
+
+The trainer is the project's own, with its engine, teacher and queue; what it is fed here is made in memory.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from shards.audio import SAMPLE_RATE
+from shards.corpora.item import Caption, Item
+from shards.stream import Batch
+from shards.write import Format, write_shards
+from toolkit import config
+from toolkit.distributed import initialise
+from toolkit.training.trainer import Trainer
+
+# SpokenCOCO: 742 hours in 617,222 captions are 4.33 s each, and 384 captions are longer than 15 s.
+MEAN_SECONDS, SPREAD = 4.33, 0.41
+
+
+def durations(rng: np.random.Generator, count: int, longest: float) -> np.ndarray:
+    """Seconds of captions as in SpokenCOCO: log-normal, cut at `longest`."""
+    middle = math.log(MEAN_SECONDS) - SPREAD**2 / 2
+    return np.minimum(rng.lognormal(middle, SPREAD, count), longest)
+
+
+def make_batch(seed: int, size: int, image_size: int, longest: float, identities: int = 2**31) -> Batch:
+    """Pairs of noise on the CPU, as the loader gives them, with the durations of SpokenCOCO."""
+    rng = np.random.default_rng(seed)
+    lengths = [int(seconds * SAMPLE_RATE) for seconds in durations(rng, size, longest)]
+    waveforms = torch.zeros(size, max(lengths))
+    for row, length in zip(waveforms, lengths, strict=True):
+        row[:length] = torch.from_numpy(0.1 * rng.standard_normal(length, np.float32))
+    images = torch.from_numpy(rng.integers(0, 256, (size, 3, image_size, image_size), np.uint8))
+    ids = torch.from_numpy(rng.choice(identities, size, replace=False).astype(np.int64))
+    return Batch(images, waveforms, torch.tensor(lengths), ids, tuple(lengths))
+
+
+def frozen_model(width: int = 128, layers: int = 8) -> config.Model:
+    """The large reference an eighth as wide and a third as deep: frozen trunks, a head of a layer, fusion on top.
+
+    HuBERT-large and CLIP ViT-L/14 have 24 layers of 1024, the fusion 6 of 768. Frames and patches are as many as
+    theirs: 50 a second and 256. The convolutions are three rather than seven, since narrow ones cost a CPU more than
+    their arithmetic.
+    """
+    trunk = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 4 * width,
+    }
+    hubert = {
+        **trunk,
+        "conv_dim": [width // 2] * 3,
+        "conv_kernel": [20, 16, 8],
+        "conv_stride": [10, 8, 4],
+        "num_feat_extract_layers": 3,
+        "num_conv_pos_embeddings": 128,
+        "num_conv_pos_embedding_groups": 4,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "conv_bias": True,
+    }
+    vit = {**trunk, "image_size": 224, "patch_size": 14}
+    return config.Model(
+        embed_dim=width,
+        speech=config.Speech(config=hubert, train="none", head_layers=1, head_heads=4, dropout=0.0),
+        image=config.Image(config=vit, train="none", head_layers=0, head_heads=4, dropout=0.0),
+        fusion=config.Fusion(width=3 * width // 4, layers=2, heads=4, pool=2, dropout=0.0),
+    )
+
+
+def _dot() -> Image.Image:
+    return Image.new("RGB", (8, 8))
+
+
+def _click() -> tuple[np.ndarray, int]:
+    return np.full((1, 1600), 0.1, np.float32), SAMPLE_RATE
+
+
+@contextmanager
+def open_trainer(configuration: config.Config) -> Iterator[Trainer]:
+    """A trainer on the process group that there is, or alone, with a run folder and shards that it only opens."""
+    rank, world_size, device = initialise()
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        configuration.data.shards = str(Path(folder, "shards"))
+        items = [Item(f"{n:03d}", "train", _dot, (Caption(f"{n:03d}", _click),)) for n in range(256)]
+        write_shards(items, Path(folder, "shards"), "benchmark", Format(samples_per_shard=64), {})
+        configuration.wandb.mode = "disabled"
+        run = Path(folder, "run")
+        run.mkdir()
+        trainer = Trainer(configuration, run, rank, world_size, device)
+        yield trainer
+        trainer.close()
