@@ -1,19 +1,20 @@
-"""Following a job: rank 0's log in the terminal as it grows, and the end of the log of the rank that failed first."""
+"""Following a job: rank 0's log in the terminal as it grows, through restarts, and why it failed if it did."""
 
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from launch.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 from launch.job import Status
+from launch.record import Incarnation, ended_for_good, incarnations
 
-_TAIL = 20  # lines of a failed rank's log that are shown
+__all__ = ["Controller", "Local", "Log", "Running", "Slurm", "first_failure", "follow"]
+
 _LATE = 15.0  # seconds that a shared disk may take to show the last files of a job that is gone
 
 
@@ -63,10 +64,11 @@ class Local:
             if number == signal.SIGTERM:
                 os.kill(int(self.id), number)
             else:
-                self._signal_ranks(number)
+                self.signal_ranks(number)
             time.sleep(0.1)
 
-    def _signal_ranks(self, number: int) -> None:
+    def signal_ranks(self, number: int) -> None:
+        """Send a signal to each rank that runs."""
         for rank in range(self.ranks):
             status = Status(self.folder, rank).read()
             if status is not None and status["exit"] is None and not self.lost(status["pid"]):
@@ -79,6 +81,22 @@ class Local:
         except ProcessLookupError:
             return True
         return False
+
+
+@dataclass(frozen=True)
+class Controller:
+    """A local job's controller process, found again by its number; that of another process is not taken for it."""
+
+    job_id: str
+    folder: Path
+
+    def done(self) -> bool:
+        """Has it ended?"""
+        try:
+            words = Path(f"/proc/{int(self.job_id)}/cmdline").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            return True
+        return os.fsencode(self.folder) not in words
 
 
 @dataclass
@@ -111,55 +129,59 @@ class Slurm:
         return False
 
 
-def follow(job: Running, folder: Path, ranks: int) -> int:
-    """Print rank 0's log as it grows until the job ends; when a rank fails, end the others and show its last lines.
+def follow(job: Running, folder: Path, ranks: int, logs: Path | None = None) -> int:
+    """Print rank 0's log as it grows until the job ends for good, and what becomes of it on the way.
+
+    When a rank of a job of this machine fails, the others are ended. On SLURM that is done by srun, and the job may
+    start again.
 
     Args:
         job: As submitted.
-        folder: Where its logs and the ranks' status files are.
+        folder: Where the ranks' status files are.
         ranks: Number of ranks.
+        logs: Where their logs are, if elsewhere.
 
     Returns:
-        Exit code: 0 when every rank ended well, 2 for a user's mistake, else that of the rank that failed first.
+        Exit code: 0 when every rank ended well, 2 for a user's mistake, 75 when it was stopped and saved, else that of
+        the rank that failed first.
     """
-    log = Log(folder / f"{job.id}_0_log.out")
-    gone_at = None
+    logs = logs or folder
+    log, told, gone_at = Log(logs / f"{job.id}_0_log.out"), Told(job.id), None
     while True:
         alive = job.alive()  # asked before the log is read: what a dead job wrote is all there
         log.show()
-        if all(_exit(folder, rank) == 0 for rank in range(ranks)):
+        lives = incarnations(folder)
+        told.tell(lives)
+        restart = current_restart(folder, ranks, lives[-1].restart if lives else 0)
+        if all(code == 0 for code in exit_codes(folder, ranks, restart)):
             log.show(to_the_end=True)
             return 0
         gone_at = gone_at or (None if alive else time.monotonic())
-        gone = gone_at is not None and _late_enough(gone_at, job)
-        failed = first_failure(folder, job.id, ranks, job.lost, gone)
-        if failed is not None:
+        gone = ended_for_good(lives) or (gone_at is not None and _late_enough(gone_at, job))
+        failed = first_failure(folder, job.id, ranks, job.lost, gone, restart, logs)
+        if failed is not None and (gone or not isinstance(job, Slurm)):
             job.end()
             log.show(to_the_end=True)
-            return _explain(folder, job.id, failed)
+            return _explain(failure_of(folder, job.id, failed, restart, logs), lives)
         time.sleep(0.1)
 
 
-def first_failure(folder: Path, job_id: str, ranks: int, lost: Callable[[int], bool], gone: bool) -> int | None:
-    """The rank that failed first: the others may have failed because of it.
+class Told:
+    """What was said of a job's incarnations."""
 
-    A rank that was killed leaves no exit code, and the others notice only afterwards: it comes before them.
-    """
-    failures = []
-    for rank in range(ranks):
-        status = Status(folder, rank).read()
-        if status is None:
-            if (folder / f"{job_id}_{rank}_result.pkl").exists():  # it could not begin: submitit wrote down why
-                failures.append((0.0, rank))
-            elif gone:
-                failures.append((math.inf, rank))
-        elif status["exit"]:
-            failures.append((status["time"], rank))
-        elif status["exit"] is None and lost(status["pid"]) and _exit(folder, rank) is None:
-            failures.append((0.0, rank))
-        elif status["exit"] is None and gone:
-            failures.append((math.inf, rank))
-    return min(failures)[1] if failures else None
+    def __init__(self, job: str) -> None:
+        self.job, self.ended, self.begun = job, -1, 0
+
+    def tell(self, lives: list[Incarnation]) -> None:
+        """Print which have begun again and which have ended since the last call."""
+        for life in lives:
+            if life.restart > self.begun:
+                hosts = f" on {', '.join(life.hosts)}" if life.hosts else ""
+                print(f"job {self.job}: restart {life.restart}{hosts}", flush=True)
+                self.begun = life.restart
+            if life.ended is not None and life.restart > self.ended and life.code != 0:
+                print(f"job {self.job}: {life.why or f'ended with exit code {life.code}'}", flush=True)
+                self.ended = life.restart
 
 
 class Log:
@@ -170,10 +192,15 @@ class Log:
         self.position = 0
 
     def show(self, to_the_end: bool = False) -> None:
-        """Print the lines that came since the last call; at the end, an unfinished one too."""
+        """Print the lines that came since the last call; at the end, an unfinished one too.
+
+        A file that has become shorter was begun anew: it is printed from its start.
+        """
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self.position:
+                self.position = 0
             file.seek(self.position)
             new = file.read()
         text = new if to_the_end else new[: new.rfind(b"\n") + 1]
@@ -184,28 +211,18 @@ class Log:
         sys.stdout.flush()
 
 
-def _exit(folder: Path, rank: int) -> int | None:
-    status = Status(folder, rank).read()
-    return None if status is None else status["exit"]
-
-
 def _late_enough(gone_at: float, job: Running) -> bool:
     return isinstance(job, Local) or time.monotonic() - gone_at > _LATE
 
 
-def _explain(folder: Path, job_id: str, rank: int) -> int:
-    """Say on stderr why a rank failed: a user's mistake in its one line, anything else by the end of its log."""
-    code, log = _exit(folder, rank), folder / f"{job_id}_{rank}_log.err"
-    text = log.read_text(errors="replace") if log.exists() else ""
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("submitit ")]
-    mistakes = [line for line in lines if line.startswith("error: ")]
-    if code == 2 and mistakes:
-        print(mistakes[-1], file=sys.stderr)
+def _explain(failure: Failure, lives: list[Incarnation]) -> int:
+    """Say on stderr why a job failed: a user's mistake in its one line, anything else by the end of the rank's log."""
+    if failure.mistake:
+        print(failure.mistake, file=sys.stderr)
         return 2
-    if code == os.EX_TEMPFAIL:
-        print("stopped by a signal, and saved: the same command continues", file=sys.stderr)
-        return code
-    how = "was killed, or ran out of memory or time" if code is None else f"failed with exit code {code}"
-    print("\n".join([f"rank {rank} {how}; the end of its log:", *lines[-_TAIL:]]), file=sys.stderr)
-    print(f"error: rank {rank} {how}; the whole log is {log}", file=sys.stderr)
-    return code or 1
+    if failure.code == os.EX_TEMPFAIL:
+        print(failure.how, file=sys.stderr)
+        return failure.code
+    print("\n".join([f"{failure.how}; the end of its log:", *failure.lines]), file=sys.stderr)
+    print(f"error: {failure.how}; the whole log is {failure.log}", file=sys.stderr)
+    return failure.code or (lives[-1].code if lives else None) or 1

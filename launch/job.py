@@ -3,15 +3,23 @@
 import gc
 import json
 import os
+import platform
+import re
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from shards.errors import UserError
+
+LOST = os.EX_UNAVAILABLE  # 69, exit code of a rank that failed because another one was gone
+_ASKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+_TRANSPORT = re.compile(r"gloo/|NCCL|Connection (closed|reset) by peer|Broken pipe|Connection refused")
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,8 @@ class Job:
         self._restore_gpus()
         status = Status(Path(self.folder), int(place["RANK"]))
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the controller was started with it ignored
+        for asking in _ASKING:  # in place of submitit's handlers, which act on rank 0 alone
+            signal.signal(asking, _leave)
         status.write()
         code = self._run()
         status.write(code)
@@ -50,13 +60,14 @@ class Job:
         environment = JobEnvironment()
         ranks_here = environment.num_tasks // environment.num_nodes
         local = self.port is not None
+        restart = restart_count(os.environ)  # it has a port of its own: a former incarnation's rank may still hold one
         return {
             "RANK": str(environment.global_rank),
             "WORLD_SIZE": str(environment.num_tasks),
             "LOCAL_RANK": str(environment.local_rank),
             "LOCAL_WORLD_SIZE": str(ranks_here),
             "MASTER_ADDR": "127.0.0.1" if local else environment.hostnames[0],
-            "MASTER_PORT": str(self.port if local else 20000 + int(environment.raw_job_id) % 10000),
+            "MASTER_PORT": str(self.port if local else 20000 + (int(environment.raw_job_id) + 977 * restart) % 10000),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(_threads(ranks_here)),
         }
 
@@ -71,8 +82,8 @@ class Job:
         """Train and evaluate; an error's text goes to the rank's log.
 
         Returns:
-            0, 2 for a user's mistake, 75 when a signal asked to stop and all is saved, 130 when interrupted, 1 for any
-            other error.
+            0, 2 for a user's mistake, 75 when a signal asked to stop and all is saved, 69 when another rank was gone,
+            130 when interrupted, 1 for any other error.
         """
         try:
             self.work()
@@ -108,7 +119,10 @@ def train_and_evaluate(config_file: str) -> None:
 
 @dataclass(frozen=True)
 class Status:
-    """A rank's file beside its log: there while it runs, and with its exit code afterwards."""
+    """A rank's file beside its log: there while it runs, and with its exit code afterwards.
+
+    It names the incarnation of the job (SLURM's restart count) that it is of.
+    """
 
     folder: Path
     rank: int
@@ -119,9 +133,13 @@ class Status:
         return self.folder / f"rank{self.rank}.json"
 
     def write(self, code: int | None = None) -> None:
-        """Say that this process is the rank, and how it ended."""
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"pid": os.getpid(), "exit": code, "time": time.time()}))
+        """Say that this process is the rank, and how it ended; one of a former incarnation writes nothing any more."""
+        restart = restart_count(os.environ)
+        if ((self.read() or {}).get("restart") or 0) > restart:
+            return
+        status = {"pid": os.getpid(), "host": platform.node(), "exit": code, "time": time.time(), "restart": restart}
+        temporary = self.path.with_suffix(f".{restart}.tmp")
+        temporary.write_text(json.dumps(status))
         temporary.replace(self.path)
 
     def read(self) -> dict[str, Any] | None:
@@ -140,9 +158,27 @@ def _threads(ranks_here: int) -> int:
     return max(1, cores // ranks_here)
 
 
+def restart_count(environment: Mapping[str, str]) -> int:
+    """How often SLURM has started this job again."""
+    return int(environment.get("SLURM_RESTART_COUNT") or 0)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """A signal asks to stop while nothing is being trained: there is nothing to save."""
+    sys.exit(os.EX_TEMPFAIL)
+
+
 def _exit_code(error: BaseException) -> int:
-    code = error.code if isinstance(error, SystemExit) else 1
-    return code if isinstance(code, int) else 1
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return LOST if _of_transport(error) else 1
+
+
+def _of_transport(error: BaseException) -> bool:
+    """Is it what a collective or the rendezvous raises when another rank is gone? That rank is the one to ask why."""
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and bool(_TRANSPORT.search(str(error)))
 
 
 def _leave_group() -> None:

@@ -1,31 +1,39 @@
 """Run shards (if missing), training and evaluation as one job, on SLURM where there is one, else on this machine."""
 
+import argparse
+import json
 import os
-import re
-import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.checks import check_script, data_checks, job_checks
+from launch.cluster import Asked, choose_cluster, executor, ranks_per_node
 from launch.follow import Local, Running, Slurm, follow
-from launch.job import Job
+from launch.job import Job, train_and_evaluate
+from launch.preview import preview, script, to_be_made
+from launch.profiles import Profile, apply_profile, find_profile
+from launch.record import MEMBERS, Submission
+from launch.snapshot import ROOT, snapshot
 from shards.errors import UserError, run_main
-from toolkit.config import Config, micro_batch
+from toolkit.config import Config
 from toolkit.config_loader import Parser, parse
-from toolkit.run_folder import check_run, to_yaml
+from toolkit.run_folder import to_yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-SHORT = ("cluster", "nodes", "ranks_per_node", "gpus_per_node", "partition", "time", "cpus_per_rank")
+SHORT = (
+    "cluster", "profile", "name", "nodes", "ranks_per_node", "gpus_per_node", "cpus_per_rank", "partition", "account",
+    "qos", "constraint", "time", "signal", "array",
+)  # fmt: skip
+FLAGS = {"--follow": "--launch.follow=true", "--no-follow": "--launch.follow=false"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,121 +42,227 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         UserError: The configuration, the shards, the run folder or the cluster do not fit.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    words = list(lengthen(given))
+    config, options = parse(words, _parser())
+    cluster = choose_cluster(config.launch)
+    profile = find_profile(config.launch) if cluster == "slurm" else Profile()
+    jobs = [ask(member, cluster, profile, words) for member in members(config, options, words)]
+    if options.dry_run:
+        text, well = preview(jobs, Path(config.run))
+        print(text)
+        sys.exit(0 if well else 2)
+    check(jobs)
+    if cluster == "slurm":
+        check_script(script(jobs[0], Path(config.run), len(jobs)), only_hopeless=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if cluster == "debug":
+        sys.exit(debug(jobs))
+    code = snapshot(Path(config.run))
+    if len(jobs) == 1:
+        sys.exit(run_one(jobs[0], given, code))
+    submit_all = submit_grid if cluster == "slurm" else run_grid
+    sys.exit(submit_all(jobs, Path(config.run), given, code))
+
+
+def _parser() -> Parser:
     parser = Parser(__doc__)
     for name in SHORT:
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=f"the same as --launch.{name}")
-    config = parse(list(lengthen(sys.argv[1:] if arguments is None else arguments)), parser)[0]
-    cluster = choose_cluster(config)
-    ranks = ranks_per_node(config, cluster)
-    minutes(config.launch.time)
-    micro_batch(config, config.launch.nodes * ranks)
-    check_run(config)
-    make_shards(config)
-    check_splits(config)
-
-    folder = new_folder(Path(config.run) / "logs")
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    signal.signal(signal.SIGTERM, _interrupt)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    work = Job(str(folder / "config.yaml"), str(folder), _free_port() if cluster == "local" else None, visible)
-    job = submit(work, config, cluster, ranks)
-    print(f"job {job.id} ({cluster}): {config.launch.nodes * ranks} ranks, run {config.run}, logs {folder}", flush=True)
-    sys.exit(watch(job, folder, config.launch.nodes * ranks))
+    parser.add_argument(
+        "--follow", "--no-follow", action="store_true", help="the same as --launch.follow true or false"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show and check what would be submitted")
+    parser.add_argument(
+        "--grid", metavar="FILE", help="a job array: a run for each member of a YAML file (slurm/grids)"
+    )
+    sweep = "values to combine with one another and with the grid; may be given several times"
+    parser.add_argument("--sweep", metavar="KEY=V1,V2", action="append", default=[], help=sweep)
+    return parser
 
 
-def lengthen(arguments: list[str]) -> Iterator[str]:
+def lengthen(arguments: Sequence[str]) -> Iterator[str]:
     """Write the short options out: `--nodes 4` is `--launch.nodes 4`."""
     for word in arguments:
         name, equals, value = word.partition("=")
         key = name[2:].replace("-", "_")
-        yield f"--launch.{key}{equals}{value}" if name.startswith("--") and key in SHORT else word
+        if word in FLAGS:
+            yield FLAGS[word]
+        else:
+            yield f"--launch.{key}{equals}{value}" if name.startswith("--") and key in SHORT else word
 
 
-def choose_cluster(config: Config) -> str:
-    """Where to run: "slurm" or "local".
-
-    Raises:
-        UserError: SLURM is asked for and not there, or several nodes are and there is no SLURM.
-    """
-    launch = config.launch
-    missing = [tool for tool in ("sbatch", "srun", "squeue") if shutil.which(tool) is None]
-    if launch.cluster == "slurm" and missing:
-        raise UserError(f"--launch.cluster slurm: {', '.join(missing)} not found here; run this where SLURM is")
-    cluster = "local" if launch.cluster == "local" or missing else "slurm"
-    if cluster == "local" and launch.nodes > 1:
-        raise UserError(f"--launch.nodes {launch.nodes} needs SLURM; here, set --launch.ranks_per_node for more ranks")
-    return cluster
+def ask(config: Config, cluster: str, profile: Profile, words: Sequence[str]) -> Asked:
+    """Complete a job by what the cluster's profile says."""
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    config = apply_profile(config, profile, given)
+    return Asked(cluster, config, profile, ranks_per_node(config.launch, cluster))
 
 
-def ranks_per_node(config: Config, cluster: str) -> int:
-    """One rank a GPU, or 2 where there is none, if the configuration does not say."""
-    gpus = config.launch.gpus_per_node or (count_gpus() if cluster == "local" else 0)
-    return config.launch.ranks_per_node or gpus or 2
-
-
-def count_gpus() -> int:
-    """GPUs of this machine that the user lets be seen; found without torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
-    return len(re.findall(r"^GPU ", listed, re.MULTILINE))
-
-
-def minutes(time_limit: str) -> int:
-    """A time limit in SLURM's notation, in whole minutes.
+def members(config: Config, options: argparse.Namespace, words: list[str]) -> list[Config]:
+    """The configurations of a grid, each with a run folder in that of the command; without a grid the one there is.
 
     Raises:
-        UserError: It is not one.
+        UserError: The grid's file or a value in it is wrong.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", time_limit.strip())
-    total = 0
-    if match:
-        clock = [int(part) for part in match[2].split(":")]
-        if match[1] is None and len(clock) < 3:  # minutes, or minutes:seconds
-            clock = [0, *clock]
-        hours, minute, second = (*clock, 0, 0)[:3]
-        total = (int(match[1] or 0) * 24 + hours) * 60 + minute + (second + 59) // 60
-    if total < 1:
-        raise UserError(f"--launch.time {time_limit}: expected minutes, hours:minutes:seconds or days-hours:minutes")
-    return total
+    if not (options.grid or options.sweep):
+        return [config]
+    from launch.grid import expand
+
+    name, found = config.launch.name or Path(config.run).name, []
+    for member in expand(options.grid or {}, options.sweep):
+        places = [f"--run={Path(config.run) / member.name}", f"--launch.name={name}"]
+        found.append(parse([*words, *member.arguments, *places], _parser())[0])
+    return found
+
+
+def check(jobs: Sequence[Asked]) -> None:
+    """Look at everything that can be seen before a job waits in a queue for nothing; make the shards that are missing.
+
+    Raises:
+        UserError: The first thing that is wrong.
+        SystemExit: make_shards failed, with its exit code.
+    """
+    for job in jobs:
+        for each in job_checks(job):
+            each.look()
+    for job in jobs:
+        if to_be_made(job.config):
+            make_shards(job.config)
+        for each in data_checks(job):
+            each.look()
 
 
 def make_shards(config: Config) -> None:
-    """Write the shards if there are none and the configuration says how.
+    """Write the shards as the configuration says.
 
     Raises:
-        UserError: There are none, and it does not say.
         SystemExit: make_shards failed, with its exit code.
     """
-    from shards.remote import is_url
-
-    data = config.data
-    if is_url(data.shards) or (Path(data.shards) / "manifest.json").is_file():
-        return
-    if not data.make:
-        how = f"make them with python toolkit/make_shards.py CORPUS --root DIR --out {data.shards}"
-        raise UserError(f"no shards in {data.shards} (no manifest.json): {how}")
-    script = ROOT / "toolkit" / "make_shards.py"
-    code = subprocess.run([sys.executable, str(script), *data.make, "--out", data.shards]).returncode
+    file = ROOT / "toolkit" / "make_shards.py"
+    code = subprocess.run([sys.executable, str(file), *config.data.make, "--out", config.data.shards]).returncode
     if code:
         sys.exit(code)
 
 
-def check_splits(config: Config) -> None:
-    """Look for the configured splits before a job waits in a queue for nothing.
+def debug(jobs: Sequence[Asked]) -> int:
+    """Run in this process, one after another: for a debugger, or to see every warning."""
+    for job in jobs:
+        train_and_evaluate(str(_write_config(job)))
+    return 0
+
+
+def run_one(asked: Asked, command: list[str], code: Path) -> int:
+    """Submit one job and follow it.
+
+    Args:
+        asked: The job.
+        command: As given.
+        code: The snapshot that it runs.
+
+    Returns:
+        Its exit code; 0 if it is not to be followed.
+    """
+    file = _write_config(asked)
+    folder = file.parent
+    (job,) = submit(asked, [_work(asked, file)], folder, code)
+    _record(asked, job.id, command, code).write(folder)
+    print(f"job {job.id} ({asked.cluster}): {asked.ranks} ranks, run {asked.config.run}, logs {folder}", flush=True)
+    return watch(job, folder, asked.ranks) if asked.config.launch.follow else 0
+
+
+def run_grid(jobs: Sequence[Asked], run: Path, command: list[str], code: Path) -> int:
+    """Run the members on this machine, one after another, whether they fail or not; then show the table.
+
+    Args:
+        jobs: The members.
+        run: The grid's folder.
+        command: As given.
+        code: The snapshot that all members run.
+
+    Returns:
+        0, or 1 if one failed.
+    """
+    from launch.runs import table
+
+    waiting = [replace(job, config=replace(job.config, launch=replace(job.config.launch, follow=True))) for job in jobs]
+    codes = [run_one(job, command, code) for job in waiting]
+    table(run)
+    return int(any(codes))
+
+
+def submit_grid(jobs: Sequence[Asked], run: Path, command: list[str], code: Path) -> int:
+    """Submit a job array of SLURM; every member has its run and log folders, the array's own are in the grid's.
+
+    Arguments and exit code are those of `run_grid`, and 0 if nothing is followed.
+    """
+    folder = new_folder(run / "logs")
+    files = [_write_config(job) for job in jobs]
+    own = {str(index): str(file.parent) for index, file in enumerate(files)}
+    (folder / MEMBERS).write_text(json.dumps(own, indent=1), encoding="utf-8")  # the members read it when they end
+    work = [_work(job, file) for job, file in zip(jobs, files, strict=True)]
+    array = submit(jobs[0], work, folder, code)[0].id.partition("_")[0]
+    for index, (job, file) in enumerate(zip(jobs, files, strict=True)):
+        _record(job, array, command, code, index=str(index), logs=str(folder)).write(file.parent)
+    _record(jobs[0], array, command, code, run=str(run), members=own).write(folder)
+    limit = jobs[0].config.launch.array or len(jobs)
+    print(
+        f"job {array} (slurm): {len(jobs)} members, {limit} at a time, {jobs[0].ranks} ranks each, logs {folder}",
+        flush=True,
+    )
+    if not jobs[0].config.launch.follow:
+        print(f"results as they come: python launch/runs.py table {run}", flush=True)
+        return 0
+    from launch.runs import follow as follow_members
+
+    try:
+        return follow_members(run)
+    except KeyboardInterrupt:
+        print(f"job {array} goes on; scancel {array} ends it", file=sys.stderr)
+        raise
+
+
+def submit(asked: Asked, work: Sequence[Job], folder: Path, code: Path) -> list[Running]:
+    """Hand a job, or a job array, to submitit.
+
+    Args:
+        asked: What is asked of the cluster; the same for all members of an array.
+        work: What each rank does, for each member.
+        folder: For submitit's files and the output of the ranks.
+        code: The snapshot that they import from.
 
     Raises:
-        UserError: The shards lack one.
+        UserError: SLURM refuses it.
     """
-    from shards.manifest import load
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    manifest = load(config.data.shards)
-    wanted = [config.data.train, config.data.dev if config.evaluation.every else "", config.final.split]
-    for split in filter(None, wanted):
-        manifest.rows(split)
+    made = executor(asked, folder, code)
+    if asked.cluster == "local":
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+    # The controller of a local job ignores the terminal's Ctrl-C: this process ends the job, with no traceback.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        jobs = made.submit_array(work)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise UserError(f"SLURM refused the job: {' '.join(str(error).split())}") from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked.cluster == "local":
+        return [Local(job, folder, asked.ranks) for job in jobs]
+    return [Slurm(str(job.job_id)) for job in jobs]
+
+
+def watch(job: Running, folder: Path, ranks: int) -> int:
+    """Follow the job; an interrupt ends a job of this machine, and leaves one on a cluster alone."""
+    try:
+        return follow(job, folder, ranks)
+    except KeyboardInterrupt:
+        if isinstance(job, Slurm):
+            print(f"job {job.id} goes on; scancel {job.id} ends it", file=sys.stderr)
+        else:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            job.end()
+        raise
 
 
 def new_folder(parent: Path) -> Path:
@@ -166,65 +280,31 @@ def new_folder(parent: Path) -> Path:
     raise UserError(f"{parent} holds too many folders of this second")
 
 
-def submit(work: Job, config: Config, cluster: str, ranks: int) -> Running:
-    """Hand the job to submitit.
-
-    Args:
-        work: What each rank does.
-        config: Its section `launch` says with what.
-        cluster: "slurm" or "local".
-        ranks: Per node.
-
-    Raises:
-        UserError: SLURM refuses it.
-    """
-    import submitit
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.environ["PYTHONPATH"] = paths  # the ranks unpickle launch.job.Job by its name
-    executor = submitit.AutoExecutor(folder=work.folder, cluster=cluster)
-    limit = minutes(config.launch.time)
-    executor.update_parameters(name=Path(config.run).name, timeout_min=limit, tasks_per_node=ranks)
-    if cluster == "slurm":
-        executor.update_parameters(**slurm_parameters(config, paths))
-    # The controller of a local job ignores the terminal's Ctrl-C: this process ends the job, with no traceback.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        job = executor.submit(work)
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"SLURM refused the job: {' '.join(str(error).split())}") from None
-    finally:
-        signal.signal(signal.SIGINT, before)
-    return Local(job, Path(work.folder), ranks) if cluster == "local" else Slurm(job.job_id)
+def _write_config(asked: Asked) -> Path:
+    """Make the log folder of a job and write its configuration there."""
+    file = new_folder(Path(asked.config.run) / "logs") / "config.yaml"
+    file.write_text(to_yaml(asked.config), encoding="utf-8")
+    return file
 
 
-def slurm_parameters(config: Config, python_path: str) -> dict[str, Any]:
-    """What is asked of SLURM, in submitit's names."""
-    launch = config.launch
-    cores = launch.cpus_per_rank or config.data.workers + 2
-    return {
-        "nodes": launch.nodes,
-        "cpus_per_task": cores,
-        "gpus_per_node": launch.gpus_per_node or None,
-        "slurm_partition": launch.partition,
-        # When a rank fails all end; and srun does not take over the batch job's --cpus-per-task since SLURM 22.05.
-        "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cores}"],
-        "slurm_setup": [f"export PYTHONPATH={shlex.quote(python_path)}"],
-    }
+def _work(asked: Asked, file: Path) -> Job:
+    port = _free_port() if asked.cluster == "local" else None
+    return Job(config=str(file), folder=str(file.parent), port=port, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def watch(job: Running, folder: Path, ranks: int) -> int:
-    """Follow the job; an interrupt ends a job of this machine, and leaves one on a cluster alone."""
-    try:
-        return follow(job, folder, ranks)
-    except KeyboardInterrupt:
-        if isinstance(job, Slurm):
-            print(f"job {job.id} goes on; scancel {job.id} ends it", file=sys.stderr)
-        else:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            job.end()
-        raise
+def _record(
+    asked: Asked, job: str, command: list[str], code: Path, run: str | None = None, **more: object
+) -> Submission:
+    return Submission(
+        job=job,
+        cluster=asked.cluster,
+        run=run or asked.config.run,
+        nodes=asked.config.launch.nodes,
+        ranks=asked.ranks,
+        command=command,
+        code=str(code),
+        **more,  # type: ignore[arg-type]
+    )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,11 +1,13 @@
 """One rank's job: its place among the ranks, what it calls, and the status it leaves."""
 
 import os
+import signal
 import sys
 
 import pytest
+import torch.distributed
 
-from launch.job import Job, Status, train_and_evaluate
+from launch.job import LOST, Job, Status, train_and_evaluate
 from shards.errors import UserError
 from toolkit.config import Config
 from toolkit.run_folder import to_yaml
@@ -34,10 +36,15 @@ SLURM = {
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """The job sets variables of its process: put them back."""
+    """The job sets variables and signal handlers of its process: put them back."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    for name in [*SLURM, *LOCAL, "OMP_NUM_THREADS", "RANK"]:
+    for name in [*SLURM, *LOCAL, "SLURM_RESTART_COUNT", "OMP_NUM_THREADS", "RANK"]:
         os.environ.pop(name, None)
+    heard = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT]
+    handlers = {number: signal.getsignal(number) for number in heard}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_place_on_slurm(tmp_path):
@@ -51,6 +58,16 @@ def test_place_on_slurm(tmp_path):
         "MASTER_PORT": "24567",
         "OMP_NUM_THREADS": "6",
     }
+
+
+def test_each_start_has_a_port_of_its_own(tmp_path):
+    os.environ.update(SLURM)
+    ports = {}
+    for restart in range(20):
+        os.environ["SLURM_RESTART_COUNT"] = str(restart)
+        ports[int(Job("", str(tmp_path)).place()["MASTER_PORT"])] = restart
+    assert len(ports) == 20
+    assert all(20000 <= port < 30000 for port in ports)
 
 
 def test_place_on_this_machine(tmp_path, monkeypatch):
@@ -77,6 +94,9 @@ def test_place_on_this_machine(tmp_path, monkeypatch):
         (UserError("mend it"), 2, "error: mend it\n"),
         (ValueError("broken"), 1, "ValueError: broken\n"),
         (KeyboardInterrupt(), 130, ""),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), LOST, "closed by peer\n"),
+        (torch.distributed.DistNetworkError("no store"), LOST, "no store\n"),
+        (RuntimeError("shapes do not match"), 1, "RuntimeError: shapes do not match\n"),
         (SystemExit(7), 7, "SystemExit: 7\n"),
         (SystemExit(75), 75, ""),
     ],
@@ -102,9 +122,20 @@ def test_status(tmp_path, monkeypatch, capsys, error, code, logged):
     [(config, gpus, running)] = seen
     assert (config, gpus, running["pid"], running["exit"]) == ("some.yaml", "GPU-1234", os.getpid(), None)
     assert Status(tmp_path, 2).read()["exit"] == code
+    assert Status(tmp_path, 2).read()["restart"] == 0
     shown = capsys.readouterr().err
     assert shown.endswith(logged)
     assert bool(shown) == bool(logged)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_outside_the_training_ends_the_rank(tmp_path, monkeypatch, number):
+    monkeypatch.setattr("launch.job.train_and_evaluate", lambda config: os.kill(os.getpid(), number))
+    os.environ.update(LOCAL)
+    with pytest.raises(SystemExit) as ended:
+        Job("some.yaml", str(tmp_path), port=4242)()
+    assert ended.value.code == 75
+    assert Status(tmp_path, 2).read()["exit"] == 75
 
 
 @pytest.mark.parametrize(

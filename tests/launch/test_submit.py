@@ -12,9 +12,12 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
+from launch.cluster import Asked
 from launch.follow import Log, first_failure
 from launch.job import Job, Status
-from launch.submit import ROOT, choose_cluster, lengthen, minutes, ranks_per_node, slurm_parameters, submit, watch
+from launch.profiles import Profile
+from launch.snapshot import ROOT, snapshot
+from launch.submit import lengthen, submit, watch
 from shards.errors import UserError
 from toolkit.config import Config
 
@@ -66,9 +69,9 @@ class Hanging(Waiting):
 def launch(kind, folder):
     from launch.submit import _free_port
 
-    config = Config()
-    config.run = str(folder)
-    job = submit(kind(str(folder / "none.yaml"), str(folder), _free_port()), config, "local", 2)
+    asked = Asked("local", Config(run=str(folder)), Profile(), 2)
+    work = kind(str(folder / "none.yaml"), str(folder), _free_port())
+    (job,) = submit(asked, [work], folder, snapshot(folder))
     return job, watch(job, folder, 2)
 
 
@@ -151,7 +154,9 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
 def test_slurm_that_is_not_there(tmp_path):
     ended = run("--cluster", "slurm", "--run", tmp_path / "run", PATH=str(tmp_path))
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: --launch.cluster slurm: sbatch, srun, squeue not found here"), ended.stderr
+    assert ended.stderr.startswith("error: --launch.cluster slurm: sbatch, srun, squeue, scontrol not found here"), (
+        ended.stderr
+    )
 
 
 def test_make_shards_failure_passes_on(tmp_path):
@@ -175,56 +180,7 @@ def test_short_options():
     assert list(lengthen(["--nodes", "4", "--ranks-per-node=8", "--training.lr", "1"])) == [
         "--launch.nodes", "4", "--launch.ranks_per_node=8", "--training.lr", "1",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("90", 90), ("90:01", 91), ("24:00:00", 1440), ("2-0", 2880), ("2-12:30", 3630), ("1-00:00:01", 1441)],
-)
-def test_time_limits_as_slurm_reads_them(text, expected):
-    assert minutes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "0", "x", "1:2:3:4", "-5", "1-"])
-def test_wrong_time_limits(text):
-    with pytest.raises(UserError):
-        minutes(text)
-
-
-def test_ranks(monkeypatch):
-    config = Config()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,5")
-    assert ranks_per_node(config, "local") == 3
-    assert ranks_per_node(config, "slurm") == 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert ranks_per_node(config, "local") == 2
-    config.launch.gpus_per_node = 8
-    assert ranks_per_node(config, "slurm") == 8
-    config.launch.ranks_per_node = 1
-    assert ranks_per_node(config, "local") == 1
-
-
-def test_slurm_script(tmp_path):
-    from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
-
-    config = Config()
-    config.launch.nodes, config.launch.gpus_per_node, config.launch.partition = 4, 8, "long"
-    names = SlurmExecutor._equivalence_dict()
-    asked = slurm_parameters(config, "/the repository").items()
-    parameters = {names.get(name, name).removeprefix("slurm_"): value for name, value in asked}
-    script = _make_sbatch_string("COMMAND", tmp_path, **parameters)
-    for line in ("--nodes=4", "--gpus-per-node=8", "--partition=long", "export PYTHONPATH='/the repository'"):
-        assert line in script, script
-    assert "--kill-on-bad-exit=1 --cpus-per-task=4 COMMAND" in script
-
-
-def test_automatic_cluster(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert choose_cluster(Config()) == "local"
-    for tool in ("sbatch", "srun", "squeue"):
-        (tmp_path / tool).write_text("#!/bin/sh\n")
-        (tmp_path / tool).chmod(0o755)
-    assert choose_cluster(Config()) == "slurm"
+    assert list(lengthen(["--no-follow", "--name", "x"])) == ["--launch.follow=false", "--launch.name", "x"]
 
 
 def test_the_first_failure_is_told(tmp_path):

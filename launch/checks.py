@@ -1,0 +1,268 @@
+"""What can be found wrong with a job before it waits in a queue: one line each, without torch."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from launch.cluster import Asked, minutes
+from launch.estimate import count, estimate, trunk_values
+from shards.errors import UserError
+from toolkit.config import Config, micro_batch
+from toolkit.run_folder import check_run, to_yaml
+
+# Said of a job that no node can ever run, which sbatch itself may take and let wait for ever, or that sbatch refuses.
+_HOPELESS = re.compile("Requested node configuration is not available|Invalid")
+
+
+class Check(NamedTuple):
+    """Something to look at; `look` says what it found, or raises a `UserError`."""
+
+    name: str
+    look: Callable[[], str]
+
+
+def job_checks(asked: Asked) -> list[Check]:
+    """What does not need the shards."""
+    config = asked.config
+    checks = [
+        Check("time", lambda: f"{minutes(config.launch.time)} minutes"),
+        Check("batch", lambda: f"{micro_batch(config, asked.ranks)} pairs a rank and micro-batch"),
+        Check("model", lambda: check_model(config)),
+        Check("run folder", lambda: check_folder(config, asked.ranks)),
+    ]
+    if config.deepspeed:
+        checks.append(Check("deepspeed", lambda: check_deepspeed(config, asked.ranks)))
+    if asked.cluster == "slurm":
+        launch = config.launch
+        checks.append(Check("partition", lambda: check_partition(asked)))
+        checks += [_known(kind, name) for kind, name in (("account", launch.account), ("qos", launch.qos)) if name]
+    return checks
+
+
+def data_checks(asked: Asked) -> list[Check]:
+    """What needs the shards."""
+    return [
+        Check("shards", lambda: check_shards(asked.config)),
+        Check("order", lambda: check_order(asked.config, asked.ranks)),
+    ]
+
+
+def check_model(config: Config) -> str:
+    """Look at what of the trunks can be seen without building them.
+
+    Raises:
+        UserError: A folder is missing, more layers are to be trained than there are, or heads do not divide a width.
+    """
+    for name, encoder in (("speech", config.model.speech), ("image", config.model.image)):
+        if encoder.trunk and encoder.trunk[0] in "/.~" and not Path(encoder.trunk).expanduser().is_dir():
+            raise UserError(f"model.{name}.trunk: no folder {encoder.trunk}: give one that transformers wrote")
+        trunk = trunk_values(encoder)
+        if trunk is None:
+            continue
+        layers, width = trunk["num_hidden_layers"], trunk["hidden_size"]
+        if encoder.train.isdecimal() and int(encoder.train) > layers:
+            raise UserError(f"model.{name}.train: expected none, all or 1 to {layers}, got {encoder.train!r}")
+        if encoder.head_layers and width % encoder.head_heads:
+            raise UserError(f"model.{name}.head_heads: {encoder.head_heads} does not divide the width {width}")
+    counts = count(config)
+    return "size unknown before the trunks are there" if counts is None else f"{counts.total / 1e6:,.1f} M parameters"
+
+
+def check_folder(config: Config, ranks: int) -> str:
+    """Can the run be written there, and is there room for its checkpoints?
+
+    Raises:
+        UserError: The folder holds another run, cannot be written, or its disk is too full.
+    """
+    check_run(config)
+    folder = Path(config.run).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there} cannot be written: name another run folder with --run DIR")
+    free = shutil.disk_usage(there).free
+    counts = count(config)
+    needed = 0.0
+    if counts is not None:
+        sizes = estimate(config, counts, ranks)
+        needed = disk(config, sizes.checkpoint, sizes.export)
+    if free < needed:
+        raise UserError(
+            f"{there} has {free / 1e9:,.1f} GB free, the run may take {needed / 1e9:,.1f} GB: name another with "
+            "--run DIR, or keep fewer checkpoints with --training.keep"
+        )
+    return f"{folder} can be written, {free / 1e9:,.0f} GB free"
+
+
+def disk(config: Config, checkpoint: float, export: float) -> float:
+    """Bytes that a run takes at most: the checkpoints kept, the best and one on its way; two exports and one."""
+    return (config.training.keep + 2) * checkpoint + 3 * export
+
+
+def check_deepspeed(config: Config, ranks: int) -> str:
+    """Have DeepSpeed itself look at the section `deepspeed`, in a process of its own: importing it takes seconds.
+
+    Raises:
+        UserError: It does not take a key or a value.
+    """
+    code = (
+        "import sys; from shards.errors import run_main; from toolkit.config_loader import load_config;"
+        "from toolkit.training.deepspeed_config import deepspeed_config;"
+        "run_main(lambda: deepspeed_config(load_config(sys.argv[1:3]), int(sys.argv[3])) and None)"
+    )
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(to_yaml(config), encoding="utf-8")
+        command = [sys.executable, "-c", code, "--config", str(file), str(ranks)]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["DeepSpeed refuses the section"]
+        raise UserError(lines[-1].removeprefix("error: "))
+    return "DeepSpeed takes the section"
+
+
+def check_shards(config: Config) -> str:
+    """Look for the manifests, the splits, and every shard with its size.
+
+    Raises:
+        UserError: Something is missing or has another size than the manifest says.
+    """
+    from shards.manifest import load
+
+    data = config.data
+    main = load(data.shards)
+    for split in filter(None, [data.dev if config.evaluation.every else "", config.final.split]):
+        main.rows(split)
+    folders = dict.fromkeys([data.shards, *data.mixture])
+    manifests = [main, *(load(folder) for folder in folders if folder != data.shards)]
+    shards = total = 0
+    for manifest in manifests:
+        if manifest.url is None:
+            for shard in manifest.shards:
+                check_size(manifest.folder / shard.name, shard.bytes)
+        shards += len(manifest.shards)
+        total += sum(shard.bytes for shard in manifest.shards)
+    remote = " (remote ones were not looked at)" if any(manifest.url for manifest in manifests) else ""
+    return f"{shards:,} shards of {total / 1e9:,.2f} GB are there, with the sizes of their manifest{remote}"
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Compare a file's size with what the manifest says.
+
+    Raises:
+        UserError: It is another, or there is no file.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}, though the manifest names it: make the shards again") from None
+    if size != expected:
+        raise UserError(f"{path} has {size:,} bytes, the manifest says {expected:,}: make the shards again")
+
+
+def check_order(config: Config, ranks: int) -> str:
+    """Lay out the order of samples.
+
+    Raises:
+        UserError: Batch, ranks, lanes and shards do not fit one another.
+    """
+    from toolkit.training.data import open_order
+
+    _, order = open_order(config, ranks)
+    return f"{order.steps_per_pass:,.2f} steps a pass"
+
+
+def check_partition(asked: Asked) -> str:
+    """Ask SLURM whether the partition is there, up, large enough, and lets a job run that long.
+
+    Raises:
+        UserError: It is not, or there is no default one; with several named, none of them will do.
+    """
+    launch = asked.config.launch
+    partitions = {entry["PartitionName"]: entry for entry in _partitions()}
+    names = [name for name, entry in partitions.items() if entry.get("Default") == "YES"]
+    if launch.partition:
+        names = launch.partition.split(",")
+    known = ", ".join(sorted(partitions))
+    if not names:
+        raise UserError(f"SLURM has no default partition: set --partition to one of {known}")
+    for name in names:
+        if name not in partitions:
+            raise UserError(f"--partition {name}: SLURM has none of that name; there are {known}")
+    problems = [_problem_of(partitions[name], launch.nodes, launch.time) for name in names]
+    if all(problems):
+        raise UserError(f"partition {names[0]} {problems[0]}")
+    return f"{names[problems.index(None)]} is up, and takes {launch.nodes} nodes for {launch.time}"
+
+
+def check_known(kind: str, name: str) -> str:
+    """Ask SLURM's accounting for an account or a QOS; where there is no accounting nothing is asked.
+
+    Raises:
+        UserError: It does not know the name.
+    """
+    command = ["sacctmgr", "--noheader", "--parsable2", "--readonly", "list", kind, "format=name"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "not looked at: no accounting"
+    known = answer.stdout.split()
+    if answer.returncode:
+        return "not looked at: no accounting"
+    if name not in known:
+        raise UserError(
+            f"--{kind} {name}: SLURM knows none of that name; there are {', '.join(sorted(known)) or 'none'}"
+        )
+    return f"SLURM knows {name}"
+
+
+def check_script(script: str, only_hopeless: bool = False) -> str:
+    """Have `sbatch --test-only` look at a script; nothing is submitted.
+
+    Args:
+        script: Its text.
+        only_hopeless: Let pass what may change while a job waits, such as nodes that are down.
+
+    Raises:
+        UserError: SLURM would refuse it, or never run it.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        answer = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
+    said = " ".join(f"{answer.stdout} {answer.stderr}".replace("sbatch:", " ").split())
+    if answer.returncode and (_HOPELESS.search(said) or not only_hopeless):
+        raise UserError(f"SLURM would not run the job: {said}")
+    return said
+
+
+def _known(kind: str, name: str) -> Check:
+    return Check(kind, lambda: check_known(kind, name))
+
+
+def _partitions() -> list[dict[str, str]]:
+    answer = subprocess.run(["scontrol", "show", "partition", "--oneliner"], capture_output=True, text=True)
+    if answer.returncode:
+        raise UserError(f"SLURM does not answer: {' '.join(answer.stderr.split())}")
+    lines = (line.split() for line in answer.stdout.splitlines() if "PartitionName=" in line)
+    return [dict(word.partition("=")[::2] for word in words if "=" in word) for words in lines]
+
+
+def _problem_of(partition: dict[str, str], nodes: int, time: str) -> str | None:
+    if (state := partition.get("State", "UP")) != "UP":
+        return f"is {state}: choose another with --partition"
+    for key in ("TotalNodes", "MaxNodes"):
+        value = partition.get(key, "UNLIMITED")
+        if value.isdecimal() and int(value) < nodes:
+            return f"gives a job at most {value} nodes, --nodes asks for {nodes}"
+    longest = partition.get("MaxTime", "UNLIMITED")
+    if longest[:1].isdecimal() and minutes(longest) < minutes(time):
+        return f"lets a job run {longest}, --time asks for {time}"
+    return None

@@ -1,0 +1,206 @@
+"""What a run will take of memory and disk, counted from the configuration: no model is built and torch is not imported.
+
+The parameters are counted exactly. Activations, which depend on the lengths of the captions, and what libraries keep
+for themselves are not in the estimate.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.config import Config, Image, Model, Speech
+
+THIRDS, GRID = 3, 16  # places that a head without layers pools
+# What transformers takes where a configuration is silent.
+HUBERT = {
+    "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "conv_dim": [512] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_bias": False, "feat_extract_norm": "group",
+    "do_stable_layer_norm": False, "feat_proj_layer_norm": True, "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+}  # fmt: skip
+VISION = {
+    "clip": {
+        "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "image_size": 224, "patch_size": 32,
+    },
+    "blip2": {
+        "hidden_size": 1408, "num_hidden_layers": 39, "intermediate_size": 6144, "image_size": 224, "patch_size": 14,
+        "qkv_bias": True,
+    },
+}  # fmt: skip
+# Published trunks by their hub id, so that they can be counted before they are downloaded.
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
+KNOWN: dict[str, dict[str, Any]] = {
+    "facebook/hubert-base-ls960": {},
+    "facebook/hubert-large-ll60k": {
+        **_LARGE, "conv_bias": True, "feat_extract_norm": "layer", "do_stable_layer_norm": True
+    },
+    "openai/clip-vit-base-patch32": {},
+    "openai/clip-vit-base-patch16": {"patch_size": 16},
+    "openai/clip-vit-large-patch14": {**_LARGE, "patch_size": 14},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters."""
+
+    total: int
+    trained: int
+    encoders: int  # of the trained ones those in the two encoders: what the teacher averages
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank, in steady state, and of a checkpoint."""
+
+    weights: float
+    gradients: float
+    optimizer: float  # float32 weights, where they are kept beside the model's, and two moments
+    teacher: float
+    queue: float
+    checkpoint: float
+    export: float
+
+    @property
+    def rank(self) -> float:
+        """All of a rank."""
+        return self.weights + self.gradients + self.optimizer + self.teacher + self.queue
+
+
+def count(config: Config) -> Counts | None:
+    """Count the parameters; None where a trunk is not here and not known."""
+    speech, image = trunk_values(config.model.speech), trunk_values(config.model.image)
+    if speech is None or image is None:
+        return None
+    encoders = [*_speech(config.model, speech), *_image(config.model, image)]
+    widths = {"speech": speech["hidden_size"], "image": image["hidden_size"]}
+    rest = [*_fusion_and_denoisers(config, widths), (1, config.objectives.contrastive.learn_temperature)]
+    return Counts(
+        total=sum(size for size, _ in encoders + rest),
+        trained=sum(size for size, trained in encoders + rest if trained),
+        encoders=sum(size for size, trained in encoders if trained),
+    )
+
+
+def estimate(config: Config, counts: Counts, ranks: int) -> Memory:
+    """Bytes by part, for the ZeRO stage and precision of the configuration."""
+    training, stage = config.training, config.training.zero
+    width = 2 if training.precision == "bf16" else 4
+    sharded = ranks if stage >= 1 else 1
+    own_masters = training.precision == "bf16" or stage >= 1  # float32 at stage 0 has the weights themselves
+    teacher = 0.0
+    averages = 4 * counts.encoders if config.objectives.momentum.enabled else 0
+    if averages:
+        teacher = averages / sharded + (width * counts.encoders if own_masters else 0)
+    queue = config.objectives.contrastive.queue * (2 * 4 * config.model.embed_dim + 8)
+    return Memory(
+        weights=width * counts.total / (ranks if stage == 3 else 1),
+        gradients=width * counts.trained / (ranks if stage >= 2 else 1),
+        optimizer=(4 * own_masters + 8) * counts.trained / sharded,
+        teacher=teacher,
+        queue=queue,
+        checkpoint=12 * counts.trained + averages + queue,
+        export=width * counts.total,
+    )
+
+
+def trunk_values(encoder: Speech | Image) -> dict[str, Any] | None:
+    """The values of a trunk's configuration, defaults included: its own, a folder's, or those of a known hub id."""
+    defaults = HUBERT if isinstance(encoder, Speech) else VISION[encoder.architecture]
+    if not encoder.trunk:
+        return {**defaults, **encoder.config}
+    for folder in (Path(encoder.trunk).expanduser(), *_downloaded(encoder.trunk)):
+        try:
+            values = json.loads((folder / "config.json").read_text())
+            return {**defaults, **values.get("vision_config", values)}
+        except (OSError, ValueError, AttributeError):
+            continue
+    known = KNOWN.get(encoder.trunk)
+    return None if known is None else {**defaults, **known}
+
+
+def _downloaded(name: str) -> Iterator[Path]:
+    """Where the hub's cache keeps a model."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    yield from sorted(cache.glob(f"models--{name.replace('/', '--')}/snapshots/*"))
+
+
+Sizes = list[tuple[int, bool]]  # numbers of parameters, and whether they are trained
+
+
+def _speech(model: Model, trunk: dict[str, Any]) -> Sizes:
+    speech, width, layers = model.speech, trunk["hidden_size"], trunk["num_hidden_layers"]
+    frozen = None if speech.train == "all" else layers - (0 if speech.train == "none" else int(speech.train))
+    below = frozen is None
+    kernels, channels = trunk["conv_kernel"], trunk["conv_dim"]
+    convolutions = sum(
+        before * after * kernel + after * bool(trunk["conv_bias"])
+        for before, after, kernel in zip([1, *channels], channels, kernels, strict=False)
+    )
+    norms = 2 * (sum(channels) if trunk["feat_extract_norm"] == "layer" else channels[0])
+    projection = _linear(channels[-1], width) + (2 * channels[-1] if trunk["feat_proj_layer_norm"] else 0)
+    taps = trunk["num_conv_pos_embeddings"]
+    positions = width * (width // trunk["num_conv_pos_embedding_groups"]) * taps + taps + width
+    layer = _layer(width, trunk["intermediate_size"])
+    top_norm = below if not trunk["do_stable_layer_norm"] else frozen != layers
+    return [
+        (convolutions + norms + projection + positions, below),
+        (2 * width, top_norm),
+        *((layer, below or depth >= (frozen or 0)) for depth in range(layers)),
+        (layers + 1, True),  # the layer mix
+        (_head(width, model.embed_dim, speech.head_layers, THIRDS if speech.pool == "thirds" else 1), True),
+    ]
+
+
+def _image(model: Model, trunk: dict[str, Any]) -> Sizes:
+    image, width, layers = model.image, trunk["hidden_size"], trunk["num_hidden_layers"]
+    frozen = None if image.train == "all" else layers - (0 if image.train == "none" else int(image.train))
+    below, clip = frozen is None, image.architecture == "clip"
+    patch = trunk["patch_size"]
+    places = (trunk["image_size"] // patch) ** 2 + 1
+    embeddings = width + 3 * patch * patch * width + places * width + (0 if clip else width)
+    layer = _layer(width, trunk["intermediate_size"]) - (0 if clip or trunk["qkv_bias"] else 3 * width)
+    return [
+        (embeddings + (2 * width if clip else 0), below),
+        *((layer, below or depth >= (frozen or 0)) for depth in range(layers)),
+        (2 * width, frozen != layers),
+        (_head(width, model.embed_dim, image.head_layers, GRID if image.pool == "grid" else 1), True),
+    ]
+
+
+def _fusion_and_denoisers(config: Config, widths: dict[str, int]) -> Sizes:
+    fusion, denoising = config.model.fusion, config.objectives.denoising
+    summary = _linear(config.model.embed_dim, fusion.width) if fusion.agreement else 0
+    matching = _fusion(widths["speech"], widths["image"], fusion.width, fusion.layers) + fusion.width + summary
+    sizes = [(matching + _linear(fusion.width, 2), True)]
+    sides = {"both": ["image", "speech"]}.get(denoising.side, [denoising.side]) if denoising.weight else []
+    for side in sides:
+        other = "image" if side == "speech" else "speech"
+        denoiser = _fusion(widths[side], widths[other], fusion.width, denoising.layers)
+        sizes.append((denoiser + _linear(fusion.width, widths[side]), True))
+    return sizes
+
+
+def _linear(before: int, after: int) -> int:
+    return before * after + after
+
+
+def _layer(width: int, inner: int) -> int:
+    """A trunk's transformer layer: attention, two layers around the activation, two norms."""
+    return 4 * _linear(width, width) + _linear(width, inner) + _linear(inner, width) + 4 * width
+
+
+def _head(width: int, embed_dim: int, layers: int, places: int) -> int:
+    if not layers:
+        return _linear(places * width, embed_dim)
+    return width + layers * _layer(width, 4 * width) + 2 * width + _linear(width, embed_dim)
+
+
+def _fusion(query: int, context: int, width: int, layers: int) -> int:
+    """A fusion encoder without class token: two inputs with their norms, layers with cross-attention, the last norm."""
+    layer = _layer(width, 4 * width) + 4 * _linear(width, width) + 2 * width
+    return _linear(query, width) + _linear(context, width) + 4 * width + layers * layer + 2 * width

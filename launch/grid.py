@@ -1,0 +1,228 @@
+"""Sweeps: a YAML file or `--sweep KEY=V1,V2` becomes named members, each the configuration with a few values set.
+
+    name: "{name}-m{objectives.momentum.decay}"    # optional; else made of the swept keys and their values
+    base: {training.steps: 20000}                  # what all members have
+    list: [{name: small, model.embed_dim: 128}, {name: large, model.embed_dim: 512}]
+    grid: {objectives.momentum.decay: [0.99, 0.995], seed: [0, 1]}
+
+Every entry of `list` is taken with every combination of `grid`: 2 x 4 members here. Keys may be written with dots or as
+nested sections.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from shards.errors import UserError
+from toolkit.config import Config
+from toolkit.config_loader import describe, nearest, parse_value, read_yaml, typed
+
+_SECTIONS = ("name", "base", "list", "grid")
+_RESERVED = ("code", "logs")  # folders that the grid's own folder holds beside those of its members
+_LONGEST = 100  # characters of a member's name
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep.
+
+    Attributes:
+        name: Of its run folder, within the sweep's.
+        overrides: Values of the configuration by their keys with dots.
+    """
+
+    name: str
+    overrides: dict[str, Any]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The overrides as words of a command line."""
+        return [f"--{key}={_text(value)}" for key, value in self.overrides.items()]
+
+
+def expand(source: str | Path | Mapping[str, Any], sweeps: Iterable[str] = ()) -> list[Member]:
+    """The members of a sweep, each with a name of its own.
+
+    Args:
+        source: A YAML file as above, or lists of values by key, as its section `grid`.
+        sweeps: Further dimensions of the grid, as `KEY=V1,V2,...`.
+
+    Raises:
+        UserError: The file cannot be read, a key is unknown, a value does not fit, or two members are the same.
+    """
+    if isinstance(source, Mapping):
+        where, sections = "", dict[str, Any](grid=dict(source))
+    else:
+        where, sections = f"{source}: ", _read(Path(source))
+    grid = _flat(sections.get("grid", {}), f"{where}grid: ") | _swept(sweeps)
+    entries = sections.get("list") or [{}]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{where}list: expected a list of mappings from keys to values")
+    base = _checked(_flat(sections.get("base", {}), f"{where}base: "), f"{where}base: ")
+    members = []
+    for entry in entries:
+        own = dict(entry)
+        name = own.pop("name", None)
+        if name is not None and not isinstance(name, str | int | float):
+            raise UserError(f"{where}list: name: {name!r} is not a name")
+        own = _checked(_flat(own, f"{where}list: "), f"{where}list: ")
+        for point in _points(grid, f"{where}grid: "):
+            label = _label(sections.get("name"), name, own, point, grid, where)
+            members.append(Member(label, base | own | point))
+    if members == [Member("", base)] or not members:
+        raise UserError(f"{where}nothing is swept: give `grid` or `list`")
+    _distinct(members, where)
+    return members
+
+
+def _read(path: Path) -> dict[str, Any]:
+    sections = read_yaml(path)
+    for key in sections:
+        if key not in _SECTIONS:
+            near = nearest(str(key), _SECTIONS)
+            raise UserError(f"{path}: {key}: unknown key; did you mean {near}? (there are {', '.join(_SECTIONS)})")
+    return {key: value for key, value in sections.items() if value is not None}
+
+
+def _swept(words: Iterable[str]) -> dict[str, Any]:
+    """`KEY=V1,V2` as a list of values by key; a value that holds commas itself stands in brackets."""
+    grid: dict[str, Any] = {}
+    for word in words:
+        key, equals, values = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"--sweep {word}: expected KEY=V1,V2")
+        if key in grid:
+            raise UserError(f"--sweep {word}: {key} is swept twice")
+        grid[key] = parse_value(f"[{values}]", f"--sweep {word}")
+    return grid
+
+
+def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
+    """Nested sections as keys with dots; what a free mapping holds stays as it is."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}expected a mapping from keys to values, not {tree!r}")
+    sections = set(_sections(Config()))
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in sections and isinstance(value, dict):
+            flat |= _flat(value, where, f"{key}.")
+        else:
+            flat[key] = value
+    return flat
+
+
+def _points(grid: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    """Every combination of the grid's values."""
+    columns = []
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{where}{key} is {values!r}; expected a list of values")
+        columns.append([_checked({key: value}, where) for value in values])
+    for combination in itertools.product(*columns):
+        yield {key: value for one in combination for key, value in one.items()}
+
+
+def _checked(overrides: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same values, each of its key's type."""
+    return {key: _value(key, value, where) for key, value in overrides.items()}
+
+
+def _value(key: str, value: Any, where: str) -> Any:
+    if key == "run" or key.startswith("launch."):
+        raise UserError(f"{where}{key}: all members are one job array with one folder: set it on the command line")
+    kinds = dict(_kinds(Config()))
+    if key in kinds:
+        try:
+            return typed(value, kinds[key])
+        except TypeError:
+            raise UserError(f"{where}{key} is {value!r}; expected {describe(kinds[key])}") from None
+    if any(key.startswith(f"{free}.") and (get_origin(kind) or kind) is dict for free, kind in kinds.items()):
+        return value
+    raise UserError(f"{where}{key}: unknown key; did you mean {nearest(key, kinds)}?")
+
+
+def _kinds(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of the configuration with its type."""
+    kinds = get_type_hints(type(section))
+    for each in fields(section):
+        value = getattr(section, each.name)
+        if is_dataclass(value):
+            yield from _kinds(value, f"{prefix}{each.name}.")
+        else:
+            yield f"{prefix}{each.name}", kinds[each.name]
+
+
+def _sections(section: Any, prefix: str = "") -> Iterator[str]:
+    for each in fields(section):
+        value = getattr(section, each.name)
+        if is_dataclass(value):
+            yield f"{prefix}{each.name}"
+            yield from _sections(value, f"{prefix}{each.name}.")
+
+
+def _label(
+    template: Any, name: Any, own: dict[str, Any], point: dict[str, Any], grid: dict[str, list[Any]], where: str
+) -> str:
+    """A member's name: by the template, else the entry's own name and what the grid sets."""
+    if template is not None:
+        values = own | point | ({} if name is None else {"name": name})
+        return _clean(re.sub(r"\{([^{}]*)\}", lambda found: _filled(found[1], values, where), str(template)))
+    short = _short_names([*own, *point])
+    parts = [_clean(str(name))] if name is not None else [_part(short[key], own[key], 0) for key in own]
+    parts += [_part(short[key], value, grid[key].index(value)) for key, value in point.items()]
+    return "_".join(parts)
+
+
+def _filled(key: str, values: dict[str, Any], where: str) -> str:
+    if key not in values:
+        raise UserError(f"{where}name: {{{key}}} is not swept; there are {', '.join(values)}")
+    return _text(values[key])
+
+
+def _short_names(keys: list[str]) -> dict[str, str]:
+    """The last word of each key, and as many before it as tell it from the others."""
+    short = {}
+    for key in keys:
+        words = key.split(".")
+        for count in range(1, len(words) + 1):
+            tail = words[-count:]
+            if sum(other.split(".")[-count:] == tail for other in keys) == 1:
+                break
+        short[key] = ".".join(tail)
+    return short
+
+
+def _part(key: str, value: Any, number: int) -> str:
+    """One value in a name: decay0.99, side-image; what is long or has parts is numbered."""
+    text = _text(value)
+    if isinstance(value, list | dict) or len(text) > 40:
+        return f"{key}-{number}"
+    return _clean(f"{key}-{text}" if isinstance(value, str | bool) else f"{key}{text}")
+
+
+def _clean(text: str) -> str:
+    """The same without what a folder's name had better not hold."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.")
+
+
+def _text(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _distinct(members: list[Member], where: str) -> None:
+    """Make sure that every member has a folder of its own and differs from the others."""
+    seen: dict[str, Member] = {}
+    for member in members:
+        if not member.name or member.name in _RESERVED or len(member.name) > _LONGEST:
+            raise UserError(f"{where}{member.name!r} cannot be a member's folder: mend it by `name`")
+        if other := seen.get(member.name.lower()):
+            same = "the same" if other.overrides == member.overrides else "different"
+            told = f"two members are called {member.name}, with {same} values"
+            raise UserError(f"{where}{told}: tell them apart by `name`")
+        seen[member.name.lower()] = member

@@ -1,0 +1,255 @@
+"""A job between its incarnations: what its batch script does before and after the ranks, and whether it starts again.
+
+`python launch/life.py FOLDER begin` and `python launch/life.py FOLDER CODE` are lines of the batch script. They write
+`FOLDER/incarnations.jsonl`, two lines for each incarnation, and ask SLURM to requeue the job where that is of use:
+
+    {"restart": 1, "began": ..., "hosts": ["node1"], "job": "17", "began_step": 400}
+    {"restart": 1, "ended": ..., "code": 75, "requeued": true, "why": "...", "cause": "saved", "step": 600}
+
+Times are Unix times; steps are those of the newest complete checkpoint, -1 for none. A job that SLURM itself starts
+again (its node was lost, an operator asked) is not requeued a second time.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # the script's own folder is not a place to import from
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.job import LOST, Status, restart_count
+from launch.record import INCARNATIONS, MEMBERS, incarnations
+
+_SAVED = os.EX_TEMPFAIL
+_STALLED = 70  # toolkit.training.watchdog.STALLED, which this script, far from torch, does not import
+_CRASHES = 3  # requeues in a row of a job whose ranks die without getting further
+_STOPS = 20  # the same of a job that is asked to stop each time before it got further
+_PATIENCE = 600.0  # seconds that SLURM's controller may take to come back
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What happens next, and why.
+
+    Attributes:
+        cause: done, saved (asked to stop), killed, failed, mistake, cancelled, or slurm where that requeues by itself.
+        requeue: Whether this script has to ask for it.
+        why: For people to read.
+    """
+
+    cause: str
+    requeue: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How SLURM sees the job while its batch script ends.
+
+    Attributes:
+        state: RUNNING, unless SLURM is ending it: then COMPLETING.
+        reason: TimeLimit when that was reached.
+        restarts: More than this incarnation's once SLURM has decided to start the job again.
+    """
+
+    state: str
+    reason: str
+    restarts: int
+
+
+def setup_lines(folder: Path, python: str, code: Path) -> list[str]:
+    """Lines of bash for the beginning of a batch script, before srun.
+
+    The shell outlives the signals that SLURM sends to make the job end, so that it can write down how the ranks ended.
+
+    Args:
+        folder: Of the submission's logs, as the nodes see it.
+        python: The interpreter.
+        code: The packages that the job runs.
+    """
+    call = shlex.join([python, str(code / "launch" / "life.py"), str(folder)])
+    return [
+        f"end_of_incarnation() {{ code=$?; {call} $code; exit $code; }}",
+        "trap end_of_incarnation EXIT",
+        "trap : TERM USR1 USR2",
+        f"{call} begin",
+    ]
+
+
+def main(arguments: list[str]) -> None:
+    """Do what a line of the batch script asks for."""
+    folder, what = member(Path(arguments[0]), os.environ), arguments[1]
+    if what == "begin":
+        begin(folder, os.environ)
+    else:
+        end(folder, int(what), os.environ)
+
+
+def member(folder: Path, environment: Mapping[str, str]) -> Path:
+    """The folder of this job; of a job array's member, its own."""
+    index = environment.get("SLURM_ARRAY_TASK_ID")
+    return Path(json.loads((folder / MEMBERS).read_text())[index]) if index else folder
+
+
+def begin(folder: Path, environment: Mapping[str, str]) -> None:
+    """Write that an incarnation begins; of one that ended without a word, that it did."""
+    restart, step = restart_count(environment), newest_step(folder)
+    if (lives := incarnations(folder)) and lives[-1].ended is None:
+        fate = Fate("slurm", False, "ended with its node or by SLURM, which started the job again")
+        _write_end(folder, lives[-1].restart, None, fate, True)
+    nodes = environment.get("SLURM_JOB_NODELIST", "")
+    names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True).stdout.split()
+    line = {"restart": restart, "began": time.time(), "hosts": names, "job": job_id(environment), "began_step": step}
+    _append(folder, line)
+
+
+def end(folder: Path, code: int, environment: Mapping[str, str]) -> None:
+    """Write how an incarnation ended, and have the job requeued if that is of use.
+
+    Args:
+        folder: Of the job's logs.
+        code: srun's exit code: the greatest of its ranks'.
+        environment: Of the batch script.
+    """
+    restart, job = restart_count(environment), job_id(environment)
+    seen = look(job)
+    exits = rank_exits(folder, restart)
+    fate = decide(code, exits, seen, restart, _without_progress(folder, restart))
+    by_slurm = seen is not None and seen.restarts > restart
+    # Written first: with the requeue SLURM ends this process too.
+    _write_end(folder, restart, code, fate, fate.requeue or by_slurm)
+    print(f"incarnation {restart} ended with exit code {code}: {fate.why}", flush=True)
+    if fate.requeue:
+        refused = ask(["scontrol", "requeue", job])
+        if refused is not None:
+            _write_end(
+                folder, restart, code, Fate(fate.cause, False, f"{fate.why}, but SLURM refused: {refused}"), False
+            )
+
+
+def decide(code: int, exits: list[int | None], seen: Seen | None, restart: int, idle: list[str]) -> Fate:
+    """Say whether a job starts again.
+
+    Args:
+        code: srun's exit code.
+        exits: What the ranks left as theirs; None where one was killed.
+        seen: The job in SLURM's eyes; None if the controller does not answer.
+        restart: This incarnation's number.
+        idle: Causes of the former incarnations since the last that saved something; none if this one did.
+    """
+    if seen and seen.restarts > restart:
+        return Fate("slurm", False, "SLURM starts it again: an operator, a preemption or a lost node")
+    if code == 0:
+        return Fate("done", False, "complete")
+    if seen and seen.state != "RUNNING" and seen.reason != "TimeLimit":
+        return Fate("cancelled", False, "cancelled: it does not start again")
+    left = [each for each in exits if each is not None] or [code]
+    failures = [each for each in left if each not in (0, LOST, _SAVED, _STALLED) and (each < 128 or each == 130)]
+    if failures:
+        mistake = 2 in failures
+        number = 2 if mistake else failures[0]
+        what = "a mistake in the configuration or the data" if mistake else f"a rank failed with exit code {number}"
+        return Fate("mistake" if mistake else "failed", False, f"{what}: it does not start again")
+    saved = _SAVED in left
+    cause, most = ("saved", _STOPS) if saved else ("killed", _CRASHES)
+    how = "asked to stop" if saved else "a rank was killed or hung"
+    if idle.count(cause) >= most:
+        return Fate(cause, False, f"{how}; {most} restarts in a row brought no new checkpoint: it does not start again")
+    return Fate(cause, True, f"{how}: it starts again")
+
+
+def look(job: str) -> Seen | None:
+    """How SLURM sees a job; None if the controller stays away."""
+    answer: list[str] = []
+    if ask(["scontrol", "--oneliner", "show", "job", job], answer) is not None:
+        return None
+    fields = dict(re.findall(r"(JobState|Reason|Restarts)=(\S*)", answer[0]))
+    return Seen(fields.get("JobState", ""), fields.get("Reason", ""), int(fields.get("Restarts", 0)))
+
+
+def ask(command: list[str], answer: list[str] | None = None) -> str | None:
+    """Run a command of SLURM, again and again while its controller is away.
+
+    Args:
+        command: The command.
+        answer: Takes what it printed.
+
+    Returns:
+        None if it worked, else what it complained of.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            if answer is not None:
+                answer.append(done.stdout)
+            return None
+        complaint = " ".join(done.stderr.split())
+        away = "nable to contact" in complaint or "timed out" in complaint or "refused" in complaint
+        if not away or time.monotonic() > deadline:
+            return complaint
+        time.sleep(2)
+
+
+def job_id(environment: Mapping[str, str]) -> str:
+    """The job's number; a member of a job array is asked for by its index, since one has the number of them all."""
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the run's newest complete checkpoint; -1 for none. The run is the folder above the logs."""
+    marked = folder.parent.parent.glob("checkpoints/step-*/progress.json")
+    return max((int(path.parent.name.removeprefix("step-")) for path in marked), default=-1)
+
+
+def rank_exits(folder: Path, restart: int) -> list[int | None]:
+    """What the ranks of an incarnation left as their exit codes."""
+    ranks = [int(path.stem.removeprefix("rank")) for path in folder.glob("rank*.json")]
+    each = [Status(folder, rank).read() for rank in sorted(ranks)]
+    return [status["exit"] for status in each if status is not None and status.get("restart", 0) == restart]
+
+
+def _without_progress(folder: Path, restart: int) -> list[str]:
+    """Causes of the incarnations before this one since the last that saved something; none if this one did."""
+    causes, newest = [], newest_step(folder)
+    for each in reversed(incarnations(folder)):
+        if (newest if each.step is None else each.step) > each.began_step:
+            break
+        if each.restart != restart:
+            causes.append(each.cause)
+    return causes
+
+
+def _write_end(folder: Path, restart: int, code: int | None, fate: Fate, requeued: bool) -> None:
+    line = {
+        "restart": restart,
+        "ended": time.time(),
+        "code": code,
+        "requeued": requeued,
+        "why": fate.why,
+        "cause": fate.cause,
+        "step": newest_step(folder),
+    }
+    _append(folder, line)
+
+
+def _append(folder: Path, record: dict[str, Any]) -> None:
+    """Add a line; a disk that is full is no reason not to start again."""
+    try:
+        with (folder / INCARNATIONS).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        print(f"{folder / INCARNATIONS} was not written: {error.strerror}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

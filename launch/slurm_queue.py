@@ -1,0 +1,68 @@
+"""What SLURM says of jobs: squeue of those that wait or run, sacct (where there are accounts) of those that ended."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Collection
+from dataclasses import dataclass
+
+_PATIENCE = 20.0  # seconds that SLURM may take to answer
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job in SLURM's words.
+
+    Attributes:
+        state: PENDING, RUNNING, COMPLETING, ...; of a job that has ended COMPLETED, CANCELLED, TIMEOUT, ...
+        reason: Why it waits, such as Resources or Priority; empty where there is none.
+        alive: It waits or runs.
+    """
+
+    state: str
+    reason: str
+    alive: bool
+
+
+def find(ids: Collection[str]) -> dict[str, Queued]:
+    """What SLURM knows of these jobs; empty where there is no SLURM, or it does not answer.
+
+    Args:
+        ids: Numbers of jobs; of a member of a job array as ARRAY_INDEX.
+    """
+    if not ids or shutil.which("squeue") is None:
+        return {}
+    arrays = ",".join(sorted({each.partition("_")[0] for each in ids}))
+    lines = _ask(["squeue", "--noheader", "--array", "--jobs", arrays, "--format", "%i|%T|%r"])
+    if lines is None:
+        return {}
+    found: dict[str, Queued] = {}
+    for line in lines:
+        job, state, reason = line.split("|", 2)
+        found[job] = Queued(state, "" if reason == "None" else reason, True)
+    gone = {each: Queued("", "", False) for each in ids if each not in found}
+    return {each: found[each] for each in ids if each in found} | gone | (_ended(list(gone)) if gone else {})
+
+
+def _ended(ids: list[str]) -> dict[str, Queued]:
+    """Last states of jobs that have left the queue."""
+    if shutil.which("sacct") is None:
+        return {}
+    columns = ["--allocations", "--noheader", "--parsable2", "--format", "JobID,State"]
+    found = {}
+    for line in _ask(["sacct", *columns, "--jobs", ",".join(ids)]) or []:
+        job, _, state = line.partition("|")
+        word = re.split(r"[ +]", state)[0]  # "CANCELLED by 1000"
+        if job in ids and word not in ("PENDING", "RUNNING", "REQUEUED", ""):  # accounts lag behind the queue
+            found[job] = Queued(word, "", False)
+    return found
+
+
+def _ask(command: list[str]) -> list[str] | None:
+    """The lines of an answer; None if there is none."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    unknown = "Invalid job id" in answer.stderr
+    return None if answer.returncode and not unknown else answer.stdout.splitlines()

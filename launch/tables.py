@@ -1,0 +1,154 @@
+"""Tables of runs for reading: how they stand, and what a sweep has found."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.state import RunState, age
+
+_WAYS = ("speech_to_image", "image_to_speech")
+
+
+def status_table(states: Sequence[RunState]) -> str:
+    """A row for each run, and below them why those ended that did not end well."""
+    head = ["run", "job", "state", "step", "left", "restarts", "R@1", "last log", "log"]
+    rows = []
+    for state in states:
+        job = state.recorded.submission.id if state.recorded else ""
+        split = "" if state.recall is None else f"{_split(state)} {state.recall:.1f}"
+        seen = "" if state.seen is None else f"{duration(age(state.seen))} ago"
+        left = "" if state.eta is None else duration(state.eta)
+        rows.append(
+            [
+                str(state.run),
+                job,
+                _told(state),
+                _step(state),
+                left,
+                str(state.restarts),
+                split,
+                seen,
+                str(state.log or ""),
+            ]
+        )
+    return "\n".join([_columns([head, *rows]), *_failures(states)])
+
+
+def status_values(state: RunState) -> dict[str, Any]:
+    """The same as JSON values."""
+    return {
+        "run": str(state.run),
+        "job": state.recorded.submission.id if state.recorded else None,
+        "state": state.state,
+        "reason": state.reason,
+        "step": state.step,
+        "steps": state.steps,
+        "seconds_left": state.eta,
+        "restarts": state.restarts,
+        "split": _split(state) or None,
+        "mean_R@1": state.recall,
+        "last_log": state.seen,
+        "log": str(state.log) if state.log else None,
+        "failure": _failure(state),
+    }
+
+
+def result_table(states: Sequence[RunState], grid: Path) -> str:
+    """A row for each member of a sweep: both directions, coarse, and the mean with and without re-ranking."""
+    head = ["member", "state", "step", "split", "S>I R@1", "R@10", "I>S R@1", "R@10", "mean R@1", "re-ranked"]
+    rows = []
+    for state in states:
+        values = result_values(state, grid)
+        figures = [values[f"{way} {k}"] for way in _WAYS for k in ("R@1", "R@10")]
+        figures += [values["mean_R@1"], values["reranked mean_R@1"]]
+        numbers = ["" if figure is None else f"{figure:.1f}" for figure in figures]
+        rows.append([values["member"], _told(state), _step(state), values["split"] or "", *numbers])
+    ended = [state.state for state in states]
+    counts = ", ".join(f"{ended.count(each)} {each}" for each in dict.fromkeys(ended))
+    lines = [_columns([head, *rows]), f"{len(states)} members: {counts}; recall in per cent, S speech, I image"]
+    return "\n".join([*lines, *_failures(states)])
+
+
+def result_values(state: RunState, grid: Path) -> dict[str, Any]:
+    """One member's row as JSON values."""
+    report = state.final or state.dev or {}
+    coarse, reranked = report.get("coarse") or {}, report.get("reranked") or {}
+    recall = {f"{way} {k}": (coarse.get(way) or {}).get(k) for way in _WAYS for k in ("R@1", "R@5", "R@10")}
+    return {
+        "member": _name(state.run, grid),
+        "state": state.state,
+        "reason": state.reason,
+        "step": state.step,
+        "steps": state.steps,
+        "split": _split(state) or None,
+        **recall,
+        "mean_R@1": coarse.get("mean_R@1"),
+        "reranked mean_R@1": reranked.get("mean_R@1"),
+        "failure": _failure(state),
+    }
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader takes them in: 40 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def _told(state: RunState) -> str:
+    """The state, and why it waits; why it failed is told below the table."""
+    return f"{state.state} ({state.reason})" if state.reason and state.state == "waiting" else state.state
+
+
+def _step(state: RunState) -> str:
+    return "" if state.step is None else f"{state.step}/{'?' if state.steps is None else state.steps}"
+
+
+def _split(state: RunState) -> str:
+    return str((state.final or state.dev or {}).get("split") or ("dev" if state.dev else ""))
+
+
+def _failures(states: Sequence[RunState]) -> list[str]:
+    lines = []
+    for state in states:
+        if state.state not in ("failed", "cancelled"):
+            continue
+        lines.append(f"\n{state.run} {state.state}: {state.reason or 'nothing is known of why'}")
+        if state.failure and state.failure.mistake:
+            lines.append(f"    {state.failure.mistake}")
+        elif state.failure:
+            lines += [f"    {line}" for line in state.failure.lines]
+            lines.append(f"    the whole log is {state.failure.log}")
+    return lines
+
+
+def _failure(state: RunState) -> dict[str, Any] | None:
+    if state.failure is None:
+        return None
+    failure = state.failure
+    lines = [failure.mistake] if failure.mistake else failure.lines
+    return {"rank": failure.rank, "code": failure.code, "lines": lines, "log": str(failure.log)}
+
+
+def _name(run: Path, grid: Path) -> str:
+    run, grid = run.resolve(), grid.resolve()
+    return str(run.relative_to(grid)) if run.is_relative_to(grid) and run != grid else run.name
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows under one another; what is a number under its heading stands at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = [
+        all(not row[place] or row[place][0].isdigit() for row in rows[1:]) and any(row[place] for row in rows[1:])
+        for place in range(len(widths))
+    ]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, right, strict=True)
+        lines.append("  ".join(cell.rjust(width) if at_right else cell.ljust(width) for cell, width, at_right in cells))
+    return "\n".join(line.rstrip() for line in lines)

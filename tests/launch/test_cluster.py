@@ -1,0 +1,127 @@
+"""Where a job runs, and what is asked of it there."""
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from launch.cluster import Asked, choose_cluster, executor, minutes, ranks_per_node, setup_lines, slurm_parameters
+from launch.profiles import Profile
+from shards.errors import UserError
+from tests.launch.cluster import fake_slurm
+from toolkit.config import Config, Launch
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("90:01", 91), ("24:00:00", 1440), ("2-0", 2880), ("2-12:30", 3630), ("1-00:00:01", 1441)],
+)
+def test_time_limits_as_slurm_reads_them(text, expected):
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "x", "1:2:3:4", "-5", "1-"])
+def test_wrong_time_limits(text):
+    with pytest.raises(UserError):
+        minutes(text)
+
+
+def test_ranks(monkeypatch):
+    launch = Launch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,5")
+    assert ranks_per_node(launch, "local") == 3
+    assert ranks_per_node(launch, "slurm") == 2
+    assert ranks_per_node(launch, "debug") == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert ranks_per_node(launch, "local") == 2
+    launch.gpus_per_node = 8
+    assert ranks_per_node(launch, "slurm") == 8
+    launch.ranks_per_node = 1
+    assert ranks_per_node(launch, "local") == 1
+
+
+def test_automatic_cluster(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert choose_cluster(Launch()) == "local"
+    for name, value in fake_slurm(tmp_path / "slurm").items():
+        monkeypatch.setenv(name, value)
+    assert choose_cluster(Launch()) == "slurm"
+    assert choose_cluster(Launch(cluster="debug")) == "debug"
+    assert choose_cluster(Launch(cluster="local")) == "local"
+
+
+def test_slurm_that_is_installed_but_not_set_up_or_not_answering(monkeypatch, tmp_path):
+    for name, value in fake_slurm(tmp_path / "slurm").items():
+        monkeypatch.setenv(name, value)
+    scontrol = tmp_path / "slurm" / "scontrol"
+    scontrol.write_text("#!/bin/bash\necho 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1")
+    assert choose_cluster(Launch()) == "local"
+    with pytest.raises(UserError, match=r"no slurm\.conf is found here"):
+        choose_cluster(Launch(cluster="slurm"))
+    scontrol.write_text("#!/bin/bash\necho 'slurm_load_ctl_conf error: Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(UserError, match=r"SLURM does not answer .* try again later, or --cluster local"):
+        choose_cluster(Launch())
+    assert choose_cluster(Launch(cluster="local")) == "local"
+
+
+@pytest.mark.parametrize(
+    ("launch", "said"),
+    [
+        (Launch(cluster="local", nodes=3), "--launch.nodes 3 needs SLURM"),
+        (Launch(cluster="debug", nodes=2), "--launch.nodes 2 needs SLURM"),
+        (Launch(cluster="debug", ranks_per_node=2), "--cluster debug is one process"),
+    ],
+)
+def test_more_than_there_is_room_for(launch, said):
+    with pytest.raises(UserError, match=said):
+        choose_cluster(launch)
+
+
+def asked(profile=None, **launch):
+    config = Config(run="runs/x", launch=replace(Launch(), **launch))
+    return Asked("slurm", config, profile or Profile(), 2)
+
+
+def test_signal_comes_well_before_a_short_limit(tmp_path):
+    def signal(**launch):
+        return slurm_parameters(asked(**launch), tmp_path, tmp_path)["slurm_signal_delay_s"]
+
+    assert signal() == 300
+    assert signal(signal=60) == 60
+    assert signal(time="2") == 60
+    assert signal(time="1", signal=20) == 20
+
+
+def test_setup_lines_are_a_sound_script(tmp_path):
+    """Run by bash, with paths and values that need quoting."""
+    folder = tmp_path / "a folder"
+    profile = Profile(setup=["export FROM_SETUP=$HOME"], env={"VALUE": "a b $HOME", "NUMBER": 3})
+    lines = [line for line in setup_lines(profile, folder, folder) if "life" not in line and "trap" not in line]
+    show = 'printf "%s\\n" "$PYTHONPATH" "$VALUE" "$NUMBER" "$FROM_SETUP"'
+    environment = {**os.environ, "HOME": "/home/me", "PYTHONPATH": "/mine"}
+    done = subprocess.run(["bash", "-euc", "\n".join([*lines, show])], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines() == [f"{folder}:/mine", "a b $HOME", "3", "/home/me"], done.stderr
+    environment.pop("PYTHONPATH")
+    done = subprocess.run(["bash", "-euc", "\n".join([*lines, show])], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[0] == str(folder), "an empty entry would be the working directory"
+
+
+@pytest.mark.parametrize(
+    ("profile", "before"),
+    [
+        (Profile(), shlex.quote(sys.executable)),
+        (Profile(python="/opt/python"), "/opt/python"),
+        (Profile(container="apptainer exec --nv i.sif"), "apptainer exec --nv i.sif python"),
+        (Profile(container="apptainer exec i.sif", python="python3.12"), "apptainer exec i.sif python3.12"),
+        (Profile(srun=["--container-image=i.sqsh"]), "--container-image=i.sqsh python"),
+    ],
+)
+def test_which_python_the_ranks_run(tmp_path, monkeypatch, profile, before):
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", classmethod(lambda cls: 2))
+    made = executor(asked(profile), tmp_path, tmp_path)._executor
+    script = made._make_submission_file_text(made._submitit_command_str, "x")
+    assert f"{before} -u {tmp_path}/launch/node.py -u -m submitit.core._submit {tmp_path}\n" in script
+    assert f"\n{sys.executable} {tmp_path}/launch/life.py" in script, "the batch script itself is not in the container"

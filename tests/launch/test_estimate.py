@@ -1,0 +1,113 @@
+"""The counted parameters are those of the model that is built."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import Blip2VisionConfig, CLIPVisionConfig, HubertConfig
+
+from launch.estimate import HUBERT, VISION, count, estimate
+from tests.tiny import tiny_model
+from toolkit.config import Config, Image, Speech
+from toolkit.model.build import build_model
+from toolkit.training.learner import Learner
+
+
+def built(config):
+    with torch.device("meta"):
+        learner = Learner(build_model(config.model, config.objectives.contrastive), config.objectives, 0, 1)
+    names = dict(learner.named_parameters())
+    trained = {name: p.numel() for name, p in names.items() if p.requires_grad}
+    encoders = sum(size for name, size in trained.items() if name.startswith(("model.speech.", "model.image.")))
+    return sum(p.numel() for p in names.values()), sum(trained.values()), encoders
+
+
+def variants():
+    base = Config(model=tiny_model())
+    yield "whole", base
+    for train in ("none", "1", "2"):
+        config = Config(model=tiny_model())
+        config.model.speech.train = config.model.image.train = train
+        yield f"train {train}", config
+    config = Config(model=tiny_model())
+    config.model.speech.config |= {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
+    config.model.speech.train, config.model.speech.head_layers, config.model.speech.pool = "1", 0, "thirds"
+    config.model.image.pool, config.model.fusion.agreement = "grid", True
+    config.objectives.denoising.side = "both"
+    config.objectives.contrastive.learn_temperature = False
+    yield "other choices", config
+    config = Config(model=tiny_model())
+    config.model.image.architecture, config.model.image.head_layers = "blip2", 2
+    config.objectives.denoising.weight = 0
+    yield "blip2", config
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), list(variants()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_parameters_are_counted_exactly(name, config):
+    counts = count(config)
+    assert (counts.total, counts.trained, counts.encoders) == built(config)
+
+
+def test_published_sizes():
+    config = Config()
+    config.model.speech = Speech(trunk="facebook/hubert-large-ll60k")
+    config.model.image = Image(trunk="openai/clip-vit-large-patch14")
+    config.model.speech.train = config.model.image.train = "none"
+    counts = count(config)
+    # Of HuBERT all but the vector of SpecAugment's mask.
+    assert counts.total - counts.trained == 315_438_720 - 1024 + 303_179_776
+
+
+def test_defaults_are_those_of_transformers():
+    for ours, theirs in (
+        (HUBERT, HubertConfig()),
+        (VISION["clip"], CLIPVisionConfig()),
+        (VISION["blip2"], Blip2VisionConfig()),
+    ):
+        for key, value in ours.items():
+            there = getattr(theirs, key)
+            assert (list(there) if isinstance(there, tuple) else there) == value, key
+
+
+def test_a_trunk_in_a_folder_or_in_the_cache_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    config = Config(model=tiny_model())
+    config.model.speech.trunk = "someone/hubert"
+    assert count(config) is None
+    folder = tmp_path / "models--someone--hubert" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.model.speech.config))
+    assert count(config) == count(Config(model=tiny_model()))
+    config.model.speech.trunk = str(folder)
+    config.model.image.trunk = str(tmp_path / "clip")
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text(json.dumps({"vision_config": config.model.image.config}))
+    assert count(config) == count(Config(model=tiny_model()))
+
+
+def test_memory_by_stage():
+    config = Config(model=tiny_model())
+    counts = count(config)
+    taken = {}
+    for stage in (0, 1, 2, 3):
+        config.training.zero = stage
+        taken[stage] = estimate(config, counts, 4)
+    assert taken[0].optimizer == 12 * counts.trained
+    assert taken[1].optimizer == 3 * counts.trained
+    assert taken[1].gradients == 4 * taken[2].gradients
+    assert taken[2].weights == 4 * taken[3].weights
+    assert taken[0].rank > taken[1].rank > taken[2].rank > taken[3].rank
+    config.training.precision, config.training.zero = "fp32", 0
+    assert estimate(config, counts, 4).optimizer == 8 * counts.trained
+
+
+def test_no_torch():
+    code = (
+        "import sys; from toolkit.config_loader import load_config; from launch.estimate import count;"
+        "count(load_config(['--config', 'flickr8k'])); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

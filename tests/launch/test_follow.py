@@ -1,0 +1,177 @@
+"""Following a job of SLURM through its restarts, and the end of a failing rank's log."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from launch.failure import failure_of, first_failure, last_lines
+from launch.follow import Log, Slurm, follow
+from launch.job import LOST
+from launch.record import INCARNATIONS
+
+
+class Queued(Slurm):
+    """A job whose place in the queue the test decides on."""
+
+    there = True
+    ended = False
+
+    def alive(self):
+        return self.there
+
+    def end(self):
+        self.ended = True
+
+
+def rank(folder, number, code=None, restart=0, when=1.0):
+    status = {"pid": 1, "exit": code, "time": when, "restart": restart}
+    (folder / "rank.tmp").write_text(json.dumps(status))
+    (folder / "rank.tmp").replace(folder / f"rank{number}.json")  # whole or not there, as a rank writes it
+
+
+def life(folder, **values):
+    with (folder / INCARNATIONS).open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def output(folder, text, number=0, kind="out"):
+    with (folder / f"5_{number}_log.{kind}").open("a") as file:
+        file.write(text)
+
+
+def followed(folder, story, ranks=2, logs=None):
+    """Follow a job while `story` writes what it leaves; the exit code and the job."""
+    job = Queued("5")
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(follow(job, folder, ranks, logs)), daemon=True)
+    thread.start()
+    story(job, lambda: codes)
+    thread.join(30)
+    assert codes, "it never ended"
+    return codes[0], job
+
+
+def pause():
+    time.sleep(0.4)  # a few looks
+
+
+def test_a_job_that_starts_again_is_followed_to_its_end(tmp_path, capsys):
+    def story(job, codes):
+        life(tmp_path, restart=0, began=1.0, hosts=["n1", "n2"])
+        rank(tmp_path, 0)
+        rank(tmp_path, 1, 0)
+        output(tmp_path, "step 1\n")
+        pause()
+        rank(tmp_path, 0, LOST)
+        life(tmp_path, restart=0, ended=2.0, code=137, requeued=True, why="a rank was killed: it starts again")
+        pause()
+        assert not codes(), "the job is to start again"
+        life(tmp_path, restart=1, began=3.0, hosts=["n3", "n4"])
+        rank(tmp_path, 0, 0, restart=1)
+        pause()
+        assert not codes(), "rank 1 has not ended in this incarnation"
+        rank(tmp_path, 1, 0, restart=1)
+        output(tmp_path, "step 2\n")
+
+    code, job = followed(tmp_path, story)
+    out = capsys.readouterr().out.splitlines()
+    assert (code, job.ended) == (0, False)
+    assert sorted(out) == sorted(
+        ["step 1", "job 5: a rank was killed: it starts again", "job 5: restart 1 on n3, n4", "step 2"]
+    )
+
+
+def test_the_end_for_good_is_told_with_the_traceback(tmp_path, capsys):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+
+    def story(job, codes):
+        life(tmp_path, restart=0, began=1.0, hosts=["n1"])
+        rank(tmp_path, 0, LOST, when=1.0)
+        rank(tmp_path, 1, 1, when=2.0)
+        output(logs, "Traceback (most recent call last):\n  File x\nValueError: broken\n", 1, "err")
+        output(logs, "Traceback (most recent call last):\nRuntimeError: Connection closed by peer\n", 0, "err")
+        pause()
+        assert not codes(), "its batch script has not decided yet"
+        life(tmp_path, restart=0, ended=2.0, code=1, requeued=False, why="a rank failed", cause="failed")
+
+    code, _ = followed(tmp_path, story, logs=logs)
+    err = capsys.readouterr().err
+    assert code == 1
+    assert "ValueError: broken" in err
+    assert "Connection closed" not in err
+    assert err.splitlines()[-1] == f"error: rank 1 failed with exit code 1; the whole log is {logs / '5_1_log.err'}"
+
+
+def test_a_mistake_on_the_node_is_one_line(tmp_path, capsys):
+    def story(job, codes):
+        rank(tmp_path, 0, 2)
+        output(tmp_path, "submitit noise\nerror: mend it\n", kind="err")
+        life(tmp_path, restart=0, ended=2.0, code=2, requeued=False, why="a mistake")
+
+    code, _ = followed(tmp_path, story, ranks=1)
+    assert (code, capsys.readouterr().err) == (2, "error: mend it\n")
+
+
+def test_a_cancelled_job_ends_with_the_code_of_one_that_has_saved(tmp_path, capsys):
+    def story(job, codes):
+        rank(tmp_path, 0, 75)
+        life(tmp_path, restart=0, ended=2.0, code=75, requeued=False, why="cancelled", cause="cancelled")
+
+    code, _ = followed(tmp_path, story, ranks=1)
+    captured = capsys.readouterr()
+    assert code == 75
+    assert "stopped by a signal, and saved" in captured.err
+    assert "job 5: cancelled" in captured.out
+
+
+def test_a_job_that_vanishes_is_not_waited_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("launch.follow._LATE", 0.2)
+
+    def story(job, codes):
+        rank(tmp_path, 0)
+        pause()
+        job.there = False
+
+    code, _ = followed(tmp_path, story, ranks=1)
+    assert code == 1
+    assert "rank 0 was killed, or ran out of memory or time" in capsys.readouterr().err
+
+
+def test_a_log_that_was_begun_anew(tmp_path, capsys):
+    log = Log(tmp_path / "log")
+    log.path.write_text("a long line of before\n")
+    log.show()
+    log.path.write_text("after\n")
+    log.show()
+    assert capsys.readouterr().out == "a long line of before\nafter\n"
+
+
+def test_those_that_only_noticed_come_after_the_one_that_failed(tmp_path):
+    for number, (code, when) in enumerate([(LOST, 1.0), (75, 2.0), (1, 3.0), (1, 4.0)]):
+        rank(tmp_path, number, code, when=when)
+    assert first_failure(tmp_path, "5", 4, lambda pid: False, False) == 2
+    assert first_failure(tmp_path, "5", 2, lambda pid: False, False) == 0
+    assert first_failure(tmp_path, "5", 4, lambda pid: False, False, restart=1) is None
+
+
+@pytest.mark.parametrize("noise", [0, 30])
+def test_the_end_of_a_log_begins_with_its_last_traceback(tmp_path, noise):
+    log = tmp_path / "log"
+    before = [f"line {number}" for number in range(50)] + ["Traceback (most recent call last):", "KeyError: old"]
+    last = ["Traceback (most recent call last):", *(f"  frame {number}" for number in range(30)), "ValueError: x"]
+    log.write_text("\n".join([*before, *last, *noise * ["a warning"]]))
+    lines = last_lines(log)
+    assert lines[: len(last)] == last
+    if not noise:
+        assert lines == last
+
+
+def test_the_end_of_a_log_without_one(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("".join(f"{number}\n" for number in range(100_000)))
+    assert last_lines(log) == [str(number) for number in range(99_980, 100_000)]
+    assert last_lines(tmp_path / "none") == []
+    assert failure_of(tmp_path, "5", 3).how == "rank 3 was killed, or ran out of memory or time"

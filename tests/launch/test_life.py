@@ -1,0 +1,189 @@
+"""What a batch script does between incarnations, against a stand-in for scontrol; tests/slurm has the real one."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from launch.job import LOST, Status
+from launch.life import Seen, begin, decide, end, member, newest_step, setup_lines
+from launch.record import incarnations
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNNING = Seen("RUNNING", "None", 0)
+
+
+def read(folder):
+    return [asdict(each) for each in incarnations(folder)]
+
+
+ENDING = Seen("COMPLETING", "None", 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "exits", "seen", "idle", "cause", "requeue"),
+    [
+        (0, [0, 0], RUNNING, [], "done", False),
+        (75, [75, 75], RUNNING, [], "saved", True),
+        (137, [75, None], RUNNING, [], "saved", True),  # the slower one was ended by --kill-on-bad-exit
+        (75, [75], RUNNING, 19 * ["saved"], "saved", True),
+        (75, [75], RUNNING, 20 * ["saved"], "saved", False),
+        (2, [2, 2], RUNNING, [], "mistake", False),
+        (137, [2, None], RUNNING, [], "mistake", False),
+        (137, [None, 1], RUNNING, [], "failed", False),
+        (137, [LOST, 1], RUNNING, [], "failed", False),
+        (1, [], RUNNING, [], "failed", False),  # srun itself failed
+        (130, [130], RUNNING, [], "failed", False),  # interrupted by hand
+        (137, [None, None], RUNNING, [], "killed", True),
+        (137, [LOST, None], RUNNING, 2 * ["killed"], "killed", True),
+        (137, [LOST, None], RUNNING, 3 * ["killed"], "killed", False),
+        (137, [None, None], RUNNING, ["killed", "saved", "slurm", "saved", "killed"], "killed", True),
+        (70, [None, None], RUNNING, [], "killed", True),  # the watchdog
+        (134, [0, None], RUNNING, [], "killed", True),
+        (75, [75, 75], ENDING, [], "cancelled", False),
+        (137, [None, None], ENDING, [], "cancelled", False),
+        (75, [75, 75], Seen("COMPLETING", "None", 1), [], "slurm", False),  # it starts again without our asking
+        (137, [None], Seen("COMPLETING", "TimeLimit", 0), [], "killed", True),
+        (75, [75], None, [], "saved", True),  # the controller does not answer
+    ],
+)
+def test_fate(code, exits, seen, idle, cause, requeue):
+    fate = decide(code, exits, seen, 0, idle)
+    assert (fate.cause, fate.requeue) == (cause, requeue)
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A stand-in: answers what `shown` holds and notes what it is asked."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "shown").write_text("JobId=7 JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1")
+    (tools / "scontrol").write_text(
+        f'#!/bin/sh\nif [ "$2" = hostnames ]; then echo node3; echo node4; exit; fi\necho "$@" >> {tools}/asked\n'
+        f"if [ -e {tools}/away ]; then rm {tools}/away; echo 'Unable to contact slurm controller' >&2; exit 1; fi\n"
+        f'if [ -e {tools}/refuse ] && [ "$1" = requeue ]; then echo Access denied >&2; exit 1; fi\ncat {tools}/shown\n'
+    )
+    (tools / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return tools
+
+
+def environment(restart=0, **more):
+    return {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_RESTART_COUNT": str(restart), **more}
+
+
+def logs(tmp_path):
+    folder = tmp_path / "run" / "logs" / "now"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def checkpoint(folder, step):
+    there = folder.parent.parent / "checkpoints" / f"step-{step:08d}"
+    there.mkdir(parents=True)
+    (there / "progress.json").touch()
+
+
+def test_incarnations_are_written_down(tmp_path, scontrol):
+    folder = logs(tmp_path)
+    begin(folder, environment())
+    checkpoint(folder, 40)
+    (folder.parent.parent / "checkpoints" / ".step-00000050-x").mkdir()
+    Status(folder, 0).write(75)
+    end(folder, 75, environment())
+    assert (scontrol / "asked").read_text().splitlines() == ["--oneliner show job 7", "requeue 7"]
+    begin(folder, environment(1))  # and no end: a power cut
+    begin(folder, environment(2))
+    end(folder, 0, environment(2))
+    first, cut, last = read(folder)
+    assert first["hosts"] == ["node3", "node4"]
+    assert (first["began_step"], first["step"], first["code"], first["requeued"]) == (-1, 40, 75, True)
+    assert first["began"] < first["ended"]
+    assert (cut["code"], cut["requeued"], cut["cause"]) == (None, True, "slurm")
+    assert (last["restart"], last["cause"], last["requeued"]) == (2, "done", False)
+    assert newest_step(folder) == 40
+
+
+def test_deaths_without_progress_come_to_an_end(tmp_path, scontrol):
+    folder = logs(tmp_path)
+    asked = []
+    for restart in range(8):
+        begin(folder, environment(restart))
+        if restart == 1:
+            checkpoint(folder, 10)
+        before = (scontrol / "asked").read_text().count("requeue") if (scontrol / "asked").exists() else 0
+        end(folder, 137, environment(restart))
+        asked.append((scontrol / "asked").read_text().count("requeue") - before)
+    # The first did not get far, the second saved; after it three more are tried.
+    assert asked[:6] == [1, 1, 1, 1, 1, 0]
+
+
+def test_a_status_of_a_former_incarnation_counts_for_nothing(tmp_path, scontrol, monkeypatch):
+    folder = logs(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    Status(folder, 0).write(2)
+    begin(folder, environment(1))
+    end(folder, 137, environment(1))
+    assert read(folder)[-1]["cause"] == "killed"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    Status(folder, 0).write(75)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    Status(folder, 0).write(1)  # a ghost
+    status = Status(folder, 0).read()
+    assert (status["exit"], status["restart"]) == (75, 1)
+
+
+def test_a_controller_that_is_away_is_waited_for(tmp_path, scontrol):
+    folder = logs(tmp_path)
+    begin(folder, environment())
+    (scontrol / "away").touch()
+    end(folder, 137, environment())
+    assert (scontrol / "asked").read_text().splitlines()[-1] == "requeue 7"
+
+
+def test_a_refused_requeue_is_told(tmp_path, scontrol):
+    folder = logs(tmp_path)
+    begin(folder, environment())
+    (scontrol / "refuse").touch()
+    end(folder, 137, environment())
+    [only] = read(folder)
+    assert only["requeued"] is False
+    assert "SLURM refused: Access denied" in only["why"]
+
+
+def test_a_member_of_a_job_array(tmp_path, scontrol):
+    folder, own = tmp_path / "grid", logs(tmp_path)
+    folder.mkdir()
+    (folder / "members.json").write_text(json.dumps({"3": str(own)}))
+    array = environment(SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="3")
+    assert member(folder, array) == own
+    assert member(folder, environment()) == folder
+    begin(own, array)
+    end(own, 75, array)
+    assert (scontrol / "asked").read_text().splitlines()[-1] == "requeue 5_3"
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_the_batch_script(tmp_path, scontrol, code):
+    """The lines as bash runs them: what the ranks leave with reaches life, and the script ends with it."""
+    folder = tmp_path / "a run" / "logs" / "it's now"
+    folder.mkdir(parents=True)
+    script = "\n".join([*setup_lines(folder, sys.executable, ROOT), "kill -TERM $$", f"(exit {code})"])
+    (tmp_path / "launch").mkdir()  # in the working directory, and none of ours
+    (tmp_path / "launch" / "__init__.py").touch()
+    variables = {**os.environ, **environment()}
+    done = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    [only] = read(folder)
+    assert (only["code"], only["requeued"]) == (code, code == 75)
+    assert not done.stderr
+
+
+def test_nothing_heavy_is_imported():
+    code = "import sys, launch.life; sys.exit(str({'torch', 'numpy', 'yaml', 'submitit'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"

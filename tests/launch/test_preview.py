@@ -1,0 +1,276 @@
+"""Submissions to SLURM and their dry runs, through the real command; SLURM's own commands are stand-ins here."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import submit
+from launch.checks import check_partition
+from launch.cluster import Asked
+from launch.profiles import Profile
+from launch.record import newest
+from launch.snapshot import ROOT
+from shards.errors import UserError
+from tests.launch.cluster import fake_slurm
+from tests.test_whole_way import run as run_script
+from tests.test_whole_way import write_config, write_table
+from toolkit.config import Config, Launch
+
+GOLDEN = Path(__file__).parent / "golden"
+ASKED = ("--nodes", "2", "--ranks-per-node", "2", "--gpus-per-node", "2", "--partition", "low", "--time", "10:00",
+         "--account", "speech", "--qos", "normal", "--constraint", "a100&ib", "--cpus-per-rank", "3",
+         "--name", "a name")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A tiny configuration with its shards."""
+    folder = tmp_path_factory.mktemp("preview")
+    table = write_table(folder / "corpus", pictures=20)
+    run_script("toolkit/make_shards.py", "table", "--root", str(table), "--out", str(folder / "shards"), "--jobs", "1")
+    return write_config(folder / "tiny.yaml", folder / "shards")
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A run folder, and a function that runs the command where SLURM's stand-ins are."""
+    environment = {**os.environ, **fake_slurm(tmp_path / "slurm")}
+
+    def run(*arguments, code=0):
+        command = [
+            sys.executable,
+            str(ROOT / "launch" / "submit.py"),
+            "--run",
+            str(tmp_path / "run"),
+            *map(str, arguments),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def script_of(output):
+    return output[output.index("#!/bin/bash") : output.index("\n\nchecks:")]
+
+
+def neutral(script, folder):
+    """A script with placeholders for what differs from one machine or commit to the next."""
+    script = script.replace(str(folder), "FOLDER").replace(sys.executable, "PYTHON")
+    script = re.sub(r"(?<=/logs/)[\d-]+(?=[/\s])", "TIME", script)
+    return re.sub(r"(?<=/code/)[0-9a-f]{12}", "HASH", script).rstrip("\n")
+
+
+@pytest.mark.parametrize(("name", "more"), [("job", ()), ("array", ("--sweep", "seed=0,1,2", "--array", "2"))])
+def test_the_script_is_the_recorded_one_and_the_one_that_is_submitted(slurm, config, tmp_path, name, more):
+    shown = slurm("--config", config, *ASKED, *more, "--dry-run").stdout
+    script = neutral(script_of(shown), tmp_path)
+    golden = GOLDEN / f"{name}.sh"
+    assert script == golden.read_text().rstrip("\n"), f"if this is meant, write it to {golden}:\n{script}"
+    assert neutral((tmp_path / "slurm" / "tested").read_text(), tmp_path) == script
+    assert not (tmp_path / "run").exists(), "a dry run leaves nothing"
+    slurm("--config", config, *ASKED, *more, "--no-follow")
+    assert neutral((tmp_path / "slurm" / "submitted").read_text(), tmp_path) == script
+
+
+def test_the_dry_run_says_what_matters(slurm, config, tmp_path):
+    shown = slurm("--config", config, *ASKED, "--dry-run").stdout
+    for line in (
+        "nodes: 2 x 2 = 4 ranks, 2 GPUs a node",
+        "asked for: partition low, account speech, qos normal, constraint a100&ib, time 10:00",
+        "batch: 4 pairs = 1 pairs x 4 ranks x 1 micro-batches",
+        "steps: 4",
+        "steps a pass: 3.00 of 4 pairs",
+        "ok      partition: low is up",
+        "ok      account: SLURM knows speech",
+        "ok      sbatch --test-only: Job 8 to start at",
+    ):
+        assert line in shown
+    assert re.search(r"memory of a rank: \S+ [kM]B \(weights", shown)
+    assert re.search(r"disk: up to \S+ MB \(4 checkpoints", shown)
+
+
+def test_a_dry_run_names_everything_that_is_wrong(slurm, config):
+    wrong = ("--nodes", "3", "--partition", "short", "--account", "nobody", "--training.batch_size", "4")
+    shown = slurm("--config", config, "--ranks-per-node", "1", *wrong, "--dry-run", code=2).stdout
+    failed = [line for line in shown.splitlines() if line.startswith("  FAILED")]
+    assert [line.split()[1] for line in failed] == ["batch:", "partition:", "account:", "order:"]
+    assert "gives a job at most 2 nodes" in shown
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--partition", "shrot"), "--partition shrot: SLURM has none of that name; there are broken, low, short"),
+        (("--partition", "broken"), "partition broken is DOWN"),
+        (("--partition", "short"), "partition short lets a job run 01:00:00, --time asks for 24:00:00"),
+        (("--nodes", "6", "--training.batch_size", "12"), "partition low gives a job at most 5 nodes"),
+        (("--account", "nobody"), "--account nobody: SLURM knows none of that name; there are root, speech"),
+        (("--qos", "best"), "--qos best: SLURM knows none of that name; there are normal"),
+        (("--training.batch_size", "5"), "--training.batch_size 5 does not divide"),
+        (("--training.batch_size", "64"), "a batch of 64 needs at least"),
+        (("--data.train", "tarin"), "tarin"),
+        (("--final.split", "tset"), "no split 'tset'"),
+        (("--model.image.trunk", "/no/where"), "model.image.trunk: no folder /no/where"),
+        (("--model.speech.train", "9"), "model.speech.train: expected none, all or 1 to 2, got '9'"),
+        (("--profile", "nosuch"), "profile nosuch: no such file or name"),
+        (("--sweep", "seed=0,x"), "seed"),
+    ],
+)
+def test_a_mistake_fails_before_anything_is_submitted(slurm, config, tmp_path, wrong, said):
+    ended = slurm("--config", config, *wrong, code=2)
+    assert said in ended.stderr
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "slurm" / "submitted").exists()
+
+
+def test_deepspeed_looks_at_its_own_section(slurm, config, tmp_path):
+    ended = slurm("--config", config, "--deepspeed.zero_optimisation.stage", "2", code=2)
+    assert ended.stderr.startswith("error: deepspeed.zero_optimisation: unknown key"), ended.stderr
+    assert not (tmp_path / "slurm" / "submitted").exists()
+
+
+def test_shards_of_another_size_are_noticed(slurm, config, tmp_path):
+    shards = Path(re.search(r"shards: (\S+)", config.read_text())[1])
+    victim = next(shards.glob("train-*.tar"))
+    whole = victim.read_bytes()
+    try:
+        victim.write_bytes(whole[:-512])
+        assert (
+            f"{victim.name} has {len(whole) - 512:,} bytes, the manifest says"
+            in slurm("--config", config, code=2).stderr
+        )
+        victim.unlink()
+        assert "No such file or directory, though the manifest names it" in slurm("--config", config, code=2).stderr
+    finally:
+        victim.write_bytes(whole)
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written(config, tmp_path, monkeypatch):
+    from launch.checks import check_folder
+    from toolkit.config_loader import load_config
+
+    there = load_config(["--config", str(config), "--run", str(tmp_path / "run")])
+    assert "can be written" in check_folder(there, 2)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10_000_000}))
+    with pytest.raises(UserError, match=r"has 0\.0 GB free, the run may take"):
+        check_folder(there, 2)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot be written"):
+        check_folder(there, 2)
+
+
+def test_any_of_several_partitions_will_do(tmp_path, monkeypatch):
+    for name, value in fake_slurm(tmp_path / "slurm").items():
+        monkeypatch.setenv(name, value)
+
+    def look(**launch):
+        return check_partition(Asked("slurm", Config(launch=Launch(**launch)), Profile(), 2))
+
+    assert look(partition="broken,low").startswith("low is up")
+    assert look().startswith("low is up"), "the default one"
+    (tmp_path / "slurm" / "partitions").write_text("PartitionName=only Default=NO State=UP\n")
+    with pytest.raises(UserError, match="no default partition: set --partition to one of only"):
+        look()
+
+
+def test_a_submission_is_recorded_light_and_quick(config, tmp_path):
+    """In one process, to see what it imports; its processor time, since the machine may have other work."""
+    code = textwrap.dedent("""
+        import sys, time
+        from launch.submit import main
+        try:
+            main(sys.argv[1:])
+        except SystemExit as end:
+            assert not end.code, end.code
+        heavy = {"torch", "transformers", "deepspeed"} & set(sys.modules)
+        sys.exit(f"imported {heavy}" if heavy else time.process_time() > 2 and "too slow")
+    """)
+    arguments = ["--config", str(config), "--run", str(tmp_path / "run"), "--nodes", "2", "--no-follow"]
+    environment = {**os.environ, **fake_slurm(tmp_path / "slurm")}
+    began = time.time()
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    there = newest(tmp_path / "run")
+    assert there is not None
+    record = there.submission
+    assert (record.job, record.cluster, record.nodes, record.ranks) == ("7", "slurm", 2, 4)
+    assert record.command == arguments
+    assert (Path(record.code) / "launch" / "node.py").is_file()
+    assert record.time >= began
+    assert "nodes: 2" in (there.folder / "config.yaml").read_text()
+
+
+def test_a_grid_is_one_array_with_a_folder_for_each_member(slurm, config, tmp_path):
+    told = slurm("--config", config, "--sweep", "seed=3,4", "--array", "1", "--nodes", "2", "--no-follow").stdout
+    assert "job 7 (slurm): 2 members, 1 at a time, 4 ranks each" in told
+    whole = newest(tmp_path / "run")
+    members = json.loads((whole.folder / "members.json").read_text())
+    assert members == whole.submission.members
+    for index, seed in (("0", 3), ("1", 4)):
+        own = Path(members[index])
+        assert f"seed: {seed}\n" in (own / "config.yaml").read_text()
+        record = newest(own.parent.parent).submission
+        assert (record.job, record.index, record.logs) == ("7", index, str(whole.folder))
+        assert record.code == whole.submission.code
+    assert len(list(whole.folder.glob("7_*_submitted.pkl"))) == 2
+
+
+def test_a_member_that_does_not_fit_stops_the_whole_grid(slurm, config, tmp_path):
+    ended = slurm("--config", config, "--sweep", "training.batch_size=4,6", "--nodes", "2", code=2)
+    assert "--training.batch_size 6 does not divide" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_profile_of_the_cluster_is_taken(slurm, config, tmp_path):
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(
+        "partition: short\ntime: 30\nsetup: [module load cuda]\nenv: {A: b}\nscratch: $TMPDIR\nsbatch: {mem: 3G}"
+    )
+    shown = slurm("--config", config, "--profile", profile, "--time", "20", "--dry-run").stdout
+    for line in ("--partition=short", "--time=20", "--mem=3G", "\nmodule load cuda\n", "\nexport A=b\n"):
+        assert line in script_of(shown)
+    slurm("--config", config, "--profile", profile, "--no-follow")
+    assert "cache: $TMPDIR" in (newest(tmp_path / "run").folder / "config.yaml").read_text()
+
+
+def test_members_run_one_after_another_on_this_machine(config, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run_one(asked, command, code):
+        assert asked.config.launch.follow, "the next one waits for this"
+        ran.append((Path(asked.config.run).name, code))
+        Path(asked.config.run).mkdir()
+        (Path(asked.config.run) / "config.yaml").touch()
+        return 3 if len(ran) == 1 else 0
+
+    monkeypatch.setattr(submit, "run_one", run_one)
+    with pytest.raises(SystemExit) as end:
+        submit.main(["--config", str(config), "--run", str(tmp_path), "--cluster", "local", "--sweep", "seed=1,2",
+                     "--ranks-per-node", "1", "--no-follow"])  # fmt: skip
+    assert end.value.code == 1, "a failure of the first is not lost"
+    assert [name for name, _ in ran] == ["seed1", "seed2"]
+    assert ran[0][1] == ran[1][1]
+
+
+def test_debug_is_this_process_and_no_job(config, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(submit, "train_and_evaluate", lambda file: trained.append((os.getpid(), file)))
+    with pytest.raises(SystemExit) as end:
+        submit.main(["--config", str(config), "--run", str(tmp_path / "run"), "--cluster", "debug"])
+    assert end.value.code == 0
+    ((pid, file),) = trained
+    assert pid == os.getpid()
+    assert Path(file).is_file()
+    assert not list((tmp_path / "run").rglob("submission.json"))

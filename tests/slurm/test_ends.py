@@ -1,0 +1,63 @@
+"""Jobs on a real SLURM that end: complete, cancelled, failed; none of them starts again."""
+
+import json
+import time
+
+import pytest
+
+from launch.job import Status
+from tests.slurm.cluster import Cluster, wait_for
+
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(600)]
+
+
+def test_four_nodes_train_and_evaluate(quiet: Cluster, config, tmp_path) -> None:
+    arguments = ("--nodes", 4, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--training.batch_size", 16)
+    training = quiet.submit(config, tmp_path / "run", *arguments, "--training.steps", 4, "--time", 20)
+    assert training.wait_end() == "COMPLETED", training.told()
+    statuses = [json.loads((training.logs / f"rank{rank}.json").read_text()) for rank in range(8)]
+    assert [each["exit"] for each in statuses] == 8 * [0]
+    hosts = training.hosts()
+    assert [each["host"] for each in statuses] == [host for host in hosts for _ in range(2)]
+    assert len(set(hosts)) == 4
+    assert json.loads((training.run / "recall.json").read_text())["pictures"] == 20
+    assert "8 ranks" in (training.logs / f"{training.job}_0_log.out").read_text()
+
+
+def test_a_cancelled_job_has_saved_and_stays_away(quiet: Cluster, config, tmp_path) -> None:
+    arguments = ("--nodes", 1, "--ranks-per-node", 1, "--cpus-per-rank", 2, "--training.log_every", 1)
+    long = ("--training.steps", 5000, "--training.save_every", 5000, "--evaluation.every", 0, "--time", 20)
+    training = quiet.submit(config, tmp_path / "run", *arguments, *long)
+    step = training.wait_step()
+    quiet.run("scancel", training.job)
+    assert training.wait_end() == "CANCELLED"
+    [ended] = training.incarnations()
+    assert (ended["cause"], ended["requeued"]) == ("cancelled", False)
+    assert step <= ended["step"] < 5000
+    time.sleep(8)  # longer than a requeued job waits
+    assert [each["restart"] for each in training.incarnations()] == [0]
+
+
+def test_an_error_ends_the_job(quiet: Cluster, config, tmp_path) -> None:
+    """A rank cannot write the run folder's log: an exception, and no sense in trying again."""
+    run = tmp_path / "run"
+    (run / "log.jsonl").mkdir(parents=True)
+    training = quiet.submit(config, run, "--nodes", 2, "--ranks-per-node", 1, "--cpus-per-rank", 2, "--time", 20)
+    assert training.wait_end() == "FAILED", training.told()
+    [ended] = training.incarnations()
+    assert (ended["cause"], ended["requeued"]) == ("failed", False), training.told()
+    assert 1 in [json.loads((training.logs / f"rank{rank}.json").read_text())["exit"] for rank in range(2)]
+
+
+def test_ranks_that_die_at_once_are_not_started_for_ever(quiet: Cluster, config, tmp_path) -> None:
+    arguments = ("--nodes", 1, "--ranks-per-node", 1, "--cpus-per-rank", 2, "--training.steps", 5000, "--time", 20)
+    training = quiet.submit(
+        config, tmp_path / "run", *arguments, "--evaluation.every", 0, "--training.save_every", 5000
+    )
+    for restart in range(4):
+        training.wait_restart(restart)
+        wait_for(lambda: (Status(training.logs, 0).read() or {}).get("restart") == restart, training.told)  # noqa: B023
+        training.signal("KILL", 0, training.hosts()[0])
+    assert training.wait_end() == "FAILED"
+    assert [each["cause"] for each in training.incarnations()] == 4 * ["killed"]
+    assert [each["requeued"] for each in training.incarnations()] == [True, True, True, False]
