@@ -5,6 +5,7 @@ sample or caption row -> shard, offset, bytes -> pread from the local shard
                                               -> a range of the remote shard, where there is no cache or no room
 """
 
+import errno
 import json
 import os
 import threading
@@ -14,13 +15,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from shards.cache import Cache
-from shards.errors import UserError
+from shards.errors import TransientError, UserError
 from shards.faults import BadSample
 from shards.manifest import Manifest, ShardInfo
 from shards.remote import Remote
 
 MAX_MEMBER = 64 << 20  # bytes; a larger picture or caption is refused
 MAX_OPEN = 64  # shards kept open at a time
+
+# What the server of a shared disk, or the way to it, is to blame for.
+_NO_ANSWER = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN),
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
+)
 
 
 class Reader:
@@ -58,7 +65,8 @@ class Reader:
         """Read the encoded picture of a sample.
 
         Raises:
-            UserError: Its shard is missing or not the one of the manifest.
+            UserError: Its shard is missing or has not the manifest's size.
+            TransientError: The disk or network does not answer.
             BadSample: This member alone cannot be read.
         """
         part, local = self._find(self._first_sample, sample)
@@ -164,7 +172,10 @@ class _Local:
         try:
             data = os.pread(self.descriptor, size, offset)
         except OSError as error:
-            raise BadSample(f"{size:,} bytes at {offset:,} cannot be read: {error.strerror}") from None
+            # Not a bad sample: what cannot be read now may be later, and a run has to be the same on every repetition.
+            raise TransientError(
+                f"{self.name}: {size:,} bytes at {offset:,} cannot be read: {error.strerror}; look at the disk"
+            ) from None
         if len(data) != size:
             raise UserError(f"{self.name} is shorter than its manifest says: make the shards again")
         return data
@@ -185,6 +196,8 @@ def _open_local(name: str, info: ShardInfo) -> int:
     try:
         descriptor = os.open(name, os.O_RDONLY)
     except OSError as error:
+        if error.errno in _NO_ANSWER:
+            raise TransientError(f"cannot open shard {name}: {error.strerror}; look at the disk") from None
         raise UserError(f"cannot open shard {name}: {error.strerror}; make the shards again") from None
     try:
         _check_size(os.fstat(descriptor).st_size, info, name)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shards.errors import UserError
+from shards.errors import TransientError, UserError
 
 T = TypeVar("T")
 
@@ -72,7 +72,8 @@ class Remote:
         """Call `ask(filesystem, path)` for a file, again and again while the network fails.
 
         Raises:
-            UserError: Missing, refused, no driver for the URL, or it failed five times.
+            UserError: Missing, refused, or no driver for the URL.
+            TransientError: It failed five times.
         """
         for delay in (*DELAYS, None):
             try:
@@ -86,7 +87,7 @@ class Remote:
                 raise UserError(f"{self.address(name)} cannot be read: {_line(error)}") from None
             except Exception as error:  # each driver raises its own
                 if delay is None:
-                    raise UserError(
+                    raise TransientError(
                         f"{self.address(name)} cannot be read after {len(DELAYS) + 1} attempts: {_line(error)}"
                     ) from None
                 time.sleep(delay)

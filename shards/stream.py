@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from shards.audio import SAMPLE_RATE, decode_audio
-from shards.errors import UserError
+from shards.errors import TransientError, UserError
 from shards.faults import BadSample, Fault, FaultCounter
 from shards.order import Order, Selection, part_of
 from shards.picture import MAX_STORED_PIXELS as MAX_PIXELS
@@ -92,7 +92,7 @@ class MicroBatches(Dataset[Loaded]):
         try:
             return self._load(*divmod(number, self.micros))
         except UserError as error:  # travels as a value: DataLoader would wrap it in its own traceback
-            return UserError(str(error))
+            return error
 
     def _load(self, step: int, micro: int) -> Batch | Parcel | list[Fault]:
         size, lanes = self.order.batch_size, self.order.lanes
@@ -227,8 +227,8 @@ def open_stream(
         report: Takes a line for the user.
 
     Raises:
-        UserError: A shard is missing or not the one of the manifest, too many samples cannot be read, or a worker was
-            killed or hangs.
+        UserError: A shard is missing or has not the manifest's size, or too many samples cannot be read.
+        TransientError: A worker was killed or hangs, or a disk or network does not answer.
     """
     max_samples, limits = int(max_seconds * SAMPLE_RATE), (max_faults, max_faults_in_a_row)
     rows = order.batch_size // (micros * world_size)
@@ -299,28 +299,28 @@ def _next(iterator: Iterator[Loaded], workers: list[BaseProcess], timeout: float
         except Exception as error:
             dead = [worker for worker in workers if worker.exitcode is not None]
             if dead:
-                raise UserError(_epitaph(dead[0])) from None
+                raise _epitaph(dead[0]) from None
             # DataLoader's own limit is `_POLL`, after which it can be asked again for the same batch.
             if not (isinstance(error, RuntimeError) and "timed out" in str(error)):
                 raise
             if time.monotonic() > deadline:
                 pids = ", ".join(str(worker.pid) for worker in workers)
-                raise UserError(
+                raise TransientError(
                     f"no batch came from the loader's workers (pid {pids}) in {timeout:g} s: a disk or network that "
                     "does not answer, or too few workers; look there, or raise --data.timeout"
                 ) from None
 
 
-def _epitaph(worker: BaseProcess) -> str:
+def _epitaph(worker: BaseProcess) -> UserError:
     code = worker.exitcode or 0
     if code >= 0:
-        return f"loader worker (pid {worker.pid}) ended with exit code {code}; its output says why"
+        return UserError(f"loader worker (pid {worker.pid}) ended with exit code {code}; its output says why")
     name = signal.Signals(-code).name
     causes = {
         "SIGKILL": "most likely the memory ran out; take fewer with --data.workers",
         "SIGBUS": "most likely shared memory (/dev/shm) ran out; make it larger, or take fewer with --data.workers",
     }
-    return (
+    return TransientError(
         f"loader worker (pid {worker.pid}) was killed by {name}: {causes.get(name, 'look at the log of the machine')}"
     )
 

@@ -1,5 +1,6 @@
 """Reading members: the bytes that were written, from a local or remote folder; what is wrong with a shard is named."""
 
+import errno
 import os
 import pickle
 import tarfile
@@ -17,7 +18,7 @@ import pytest
 from shards import reader as module
 from shards import remote
 from shards.cache import Cache
-from shards.errors import UserError
+from shards.errors import TransientError, UserError
 from shards.faults import BadSample
 from shards.manifest import Manifest, load
 from shards.reader import Reader
@@ -101,7 +102,21 @@ def test_a_shard_that_is_not_the_one_of_the_manifest_is_named(data: Path, change
         reader.picture(2)
     assert "one/train-000001.tar" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not isinstance(caught.value, BadSample)
+    assert not isinstance(caught.value, BadSample | TransientError)
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_disk_that_does_not_answer_may_be_asked_again(
+    data: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    reader = Reader(load(data / "one"))
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(TransientError, match=rf"one/train-000000\.tar: .*{os.strerror(code)}; look at the disk"):
+        reader.picture(0)
 
 
 def test_a_shard_cut_while_it_is_open_is_named(data: Path) -> None:
@@ -209,7 +224,7 @@ def test_a_network_that_fails_is_asked_again(data: Path, monkeypatch: pytest.Mon
     right = Reader(load(data / "one")).picture(0)
     assert shaky(manifest, Shaky(4)).picture(0) == right
     assert slept == [1.0, 5.0, 20.0, 60.0]
-    with pytest.raises(UserError, match=r"train-000000\.tar cannot be read after 5 attempts: connection reset by peer"):
+    with pytest.raises(TransientError, match=r"train-000000\.tar cannot be read after 5 attempts: connection reset by peer"):
         shaky(manifest, Shaky(5)).picture(0)
 
 

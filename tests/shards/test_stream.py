@@ -21,7 +21,7 @@ from PIL import Image
 from shards import stream as module
 from shards.audio import SAMPLE_RATE, decode_audio
 from shards.cache import Cache
-from shards.errors import UserError
+from shards.errors import TransientError, UserError
 from shards.manifest import Manifest, load
 from shards.order import Order, order_of
 from shards.picture import decode_picture
@@ -322,12 +322,40 @@ def test_a_killed_worker_is_named_where_a_batch_is_waited_for(manifest: Manifest
     (first, second) = sorted(children() - before)
     os.kill(first, kill)
     time.sleep(0.3)  # the death alone must not interrupt what runs now
-    with pytest.raises(UserError, match=cause) as caught:
+    with pytest.raises(TransientError, match=cause) as caught:
         for _ in stream:
             pass
     assert f"(pid {first})" in str(caught.value)
     assert signal.Signals(kill).name in str(caught.value)
     assert stat(second) in ("", "Z"), "the other worker goes on"
+
+
+class Failing(Reader):
+    """A reader that ends its process, or fails as a disk does."""
+
+    how: Any
+
+    def picture(self, sample: int) -> bytes:
+        return self.how()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_does_not_answer_is_no_mistake_of_the_user(manifest: Manifest, workers: int) -> None:
+    def fail() -> bytes:
+        raise TransientError("no answer")
+
+    reader = Failing(manifest)
+    reader.how = fail
+    with pytest.raises(TransientError, match="no answer"):
+        batches(manifest, range(1), workers=workers, reader=reader)
+
+
+def test_a_worker_that_ends_by_itself_is_not_tried_again(manifest: Manifest) -> None:
+    reader = Failing(manifest)
+    reader.how = lambda: os._exit(3)
+    with pytest.raises(UserError, match="ended with exit code 3") as caught:
+        batches(manifest, range(1), workers=1, reader=reader)
+    assert not isinstance(caught.value, TransientError)
 
 
 class Stuck(Reader):
@@ -346,7 +374,7 @@ def test_a_worker_that_hangs_is_named_after_the_time_given(manifest: Manifest, m
     monkeypatch.setattr(module, "_POLL", 0.2)
     before, start = children(), time.monotonic()
     stream = opened(Stuck(manifest), order_for(manifest), range(9), workers=2, timeout=1.0)
-    with pytest.raises(UserError, match=r"no batch came .* in 1 s: .*--data\.timeout"):
+    with pytest.raises(TransientError, match=r"no batch came .* in 1 s: .*--data\.timeout"):
         next(stream)
     assert time.monotonic() - start < 9
     assert children() == before, "a stuck worker is left"
