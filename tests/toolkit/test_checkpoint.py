@@ -381,6 +381,25 @@ def test_a_save_that_fails_or_lags_is_never_marked_and_the_next_one_is(tmp_path:
     assert second["kept"]
 
 
+def complete_as_a_ghost(rank: int, world_size: int, folder: Path) -> str:
+    from toolkit.training.progress import Progress
+
+    def lost() -> None:
+        raise UserError("taken over")
+
+    engine, queue = engine_and_queue(world_size)
+    saving = checkpoints(folder, rank, world_size)
+    saving.fence = lost
+    saving.save(engine, None, queue, Progress(step=1))
+    return caught(saving.finish)
+
+
+@pytest.mark.timeout(120)
+def test_all_ranks_learn_that_a_save_was_not_completed_since_the_folder_is_lost(tmp_path: Path) -> None:
+    assert run_ranks(complete_as_a_ghost, 2, tmp_path, timeout=100) == 2 * ["taken over"]
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
 class Model:
     """As much of a model as an export asks for; its first write finds a file where the folder should be."""
 
@@ -415,6 +434,15 @@ def test_an_export_holds_what_was_there_and_its_failure_is_one_line(
     exporting.finish()
     assert load_file(where / "model.safetensors")["weight"].tolist() == [1.0] * 3
     assert json.loads((where / "progress.json").read_text())["step"] == 3
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["last"]
+
+    def lost() -> None:
+        raise UserError("taken over")
+
+    exporting.fence = lost
+    exporting.write(model, "last", Progress(step=4))
+    assert not exporting.settle("last")
+    assert exporting.step("last") == 3
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["last"]
 
 

@@ -53,6 +53,34 @@ def test_a_ghost_ends_on_all_ranks_before_it_writes(shards: Path, tmp_path: Path
     assert json.loads((tmp_path / "run/lease.json").read_text())["token"] == "other"
 
 
+def evaluate_as_a_ghost(rank: int, world_size: int, run: config.Config) -> str:
+    """Lose the lease while evaluating, and give the reason for which this rank ends."""
+    from toolkit.training import trainer
+
+    real = trainer.retrieve
+
+    def retrieve(*args: Any) -> Any:
+        found = real(*args)
+        if rank == 0:
+            taken_by_another_host(Path(run.run))
+        return found
+
+    trainer.retrieve = retrieve
+    with pytest.raises(UserError) as error:
+        test_trainer.train(rank, world_size, run)
+    return str(error.value)
+
+
+@pytest.mark.timeout(120)
+def test_a_ghost_that_has_evaluated_writes_nothing_of_it(shards: Path, tmp_path: Path) -> None:
+    run = test_trainer.settings(shards, tmp_path / "run", steps=2)
+    run.evaluation.every = 1
+    assert all("was taken over" in reason for reason in run_ranks(evaluate_as_a_ghost, 2, run, timeout=100))
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    assert there == {"config.yaml", "environment.json", "lease.json", "log.jsonl"}
+    assert '"dev"' not in (tmp_path / "run/log.jsonl").read_text()
+
+
 @pytest.mark.timeout(120)
 def test_a_save_that_is_under_way_when_the_folder_is_lost_is_not_completed(shards: Path, tmp_path: Path) -> None:
     from toolkit.training.checkpoint import Checkpoints

@@ -242,21 +242,26 @@ def test_best_is_the_best_on_dev_so_far(monkeypatch: pytest.MonkeyPatch) -> None
     from toolkit.training import trainer as module
     from toolkit.training.progress import Progress
 
-    scores = iter([10.0, 5.0, 20.0, 20.0])
+    scores = iter([10.0, 5.0, 20.0, 20.0, 30.0, 25.0])
 
     def retrieved(*_: Any) -> SimpleNamespace:
         return SimpleNamespace(report={"coarse": {"mean_R@1": next(scores)}, "reranked": None})
 
     monkeypatch.setattr(module, "retrieve", retrieved)
+    monkeypatch.setattr(module, "agree", lambda work, rank: work())
     exported: list[int] = []
     progress = Progress()
     trainer = MagicMock(config=config.Config(), progress=progress)
     trainer.export.side_effect = lambda name: exported.append(progress.step) if name == "best" else None
-    for step in (1, 2, 3, 4):
+    trainer._export_best = partial(module.Trainer._export_best, trainer)
+    trainer.exports.settle.side_effect = lambda name: progress.step != 5  # the disk is full
+    bests = []
+    for step in (1, 2, 3, 4, 5, 6):
         progress.step = step
         module.Trainer.evaluate(trainer)
-    assert exported == [1, 3]
-    assert (progress.best, progress.best_step) == (20.0, 3)
+        bests.append((progress.best, progress.best_step))
+    assert exported == [1, 3, 5, 6]
+    assert bests == [(10.0, 1), (10.0, 1), (20.0, 3), (20.0, 3), (20.0, 3), (25.0, 6)]
 
 
 @pytest.mark.timeout(240)

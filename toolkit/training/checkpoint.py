@@ -143,8 +143,11 @@ class Checkpoints:
         atexit.unregister(self._linger)
         outcomes: list[Any] = [None] * self.world_size
         dist.all_gather_object(outcomes, outcome_of(attempt.written))
-        if attempt.marked is None:
-            return
+        agree(lambda: self._complete(attempt, outcomes), self.rank)
+
+    def _complete(self, attempt: _Attempt, outcomes: list[Any]) -> None:
+        """On rank 0: make complete what is whole and not complete yet, or say which rank could not write."""
+        assert attempt.marked
         attempt.stop.set()
         if attempt.marked.result():
             return

@@ -1,10 +1,13 @@
 """Exports of a run: the model alone, as `save_pretrained` writes it, with its processor.
 
 RUN/export/{best,last}/   written behind the training, in place of what was there
+RUN/export/.best-...      one that is being written; the name is of this attempt alone
 """
 
 import json
 import shutil
+import uuid
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +23,11 @@ from toolkit.training.progress import MARKER, Progress
 
 
 class Exports:
-    """The exports of one run folder; used by rank 0 only."""
+    """The exports of one run folder; used by rank 0 only.
+
+    Attributes:
+        fence: Called before an export takes its name; raises if the folder is another run's by now.
+    """
 
     def __init__(self, run: Path, data: Data) -> None:
         """Prepare to export.
@@ -32,6 +39,7 @@ class Exports:
         self.run = run
         self.processor = SpeechImageProcessor(image_size=data.image_size, max_seconds=data.max_seconds)
         self._under_way: dict[str, Future[None]] = {}
+        self.fence: Callable[[], None] = lambda: None
 
     def write(self, model: SpeechImageModel, name: str, progress: Progress) -> None:
         """Copy the model and have it written to `RUN/export/NAME`; a former one of this name is waited for.
@@ -41,7 +49,7 @@ class Exports:
             name: Of the export.
             progress: Written beside it.
         """
-        self._settle(name)
+        self.settle(name)
         state = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
         so_far = asdict(progress)
         self._under_way[name] = background(lambda: self._write(model, state, name, so_far))
@@ -49,23 +57,36 @@ class Exports:
     def finish(self) -> None:
         """Wait for all that is still being written."""
         for name in list(self._under_way):
-            self._settle(name)
+            self.settle(name)
 
-    def _settle(self, name: str) -> None:
-        """Wait for an export under way; a failure is one line."""
+    def settle(self, name: str) -> bool:
+        """Wait for an export under way, and say whether it is on the disk; a failure is one line."""
         export = self._under_way.pop(name, None)
         if export and isinstance(reason := outcome_of(export), str):
             print(f"the model was not written to {self.run / 'export' / name}: {reason}; training goes on", flush=True)
+            return False
+        return True
+
+    def step(self, name: str) -> int | None:
+        """The step of the export that is there; None where there is none."""
+        try:
+            found: int = json.loads((self.run / "export" / name / MARKER).read_bytes())["step"]
+            return found
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def _write(self, model: SpeechImageModel, state: dict[str, Tensor], name: str, progress: dict[str, Any]) -> None:
         target = self.run / "export" / name
-        fresh, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")
-        shutil.rmtree(fresh, ignore_errors=True)
-        model.save_pretrained(fresh, state_dict=state)
-        self.processor.save_pretrained(fresh)
-        (fresh / MARKER).write_text(json.dumps(progress, indent=1))
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        fresh, old = (target.with_name(f".{name}-{uuid.uuid4().hex[:8]}") for _ in "12")
+        try:
+            model.save_pretrained(fresh, state_dict=state)
+            self.processor.save_pretrained(fresh)
+            (fresh / MARKER).write_text(json.dumps(progress, indent=1))
+            self.fence()
+            if target.exists():
+                target.rename(old)
+            fresh.rename(target)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)  # of one that failed: room for those who write the log
+        for left in target.parent.glob(f".{name}-*"):  # the one before, and what exports that were cut short have left
+            shutil.rmtree(left, ignore_errors=True)

@@ -87,8 +87,11 @@ class Trainer:
         data = [manifest.hash for manifest in self.training_manifests]
         self.checkpoints = Checkpoints(run, config, data, rank, world_size)
         self.exports = Exports(run, config.data)
-        self.checkpoints.fence = self.lease.check
+        self.checkpoints.fence = self.exports.fence = self.lease.check
         self.progress = self.checkpoints.resume(self.engine, self.teacher, self.queue)
+        if agree(lambda: self.exports.step("best"), rank) != self.progress.best_step:
+            # The best is gone, or of a step that is yet to come again: any model is better than none.
+            self.progress.best, self.progress.best_step = -1.0, 0
         self.log = Log(run, config, self.progress, rank, world_size, device)
 
     def train(self) -> Progress:
@@ -189,15 +192,23 @@ class Trainer:
             found = retrieve(self.learner.model, self.manifest, dev, self.config, e.rerank, process)
             recall = found.report
             self.learner.train()
+            self._fence()  # minutes later
             score = (recall.get("reranked") or recall["coarse"])["mean_R@1"]
             best = score > self.progress.best
             if best:
-                self.progress.best, self.progress.best_step = score, self.progress.step
-                self.export("best")
+                self._export_best(score)
         examples = None
         if self.rank == 0:
             examples = keep_examples(self.run, self.progress.step, self.manifest, found, self.config)
         self.log.recall(self.progress, recall, best, examples)
+
+    def _export_best(self, score: float) -> None:
+        """Export the model, and count it as the best once it is on the disk: checkpoints name no other."""
+        before = self.progress.best, self.progress.best_step
+        self.progress.best, self.progress.best_step = score, self.progress.step
+        self.export("best")
+        if not agree(lambda: self.exports.settle("best"), self.rank):
+            self.progress.best, self.progress.best_step = before
 
     def save(self) -> None:
         """Save a checkpoint and export the model as it is now, behind the training; every rank takes part."""
@@ -270,9 +281,10 @@ class Trainer:
         self.log.skipped(self.progress, found)
 
     def _finish_writing(self) -> None:
-        """Wait for what is written behind the training."""
+        """Wait for what is written behind the training; a run that has lost its folder meanwhile ends here."""
         self.checkpoints.finish()
         self.exports.finish()
+        self._fence()
 
     def _give_up(self) -> None:
         self.log.flush(self.progress)
