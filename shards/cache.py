@@ -43,14 +43,10 @@ class Cache:
         """
         self.folder, self.bound = Path(folder), int(gigabytes * 1e9)
         self.notices: list[str] = []  # lines for the user, taken by who prints them
-        try:
+        with self._errors_told():
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 pass
-        except OSError as error:
-            raise UserError(
-                f"--data.cache {folder} cannot be used: {error.strerror}; name a folder on a disk of this machine"
-            ) from None
 
     def open(self, remote: Remote, info: ShardInfo) -> int | None:
         """Open a shard for reading, fetching it first if it is not there.
@@ -59,19 +55,21 @@ class Cache:
             A descriptor that holds the shard in the cache until it is closed; None: there is no room for it.
 
         Raises:
-            UserError: The shard is missing, or not the one that its manifest describes.
+            UserError: The shard is missing, or not the one that its manifest describes; or the folder cannot be used.
         """
         whole, part = self._paths(info)
-        while True:
-            if (found := _open_whole(whole)) is not None:
-                return found
-            if (claimed := _claim(part, wait=True)) is None:
-                continue  # someone else has fetched it, or failed to
-            if whole.exists():
-                _release(claimed, part)
-            elif not self._fetch_or_clean_up(remote, info, claimed):
-                self._say_full()
-                return None
+        with self._errors_told():
+            while True:
+                if (found := _open_whole(whole)) is not None:
+                    return found
+                if (claimed := _claim(part, wait=True)) is None:
+                    continue  # someone else has fetched it, or failed to
+                if whole.exists():
+                    _release(claimed, part)
+                elif not self._fetch_or_clean_up(remote, info, claimed):
+                    self._say_full()
+                    return None
+        return None
 
     def prefetch(self, remote: Remote, info: ShardInfo) -> None:
         """Fetch a shard that is neither there nor on its way.
@@ -80,12 +78,13 @@ class Cache:
             UserError: As `open`.
         """
         whole, part = self._paths(info)
-        if whole.exists() or (claimed := _claim(part, wait=False)) is None:
-            return
-        if whole.exists():
-            _release(claimed, part)
-        else:
-            self._fetch_or_clean_up(remote, info, claimed)
+        with self._errors_told():
+            if whole.exists() or (claimed := _claim(part, wait=False)) is None:
+                return
+            if whole.exists():
+                _release(claimed, part)
+            else:
+                self._fetch_or_clean_up(remote, info, claimed)
 
     def _paths(self, info: ShardInfo) -> tuple[Path, Path]:
         return self.folder / f"{info.sha256}.tar", self.folder / f"{info.sha256}.part"
@@ -100,10 +99,6 @@ class Cache:
                     os.rename(part, whole)
                 os.close(descriptor)
                 return True
-        except OSError as error:
-            if error.errno not in _FULL:
-                _release(descriptor, part)
-                raise UserError(f"--data.cache {self.folder} cannot be written: {error.strerror}") from None
         except BaseException:
             _release(descriptor, part)
             raise
@@ -179,6 +174,19 @@ class Cache:
         finally:
             os.close(descriptor)
 
+    @contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        """Tell of a disk that is full, without which the run goes on; whatever else is wrong with the folder ends it."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise UserError(
+                    f"--data.cache {self.folder} cannot be used: {error.strerror}; name a folder on a disk of this "
+                    "machine"
+                ) from None
+            self._say_full()
+
     def _say_full(self) -> None:
         line = (
             f"no room in {self.folder}: all that it may hold (--data.cache_gb {self.bound / 1e9:g}) is in use or its "
@@ -246,8 +254,10 @@ def _claim(part: Path, wait: bool, create: bool = True) -> int | None:
 
 def _release(descriptor: int, part: Path) -> None:
     """Give a claimed part up."""
-    part.unlink(missing_ok=True)
-    os.close(descriptor)
+    try:
+        part.unlink(missing_ok=True)
+    finally:  # or who waits for the lock would wait for ever
+        os.close(descriptor)
 
 
 def _reserved(descriptor: int, size: int) -> bool:

@@ -5,11 +5,13 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from contextlib import suppress
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -329,6 +331,61 @@ def test_prefetch_does_not_wait_for_another_process(tmp_path: Path, shards: list
     assert names(tmp_path / "cache") == {f"{shards[0].sha256}.part", f"{shards[1].sha256}.tar"}
     other.kill()
     other.join()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_without_room_for_another_name_is_told_once(
+    tmp_path: Path, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    cache, real = Cache(tmp_path / "cache"), os.open
+
+    def without_room(path: Path, flags: int, *mode: int) -> int:
+        if str(path).endswith(".part"):
+            raise OSError(code, os.strerror(code))
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", without_room)
+    cache.prefetch(far(tmp_path), shards[0])
+    assert cache.open(far(tmp_path), shards[0]) is None
+    assert cache.open(far(tmp_path), shards[1]) is None
+    assert len(cache.notices) == 1
+    assert "read from afar" in cache.notices[0]
+
+
+def test_a_cache_that_was_removed_meanwhile_is_named(tmp_path: Path, shards: list[ShardInfo]) -> None:
+    cache = Cache(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    for fetch in (cache.open, cache.prefetch):
+        with pytest.raises(UserError, match=r"--data\.cache .*cache cannot be used: No such file"):
+            fetch(far(tmp_path), shards[0])
+
+
+@pytest.mark.parametrize(("module", "name"), [(os, "utime"), (fcntl, "flock"), (os, "open"), (os, "ftruncate")])
+def test_whatever_the_folder_fails_of_is_one_line(
+    tmp_path: Path, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    cache = Cache(tmp_path / "cache")
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(UserError, match=r"--data\.cache .*cache cannot be used: Permission denied"):
+        cache.open(far(tmp_path), shards[0])
+
+
+def test_a_part_that_cannot_be_given_up_keeps_nobody_waiting(
+    tmp_path: Path, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    cache = Cache(tmp_path / "cache")
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", fail)
+        broken.setattr(os, "rename", fail)
+        with pytest.raises(UserError, match="Read-only file system"):
+            cache.prefetch(far(tmp_path), shards[0])
+    os.close(cache.open(far(tmp_path), shards[0]))
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
