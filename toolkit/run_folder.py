@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,27 @@ _FREE = (
 
 
 def prepare_run(config: Config) -> Path:
-    """Make the run folder and write its configuration; to be called by one process.
+    """Make the run folder, take its lease and write its configuration; to be called by one process.
+
+    Nothing is changed in a folder that cannot be had.
 
     Returns:
         The run folder.
 
     Raises:
-        UserError: The folder holds another run, or cannot be written.
+        UserError: The folder holds another run, is in use, or cannot be written.
     """
     from shards.manifest import atomic  # brings numpy, which --help need not wait for
+    from toolkit.training import lease
 
     check_run(config)
     folder = Path(config.run)
-    training = dataclasses.replace(config.training, stop_after=None)  # that is of one process, not of the run
+    # These are of one process, not of the run.
+    resume = "auto" if config.training.resume == "never" else config.training.resume
+    training = dataclasses.replace(config.training, stop_after=None, resume=resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lease.take(folder)  # as this process; the trainer will take it again
         with atomic(folder / SAVED) as file:
             file.write(to_yaml(dataclasses.replace(config, training=training)).encode())
     except OSError as error:
@@ -49,8 +56,13 @@ def check_run(config: Config) -> None:
     """Make sure that the run folder is new or holds a run of this configuration; writes nothing.
 
     Raises:
-        UserError: It holds a run that differs in something that matters.
+        UserError: It holds a run that differs in something that matters, or has checkpoints and `training.resume` says
+            that it should not. In a job that SLURM has started again these are its own.
     """
+    began_again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    checkpoints = Path(config.run) / "checkpoints"
+    if config.training.resume == "never" and not began_again and any(checkpoints.glob("step-*")):
+        raise UserError(f"--training.resume never: {checkpoints} holds checkpoints; name another folder with --run DIR")
     if not (Path(config.run) / SAVED).is_file():
         return
     there, here = (_flat(dataclasses.asdict(each)) for each in (load_run(config.run), config))

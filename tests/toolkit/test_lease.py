@@ -15,6 +15,7 @@ from shards.errors import UserError
 from tests.distributed import run_ranks
 from tests.toolkit import test_trainer
 from toolkit import config
+from toolkit.run_folder import prepare_run
 from toolkit.training import lease
 
 shards = test_trainer.shards
@@ -119,6 +120,23 @@ def test_a_living_process_of_this_machine_keeps_its_folder(other: Any, tmp_path:
     with pytest.raises(UserError, match=f"is in use by process {other.pid} of this machine since 2000-01-01 00:00:00"):
         lease.take(tmp_path)
     assert json.loads((tmp_path / "lease.json").read_text())["token"] == "theirs"
+
+
+def test_a_start_that_is_refused_leaves_the_folder_as_it_was(other: Any, tmp_path: Path) -> None:
+    run = config.Config(run=str(tmp_path))
+    prepare_run(run)
+    held_by(other, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    run.data.workers = 7
+    with pytest.raises(UserError, match="is in use"):
+        prepare_run(run)
+    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+    taken_by_another_host(tmp_path)
+    before[tmp_path / "lease.json"] = (tmp_path / "lease.json").read_bytes()
+    run.training.resume = "never"
+    with pytest.raises(UserError, match="holds checkpoints"):  # nor does it take the lease of a run elsewhere
+        prepare_run(run)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the kernel does not tell when a process began")

@@ -22,7 +22,7 @@ def test_run_folder_keeps_its_configuration(tmp_path):
     run = tmp_path / "deep" / "run"
     config = load_config(["--run", str(run), "--training.stop_after", "5"])
     assert prepare_run(config) == run
-    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "lease.json"}
     saved = load_run(run)
     assert saved.training.stop_after is None
     assert saved == changed(config, training__stop_after=None)
@@ -54,6 +54,22 @@ def test_run_folder_of_another_configuration(tmp_path):
         "name another folder with --run DIR"
     )
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_never_is_of_one_start_and_not_of_the_run(tmp_path, monkeypatch):
+    run = str(tmp_path / "run")
+    never = ["--run", run, "--training.resume", "never"]
+    prepare_run(load_config(never))
+    assert load_run(run).training.resume == "auto"
+    (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"never: .*run/checkpoints holds checkpoints; name another folder"):
+        prepare_run(load_config(never))
+    prepare_run(load_config(["--run", run]))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    with pytest.raises(UserError, match="holds checkpoints"):
+        prepare_run(load_config(never))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the job has written them itself
+    prepare_run(load_config(never))
 
 
 def test_run_folder_that_cannot_be_made(tmp_path):

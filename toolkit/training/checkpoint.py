@@ -172,7 +172,7 @@ class Checkpoints:
 
         Raises:
             UserError: The data set changed, the checkpoint is of another model, all that are there are damaged, or
-                there are some or none and `training.resume` says that there should not be.
+                there are none where `training.resume` says that there should be.
         """
         found = agree(self._candidates, self.rank)
         for folder, saved in found:
@@ -259,10 +259,6 @@ class Checkpoints:
     def _candidates(self) -> list[tuple[Path, "Saved | str"]]:
         """The checkpoints to begin from, newest first, with what their markers say or what is wrong with them."""
         own = sorted(self.folder.glob("step-*"), reverse=True)
-        if own and self.source == "never":
-            raise UserError(
-                f"--training.resume never: {self.folder} holds checkpoints; name another folder with --run DIR"
-            )
         if not own and self.source not in ("auto", "never"):
             own = _checkpoints_at(Path(self.source))
         return [(folder, read_marker(folder)) for folder in own]
