@@ -1,7 +1,7 @@
 """Samples that cannot be read: counted, named in a few lines, and too many of them end the run."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -37,8 +37,13 @@ class Fault:
         return f"sample {self.sample} of {self.shard} at step {self.step}: {self.reason}"
 
 
+def distinct(faults: Iterable[Fault]) -> set[tuple[str, str]]:
+    """The samples that some faults are of, by shard and key."""
+    return {(fault.shard, fault.sample) for fault in faults}
+
+
 class FaultCounter:
-    """Count the faults of one stream."""
+    """Count the faults of one stream; a sample that is met in every pass is one bad sample."""
 
     def __init__(
         self,
@@ -50,13 +55,14 @@ class FaultCounter:
         """Begin at none.
 
         Args:
-            most: Faults that are borne.
+            most: Bad samples that are borne.
             most_in_a_row: Faults that are borne without a picture between them that was read at the first attempt.
             report: Takes a line for the user.
             clock: Seconds.
         """
         self.most, self.most_in_a_row, self.report, self.clock = most, most_in_a_row, report, clock
         self.total = self.in_a_row = 0
+        self.samples: set[tuple[str, str]] = set()  # one more than `most`, at most
         self._quiet_until = 0.0
 
     def add(self, faults: Sequence[Fault], rows: int) -> None:
@@ -78,15 +84,16 @@ class FaultCounter:
     def _count(self, fault: Fault) -> None:
         self.total += 1
         self.in_a_row += 1
+        self.samples |= distinct([fault])
         now = self.clock()
         if self.total <= FIRST or now >= self._quiet_until:
             self._quiet_until = now + PAUSE
-            count = f" ({self.total} so far)" if self.total > 1 else ""
+            count = f" ({self.total} times so far, bad samples: {len(self.samples)})" if self.total > 1 else ""
             self.report(f"replaced unreadable {fault}{count}")
         if self.in_a_row > self.most_in_a_row:
             raise _too_many(fault, f"{self.in_a_row} in a row", "max_faults_in_a_row")
-        if self.total > self.most:
-            raise _too_many(fault, f"{self.total} in all", "max_faults")
+        if len(self.samples) > self.most:
+            raise _too_many(fault, f"{len(self.samples)} in all", "max_faults")
 
 
 def _too_many(fault: Fault, how_many: str, limit: str) -> UserError:

@@ -165,15 +165,24 @@ def source_of(manifest: Manifest, split: str, first_sample: int = 0, first_row: 
     """Describe a split of a manifest, whose shards each hold samples of one split and are numbered in order of them.
 
     Raises:
-        UserError: There is no such split.
+        UserError: There is no such split, or a picture of it has no caption.
     """
     if split not in manifest.splits:
         raise UserError(f"no split {split!r} in {manifest.place}: it has {', '.join(manifest.splits)}")
+    number, first = manifest.splits.index(split), manifest.first_caption
+    silent = np.flatnonzero(first[1:] == first[:-1])
+    silent = silent[manifest.split[silent] == number]
+    if len(silent):  # it would be paired with the next picture's caption
+        key = manifest.key[silent[0]].decode(errors="backslashreplace")
+        raise UserError(
+            f"sample {key} of split {split} of {manifest.place} has no caption ({len(silent):,} such samples): "
+            "make the shards again"
+        )
     edges = np.searchsorted(manifest.shard, np.arange(len(manifest.shards) + 1, dtype=manifest.shard.dtype))
     filled = np.flatnonzero(np.diff(edges))
-    mine = filled[manifest.split[edges[filled]] == manifest.splits.index(split)]
+    mine = filled[manifest.split[edges[filled]] == number]
     name = f"split {split} of {manifest.place}"
-    return Source(edges[mine], np.diff(edges)[mine], manifest.first_caption, first_sample, first_row, weight, name)
+    return Source(edges[mine], np.diff(edges)[mine], first, first_sample, first_row, weight, name)
 
 
 def order_of(

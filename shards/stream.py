@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from shards.audio import SAMPLE_RATE, decode_audio
 from shards.errors import TransientError, UserError
-from shards.faults import BadSample, Fault, FaultCounter
+from shards.faults import BadSample, Fault, FaultCounter, distinct
 from shards.order import Order, Selection, part_of
 from shards.picture import MAX_STORED_PIXELS as MAX_PIXELS
 from shards.picture import decode_picture
@@ -139,7 +139,7 @@ class MicroBatches(Dataset[Loaded]):
             except BadSample as error:
                 key, shard = self.reader.describe(sample)
                 faults.append(Fault(key, shard, " ".join(str(error).split()), step, row))
-            if len(faults) > self.max_faults:
+            if len(distinct(faults)) > self.max_faults:
                 break
             sample, caption = self.order.replacement(step, place, attempt)
         return None
@@ -222,8 +222,8 @@ def open_stream(
         workers: Worker processes; 0 decodes in this process.
         pin: Pin the batches' memory.
         timeout: Seconds that a batch may take from worker processes.
-        max_faults: Samples that may be replaced because they cannot be read.
-        max_faults_in_a_row: The same, of those with none between that was read at the first attempt.
+        max_faults: Samples that may be bad: they cannot be read and are replaced, in every pass.
+        max_faults_in_a_row: Times in a row that a sample may be replaced, with none between that can be read.
         report: Takes a line for the user.
 
     Raises:
@@ -239,7 +239,7 @@ def open_stream(
     numbers = range(steps.start * micros, steps.stop * micros)
     counter = FaultCounter(max_faults, max_faults_in_a_row, report)
     told: set[str] = set()
-    if warning := _small_cache(reader, order):
+    if warning := _small_cache(dataset):
         report(warning)
     for batch in _batches(dataset, numbers, workers, pin, timeout):
         if isinstance(batch, UserError):
@@ -347,13 +347,17 @@ def _end(iterator: Any, workers: list[BaseProcess]) -> None:
         worker.join()
 
 
-def _small_cache(reader: Reader, order: Order) -> str | None:
-    """Say so if the cache cannot hold the window that is read and the next one."""
-    need = 2 * order.window * len(order.sources) * reader.largest_shard
+def _small_cache(dataset: MicroBatches) -> str | None:
+    """Say so if the cache cannot hold the windows that this rank reads, of each source and lane, and the next ones."""
+    reader, order = dataset.reader, dataset.order
+    places = part_of(order.batch_size, 0, dataset.micros, dataset.rank, dataset.world_size, order.lanes)
+    lanes = len(np.unique(places // (order.batch_size // order.lanes)))
+    shards = order.window * lanes * len(order.sources)
+    need = 2 * shards * reader.largest_shard
     if not reader.cached or reader.cache is None or reader.cache.bound >= need:
         return None
     return (
-        f"--data.cache_gb {reader.cache.bound / 1e9:g} is less than two windows of {order.window} shards, "
+        f"--data.cache_gb {reader.cache.bound / 1e9:g} is less than two windows of {shards} shards, "
         f"{need / 1e9:.3g} GB: shards will be fetched again and again; raise it, or lower --data.window"
     )
 

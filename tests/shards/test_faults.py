@@ -6,8 +6,8 @@ from shards.errors import UserError
 from shards.faults import Fault, FaultCounter
 
 
-def fault(row: int = 0, step: int = 0) -> Fault:
-    return Fault("p7", "data/train-000003.tar", "cannot be decoded", step, row)
+def fault(row: int = 0, step: int = 0, sample: str = "p7") -> Fault:
+    return Fault(sample, "data/train-000003.tar", "cannot be decoded", step, row)
 
 
 def counter(most: int = 1000, in_a_row: int = 50) -> tuple[FaultCounter, list[str], list[float]]:
@@ -20,16 +20,18 @@ def test_the_first_five_are_told_and_then_one_in_thirty_seconds() -> None:
     faults, lines, now = counter()
     for second in range(100):
         now[0] = float(second)
-        faults.add([fault()], rows=4)
+        faults.add([fault(sample=f"p{7 + second % 3}")], rows=4)
     assert lines[0] == "replaced unreadable sample p7 of data/train-000003.tar at step 0: cannot be decoded"
     counts = [line.rpartition(" (")[2] for line in lines[1:]]
-    assert counts == [f"{n} so far)" for n in (2, 3, 4, 5, 35, 65, 95)]
+    assert counts == [f"{n} times so far, bad samples: {min(n, 3)})" for n in (2, 3, 4, 5, 35, 65, 95)]
 
 
 def test_too_many_in_all() -> None:
     faults, _, _ = counter(most=3)
-    for _ in range(3):
-        faults.add([fault()], rows=2)
+    for _ in range(100):  # passes
+        for n in range(3):
+            faults.add([fault(sample=f"p{n}")], rows=2)
+    assert (faults.total, len(faults.samples)) == (300, 3)
     with pytest.raises(
         UserError,
         match=r"^too many samples, 4 in all, could .* sample p7 of data/train-000003\.tar at .*--data\.max_faults",

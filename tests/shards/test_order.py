@@ -2,7 +2,7 @@
 
 import pickle
 import tracemalloc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -352,6 +352,16 @@ def test_an_unknown_split_is_named_with_those_there_are(tmp_path: Path) -> None:
     manifest = saved(tmp_path / "one", {"train": [5], "dev": [4]}, captions=1)
     with pytest.raises(UserError, match=r"no split 'eval' in .*one: it has train, dev"):
         order_of(manifest, "eval", 2)
+
+
+def test_a_picture_without_a_caption_is_named(tmp_path: Path) -> None:
+    manifest = saved(tmp_path / "one", {"train": [5], "dev": [4]}, captions=1)
+    first_caption = manifest.first_caption.copy()
+    first_caption[3] = first_caption[2]  # the caption of picture 2 goes to picture 3
+    silent = replace(manifest, first_caption=first_caption, key=np.array([b"p%d" % n for n in range(9)]))
+    with pytest.raises(UserError, match=r"sample p2 of split train of .*one has no caption \(1 such samples\)"):
+        order_of(silent, "train", 2)
+    assert order_of(silent, "dev", 2).pictures == 4
 
 
 def test_a_part_has_the_same_places_of_all_columns() -> None:

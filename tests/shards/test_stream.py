@@ -190,6 +190,19 @@ def test_workers_fetch_ahead(manifest: Manifest, tmp_path: Path) -> None:
     assert {path.stem for path in fetched.glob("*.tar")} == {far.shards[n].sha256 for n in now | later}
 
 
+@pytest.mark.parametrize(("rank", "world_size", "shards"), [(0, 1, 8), (1, 2, 4)])
+def test_the_window_of_every_lane_that_a_rank_reads_has_to_fit_the_cache(
+    manifest: Manifest, tmp_path: Path, rank: int, world_size: int, shards: int
+) -> None:
+    far = load(f"file://{manifest.folder}")
+    bound = (shards - 0.5) * max(shard.bytes for shard in far.shards) / 1e9
+    lines: list[str] = []
+    order, reader = order_for(far, lanes=2), Reader(far, cache=Cache(tmp_path / "cache", bound))
+    next(opened(reader, order, range(1), rank=rank, world_size=world_size, report=lines.append))
+    assert len(lines) == 1
+    assert f"less than two windows of {shards // 2} shards" in lines[0]
+
+
 # Faults.
 
 
@@ -250,6 +263,27 @@ def test_a_bad_sample_is_replaced_as_the_order_says_and_counted(manifest: Manife
     moved = batch.to(torch.device("cpu"))
     assert moved.faults == [fault]
     assert torch.equal(moved.ids, batch.ids)
+
+
+def test_the_same_bad_samples_are_borne_in_every_pass(manifest: Manifest) -> None:
+    for sample in (2, 9):
+        spoil(manifest, sample)
+    found = batches(manifest, range(26), max_faults=2)  # 8 passes
+    faults = [fault.sample for (batch,) in found for fault in batch.faults]
+    assert set(faults) == {"p2", "p9"}
+    assert len(faults) >= 16
+
+
+def test_a_bad_sample_that_comes_again_in_a_batch_counts_once(manifest: Manifest) -> None:
+    """A batch of 8 of 20 pictures leaves 12 to replace them with: places 0 and 4 try the same three of these."""
+    few = noise(manifest.folder / "few", pictures=20)
+    order = order_for(few)
+    good = {order.replacement(0, place, 2)[0] for place in range(4)}
+    for sample in set(range(20)) - good:
+        spoil(few, sample)
+    (batch,) = batches(few, range(1), order=order, reader=Reader(few), max_faults=16)[0]
+    assert set(batch.ids.tolist()) == good
+    assert len(batch.faults) == 20
 
 
 @pytest.mark.parametrize("workers", [0, 1])
