@@ -176,7 +176,7 @@ class Cache:
 
     @contextmanager
     def _errors_told(self) -> Iterator[None]:
-        """Tell of a disk that is full, without which the run goes on; whatever else is wrong with the folder ends it."""
+        """Tell of a full disk, without which the run goes on; whatever else is wrong with the folder ends it."""
         try:
             yield
         except OSError as error:

@@ -42,6 +42,7 @@ COLUMNS = {**SAMPLE_COLUMNS, "first_caption": "<i8", **CAPTION_COLUMNS}
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")  # of a shard: no folder, nothing hidden
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def load(folder: Path | str) -> Manifest:
         raise UserError(f"{place}/{MANIFEST} is damaged ({error}): make the shards again") from None
     try:
         if head["format"] != FORMAT:
-            raise UserError(f"{place}/{MANIFEST} has format {head['format']}, this version reads {FORMAT}")
+            raise UserError(f"{place}/{MANIFEST} has format {head['format']!r}, this version reads {FORMAT}")
         columns = _load_index(remote.read(INDEX) if remote else folder / INDEX, place, head["index"]["sha256"])
         manifest = Manifest(
             folder=folder,
@@ -139,7 +140,7 @@ def load(folder: Path | str) -> Manifest:
             **columns,
         )
         problem = _problem_of(manifest)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{place}/{MANIFEST} is damaged ({error!r}): make the shards again") from None
     if problem:
         raise UserError(f"{place}/{problem}: make the shards again")
@@ -148,9 +149,12 @@ def load(folder: Path | str) -> Manifest:
 
 def _load_index(source: Path | bytes, place: str, sha256: str) -> dict[str, np.ndarray]:
     name = f"{place}/{INDEX}"
-    if isinstance(source, Path) and not source.is_file():
+    if isinstance(source, Path) and not os.path.isfile(source):
         raise UserError(f"{name} is missing: make the shards again")
-    found = file_sha256(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
+    try:
+        found = file_sha256(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
     if found != sha256:
         raise UserError(f"{name} is not the index that {MANIFEST} was written with: make the shards again")
     try:
@@ -164,7 +168,13 @@ def _load_index(source: Path | bytes, place: str, sha256: str) -> dict[str, np.n
 
 def _problem_of(m: Manifest) -> str | None:
     """Say what is impossible in a manifest that may come from anywhere; None: all of it makes sense."""
+    if not all(isinstance(value, str) for value in (m.corpus, m.hash)) or not isinstance(m.arguments, dict):
+        return f"{MANIFEST} does not say what the shards are of"
+    if not all(isinstance(split, str) and SPLIT.fullmatch(split) for split in m.splits):
+        return f"{MANIFEST} names a split that has not letters, digits, _ and - only"
     names = [shard.name for shard in m.shards]
+    if len(set(m.splits)) < len(m.splits):
+        return f"{MANIFEST} names a split twice"
     for shard in m.shards:
         if not _NAME.fullmatch(shard.name):
             return f"{MANIFEST} names a shard {shard.name!r}: expected a plain file name that ends in .tar"

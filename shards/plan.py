@@ -179,7 +179,7 @@ def plan(
 def advise(manifest: Manifest, ranks: int, workers: int, window: int = 16) -> list[str]:
     """Say whether the shards of the largest split suit so many ranks and loader workers, and what would."""
     counts = [len(manifest.rows(split)) for split in manifest.splits]
-    if not counts:
+    if not any(counts):
         return []
     split, pictures = manifest.splits[int(np.argmax(counts))], max(counts)
     mine = [manifest.shards[n] for n in np.unique(manifest.shard[manifest.rows(split)])]

@@ -96,7 +96,7 @@ class Report:
         counts = [sum(self.durations[start : start + width]) for start in starts]
         lines = [f"{'seconds':<12}{'captions':>10}"] if counts else []
         for start, count in zip(starts, counts, strict=True):
-            bar = "#" * -(-_BAR_LENGTH * count // max(counts))  # rounded up, so that a single caption shows
+            bar = "#" * -(-_BAR_LENGTH * count // max(1, *counts))  # rounded up, so that a single caption shows
             lines.append(f"{f'{start} to {start + width}':<12}{count:>10,}  {bar}".rstrip())
         return lines
 
@@ -122,8 +122,15 @@ def load_report(folder: Path) -> Report:
         stored = json.loads(path.read_bytes())
         splits = {name: Counts(**{**n, "speakers": set(n["speakers"])}) for name, n in stored["splits"].items()}
         dropped = [Dropped(**one) for one in stored["dropped"]]
-        return Report(splits, dropped, stored["shards"], stored["bytes"], stored["durations"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        report = Report(splits, dropped, stored["shards"], stored["bytes"], stored["durations"])
+        counts = [report.shards, report.bytes, *report.durations, *(one.captions for one in dropped)]
+        counts += [count for n in splits.values() for count in (n.pictures, n.captions)]
+        if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
+            raise ValueError("a count is no whole number")
+        if not all(type(n.seconds) in (int, float) and 0 <= n.seconds < 2**62 for n in splits.values()):
+            raise ValueError("a number of seconds is none")
+        return report
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): make the shards again") from None
 
 

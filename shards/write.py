@@ -97,7 +97,7 @@ def plan_shards(items: Sequence[Item], corpus: str, form: Format, arguments: Map
         splits.setdefault(item.split, []).append(item)
     shards = []
     for split in sorted(splits, key=lambda name: (*(name != first for first in _FIRST_SPLITS), name)):
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
+        if not manifest.SPLIT.fullmatch(split):
             raise UserError(f"split {split!r}: a split's name has letters, digits, _ and - only")
         for number, start in enumerate(range(0, len(splits[split]), form.samples_per_shard)):
             some = tuple(splits[split][start : start + form.samples_per_shard])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.errors import Parser, run_main
+from shards.errors import Parser, UserError, run_main
 
 if TYPE_CHECKING:
     from shards.pool import Progress
@@ -68,14 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with _progress_bar(options) as progress:
         health = check_folder(options.folder, options.decode, options.jobs, progress)
     advice = advise(health.manifest, options.ranks, options.workers) if health.manifest else []
-    if options.html:
-        from shards.page import write_page
-
-        write_page(options.html, health, advice)
     if options.json:
         print(json.dumps({**health.as_json(), "advice": advice}, indent=1))
     else:
         print("\n".join([health.text(), *advice]))
+    if options.html:
+        from shards.page import write_page
+
+        try:
+            write_page(options.html, health, advice)
+        except UserError as error:
+            if health.healthy:
+                raise
+            print(f"error: {error}", file=sys.stderr)
     if not health.healthy:
         sys.exit(1)
 

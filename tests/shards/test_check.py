@@ -20,6 +20,7 @@ from shards.check import Finding, Health, check_folder, split_rows
 from shards.check_one import MAX_PIXELS, check_shard, task_of
 from shards.errors import UserError
 from shards.folder import UNFINISHED
+from shards.plan import advise
 from tests.shards import damage
 from tests.shards.damage import SHARD
 
@@ -68,6 +69,14 @@ def test_healthy(tmp_path: Path, codec: str) -> None:
     assert sum(row["hours"] for row in split_rows(health.manifest)) * 3600 == pytest.approx(
         health.manifest.duration.sum(), abs=1
     )
+
+
+def test_a_folder_of_no_samples(tmp_path: Path) -> None:
+    columns = {name: [0] if name == "first_caption" else [] for name in manifest.COLUMNS}
+    manifest.save(tmp_path, "none", [], ["train"], columns, {})
+    health = check_folder(tmp_path)
+    assert health.healthy, health.text()
+    assert advise(health.manifest, 8, 4) == []
 
 
 def test_decodes_as_many_as_asked_for_spread_over_the_folder(folder: Path) -> None:
@@ -444,6 +453,36 @@ def test_report_that_counts_something_else(folder: Path) -> None:
     )
     path.unlink()
     assert_sole(warnings(folder), "report.json: ", "missing")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"splits": []},
+        {"splits": {"train": []}},
+        {"splits": {"train": {"pictures": "7", "captions": 14, "seconds": 1.0, "speakers": []}}},
+        {"splits": {"train": {"pictures": 7, "captions": 1e3, "seconds": 1.0, "speakers": []}}},
+        {"splits": {"train": {"pictures": 7, "captions": 14, "seconds": 10**400, "speakers": []}}},
+        {"splits": {"train": {"pictures": 7, "captions": 14, "seconds": "1", "speakers": []}}},
+        {"splits": {"train": {"pictures": 7, "captions": 14, "seconds": 1.0, "speakers": [[]]}}},
+        {"durations": 3},
+        {"durations": ["x"]},
+        {"shards": None},
+        {"bytes": 10**400},
+        {"dropped": [{"what": "picture", "name": "a", "split": "train", "reason": "", "captions": "2"}]},
+        {"dropped": [7]},
+    ],
+)
+def test_report_that_is_damaged_is_a_warning(folder: Path, change: dict[str, object]) -> None:
+    path = folder / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert_sole(warnings(folder), "report.json: ", "damaged")
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "[" * 100_000])
+def test_report_that_is_no_report_is_a_warning(folder: Path, content: str) -> None:
+    (folder / "report.json").write_text(content)
+    assert_sole(warnings(folder), "report.json: ", "damaged")
 
 
 def test_index_or_manifest_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:

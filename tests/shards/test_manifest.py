@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -87,6 +89,43 @@ def test_damaged_manifest(tmp_path, damage):
     write(tmp_path)
     (tmp_path / "manifest.json").write_text(damage)
     with pytest.raises(UserError, match=r"manifest\.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("splits", ["train", None]),
+        ("splits", ["train", 7]),
+        ("splits", ["train", "train"]),
+        ("splits", ["train", "te\x1b[2Jst"]),
+        ("splits", ["train", "a b"]),
+        ("splits", ["train", "test\n"]),
+        ("splits", None),
+        ("arguments", []),
+        ("corpus", 7),
+        ("hash", None),
+        ("shards", [7]),
+        ("shards", {"a": 1}),
+        ("format", "\x1b[2J\n"),
+    ],
+)
+def test_values_of_the_manifest_that_cannot_be_are_refused(tmp_path, name, value):
+    write(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=r"manifest\.json") as caught:
+        load(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+def test_an_index_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def fail(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    write(tmp_path)
+    monkeypatch.setattr(manifest, "file_sha256", fail)
+    with pytest.raises(UserError, match=r"index\.npz cannot be read: Permission denied"):
         load(tmp_path)
 
 

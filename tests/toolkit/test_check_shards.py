@@ -78,6 +78,20 @@ def test_page(folder: Path, tmp_path: Path) -> None:
     assert "NOT HEALTHY" in (tmp_path / "page.html").read_text()
 
 
+def test_a_page_that_cannot_be_written_costs_no_findings(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "nowhere/page.html"
+    with pytest.raises(UserError, match=r"cannot write .*page\.html"):
+        check(folder, "--html", page, "--jobs", 1)
+    assert "\nhealthy\n" in capsys.readouterr().out
+    os.truncate(folder / damage.SHARD, 100)
+    assert check(folder, "--html", page, "--jobs", 1) == 1
+    told = capsys.readouterr()
+    assert "NOT HEALTHY (1 problem)" in told.out
+    assert told.err == f"error: cannot write {page}: No such file or directory\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
