@@ -4,6 +4,8 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +21,7 @@ MAX_SECONDS = 600.0  # of a caption in a shard
 
 _BLOCK = 1 << 16  # frames decoded at a time, so that many channels or a wrong header never fill the memory
 _MAX_RATE = 192_000
+_UNKNOWN = 1 << 62  # frames or more: a FLAC that was written to a pipe does not say how many it has
 
 
 def read_audio(source: Path | bytes, max_seconds: float) -> np.ndarray:
@@ -32,7 +35,8 @@ def read_audio(source: Path | bytes, max_seconds: float) -> np.ndarray:
         float32 [n] in [-1, 1], n > 0.
 
     Raises:
-        UserError: no such file, empty, not decodable, too long, or not finite.
+        UserError: no such file, empty, not decodable, too long or of no known length, not finite, or a rate that is no
+            speech's.
     """
     name = "audio" if isinstance(source, bytes) else str(source)
     try:
@@ -42,14 +46,28 @@ def read_audio(source: Path | bytes, max_seconds: float) -> np.ndarray:
     if size == 0:
         raise UserError(f"{name}: empty file (0 bytes)")
     mono, rate = _decode(source, name, max_seconds)
-    return resample(mono, rate, name)
+    # A rate that is rounded before resampling makes it a few samples longer.
+    return resample(mono, rate, name)[: math.ceil(max_seconds * SAMPLE_RATE)]
+
+
+@contextmanager
+def _opened(source: Path | bytes) -> Iterator[Any]:
+    """What soundfile takes: a file by its number, since it would believe the ending of a name."""
+    if isinstance(source, bytes):
+        yield io.BytesIO(source)
+        return
+    with open(source, "rb") as file:
+        yield file.fileno()
 
 
 def _decode(source: Path | bytes, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
     import soundfile
 
     try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        with _opened(source) as opened, soundfile.SoundFile(opened, closefd=False) as file:
+            _check_rate(file.samplerate, name)
+            if file.frames >= _UNKNOWN:
+                raise UserError(f"{name}: its header does not give its length: write it anew, as ffmpeg does")
             limit = math.ceil(max_seconds * file.samplerate)
             # The header of a compressed file may understate, so the limit is kept while decoding too.
             if file.frames > limit:
@@ -62,7 +80,7 @@ def _decode(source: Path | bytes, name: str, max_seconds: float) -> tuple[np.nda
                     raise UserError(_too_long(name, total / file.samplerate, max_seconds))
             rate = file.samplerate
     except (soundfile.SoundFileError, TypeError, OSError) as error:
-        reason = str(error).rsplit(": ", 1)[-1].rstrip(".")
+        reason = getattr(error, "strerror", None) or str(error).rsplit(": ", 1)[-1].rstrip(".")
         raise UserError(f"{name}: cannot be decoded as audio ({reason})") from None
     if not total:
         raise UserError(f"{name}: holds no audio (0 samples)")
@@ -84,8 +102,7 @@ def resample(wave: np.ndarray, rate: int, name: str = "audio") -> np.ndarray:
     Raises:
         UserError: a rate that is no speech's, or samples that are not finite.
     """
-    if not 1000 <= rate <= _MAX_RATE:
-        raise UserError(f"{name}: sampling rate {rate} Hz, expected 1,000 to {_MAX_RATE:,} Hz")
+    _check_rate(rate, name)
     if not np.isfinite(wave).all():
         raise UserError(f"{name}: holds samples that are not finite")
     if rate != SAMPLE_RATE:
@@ -94,6 +111,11 @@ def resample(wave: np.ndarray, rate: int, name: str = "audio") -> np.ndarray:
         with torch.inference_mode():
             wave = _resampler(rate)(torch.from_numpy(np.ascontiguousarray(wave))).numpy()
     return np.clip(wave, -1.0, 1.0)
+
+
+def _check_rate(rate: int, name: str) -> None:
+    if not 1000 <= rate <= _MAX_RATE:
+        raise UserError(f"{name}: sampling rate {rate} Hz, expected 1,000 to {_MAX_RATE:,} Hz")
 
 
 @lru_cache(maxsize=8)
@@ -140,6 +162,8 @@ def decode_audio(data: bytes, max_seconds: float = MAX_SECONDS) -> np.ndarray:
             if file.samplerate != SAMPLE_RATE or file.channels != 1:
                 shape = f"{file.samplerate} Hz and {file.channels} channels"
                 raise UserError(f"audio of {shape} in a shard, expected {SAMPLE_RATE} Hz mono")
+            if file.frames >= _UNKNOWN:
+                raise UserError(f"audio of {len(data)} bytes in a shard does not give its length in its header")
             if file.frames > max_seconds * SAMPLE_RATE:
                 raise UserError(
                     f"audio of {file.frames / SAMPLE_RATE:.1f} s in a shard, the longest allowed is {max_seconds:g} s"

@@ -76,6 +76,7 @@ def test_channels_are_averaged(tmp_path):
         ("opus.opus", {"format": "OGG", "subtype": "OPUS"}),
         ("vorbis.txt", {"format": "OGG", "subtype": "VORBIS"}),
         ("sphere.sph", {"format": "NIST"}),
+        ("flac named.raw", {"format": "FLAC"}),
     ],
 )
 def test_decoded_by_content_whatever_the_name(tmp_path, name, how):
@@ -93,6 +94,16 @@ def test_whole_length_is_read_over_many_blocks(tmp_path):
     assert np.array_equal(read_audio(tmp_path / "a.flac", 30) * 32768, pcm)
 
 
+def with_rate(wav, rate):
+    """A WAV whose header claims another sampling rate."""
+    return wav[:24] + struct.pack("<I", rate) + wav[28:]
+
+
+def without_length(flac):
+    """A FLAC as it is written to a pipe: the number of frames, 36 bits of its first block, is left at 0."""
+    return flac[:21] + bytes([flac[21] & 0xF0, 0, 0, 0, 0]) + flac[26:]
+
+
 def bad_files(folder):
     (folder / "empty.wav").write_bytes(b"")
     (folder / "text.wav").write_text("no audio at all, though its name says so")
@@ -102,6 +113,8 @@ def bad_files(folder):
     soundfile.write(folder / "slow.wav", np.zeros(10, np.float32), 100)
     (folder / "cut.flac").write_bytes(encode_audio(tone(), "flac")[:3000])
     (folder / "folder.wav").mkdir()
+    (folder / "fast.wav").write_bytes(with_rate(encode_audio(tone(), "wav"), 2_000_000_000))
+    (folder / "piped.flac").write_bytes(without_length(encode_audio(tone(), "flac")))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +128,9 @@ def bad_files(folder):
         ("nan.wav", "not finite"),
         ("slow.wav", "sampling rate 100 Hz"),
         ("cut.flac", "cannot be decoded as audio"),
-        ("folder.wav", "cannot be decoded as audio"),
+        ("folder.wav", r"cannot be decoded as audio \(Is a directory\)"),
+        ("fast.wav", "sampling rate 2000000000 Hz, expected"),
+        ("piped.flac", "its header does not give its length: write it anew"),
     ],
 )
 def test_bad_files_are_named_in_one_line(tmp_path, name, reason):
@@ -137,6 +152,18 @@ def test_length_is_judged_by_the_header_before_decoding(tmp_path, monkeypatch):
         read_audio(tmp_path / "hour.flac", 30)
 
 
+def test_rate_is_judged_before_decoding(tmp_path, monkeypatch):
+    (tmp_path / "fast.wav").write_bytes(with_rate(encode_audio(tone(), "wav"), 2_000_000_000))
+    monkeypatch.setattr(soundfile.SoundFile, "read", None)
+    with pytest.raises(UserError, match="sampling rate 2000000000 Hz"):
+        read_audio(tmp_path / "fast.wav", 30)
+
+
+def test_resampling_does_not_pass_the_limit(tmp_path):
+    soundfile.write(tmp_path / "odd.wav", tone(2, 44101), 44101)
+    assert len(read_audio(tmp_path / "odd.wav", 2)) == 32_000
+
+
 def test_length_is_judged_again_while_decoding(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "a.wav", np.zeros(16000 * 60, np.int16), 16000)
     claimed = iter([100])  # what the header says when it is asked first
@@ -149,6 +176,11 @@ def test_length_is_judged_again_while_decoding(tmp_path, monkeypatch):
 def test_damaged_member(data):
     with pytest.raises(UserError, match="cannot be decoded"):
         decode_audio(data)
+
+
+def test_member_of_no_known_length():
+    with pytest.raises(UserError, match="does not give its length in its header"):
+        decode_audio(without_length(encode_audio(tone(), "flac")))
 
 
 def test_member_of_another_rate():
