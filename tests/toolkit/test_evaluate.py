@@ -1,6 +1,7 @@
 """A whole evaluation of a small random model: against one-at-a-time encoding and loops, on one and several ranks."""
 
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -19,6 +20,7 @@ from shards.picture import decode_picture
 from shards.stream import Reader
 from shards.write import Format, write_shards
 from tests.distributed import run_ranks
+from tests.shards.noise import spoil
 from tests.tiny import tiny_model
 from toolkit import config, evaluate
 from toolkit.evaluation.encode import Process, encode
@@ -212,6 +214,21 @@ def test_a_damaged_sample_is_named(folder, tmp_path):
     key = manifest.key[4].decode()
     with pytest.raises(UserError, match=f"sample {key} of .*: .* make the shards again"):
         measure(random_model(), load(tmp_path), "test", settings(tmp_path), 0, 0, 1, CPU)
+
+
+def reason_on(rank, world_size, folder):
+    with pytest.raises(UserError) as caught:
+        measure(random_model(), load(folder), "test", settings(folder), 0, rank, world_size, CPU)
+    return str(caught.value)
+
+
+def test_a_damaged_sample_ends_all_ranks_with_the_reason(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    manifest = load(tmp_path)
+    spoil(manifest, int(manifest.rows("test")[0]))  # rank 0 reads it
+    reasons = run_ranks(reason_on, 2, tmp_path)
+    assert all("make the shards again" in reason for reason in reasons)
+    assert reasons[1] == f"rank 0: {reasons[0]}"
 
 
 def on_rank(rank, world_size, folder):

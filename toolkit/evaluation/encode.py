@@ -23,7 +23,7 @@ from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.picture import decode_picture
 from toolkit.config import Config
-from toolkit.distributed import all_gather
+from toolkit.distributed import agree_all, all_gather
 from toolkit.model.encoded import Encoded
 from toolkit.training.data import open_reader
 
@@ -155,17 +155,18 @@ class _Sweep:
         """Yield for each model call the rows that all ranks encode in it, in rank order, and this rank's inputs.
 
         Where the rows do not fill all batches of the last call, the last one is repeated; of what the ranks encode only
-        the first `len(rows)` are to be kept.
+        the first `len(rows)` are to be kept. If a rank cannot load its rows, all end together, with its reason.
         """
         size = min(self.batch_size, len(order))
-        ranks = self.process.world_size
+        rank, ranks = self.process.rank, self.process.world_size
         calls = -(-len(order) // (size * ranks))
         filled = order[np.arange(calls * ranks * size).clip(max=len(order) - 1)]
-        own = filled.reshape(calls, ranks, size)[:, self.process.rank]
+        own = filled.reshape(calls, ranks, size)[:, rank]
         with ThreadPoolExecutor(max(1, self.threads)) as pool:
             batches = _loaded_ahead(pool, load, own)
             for call in progress(f"encoding {title}", calls, self.process.show_progress):
-                yield order[call * ranks * size :][: ranks * size], next(batches)
+                loaded = agree_all(lambda: next(batches), rank, ranks)
+                yield order[call * ranks * size :][: ranks * size], loaded
 
     def find(self, order: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tell the batch [N] and the row in that batch [N] of each of N rows."""
