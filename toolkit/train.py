@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("--ranks is an option of --dry-run; a training has as many as it is launched with")
 
     from toolkit.distributed import agree, initialise
-    from toolkit.training.data import open_order
+    from toolkit.training.data import check_dev, open_order
     from toolkit.training.deepspeed_config import deepspeed_config
     from toolkit.training.signals import REQUEUE
     from toolkit.training.trainer import Trainer
@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         profile_training(config, rank, world_size, device, options.profile)
         return
+    check_dev(config)
     run = Path(config.run)
     agree(lambda: prepare_run(config), rank)
     trainer = Trainer(config, run, rank, world_size, device)
@@ -78,7 +79,7 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
         UserError: The shards are not there, or do not fit the batch and the ranks.
     """
     from shards.plan import plan
-    from toolkit.training.data import open_order
+    from toolkit.training.data import check_dev, open_order
 
     launch = config.launch
     if ranks is None:
@@ -86,6 +87,7 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
     if ranks < 1:
         raise UserError(f"--ranks is {ranks}; expected 1 or more")
     manifests, order = open_order(config, ranks)
+    check_dev(config)
     return plan(
         order,
         manifests,

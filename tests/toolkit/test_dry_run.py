@@ -57,6 +57,11 @@ def test_number_of_ranks(
     assert "each of 1 node:" in ranks("--ranks", "1", **{"launch.nodes": 2})
 
 
+def test_without_evaluation_no_dev_is_needed(folder: Path, tmp_path: Path) -> None:
+    config, _ = train.parse(arguments(folder, tmp_path, **{"data.dev": "val", "evaluation.every": 0}), train.Parser())
+    assert train.dry_run(config, 1)
+
+
 def test_mixture_and_lanes(folder: Path, tmp_path: Path) -> None:
     other = damage.write(tmp_path / "other")
     keys = {"data.mixture": f"{{{folder}: 1, {other}: 1}}", "data.lanes": 1}
@@ -74,10 +79,16 @@ def test_mixture_and_lanes(folder: Path, tmp_path: Path) -> None:
         (["--dry-run", "--ranks", "two"], "--ranks"),
         (["--dry-run", "--ranks", "3"], "--training.batch_size 2 does not divide"),
         (["--dry-run", "--data.shards", "/no/where"], "no shards in /no/where"),
+        (["--dry-run", "--data.dev", "val"], "no split 'val' in .*: it has train, dev, test"),
+        (["--data.dev", "val"], "no split 'val' in .*: it has train, dev, test"),
         (["--dry-run", "--training.batch_size", "90"], "set --training.batch_size to 3 or less"),
     ],
 )
-def test_mistakes(folder: Path, tmp_path: Path, more: list[str], reason: str) -> None:
+def test_mistakes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], reason: str
+) -> None:
+    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, None))
     with pytest.raises(UserError, match=reason) as caught:
         main([*arguments(folder, tmp_path / "run"), *more])
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()

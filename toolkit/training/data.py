@@ -37,6 +37,16 @@ def open_order(config: Config, world_size: int = 1) -> tuple[list[Manifest], Ord
     return manifests, order
 
 
+def check_dev(config: Config) -> None:
+    """Make sure that there is what recall is measured on during training.
+
+    Raises:
+        UserError: There is not.
+    """
+    if config.evaluation.every:
+        load(config.data.shards).rows(config.data.dev)
+
+
 def open_reader(data: Data, *manifests: Manifest) -> Reader:
     """Read data sets through the configured cache; its path may name variables of the node's environment."""
     cache = Cache(os.path.expandvars(data.cache), data.cache_gb) if data.cache else None
