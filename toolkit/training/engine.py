@@ -21,8 +21,13 @@ def make_engine(learner: nn.Module, config: Config, world_size: int, device: tor
     settings = deepspeed_config(config, world_size)
     training = config.training
     groups = _parameter_groups(learner, training.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(training.betas[0], training.betas[1]))
+    # Stage 0 under bf16 takes a step with zero gradients while it is built: at this rate it changes no weight.
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(training.betas[0], training.betas[1]))
     engine, *_ = deepspeed.initialize(model=learner.to(device), optimizer=optimizer, config=settings)
+    for group in optimizer.param_groups:
+        group["lr"] = training.lr
+    for state in optimizer.state.values():
+        state["step"].zero_()
     if engine.optimizer is optimizer:  # stage 0 in float32: the others look for bad gradients
         optimizer.overflow = False  # DeepSpeed asks for it after a step
         optimizer.register_step_pre_hook(_skip_bad_step)
