@@ -191,7 +191,10 @@ def test_temperature_is_learned_and_clamped():
     for value, clamped in ((-20.0, 0.001), (3.0, 0.5)):
         with torch.no_grad():
             temperature.log_temperature.fill_(value)
+        temperature.log_temperature.grad = None
         assert temperature().item() == pytest.approx(clamped)
+        temperature().backward()
+        assert temperature.log_temperature.grad.item() == pytest.approx(clamped), "it could not come back"
     assert not Temperature(learned=False).log_temperature.requires_grad
 
 

@@ -70,8 +70,10 @@ class Temperature(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor([math.log(initial)]), requires_grad=learned)
 
     def forward(self) -> Tensor:
-        """The temperature, a float32 scalar."""
-        return self.log_temperature.float().exp().clamp(self.minimum, self.maximum).squeeze(0)
+        """The temperature, a float32 scalar; its gradient passes the clamp, so that it can come back from a bound."""
+        log = self.log_temperature.float()
+        clamped = log.detach().exp().clamp(self.minimum, self.maximum)
+        return (clamped * (log - log.detach()).exp()).squeeze(0)
 
 
 class SpeechImageModel(PreTrainedModel):
