@@ -115,7 +115,9 @@ class Matching:
     """SIM, the fine alignment."""
 
     weight: float = 1.0  # 0: off
-    negatives: Literal["local", "global"] = "local"  # drawn from this rank's batch or from all ranks'
+    negatives: Literal["local", "global"] = (
+        "global"  # drawn from all ranks' batches, or from this rank's alone: then a run depends on their number
+    )
 
 
 @dataclass
