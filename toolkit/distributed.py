@@ -20,6 +20,11 @@ from shards.errors import UserError
 
 T = TypeVar("T")
 
+
+class PeerError(dist.DistError):
+    """Another rank failed, and says why itself: like a connection to it that breaks."""
+
+
 # torch 2.13 renamed all_gather_into_tensor and warns of the old name; earlier versions know only that one.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -268,7 +273,8 @@ def agree_all(work: Callable[[], T], rank: int, world_size: int) -> T:
     Costs one reduction of two numbers between the hosts.
 
     Raises:
-        UserError: It failed on another rank; here it raises what it raised.
+        UserError: It failed so on another rank; here it raises what it raised.
+        PeerError: It failed on another rank, by an error that no user can mend.
     """
     return agree_all_and_on(lambda: 0, work, rank, world_size)[0]
 
@@ -289,10 +295,12 @@ def agree_all_and_on(number: Callable[[], int], work: Callable[[], T], rank: int
             reasons: list[Any] = [None] * world_size
             dist.all_gather_object(reasons, None)
             first = next(other for other, reason in enumerate(reasons) if reason)
-            raise UserError(f"rank {first}: {reasons[first]}")
+            kind, line = reasons[first]
+            raise kind(f"rank {first}: {line}")
         if failure is not None:
+            kind = type(failure) if isinstance(failure, UserError) else PeerError
             line = " ".join(str(failure).split()) or type(failure).__name__
-            dist.all_gather_object([None] * world_size, line)
+            dist.all_gather_object([None] * world_size, (kind, line))
     if failure is not None:
         raise failure
     return result, greatest

@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.errors import UserError
+from shards.errors import TransientError, UserError
 from tests.distributed import RankError, run_ranks
-from toolkit.distributed import Requests, agree_all, all_gather, gather_packed, gather_with_grad
+from toolkit.distributed import PeerError, Requests, agree_all, all_gather, gather_packed, gather_with_grad
 from toolkit.objectives.contrastive import contrastive_loss
 from toolkit.objectives.denoising import denoising_loss
 from toolkit.objectives.matching import draw_negatives, matching_loss
@@ -267,10 +267,10 @@ def test_harness_ends_hanging_ranks_and_shows_where_they_stood():
     assert not multiprocessing.active_children()
 
 
-def one_fails(rank: int, world_size: int, failing: tuple[int, ...]) -> str:
+def one_fails(rank: int, world_size: int, failing: tuple[int, ...], kind: type[Exception] = UserError) -> str:
     def work() -> int:
         if rank in failing:
-            raise UserError(f"shard {rank} is\nmissing")
+            raise kind(f"shard {rank} is\nmissing")
         return 10 * rank
 
     try:
@@ -279,9 +279,23 @@ def one_fails(rank: int, world_size: int, failing: tuple[int, ...]) -> str:
         return str(error)
 
 
+def kind_of_failure(rank: int, world_size: int, kind: type[Exception]) -> str:
+    try:
+        return one_fails(rank, world_size, (1,), kind)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def test_what_fails_on_one_rank_fails_on_all_with_its_reason() -> None:
     assert run_ranks(one_fails, 3, ()) == ["0", "10", "20"]
     from_afar = "rank 1: shard 1 is missing"
     assert run_ranks(one_fails, 3, (1,)) == [from_afar, "shard 1 is\nmissing", from_afar]
     assert run_ranks(one_fails, 3, (1, 2))[0] == from_afar
     assert one_fails(0, 1, (0,)) == "shard 0 is\nmissing"
+
+
+def test_only_a_users_mistake_is_one_on_the_other_ranks_too() -> None:
+    other, own = run_ranks(kind_of_failure, 2, ValueError)
+    assert (other, own) == ("PeerError: rank 1: shard 1 is missing", "ValueError: shard 1 is\nmissing")
+    assert run_ranks(kind_of_failure, 2, TransientError)[0] == "rank 1: shard 1 is missing"
+    assert issubclass(PeerError, torch.distributed.DistError)  # by which a job knows it
