@@ -33,6 +33,7 @@ class Job:
     folder: str  # of the logs
     port: int | None = None  # of the rendezvous on this machine; none: derived from the SLURM job
     gpus: str | None = None  # CUDA_VISIBLE_DEVICES as the user set it, which submitit's local executor overwrites
+    directory: str | None = None  # where the command was given: relative paths begin there, also in a container
 
     def __call__(self) -> None:
         """Run this rank to its end."""
@@ -71,6 +72,14 @@ class Job:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(_threads(ranks_here)),
         }
 
+    def _enter(self) -> None:
+        if self.directory is not None:
+            try:
+                os.chdir(self.directory)
+            except OSError as error:
+                what = f"{self.directory}, where the command was given, cannot be entered on {platform.node()}"
+                raise UserError(f"{what}: {error.strerror}; a container has to have it mounted") from None
+
     def _restore_gpus(self) -> None:
         if self.port is None:
             return
@@ -82,15 +91,16 @@ class Job:
         """Train and evaluate; an error's text goes to the rank's log.
 
         Returns:
-            0, 2 for a user's mistake, 75 when a signal asked to stop and all is saved, 69 when another rank was gone,
-            130 when interrupted, 1 for any other error.
+            0, 2 for a user's mistake, 70 for what may go well if it is tried again, 75 when a signal asked to stop and
+            all is saved, 69 when another rank was gone, 130 when interrupted, 1 for any other error.
         """
         try:
+            self._enter()
             self.work()
             _leave_group()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
+            return error.code
         except KeyboardInterrupt:
             return 130
         except BaseException as error:

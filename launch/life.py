@@ -1,7 +1,8 @@
 """A job between its incarnations: what its batch script does before and after the ranks, and whether it starts again.
 
 `python launch/life.py FOLDER begin` and `python launch/life.py FOLDER CODE` are lines of the batch script. They write
-`FOLDER/incarnations.jsonl`, two lines for each incarnation, and ask SLURM to requeue the job where that is of use:
+`FOLDER/incarnations.jsonl`, two lines for each incarnation, and ask SLURM to requeue the job where that is of use.
+`python launch/life.py FOLDER guard SHELL` sees to it that the second of them is reached:
 
     {"restart": 1, "began": ..., "hosts": ["node1"], "job": "17", "began_step": 400}
     {"restart": 1, "ended": ..., "code": 75, "requeued": true, "why": "...", "cause": "saved", "step": 600}
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ _STALLED = 70  # toolkit.training.watchdog.STALLED, which this script, far from 
 _CRASHES = 3  # requeues in a row of a job whose ranks die without getting further
 _STOPS = 20  # the same of a job that is asked to stop each time before it got further
 _PATIENCE = 600.0  # seconds that SLURM's controller may take to come back
+_SHARE = 0.6  # of the time from SLURM's TERM to its KILL that is left to the ranks
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def setup_lines(folder: Path, python: str, code: Path) -> list[str]:
     """
     call = shlex.join([python, str(code / "launch" / "life.py"), str(folder)])
     return [
-        f"end_of_incarnation() {{ code=$?; {call} $code; exit $code; }}",
+        f"end_of_incarnation() {{ code=$?; kill -KILL $guard 2>/dev/null; {call} $code; exit $code; }}",
+        f"{call} guard $$ & guard=$!; disown",
         "trap end_of_incarnation EXIT",
         "trap : TERM USR1 USR2",
         f"{call} begin",
@@ -87,7 +91,9 @@ def setup_lines(folder: Path, python: str, code: Path) -> list[str]:
 def main(arguments: list[str]) -> None:
     """Do what a line of the batch script asks for."""
     folder, what = member(Path(arguments[0]), os.environ), arguments[1]
-    if what == "begin":
+    if what == "guard":
+        guard(int(arguments[2]))
+    elif what == "begin":
         begin(folder, os.environ)
     else:
         end(folder, int(what), os.environ)
@@ -97,6 +103,22 @@ def member(folder: Path, environment: Mapping[str, str]) -> Path:
     """The folder of this job; of a job array's member, its own."""
     index = environment.get("SLURM_ARRAY_TASK_ID")
     return Path(json.loads((folder / MEMBERS).read_text())[index]) if index else folder
+
+
+def guard(shell: int) -> None:
+    """When SLURM makes the job end, end srun before SLURM ends everything: its ranks may hang.
+
+    The batch script waits for srun, and would be killed while it waits, with nothing written and no requeue asked for.
+
+    Args:
+        shell: Process of the batch script.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True).stdout
+    found = re.search(r"KillWait\s*=\s*(\d+)", shown)
+    signal.sigwait({signal.SIGTERM})
+    time.sleep(_SHARE * (int(found[1]) if found else 30))
+    subprocess.run(["pkill", "-KILL", "-x", "-P", str(shell), "srun"])
 
 
 def begin(folder: Path, environment: Mapping[str, str]) -> None:
@@ -135,7 +157,7 @@ def end(folder: Path, code: int, environment: Mapping[str, str]) -> None:
             )
 
 
-def decide(code: int, exits: list[int | None], seen: Seen | None, restart: int, idle: list[str]) -> Fate:
+def decide(code: int, exits: list[int | None], seen: Seen | None, restart: int, idle: list[str] | None) -> Fate:
     """Say whether a job starts again.
 
     Args:
@@ -143,7 +165,7 @@ def decide(code: int, exits: list[int | None], seen: Seen | None, restart: int, 
         exits: What the ranks left as theirs; None where one was killed.
         seen: The job in SLURM's eyes; None if the controller does not answer.
         restart: This incarnation's number.
-        idle: Causes of the former incarnations since the last that saved something; none if this one did.
+        idle: Causes of the former incarnations since the last that saved something; None if this one did.
     """
     if seen and seen.restarts > restart:
         return Fate("slurm", False, "SLURM starts it again: an operator, a preemption or a lost node")
@@ -158,10 +180,11 @@ def decide(code: int, exits: list[int | None], seen: Seen | None, restart: int, 
         number = 2 if mistake else failures[0]
         what = "a mistake in the configuration or the data" if mistake else f"a rank failed with exit code {number}"
         return Fate("mistake" if mistake else "failed", False, f"{what}: it does not start again")
-    saved = _SAVED in left
+    # One of ranks that save together may be ended by srun before it says so; but without a checkpoint it was killed.
+    saved = _SAVED in left and (None not in exits or idle is None)
     cause, most = ("saved", _STOPS) if saved else ("killed", _CRASHES)
     how = "asked to stop" if saved else "a rank was killed or hung"
-    if idle.count(cause) >= most:
+    if (idle or []).count(cause) >= most:
         return Fate(cause, False, f"{how}; {most} restarts in a row brought no new checkpoint: it does not start again")
     return Fate(cause, True, f"{how}: it starts again")
 
@@ -218,13 +241,17 @@ def rank_exits(folder: Path, restart: int) -> list[int | None]:
     return [status["exit"] for status in each if status is not None and status.get("restart", 0) == restart]
 
 
-def _without_progress(folder: Path, restart: int) -> list[str]:
-    """Causes of the incarnations before this one since the last that saved something; none if this one did."""
+def _without_progress(folder: Path, restart: int) -> list[str] | None:
+    """Causes of the incarnations before this one since the last that saved something; None if this one did."""
     causes, newest = [], newest_step(folder)
     for each in reversed(incarnations(folder)):
-        if (newest if each.step is None else each.step) > each.began_step:
+        saved = (newest if each.step is None else each.step) > each.began_step
+        if each.restart == restart:
+            if saved:
+                return None
+        elif saved:
             break
-        if each.restart != restart:
+        else:
             causes.append(each.cause)
     return causes
 

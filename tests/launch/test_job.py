@@ -8,9 +8,11 @@ import pytest
 import torch.distributed
 
 from launch.job import LOST, Job, Status, train_and_evaluate
-from shards.errors import UserError
+from shards.errors import TransientError, UserError
 from toolkit.config import Config
+from toolkit.distributed import PeerError
 from toolkit.run_folder import to_yaml
+from toolkit.training.watchdog import STALLED
 
 LOCAL = {
     "SUBMITIT_EXECUTOR": "local",
@@ -92,6 +94,8 @@ def test_place_on_this_machine(tmp_path, monkeypatch):
     [
         (None, 0, ""),
         (UserError("mend it"), 2, "error: mend it\n"),
+        (TransientError("the disk did not answer"), STALLED, "error: the disk did not answer\n"),
+        (PeerError("rank 3: broken"), LOST, "rank 3: broken\n"),
         (ValueError("broken"), 1, "ValueError: broken\n"),
         (KeyboardInterrupt(), 130, ""),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), LOST, "closed by peer\n"),
@@ -126,6 +130,20 @@ def test_status(tmp_path, monkeypatch, capsys, error, code, logged):
     shown = capsys.readouterr().err
     assert shown.endswith(logged)
     assert bool(shown) == bool(logged)
+
+
+def test_a_rank_begins_where_the_command_was_given(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.chdir(tmp_path)  # and is brought back
+    monkeypatch.setattr("launch.job.train_and_evaluate", lambda config: seen.append(os.getcwd()))
+    os.environ.update(LOCAL)
+    (tmp_path / "there").mkdir()
+    Job("some.yaml", str(tmp_path), port=4242, directory=str(tmp_path / "there"))()
+    assert seen == [str(tmp_path / "there")]
+    with pytest.raises(SystemExit) as ended:
+        Job("some.yaml", str(tmp_path), port=4242, directory=str(tmp_path / "not mounted"))()
+    assert ended.value.code == 2
+    assert "not mounted, where the command was given, cannot be entered on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])

@@ -1,9 +1,12 @@
 """What a batch script does between incarnations, against a stand-in for scontrol; tests/slurm has the real one."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +32,9 @@ ENDING = Seen("COMPLETING", "None", 0)
     [
         (0, [0, 0], RUNNING, [], "done", False),
         (75, [75, 75], RUNNING, [], "saved", True),
-        (137, [75, None], RUNNING, [], "saved", True),  # the slower one was ended by --kill-on-bad-exit
+        (137, [75, None], RUNNING, None, "saved", True),  # the slower one was ended by --kill-on-bad-exit
+        (137, [75, None], RUNNING, ["saved"], "killed", True),  # and here none had saved: the other was asked by srun
+        (137, [75, None], RUNNING, 3 * ["killed"], "killed", False),
         (75, [75], RUNNING, 19 * ["saved"], "saved", True),
         (75, [75], RUNNING, 20 * ["saved"], "saved", False),
         (2, [2, 2], RUNNING, [], "mistake", False),
@@ -181,6 +186,45 @@ def test_the_batch_script(tmp_path, scontrol, code):
     [only] = read(folder)
     assert (only["code"], only["requeued"]) == (code, code == 75)
     assert not done.stderr
+
+
+@pytest.mark.timeout(60)
+def test_the_guard_ends_srun_before_slurm_ends_the_script(tmp_path, scontrol):
+    """Ranks that hang: srun waits for them, and the script for srun, deaf to TERM until then."""
+    folder = logs(tmp_path)
+    (scontrol / "scontrol").write_text(
+        (scontrol / "scontrol")
+        .read_text()
+        .replace("#!/bin/sh\n", '#!/bin/sh\n[ "$2" = config ] && echo "KillWait = 1 sec"\n')
+    )
+    (scontrol / "srun").write_text(
+        f"#!/bin/sh\ntouch {scontrol}/begun\nwhile :; do read line < {scontrol}/pipe; done\n"
+    )
+    (scontrol / "srun").chmod(0o755)
+    os.mkfifo(scontrol / "pipe")
+    script = "\n".join([*setup_lines(folder, sys.executable, ROOT), "srun"])
+    variables = {**os.environ, **environment()}
+    with subprocess.Popen(["bash", "-c", script], env=variables, cwd=tmp_path, start_new_session=True) as bash:
+        while not (scontrol / "begun").exists():
+            time.sleep(0.05)
+        [guard] = [int(pid) for pid in pids_of("guard", str(bash.pid))]
+        time.sleep(0.5)  # it looks for KillWait first
+        for pid in (bash.pid, guard):  # as SLURM does: all that the batch script has begun, its own end still to come
+            os.kill(pid, signal.SIGTERM)
+        assert bash.wait(20) == 137
+    [only] = read(folder)
+    assert (only["code"], only["cause"], only["requeued"]) == (137, "killed", True)
+    assert not pids_of("guard", str(bash.pid))
+
+
+def pids_of(*words):
+    """Processes with these words in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if set(words) <= set(path.read_bytes().decode(errors="replace").split("\0")):
+                found.append(path.parent.name)
+    return found
 
 
 def test_nothing_heavy_is_imported():

@@ -1,5 +1,6 @@
 """A real SLURM cluster of one machine, and a training on it that a test watches and disturbs."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -91,6 +92,17 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+# A traced process that has stopped goes on only when its tracer says so.
+FREEZE = """
+import ctypes, os, sys, time
+if ctypes.CDLL(None, use_errno=True).ptrace(16, int(sys.argv[1]), None, None):  # PTRACE_ATTACH
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+os.waitpid(int(sys.argv[1]), 0x40000000)  # __WALL
+print("frozen", flush=True)
+time.sleep(600)
+"""
+
+
 @dataclass(frozen=True)
 class Training:
     """A job of this project on the cluster."""
@@ -150,6 +162,16 @@ class Training:
     def signal(self, number: str, rank: int, host: str) -> None:
         """Send a signal to a rank."""
         self.cluster.node("run", host, "kill", f"-{number}", self.pid(rank))
+
+    @contextlib.contextmanager
+    def frozen(self, rank: int, host: str) -> Iterator[None]:
+        """Hold a rank where it stands: like one that is stuck in the kernel, only SIGKILL reaches it."""
+        command = [str(self.cluster.folder / "bin" / "node"), "run", host, sys.executable, "-c", FREEZE]
+        with subprocess.Popen([*command, str(self.pid(rank))], stdout=subprocess.PIPE, text=True) as tracer:
+            assert tracer.stdout is not None
+            assert tracer.stdout.readline() == "frozen\n"
+            yield
+            tracer.kill()
 
     def pid(self, rank: int) -> int:
         """The process of a rank, as its node numbers it."""

@@ -38,6 +38,23 @@ def test_a_cancelled_job_has_saved_and_stays_away(quiet: Cluster, config, tmp_pa
     assert [each["restart"] for each in training.incarnations()] == [0]
 
 
+def test_ranks_that_hang_at_the_time_limit_are_started_again(quiet: Cluster, config, tmp_path) -> None:
+    """They hear none of its signals. The script that asks for the requeue waits for them, and has to outlive them."""
+    arguments = ("--nodes", 1, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--training.log_every", 1)
+    long = ("--training.steps", 5000, "--training.save_every", 10, "--evaluation.every", 0, "--time", 20)
+    training = quiet.submit(config, tmp_path / "run", *arguments, *long)
+    training.wait_step(12)
+    [host] = training.hosts()
+    with training.frozen(0, host), training.frozen(1, host):
+        quiet.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=1")
+        ended = training.wait_restart(1)
+    assert (ended["cause"], ended["requeued"], ended["code"]) == ("killed", True, 137)
+    quiet.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=20")
+    training.wait_step()
+    quiet.run("scancel", training.job)
+    assert training.wait_end() == "CANCELLED"
+
+
 def test_an_error_ends_the_job(quiet: Cluster, config, tmp_path) -> None:
     """A rank cannot write the run folder's log: an exception, and no sense in trying again."""
     run = tmp_path / "run"

@@ -22,7 +22,8 @@
 # setup
 export PYTHONSAFEPATH=1
 export PYTHONPATH=FOLDER/run/code/HASH"${PYTHONPATH:+:$PYTHONPATH}"
-end_of_incarnation() { code=$?; PYTHON FOLDER/run/code/HASH/launch/life.py FOLDER/run/logs/TIME $code; exit $code; }
+end_of_incarnation() { code=$?; kill -KILL $guard 2>/dev/null; PYTHON FOLDER/run/code/HASH/launch/life.py FOLDER/run/logs/TIME $code; exit $code; }
+PYTHON FOLDER/run/code/HASH/launch/life.py FOLDER/run/logs/TIME guard $$ & guard=$!; disown
 trap end_of_incarnation EXIT
 trap : TERM USR1 USR2
 PYTHON FOLDER/run/code/HASH/launch/life.py FOLDER/run/logs/TIME begin
