@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,17 @@ class Check(NamedTuple):
 
     name: str
     look: Callable[[], str]
+    of: object = None  # what the answer depends on, apart from what all members of a grid have in common
+
+
+def distinct(checks: Iterable[tuple[str, Check]]) -> Iterator[tuple[str, Check]]:
+    """The same checks, each with a word of whose it is, without those whose answer another's gives."""
+    seen = set()
+    for whose, check in checks:
+        key = (check.name, repr(check.of))
+        if key not in seen:
+            seen.add(key)
+            yield whose, check
 
 
 def job_checks(asked: Asked) -> list[Check]:
@@ -32,12 +43,13 @@ def job_checks(asked: Asked) -> list[Check]:
     config = asked.config
     checks = [
         Check("time", lambda: f"{minutes(config.launch.time)} minutes"),
-        Check("batch", lambda: f"{micro_batch(config, asked.ranks)} pairs a rank and micro-batch"),
-        Check("model", lambda: check_model(config)),
-        Check("run folder", lambda: check_folder(config, asked.ranks)),
+        Check("batch", lambda: f"{micro_batch(config, asked.ranks)} pairs a rank and micro-batch", config.training),
+        Check("model", lambda: check_model(config), (config.model, config.objectives)),
+        Check("run folder", lambda: check_folder(config, asked.ranks), config.run),
     ]
     if config.deepspeed:
-        checks.append(Check("deepspeed", lambda: check_deepspeed(config, asked.ranks)))
+        of = (config.deepspeed, config.training)
+        checks.append(Check("deepspeed", lambda: check_deepspeed(config, asked.ranks), of))
     if asked.cluster == "slurm":
         launch = config.launch
         checks.append(Check("partition", lambda: check_partition(asked)))
@@ -47,9 +59,10 @@ def job_checks(asked: Asked) -> list[Check]:
 
 def data_checks(asked: Asked) -> list[Check]:
     """What needs the shards."""
+    config = asked.config
     return [
-        Check("shards", lambda: check_shards(asked.config)),
-        Check("order", lambda: check_order(asked.config, asked.ranks)),
+        Check("shards", lambda: check_shards(config), (config.data, config.evaluation, config.final)),
+        Check("order", lambda: check_order(config, asked.ranks), (config.data, config.training, config.seed)),
     ]
 
 

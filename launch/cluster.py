@@ -6,7 +6,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import MutableMapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from shards.errors import UserError
 from toolkit.config import Config, Launch
 
 TOOLS = ("sbatch", "srun", "squeue", "scontrol")
+_BESIDE = 2  # cores of a rank on SLURM, beside those of its loader's workers
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,27 @@ def choose_cluster(launch: Launch) -> str:
     if cluster == "debug" and launch.ranks_per_node > 1:
         raise UserError(f"--launch.ranks_per_node {launch.ranks_per_node}: --cluster debug is one process; take local")
     return cluster
+
+
+def leave_job(environment: MutableMapping[str, str]) -> None:
+    """Drop what a job of SLURM has set, where this is run inside of one: sbatch would hand it on to the new job."""
+    if "SLURM_JOB_ID" in environment:
+        for name in list(environment):
+            if name.startswith(("SLURM_", "SUBMITIT_", "PMI")) and name != "SLURM_CONF":
+                del environment[name]
+
+
+def alike(jobs: list[Asked]) -> list[Asked]:
+    """The members of a job array, which asks for the same for each: cores for the one that has most loader workers."""
+    most = max(job.config.data.workers for job in jobs) + _BESIDE
+    return [
+        replace(
+            job,
+            config=replace(config, launch=replace(config.launch, cpus_per_rank=config.launch.cpus_per_rank or most)),
+        )
+        for job in jobs
+        for config in [job.config]
+    ]
 
 
 def ranks_per_node(launch: Launch, cluster: str) -> int:
@@ -119,7 +142,7 @@ def executor(asked: Asked, folder: Path, code: Path) -> Any:
 def slurm_parameters(asked: Asked, folder: Path, code: Path) -> dict[str, Any]:
     """What is asked of SLURM, in submitit's names; arguments as of `executor`."""
     launch, profile = asked.config.launch, asked.profile
-    cores = launch.cpus_per_rank or asked.config.data.workers + 2
+    cores = launch.cpus_per_rank or asked.config.data.workers + _BESIDE
     return {
         "nodes": launch.nodes,
         "cpus_per_task": cores,

@@ -1,8 +1,8 @@
 """Following a job: rank 0's log in the terminal as it grows, through restarts, and why it failed if it did."""
 
+import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from launch.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 from launch.job import Status
 from launch.record import Incarnation, ended_for_good, incarnations
+from launch.slurm_queue import ask
 
 __all__ = ["Controller", "Local", "Log", "Running", "Slurm", "first_failure", "follow"]
 
@@ -27,9 +28,6 @@ class Running(Protocol):
 
     def alive(self) -> bool:
         """Is it waiting or running?"""
-
-    def end(self) -> None:
-        """End all ranks; returns when they are gone."""
 
     def lost(self, pid: int) -> bool:
         """Has this process of it died? False where that cannot be seen."""
@@ -96,7 +94,7 @@ class Controller:
             words = Path(f"/proc/{int(self.job_id)}/cmdline").read_bytes().split(b"\0")
         except (OSError, ValueError):
             return True
-        return os.fsencode(self.folder) not in words
+        return os.fsencode(self.folder.resolve()) not in words
 
 
 @dataclass
@@ -105,24 +103,20 @@ class Slurm:
 
     id: str
     state: str = ""
-    checked: float = 0.0
+    there: bool = True
+    asked: float = -math.inf
 
     def alive(self) -> bool:
-        """Is it in the queue? A squeue that does not answer tells nothing, so the job counts as alive."""
-        if time.monotonic() - self.checked > 2:
-            command = ["squeue", "--noheader", "--jobs", self.id, "--format", "%T %R"]
-            answer = subprocess.run(command, capture_output=True, text=True)
-            state = answer.stdout.strip()
-            if answer.returncode and "Invalid job id" not in answer.stderr:
-                state = self.state
-            if state and state != self.state:
-                print(f"job {self.id}: {state}", flush=True)
-            self.state, self.checked = state, time.monotonic()
-        return bool(self.state)
-
-    def end(self) -> None:
-        """Cancel it."""
-        subprocess.run(["scancel", self.id], capture_output=True)
+        """Is it in the queue? Where squeue is not there or does not answer, nothing is known: it counts as alive."""
+        if time.monotonic() - self.asked > 2:
+            answer = ask(["squeue", "--noheader", "--jobs", self.id, "--format", "%T %R"])
+            self.asked = time.monotonic()
+            if answer is not None:
+                state = " ".join(answer).strip()
+                if state and state != self.state:
+                    print(f"job {self.id}: {state}", flush=True)
+                self.state, self.there = state, bool(state)
+        return self.there
 
     def lost(self, pid: int) -> bool:
         """A process of another machine cannot be seen."""
@@ -156,11 +150,12 @@ def follow(job: Running, folder: Path, ranks: int, logs: Path | None = None) -> 
         if all(code == 0 for code in exit_codes(folder, ranks, restart)):
             log.show(to_the_end=True)
             return 0
-        gone_at = gone_at or (None if alive else time.monotonic())
+        gone_at = None if alive else gone_at or time.monotonic()
         gone = ended_for_good(lives) or (gone_at is not None and _late_enough(gone_at, job))
         failed = first_failure(folder, job.id, ranks, job.lost, gone, restart, logs)
-        if failed is not None and (gone or not isinstance(job, Slurm)):
-            job.end()
+        if failed is not None and (gone or isinstance(job, Local)):
+            if isinstance(job, Local):
+                job.end()
             log.show(to_the_end=True)
             return _explain(failure_of(folder, job.id, failed, restart, logs), lives)
         time.sleep(0.1)

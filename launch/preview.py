@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from launch.checks import Check, check_script, data_checks, disk, job_checks
+from launch.checks import Check, check_script, data_checks, disk, distinct, job_checks
 from launch.cluster import Asked, executor
 from launch.estimate import count, estimate
 from launch.snapshot import ROOT, place, read_code
+from launch.state import check_idle
 from shards.errors import UserError
 from shards.remote import is_url
 from toolkit.config import Config
@@ -28,7 +29,8 @@ def preview(jobs: list[Asked], folder: Path) -> tuple[str, bool]:
         lines += ["", f"members of the grid, {first.config.launch.array or len(jobs)} at a time:"]
         lines += [f"  {Path(job.config.run).name}" for job in jobs]
     lines += ["", "shards:", *(f"  {line}" for line in shard_plan(first))]
-    checks: list[tuple[str, Check]] = []
+    runs = [Path(job.config.run) for job in jobs]
+    checks: list[tuple[str, Check]] = [("", Check("earlier jobs", lambda: check_idle(runs)))]
     for job in jobs:
         name = f"{Path(job.config.run).name}: " if len(jobs) > 1 else ""
         checks += [(name, check) for check in job_checks(job)]
@@ -37,7 +39,7 @@ def preview(jobs: list[Asked], folder: Path) -> tuple[str, bool]:
         text = script(first, folder, len(jobs))
         lines += ["", "script:", text.rstrip("\n")]
         checks.append(("", Check("sbatch --test-only", lambda: check_script(text))))
-    found, well = _looked_at(checks)
+    found, well = _looked_at(distinct(checks))
     return "\n".join([*lines, "", "checks:", *found]), well
 
 

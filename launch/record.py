@@ -30,7 +30,8 @@ class Submission:
         command: Arguments of `launch/submit.py`.
         code: Folder of the code that the job runs.
         time: Of the submission, in seconds since 1970.
-        index: Place of this member in the job array.
+        member: Whether it is a member's of a grid, whose command submits all of them.
+        index: Place of this member in the job array, where they are one.
         members: Log folder of each member by its place in the array; for a grid.
         logs: Folder of the ranks' output, where that is not the folder of this record.
         directory: Where the command was given: its relative paths begin there.
@@ -45,6 +46,7 @@ class Submission:
     command: list[str]
     code: str = ""
     time: float = field(default_factory=time.time)
+    member: bool = False
     index: str | None = None
     members: dict[str, str] = field(default_factory=dict)
     logs: str = ""

@@ -141,16 +141,27 @@ def cancel(run: Path) -> None:
         UserError: Nothing runs, or it runs where it cannot be reached from here.
     """
     from launch.follow import Local
+    from launch.state import ENDED
 
     recorded = _recorded(run)
     job = _job(recorded)
     if isinstance(job, Local):
         _cancel_here(run, recorded, job)
         return
-    answer = subprocess.run(["scancel", recorded.submission.id], capture_output=True, text=True)
+    ids = [recorded.submission.id]
+    if recorded.submission.members:  # one may have been submitted again on its own
+        alive = [state.recorded for state in member_states(run) if state.recorded and state.state not in ENDED]
+        ids = [each.submission.id for each in alive] or ids
+    try:
+        answer = subprocess.run(["scancel", *ids], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"{run}: job {ids[0]} is SLURM's, and there is no scancel here: do that where SLURM is"
+        ) from None
+    named = f"job {', '.join(ids)}"
     if complaint := " ".join(answer.stderr.split()):
-        raise UserError(f"{run}: job {recorded.submission.id} cannot be cancelled: {complaint}")
-    print(f"{run}: job {recorded.submission.id} is being ended; its ranks save first")
+        raise UserError(f"{run}: {named} cannot be cancelled: {complaint}")
+    print(f"{run}: {named} is being ended; the ranks save first")
 
 
 def _cancel_here(run: Path, recorded: "Recorded", job: "Local") -> None:
@@ -173,25 +184,28 @@ def resume(run: Path) -> int:
         The exit code of `launch/submit.py`.
 
     Raises:
-        UserError: The run's job waits or runs, or the place of the command is gone.
+        UserError: The place of the command is gone.
     """
-    from launch.state import ENDED, look
-
     recorded = _recorded(run)
-    for state in member_states(run) if recorded.submission.members else look([run]):
-        if state.state not in (*ENDED, "unknown"):
-            told = f"job {state.recorded.submission.id} is {state.state}" if state.recorded else state.state
-            raise UserError(f"{state.run}: {told}: runs.py cancel {run} ends it")
     submission = recorded.submission
     if not Path(submission.directory).is_dir():
         raise UserError(f"{submission.directory}, where the command was given, is gone: submit again from elsewhere")
-    # A member's command would submit the whole sweep: its own configuration is what it was.
-    command = submission.command
-    if submission.index is not None:
-        command = ["--config", str(recorded.folder / "config.yaml")]
+    command = _alone(recorded.folder / "config.yaml") if submission.member else submission.command
     script = Path(__file__).resolve().with_name("submit.py")
     words = [sys.executable, str(script), *command, "--run", str(run.resolve())]
     return subprocess.run(words, cwd=submission.directory).returncode
+
+
+def _alone(config: Path) -> list[str]:
+    """A command for a member of a sweep, whose own would submit all of it: the same configuration, the same resources.
+
+    What the launch section says is given as words, so that no profile fills it in anew.
+    """
+    from toolkit.config_loader import read_yaml
+
+    asked = read_yaml(config).get("launch") or {}
+    words = [f"--launch.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in asked.items()]
+    return ["--config", str(config), *words]
 
 
 def _recorded(run: Path) -> "Recorded":

@@ -5,6 +5,7 @@
 Where there is no SLURM the parts are written here, one after another. The same command goes on with what is missing.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from argparse import BooleanOptionalAction, Namespace, RawDescriptionHelpFormatt
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: An option or the cluster does not fit.
         SystemExit: With 0 once the shards are there, else the exit code of the part that failed first.
     """
-    from launch.cluster import choose_cluster
+    from launch.cluster import choose_cluster, leave_job
     from launch.snapshot import ROOT
     from toolkit.config import Launch
 
@@ -89,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     taken = check_words(words)
     out = taken.out
     cluster = choose_cluster(Launch(cluster=options.cluster))
+    if cluster == "slurm":
+        leave_job(os.environ)
     make_shards = [sys.executable, str(ROOT / "toolkit" / "make_shards.py")]
     if options.dry_run:
         code = subprocess.run([*make_shards, *words, "--dry-run"]).returncode
@@ -176,23 +180,29 @@ def scripts(options: Namespace, words: Sequence[str], taken: Namespace, folder: 
     """
     jobs = taken.jobs if any(word.partition("=")[0] == "--jobs" for word in words) else _JOBS
     limit = f"%{options.array}" if options.array else ""
-    common = [f"job-name=shards-{taken.out.name}", "open-mode=append", "requeue"]
-    lines, setup, python = _asked(options)
+    common = {"job-name": f"shards-{taken.out.name}", "open-mode": "append", "requeue": True}
+    asked, setup, python = _asked(options)
     command = f"{python} -u {shlex.quote(str(code / 'toolkit' / 'make_shards.py'))}"
-    array = [f"array=1-{options.parts}{limit}", f"cpus-per-task={jobs}", f"output={folder}/%a.log"]
+    array = {"array": f"1-{options.parts}{limit}", "cpus-per-task": jobs, "output": f"{folder}/%a.log"}
     part = f'{shlex.join([*words, "--jobs", str(jobs)])} --part "$SLURM_ARRAY_TASK_ID/{options.parts}"'
-    last = ["kill-on-invalid-dep=yes", f"output={folder}/merge.log"]
+    last = {"kill-on-invalid-dep": "yes", "output": f"{folder}/merge.log"}
     merge = f"merge --out {shlex.quote(str(taken.out))}"
 
-    def script(head: list[str], job: str, arguments: str) -> str:
+    def script(head: dict[str, Any], job: str, arguments: str) -> str:
         mark = f'{shlex.quote(str(folder))}/"{job}".exit'
         body = [f"rm -f {mark}", f"{command} {arguments}", "code=$?", f"echo $code > {mark}", "exit $code", ""]
-        return "\n".join(["#!/bin/bash", *(f"#SBATCH --{each}" for each in [*common, *head, *lines]), *setup, *body])
+        flags = [_flag(name, value) for name, value in {**common, **head, **asked}.items()]
+        return "\n".join(["#!/bin/bash", *flags, *setup, *body])
 
     return Scripts(script(array, "$SLURM_ARRAY_TASK_ID", part), script(last, "merge", merge), folder, options.parts)
 
 
-def _asked(options: Namespace) -> tuple[list[str], list[str], str]:
+def _flag(name: str, value: Any) -> str:
+    """An option of sbatch as a line of a script; true for one without a value."""
+    return f"#SBATCH --{name.replace('_', '-')}" + ("" if value is True else f"={shlex.quote(str(value))}")
+
+
+def _asked(options: Namespace) -> tuple[dict[str, Any], list[str], str]:
     """What both jobs ask of SLURM, the lines before their command, and their python, by options and profile."""
     from launch.cluster import minutes
     from launch.profiles import apply_profile, find_profile
@@ -205,9 +215,11 @@ def _asked(options: Namespace) -> tuple[list[str], list[str], str]:
     launch = apply_profile(Config(launch=launch), profile, [f"launch.{name}" for name in given]).launch
     limit = _LIMIT if launch.time == Launch().time and "time" not in given else launch.time
     asked = {name: getattr(launch, name) for name in names[1:-1]} | {"time": minutes(limit)} | profile.sbatch
-    python = profile.python or ("python" if profile.container else shlex.quote(sys.executable))
+    python = shlex.quote(sys.executable)
+    if profile.container or not profile.contained:  # one of srun's, which these scripts do not call, is for ranks alone
+        python = profile.python or ("python" if profile.container else python)
     return (
-        [f"{name}={value}" for name, value in asked.items() if value is not None],
+        {name: value for name, value in asked.items() if value is not None},
         [*profile.setup, *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.env.items())],
         f"{profile.container} {python}" if profile.container else python,
     )

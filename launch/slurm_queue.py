@@ -30,18 +30,23 @@ def find(ids: Collection[str]) -> dict[str, Queued]:
     Args:
         ids: Numbers of jobs; of a member of a job array as ARRAY_INDEX.
     """
-    if not ids or shutil.which("squeue") is None:
+    found = in_queue(ids)
+    if found is None:
         return {}
-    arrays = ",".join(sorted({each.partition("_")[0] for each in ids}))
-    lines = _ask(["squeue", "--noheader", "--array", "--jobs", arrays, "--format", "%i|%T|%r"])
-    if lines is None:
-        return {}
-    found: dict[str, Queued] = {}
-    for line in lines:
-        job, state, reason = line.split("|", 2)
-        found[job] = Queued(state, "" if reason == "None" else reason, True)
     gone = {each: Queued("", "", False) for each in ids if each not in found}
-    return {each: found[each] for each in ids if each in found} | gone | (_ended(list(gone)) if gone else {})
+    return found | gone | (_ended(list(gone)) if gone else {})
+
+
+def in_queue(ids: Collection[str]) -> dict[str, Queued] | None:
+    """Those of some jobs that wait or run; None where there is no SLURM, or it does not answer."""
+    if not ids or shutil.which("squeue") is None:
+        return None
+    arrays = ",".join(sorted({each.partition("_")[0] for each in ids}))
+    lines = ask(["squeue", "--noheader", "--array", "--jobs", arrays, "--format", "%i|%T|%r"])
+    if lines is None:
+        return None
+    parts = (line.split("|", 2) for line in lines)
+    return {job: Queued(state, "" if why == "None" else why, True) for job, state, why in parts if job in ids}
 
 
 def _ended(ids: list[str]) -> dict[str, Queued]:
@@ -50,7 +55,7 @@ def _ended(ids: list[str]) -> dict[str, Queued]:
         return {}
     columns = ["--allocations", "--noheader", "--parsable2", "--format", "JobID,State"]
     found = {}
-    for line in _ask(["sacct", *columns, "--jobs", ",".join(ids)]) or []:
+    for line in ask(["sacct", *columns, "--jobs", ",".join(ids)]) or []:
         job, _, state = line.partition("|")
         word = re.split(r"[ +]", state)[0]  # "CANCELLED by 1000"
         if job in ids and word not in ("PENDING", "RUNNING", "REQUEUED", ""):  # accounts lag behind the queue
@@ -58,8 +63,8 @@ def _ended(ids: list[str]) -> dict[str, Queued]:
     return found
 
 
-def _ask(command: list[str]) -> list[str] | None:
-    """The lines of an answer; None if there is none."""
+def ask(command: list[str]) -> list[str] | None:
+    """The lines of what one of SLURM's commands answers; none for a job it does not know; None without an answer."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
     except (OSError, subprocess.TimeoutExpired):

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from launch.failure import Failure, current_restart, exit_codes, failure_of, fir
 from launch.follow import Controller
 from launch.job import Status
 from launch.record import Incarnation, Recorded, ended_for_good, incarnations, newest, restarts
-from launch.slurm_queue import Queued, find
+from launch.slurm_queue import Queued, find, in_queue
 from shards.errors import UserError
 from toolkit.config_loader import SAVED, read_yaml
 
@@ -116,8 +116,41 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
 def look(runs: Collection[Path]) -> list[RunState]:
     """How runs stand; SLURM is asked once for all of them."""
     last = {run: newest(run) for run in runs}
-    jobs = find({each.submission.id for each in last.values() if each and each.submission.cluster == "slurm"})
+    jobs = find(_slurm_jobs(last.values()))
     return [_look_at(run, last[run], jobs) for run in runs]
+
+
+def check_idle(runs: Collection[Path]) -> str:
+    """Make sure that no job waits or runs for any of these runs: two would end one another.
+
+    Raises:
+        UserError: There is one.
+    """
+    last = {run: recorded for run in runs if (recorded := newest(run))}
+    jobs = in_queue(_slurm_jobs(last.values())) or {}
+    for run, recorded in last.items():
+        queued = jobs.get(recorded.submission.id)
+        if queued or _runs_here(recorded):
+            told = f"job {recorded.submission.id} is {_word(queued) if queued else 'running'}"
+            raise UserError(f"{run}: {told}: python launch/runs.py cancel {run} ends it, follow shows it")
+    return "none waits or runs"
+
+
+def _slurm_jobs(last: Iterable[Recorded | None]) -> set[str]:
+    return {each.submission.id for each in last if each and each.submission.cluster == "slurm"}
+
+
+def _runs_here(recorded: Recorded) -> bool:
+    """Is it a job of this machine, and under way?"""
+    return _is_here(recorded) and not Controller(recorded.submission.job, recorded.folder).done()
+
+
+def _is_here(recorded: Recorded) -> bool:
+    return recorded.submission.cluster == "local" and recorded.submission.host == os.uname().nodename
+
+
+def _word(queued: Queued) -> str:
+    return _WORDS.get(queued.state, queued.state.lower())
 
 
 def _look_at(run: Path, recorded: Recorded | None, jobs: dict[str, Queued]) -> RunState:
@@ -158,12 +191,10 @@ def _job_state(recorded: Recorded, queued: Queued | None) -> tuple[str, str, Fai
     if queued and queued.alive:
         again = lives[-1].why if lives and lives[-1].requeued and queued.state == "PENDING" else ""
         reason = ", ".join(filter(None, [again, queued.reason]))
-        return _WORDS.get(queued.state, queued.state.lower()), reason, None
-    here = submission.cluster == "local" and submission.host == os.uname().nodename
-    controller = Controller(submission.job, folder)
-    if here and not controller.done():
+        return _word(queued), reason, None
+    if _runs_here(recorded):
         return "running", "", None
-    gone = queued is not None or here or ended_for_good(lives)
+    gone = queued is not None or _is_here(recorded) or ended_for_good(lives)
     rank = first_failure(folder, submission.id, submission.ranks, lambda pid: False, gone, restart, recorded.logs)
     failure = None if rank is None else failure_of(folder, submission.id, rank, restart, recorded.logs)
     if gone:

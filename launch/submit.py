@@ -16,14 +16,15 @@ from types import FrameType
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.checks import check_script, data_checks, job_checks
-from launch.cluster import Asked, choose_cluster, executor, ranks_per_node
+from launch.checks import check_script, data_checks, distinct, job_checks
+from launch.cluster import Asked, alike, choose_cluster, executor, leave_job, ranks_per_node
 from launch.follow import Local, Running, Slurm, follow
 from launch.job import Job, train_and_evaluate
 from launch.preview import preview, script, to_be_made
 from launch.profiles import Profile, apply_profile, find_profile
 from launch.record import MEMBERS, Submission
 from launch.snapshot import ROOT, snapshot
+from launch.state import check_idle
 from shards.errors import UserError, run_main
 from toolkit.config import Config
 from toolkit.config_loader import Parser, parse
@@ -48,6 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     cluster = choose_cluster(config.launch)
     profile = find_profile(config.launch) if cluster == "slurm" else Profile()
     jobs = [ask(member, cluster, profile, words) for member in members(config, options, words)]
+    if cluster == "slurm":
+        leave_job(os.environ)
+        jobs = alike(jobs) if len(jobs) > 1 else jobs
     if options.dry_run:
         text, well = preview(jobs, Path(config.run))
         print(text)
@@ -60,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(debug(jobs))
     code = snapshot(Path(config.run))
     if len(jobs) == 1:
-        sys.exit(run_one(jobs[0], given, code))
+        sys.exit(run_one(jobs[0], given, code, member=bool(options.grid or options.sweep)))
     submit_all = submit_grid if cluster == "slurm" else run_grid
     sys.exit(submit_all(jobs, Path(config.run), given, code))
 
@@ -123,14 +127,14 @@ def check(jobs: Sequence[Asked]) -> None:
         UserError: The first thing that is wrong.
         SystemExit: make_shards failed, with its exit code.
     """
-    for job in jobs:
-        for each in job_checks(job):
-            each.look()
+    check_idle([Path(job.config.run) for job in jobs])
+    for _, each in distinct(("", each) for job in jobs for each in job_checks(job)):
+        each.look()
     for job in jobs:
         if to_be_made(job.config):
             make_shards(job.config)
-        for each in data_checks(job):
-            each.look()
+    for _, each in distinct(("", each) for job in jobs for each in data_checks(job)):
+        each.look()
 
 
 def make_shards(config: Config) -> None:
@@ -152,13 +156,14 @@ def debug(jobs: Sequence[Asked]) -> int:
     return 0
 
 
-def run_one(asked: Asked, command: list[str], code: Path) -> int:
+def run_one(asked: Asked, command: list[str], code: Path, member: bool = False) -> int:
     """Submit one job and follow it.
 
     Args:
         asked: The job.
         command: As given.
         code: The snapshot that it runs.
+        member: Whether the command is that of a grid, of which this is a member.
 
     Returns:
         Its exit code; 0 if it is not to be followed.
@@ -166,7 +171,7 @@ def run_one(asked: Asked, command: list[str], code: Path) -> int:
     file = _write_config(asked)
     folder = file.parent
     (job,) = submit(asked, [_work(asked, file)], folder, code)
-    _record(asked, job.id, command, code).write(folder)
+    _record(asked, job.id, command, code, member=member).write(folder)
     print(f"job {job.id} ({asked.cluster}): {asked.ranks} ranks, run {asked.config.run}, logs {folder}", flush=True)
     return watch(job, folder, asked.ranks) if asked.config.launch.follow else 0
 
@@ -186,7 +191,7 @@ def run_grid(jobs: Sequence[Asked], run: Path, command: list[str], code: Path) -
     from launch.runs import table
 
     waiting = [replace(job, config=replace(job.config, launch=replace(job.config.launch, follow=True))) for job in jobs]
-    codes = [run_one(job, command, code) for job in waiting]
+    codes = [run_one(job, command, code, member=True) for job in waiting]
     table(run)
     return int(any(codes))
 
@@ -203,7 +208,7 @@ def submit_grid(jobs: Sequence[Asked], run: Path, command: list[str], code: Path
     work = [_work(job, file) for job, file in zip(jobs, files, strict=True)]
     array = submit(jobs[0], work, folder, code)[0].id.partition("_")[0]
     for index, (job, file) in enumerate(zip(jobs, files, strict=True)):
-        _record(job, array, command, code, index=str(index), logs=str(folder)).write(file.parent)
+        _record(job, array, command, code, member=True, index=str(index), logs=str(folder)).write(file.parent)
     _record(jobs[0], array, command, code, run=str(run), members=own).write(folder)
     limit = jobs[0].config.launch.array or len(jobs)
     print(
@@ -257,11 +262,11 @@ def watch(job: Running, folder: Path, ranks: int) -> int:
     try:
         return follow(job, folder, ranks)
     except KeyboardInterrupt:
-        if isinstance(job, Slurm):
-            print(f"job {job.id} goes on; scancel {job.id} ends it", file=sys.stderr)
-        else:
+        if isinstance(job, Local):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             job.end()
+        else:
+            print(f"job {job.id} goes on; scancel {job.id} ends it", file=sys.stderr)
         raise
 
 
@@ -289,7 +294,8 @@ def _write_config(asked: Asked) -> Path:
 
 def _work(asked: Asked, file: Path) -> Job:
     port = _free_port() if asked.cluster == "local" else None
-    return Job(config=str(file), folder=str(file.parent), port=port, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return Job(config=str(file), folder=str(file.parent), port=port, gpus=gpus, directory=os.getcwd())
 
 
 def _record(

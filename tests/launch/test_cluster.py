@@ -8,7 +8,17 @@ from dataclasses import replace
 
 import pytest
 
-from launch.cluster import Asked, choose_cluster, executor, minutes, ranks_per_node, setup_lines, slurm_parameters
+from launch.cluster import (
+    Asked,
+    alike,
+    choose_cluster,
+    executor,
+    leave_job,
+    minutes,
+    ranks_per_node,
+    setup_lines,
+    slurm_parameters,
+)
 from launch.profiles import Profile
 from shards.errors import UserError
 from tests.launch.cluster import fake_slurm
@@ -107,6 +117,25 @@ def test_setup_lines_are_a_sound_script(tmp_path):
     environment.pop("PYTHONPATH")
     done = subprocess.run(["bash", "-euc", "\n".join([*lines, show])], capture_output=True, text=True, env=environment)
     assert done.stdout.splitlines()[0] == str(folder), "an empty entry would be the working directory"
+
+
+def test_members_of_an_array_get_what_the_most_demanding_needs():
+    jobs = [asked(), asked(), asked()]
+    for job, workers in zip(jobs, (1, 7, 2), strict=True):
+        job.config.data.workers = workers
+    assert [job.config.launch.cpus_per_rank for job in alike(jobs)] == [9, 9, 9]
+    assert alike([asked(cpus_per_rank=4), asked()])[0].config.launch.cpus_per_rank == 4
+
+
+def test_a_job_inside_of_a_job_takes_nothing_along():
+    outside = {"HOME": "/h", "SLURM_CONF": "/etc/x", "SBATCH_ACCOUNT": "mine"}
+    inside = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "8", "SLURM_ARRAY_TASK_ID": "3", "SUBMITIT_EXECUTOR": "slurm"}
+    environment = {**outside, **inside}
+    leave_job(environment)
+    assert environment == outside
+    at_the_login = {**outside, "SLURM_CLUSTERS": "big"}  # a default of the user's
+    leave_job(at_the_login)
+    assert at_the_login == {**outside, "SLURM_CLUSTERS": "big"}
 
 
 @pytest.mark.parametrize(

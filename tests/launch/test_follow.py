@@ -16,13 +16,9 @@ class Queued(Slurm):
     """A job whose place in the queue the test decides on."""
 
     there = True
-    ended = False
 
     def alive(self):
         return self.there
-
-    def end(self):
-        self.ended = True
 
 
 def rank(folder, number, code=None, restart=0, when=1.0):
@@ -75,9 +71,9 @@ def test_a_job_that_starts_again_is_followed_to_its_end(tmp_path, capsys):
         rank(tmp_path, 1, 0, restart=1)
         output(tmp_path, "step 2\n")
 
-    code, job = followed(tmp_path, story)
+    code, _ = followed(tmp_path, story)
     out = capsys.readouterr().out.splitlines()
-    assert (code, job.ended) == (0, False)
+    assert code == 0
     assert sorted(out) == sorted(
         ["step 1", "job 5: a rank was killed: it starts again", "job 5: restart 1 on n3, n4", "step 2"]
     )
@@ -138,6 +134,37 @@ def test_a_job_that_vanishes_is_not_waited_for(tmp_path, capsys, monkeypatch):
     code, _ = followed(tmp_path, story, ranks=1)
     assert code == 1
     assert "rank 0 was killed, or ran out of memory or time" in capsys.readouterr().err
+
+
+def test_a_squeue_that_is_away_at_first_tells_nothing(tmp_path, monkeypatch, capsys):
+    """Not even that the job is gone: no answer, then the job, then no answer, then no job."""
+    answers = [None, ["RUNNING node1"], None, []]
+    monkeypatch.setattr("launch.follow.ask", lambda command: answers.pop(0))
+    job, seen = Slurm("5"), []
+    for _ in range(4):
+        seen.append(job.alive())
+        job.asked = -1e9
+    assert seen == [True, True, True, False]
+    assert capsys.readouterr().out == "job 5: RUNNING node1\n"
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Slurm("5").alive(), "without squeue nothing is known"
+
+
+def test_a_job_that_comes_back_into_the_queue_is_not_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.follow._LATE", 0.6)
+
+    def story(job, codes):
+        rank(tmp_path, 0)
+        for _ in range(3):
+            job.there = False
+            pause()
+            job.there = True
+            pause()
+        assert not codes()
+        rank(tmp_path, 0, 0)
+
+    assert followed(tmp_path, story, ranks=1)[0] == 0
 
 
 def test_a_log_that_was_begun_anew(tmp_path, capsys):

@@ -233,6 +233,25 @@ def test_a_member_that_does_not_fit_stops_the_whole_grid(slurm, config, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_what_members_have_in_common_is_looked_at_once(slurm, config, tmp_path):
+    shown = slurm("--config", config, "--sweep", "seed=3,4,5", "--qos", "normal", "--nodes", "2", "--dry-run").stdout
+    checks = re.findall(r"^  (?:ok     |FAILED ) (?:seed\d: )?([^:]+):", shown, re.MULTILINE)
+    counts = {name: checks.count(name) for name in checks}
+    assert counts.pop("run folder") == 3
+    assert counts.pop("order") == 3, "it depends on the seed"
+    assert set(counts) >= {"partition", "qos", "batch", "model", "shards", "earlier jobs"}
+    assert set(counts.values()) == {1}
+
+
+def test_a_second_job_of_the_run_is_refused(slurm, config, tmp_path):
+    slurm("--config", config, "--nodes", "2", "--no-follow")
+    (tmp_path / "slurm" / "squeue").write_text("#!/bin/sh\necho '7|PENDING|Priority'\n")
+    ended = slurm("--config", config, "--nodes", "2", "--no-follow", code=2)
+    assert "run: job 7 is waiting: python launch/runs.py cancel" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert re.search(r"FAILED +earlier jobs: .*job 7 is waiting", slurm("--config", config, "--dry-run", code=2).stdout)
+
+
 def test_the_profile_of_the_cluster_is_taken(slurm, config, tmp_path):
     profile = tmp_path / "mine.yaml"
     profile.write_text(
@@ -248,7 +267,8 @@ def test_the_profile_of_the_cluster_is_taken(slurm, config, tmp_path):
 def test_members_run_one_after_another_on_this_machine(config, tmp_path, monkeypatch, capsys):
     ran = []
 
-    def run_one(asked, command, code):
+    def run_one(asked, command, code, member):
+        assert member, "resume has to know it"
         assert asked.config.launch.follow, "the next one waits for this"
         ran.append((Path(asked.config.run).name, code))
         Path(asked.config.run).mkdir()

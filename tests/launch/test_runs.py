@@ -15,7 +15,7 @@ from launch import runs
 from launch.job import Job, Status
 from launch.record import INCARNATIONS, Submission
 from launch.slurm_queue import Queued, find
-from launch.state import find_runs, look
+from launch.state import check_idle, find_runs, look
 from shards.errors import UserError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks need not find this file
@@ -128,13 +128,15 @@ def shown(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def test_cancel_lets_the_ranks_save(tmp_path, capsys):
+def test_cancel_lets_the_ranks_save(tmp_path, capsys, monkeypatch):
     folder, job = start(Saving, tmp_path / "run")
     while len(list(folder.glob("began*"))) < 2:
         time.sleep(0.05)
     assert state_of(tmp_path / "run").state == "running"
-    with pytest.raises(UserError, match=r"is running: runs\.py cancel"):
-        runs.main(["resume", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=r"job \d+ is running: python launch/runs\.py cancel"):
+        check_idle([tmp_path / "run"])
+    monkeypatch.chdir(tmp_path)
+    assert state_of(Path("run")).state == "running", "by a relative path too"
     runs.main(["cancel", str(tmp_path / "run")])
     assert [Status(folder, number).read()["exit"] for number in range(2)] == [75, 75]
     assert len(list(folder.glob("saved*"))) == 2
@@ -194,6 +196,38 @@ def test_from_the_folder_alone(tmp_path):
     assert stands(tmp_path) == ("cancelled", "cancelled: no restart")
     rank(folder, 0, restart=1)
     assert stands(tmp_path) == ("done", "")
+
+
+def test_two_jobs_of_one_run_are_refused(tmp_path, monkeypatch):
+    fake(tmp_path, monkeypatch, squeue='echo "17|PENDING|Resources"; echo "19_2|RUNNING|None"', sacct="exit 1")
+    record(tmp_path / "waits", job="17")
+    record(tmp_path / "member", job="19", index="2")
+    record(tmp_path / "ended", job="19", index="1")
+    with pytest.raises(UserError, match=r"waits: job 17 is waiting: python launch/runs.py cancel"):
+        check_idle([tmp_path / "ended", tmp_path / "waits"])
+    with pytest.raises(UserError, match=r"member: job 19_2 is running"):
+        check_idle([tmp_path / "member"])
+    assert check_idle([tmp_path / "ended", tmp_path / "new"]) == "none waits or runs"
+
+
+def test_cancel_of_a_sweep_reaches_a_member_that_was_submitted_again(tmp_path, monkeypatch, capsys):
+    asked = tmp_path / "asked"
+    grid = tmp_path / "grid"
+    answers = 'echo "17_0|RUNNING|None"; echo "30|PENDING|None"'
+    fake(tmp_path, monkeypatch, squeue=answers, sacct="exit 1", scancel=f'echo "$@" > {asked}')
+    members = {str(n): str(record(grid / name, job="17", index=str(n))) for n, name in enumerate("abc")}
+    rank(record(grid / "b", job="17", index="1"), 0)
+    record(grid / "c", name="2", job="30", time=time.time() + 9)
+    record(grid, members=members)
+    runs.main(["cancel", str(grid)])
+    assert asked.read_text().split() == ["17_0", "30"]
+    assert "job 17_0, 30 is being ended" in capsys.readouterr().out
+
+
+def test_cancel_where_slurm_is_not(tmp_path):
+    record(tmp_path)
+    with pytest.raises(UserError, match="no scancel here: do that where SLURM is"):
+        runs.main(["cancel", str(tmp_path)])
 
 
 def test_what_slurm_says_comes_first(tmp_path, monkeypatch):
@@ -308,9 +342,11 @@ def test_resume_gives_the_recorded_command(tmp_path, monkeypatch):
     script = str(ROOT / "launch" / "submit.py")
     assert calls == [([script, "--config", "x.yaml", "--nodes", "2", "--run", str(run)], str(place))]
     # A member of a sweep alone, not the sweep.
-    record(run, command=["--grid", "g.yaml"], directory=str(place), index="3")
+    record(run, command=["--grid", "g.yaml"], directory=str(place), member=True)
+    (folder / "config.yaml").write_text("launch: {nodes: 1, partition: null, time: '24:00:00', follow: true}\n")
     assert runs.resume(run) == 7
-    assert calls[1][0] == [script, "--config", str(folder / "config.yaml"), "--run", str(run)]
+    launched = ["--launch.nodes=1", "--launch.partition=null", "--launch.time=24:00:00", "--launch.follow=true"]
+    assert calls[1][0] == [script, "--config", str(folder / "config.yaml"), *launched, "--run", str(run)]
     record(run, directory=str(tmp_path / "gone"))
     with pytest.raises(UserError, match="gone, where the command was given, is gone"):
         runs.resume(run)

@@ -128,6 +128,23 @@ def test_a_job_that_slurm_refuses(tmp_path, corpus, slurm):
         shard.main(words(corpus, tmp_path / "out"))
 
 
+def test_options_are_sbatchs_whatever_is_in_them(tmp_path, corpus, slurm, capfd):
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(
+        "srun: [--container-image=i.sqsh]\npython: /in/the/image\nsbatch: {exclusive: true, mail_type: END}"
+    )
+    assert main(*words(corpus, tmp_path / "my out", "--profile", profile, "--dry-run")) == 0
+    told = capfd.readouterr().out
+    for line in (
+        "exclusive",
+        "mail-type=END",
+        "job-name='shards-my out'",
+        f"output='{tmp_path}/my out.logs/TIME/%a.log'",
+    ):
+        assert told.count(f"#SBATCH --{line}\n") == (1 if "%a" in line else 2), line
+    assert "/in/the/image" not in told, "no srun, so no container of srun's"
+
+
 def test_a_dry_run_writes_nothing(tmp_path, corpus, slurm, capfd):
     assert main(*words(corpus, tmp_path / "out", "--dry-run")) == 0
     told = capfd.readouterr().out
