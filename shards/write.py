@@ -89,7 +89,8 @@ def plan_shards(items: Sequence[Item], corpus: str, form: Format, arguments: Map
         parts: into how many runs the work is divided.
 
     Raises:
-        UserError: clashing ids, a picture without captions, an unknown twin, or nothing to write.
+        UserError: clashing ids, words that are no text, a picture without captions, an unknown twin, or nothing to
+            write.
     """
     _check_ids(items)
     splits: dict[str, list[Item]] = {}
@@ -259,6 +260,8 @@ def _trial(items: Sequence[Item], form: Format) -> tuple[Record, int]:
 def _check_ids(items: Sequence[Item]) -> None:
     if not items:
         raise UserError("the corpus has no samples: nothing to write")
+    for item in items:
+        _check_words(item)
     counts = Counter(item.image_id for item in items)
     image_id, times = counts.most_common(1)[0]
     if times > 1:
@@ -268,6 +271,29 @@ def _check_ids(items: Sequence[Item]) -> None:
             raise UserError(f"picture {item.image_id} has no captions")
         if item.twin is not None and item.twin not in counts:
             raise UserError(f"picture {item.image_id} is the twin of {item.twin}, which is not in the corpus")
+
+
+def _check_words(item: Item) -> None:
+    """See that what the corpus says of a sample can be stored, and that its files have names that files can have."""
+    words = [("image id", item.image_id), ("split", item.split)]
+    unsaid: list[tuple[str, str | None]] = [("twin", item.twin)]
+    for one in item.captions:
+        words.append(("utterance", one.utterance))
+        unsaid += [("text", one.text), ("speaker", one.speaker)]
+    words += [(name, value) for name, value in unsaid if value is not None]
+    for name, value in words:
+        if not _is_text(value):
+            raise UserError(f"picture {item.image_id!r}: its {name} {value!r} is no text: mend the corpus's files")
+    for source in (item.picture, *(one.audio for one in item.captions)):
+        if isinstance(source, Path) and not _is_text(str(source), "surrogateescape"):  # names may be of any bytes
+            raise UserError(f"picture {item.image_id!r}: no file can have the name {str(source)!r}")
+
+
+def _is_text(value: object, errors: str = "strict") -> bool:
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode(errors=errors)
+    except UnicodeEncodeError:  # half of a letter that JSON writes in two
+        return False
 
 
 def sample_key(image_id: str) -> str:

@@ -64,7 +64,7 @@ def read_json(path: Path) -> Any:
     """A JSON file; a `UserError` names it if it cannot be read."""
     try:
         return json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): is the download complete?") from None
 
 
@@ -90,6 +90,6 @@ def _is_listed(path: Path, listed: dict[str, set[str]]) -> bool:
     if folder not in listed:
         try:
             listed[folder] = set(os.listdir(folder or "."))
-        except OSError:
+        except (OSError, ValueError):  # the latter for a name that no file can have
             listed[folder] = set()
     return name in listed[folder]

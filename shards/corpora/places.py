@@ -45,12 +45,12 @@ def read(options: argparse.Namespace) -> list[Item]:
         try:
             captions = _captions(content, _base(options.audio, content.get("audio_base_path"), options.root))
             photos = _base(options.images, content.get("image_base_path"), options.root / "images")
+            for picture, spoken in captions.items():
+                # Seen and unseen speakers may have described the same picture: each split has its own sample of it.
+                name = picture if picture not in seen else f"{picture}@{split}"
+                items.append(Item(name, split, photos / picture, tuple(spoken)))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a Places Audio file ({error!r}): {_HINT}") from None
-        for picture, spoken in captions.items():
-            # Seen and unseen speakers may have described the same picture: each split has its own sample of it.
-            name = picture if picture not in seen else f"{picture}@{split}"
-            items.append(Item(name, split, photos / picture, tuple(spoken)))
         seen.update(captions)
     shared = sum("@" in item.image_id for item in items)
     if shared:

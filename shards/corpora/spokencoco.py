@@ -53,7 +53,7 @@ def read(options: argparse.Namespace) -> list[Item]:
                     left += 1
                 else:
                     items.append(_item(record, split, photos, options.root))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is not a SpokenCOCO file ({error!r}): {_HINT}") from None
     if left:
         print(f"spokencoco: {left:,} pictures are in no part of {options.karpathy} and left out", file=sys.stderr)
@@ -68,7 +68,7 @@ def coco_id(picture: str) -> int:
 def _karpathy(path: Path) -> dict[int, str]:
     try:
         return {entry["cocoid"]: _KARPATHY[entry["split"]] for entry in read_json(path)["images"]}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not Karpathy's dataset_coco.json ({error!r}): see --karpathy") from None
 
 

@@ -69,17 +69,27 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and values of every row."""
     text = read_text(table)
     if table.suffix in _SEPARATORS:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_SEPARATORS[table.suffix])
-        if missing := {"image", "audio"} - set(reader.fieldnames or ()):
-            raise UserError(f"{table} line 1: no column {' and no column '.join(sorted(missing))}")
-        for row in reader:
-            yield reader.line_num, row
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_SEPARATORS[table.suffix], strict=True)
+        before = 0  # the last line of the row before
+        try:
+            if missing := {"image", "audio"} - set(reader.fieldnames or ()):
+                raise UserError(f"{table} line 1: no column {' and no column '.join(sorted(missing))}")
+            before = reader.line_num
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{table} line {reader.line_num}: not as many fields as in line 1: is a text without quotes?"
+                    )
+                before = reader.line_num
+                yield before, row
+        except csv.Error as error:
+            raise UserError(f"{table} line {before + 1}: {error}: is a quote not closed?") from None
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold what splitlines takes for an end of line
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{table} line {number} is not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{table} line {number} is not an object like " + '{"image": ..., "audio": ...}')

@@ -138,7 +138,11 @@ def test_spokencoco_photos_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"data": [{"image": "a.jpg"}]}', '{"data": [{"image": "x_1.jpg"}]}']
+    "content",
+    [
+        *("", "{", "[]", '{"data": [{"image": "a.jpg"}]}', '{"data": [{"image": "x_1.jpg"}]}'),
+        '{"data": [{"image": "x_1.jpg", "captions": [7]}]}',
+    ],
 )
 def test_spokencoco_damaged_json(tmp_path, content):
     root = tiny.spokencoco(tmp_path)
@@ -191,7 +195,13 @@ def test_places_base_paths(tmp_path):
     assert read("places", "--root", root) == items
 
 
-@pytest.mark.parametrize("content", ["[]", '{"data": [{"image": "a.jpg"}]}', "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", '{"data": [{"image": "a.jpg"}]}', "{}", "[" * 100_000),
+        *(f'{{"data": [{{"image": {image}, "wav": "a.wav"}}]}}' for image in ("null", "7", '["a"]')),
+    ],
+)
 def test_places_damaged_json(tmp_path, content):
     root = tiny.places(tmp_path)
     (root / "dev_seen_2020.json").write_text(content)
@@ -231,6 +241,13 @@ def test_table_json_lines_and_tsv(tmp_path):
     assert [item.split for item in read("table", "--root", root / "t.tsv")] == ["train"]
 
 
+def test_table_texts_may_hold_unusual_ends_of_lines(tmp_path):
+    root = tiny.table(tmp_path, ROWS[:1])
+    row = {"image": "p/1.png", "audio": "s/1a.wav", "text": "a\u2028b\u2029c\u0085d"}
+    (root / "t.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert read("table", "--root", root / "t.jsonl")[0].captions[0].text == row["text"]
+
+
 def test_table_from_a_spreadsheet(tmp_path):
     root = tiny.table(tmp_path, ROWS[:1])
     (root / "table.csv").write_bytes(
@@ -254,6 +271,13 @@ def test_table_absolute_paths(tmp_path):
         ("t.csv", "image,audio\n1.png,\n", "line 2: no audio"),
         ("t.csv", "image,audio,split\n1.png,1.wav,train\n1.png,2.wav,dev\n", "line 3: 1.png is in split dev"),
         ("t.csv", b"image,audio\n\xff.png,1.wav\n", "not UTF-8"),
+        ("t.csv", 'image,audio,text\n1.png,1.wav,a\n2.png,2.wav,"b\n3.png,3.wav,c\n', "line 3: unexpected end of data"),
+        ("t.csv", 'image,audio,text\n1.png,1.wav,"a"b\n', "line 2: .* expected after"),
+        ("t.csv", f"image,audio,text\n1.png,1.wav,{'a' * 200_000}\n", "line 2: field larger than field limit"),
+        ("t.csv", "image,audio,text,split\n1.png,1.wav,a, b,dev\n", "line 2: not as many fields as in line 1"),
+        ("t.csv", "image,audio,speaker,split\n1.png,1.wav,test\n", "line 2: not as many fields as in line 1"),
+        ("t.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("t.jsonl", '{"image": "\\ud83d/1.png", "audio": "1.wav"}\n', "is missing"),
         ("t.jsonl", '{"image": "1.png", "audio": "1.wav"}\n{\n', "line 2 is not JSON"),
         ("t.jsonl", "[1]\n", "line 1 is not an object"),
         ("t.jsonl", '{"image": "1.png"}\n', "line 1: no audio"),

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,6 +164,37 @@ def test_impossible_corpora(tmp_path, items, reason):
     with pytest.raises(UserError, match=reason):
         write(items, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+HALF = "\ud83d"  # of a letter outside of the basic plane, as JSON may have it
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"image_id": f"a{HALF}"}, r"picture 'a\\ud83d': its image id 'a\\ud83d' is no text"),
+        ({"image_id": 7}, "picture 7: its image id 7 is no text"),
+        ({"image_id": ["a"]}, r"its image id \['a'\] is no text"),
+        ({"split": None}, "picture 'a': its split None is no text"),
+        ({"twin": 7}, "picture 'a': its twin 7 is no text"),
+        ({"captions": (Caption("u", tone, HALF),)}, r"picture 'a': its text '\\ud83d' is no text"),
+        ({"captions": (Caption("u", tone, speaker=0),)}, "picture 'a': its speaker 0 is no text"),
+        ({"captions": (Caption(None, tone),)}, "picture 'a': its utterance None is no text"),
+        ({"captions": (Caption("u", Path(f"{HALF}.wav")),)}, r"no file can have the name '\\ud83d.wav'"),
+        ({"picture": Path("a\0.jpg")}, r"no file can have the name 'a\\x00.jpg'"),
+    ],
+)
+def test_words_that_cannot_be_stored_are_named_before_anything_is_written(tmp_path, change, named, skip_bad):
+    with pytest.raises(UserError, match=named) as caught:
+        write([drawn("b"), replace(drawn("a"), **change)], tmp_path / "out", skip_bad=skip_bad)
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "out").exists()
+
+
+def test_file_names_may_be_of_any_bytes(tmp_path):
+    photo = tiny.photo(tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"\xff.png"))
+    write([replace(drawn("a"), picture=photo)], tmp_path / "out")
 
 
 def with_files(folder):
