@@ -84,9 +84,7 @@ def test_mixture_and_lanes(folder: Path, tmp_path: Path) -> None:
         (["--dry-run", "--training.batch_size", "90"], "set --training.batch_size to 3 or less"),
     ],
 )
-def test_mistakes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], reason: str
-) -> None:
+def test_mistakes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], reason: str) -> None:
     monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, None))
     with pytest.raises(UserError, match=reason) as caught:
         main([*arguments(folder, tmp_path / "run"), *more])

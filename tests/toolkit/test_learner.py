@@ -70,8 +70,9 @@ def collectives(rank: int, world_size: int, objectives: config.Objectives) -> li
 @pytest.mark.parametrize("teacher", [True, False])
 def test_keys_and_identities_travel_in_one_collective_and_negatives_in_five(teacher: bool) -> None:
     momentum = config.Momentum(enabled=teacher)
-    local = config.Objectives(momentum=momentum, denoising=config.Denoising(weight=0))
+    near = config.Matching(negatives="local")
+    local = config.Objectives(momentum=momentum, matching=near, denoising=config.Denoising(weight=0))
     assert run_ranks(collectives, 2, local) == [["all_gather"]] * 2
-    everywhere = config.Objectives(momentum=momentum, matching=config.Matching(negatives="global"))
+    everywhere = config.Objectives(momentum=momentum)
     fetched = ["all_gather", "all_gather", *["all_to_all_single"] * 4]
     assert run_ranks(collectives, 2, everywhere) == [fetched] * 2

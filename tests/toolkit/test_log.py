@@ -1,9 +1,12 @@
 """The log of a run: how much work an interval was, and one wandb id for all its restarts."""
 
+import contextlib
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from shards.json_lines import read_records
 from tests.distributed import run_ranks
 from tests.toolkit import test_trainer
 from toolkit import config
+from toolkit.training.background import tell
 from toolkit.training.log import Log
 from toolkit.training.progress import Progress
 from toolkit.training.work import Amount
@@ -41,6 +45,46 @@ def test_an_interval_tells_tokens_speech_and_operations_of_all_ranks(tmp_path: P
         assert record["tokens_per_second"] * elapsed == pytest.approx(30 * 3 * times)
         assert record["audio_per_second"] * elapsed == pytest.approx(2 * 3 * times)
         assert record["tflops"] * elapsed == pytest.approx(4e-3 * 3 * times / 2), "of a rank"
+
+
+def log_on_a_full_disk(rank: int, world_size: int, run: Path) -> None:
+    """Nothing more can be written, then it can again."""
+    settings = config.Config(wandb=config.Wandb(mode="disabled"))
+    log = Log(run, settings, Progress(), rank, world_size, torch.device("cpu"))
+    log.say = (said := []).append  # type: ignore[assignment]
+    log._write({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((run / "log.jsonl").stat().st_size + 4, limits[1]))
+    trainer = MagicMock()
+    trainer.learner.parameters.return_value = []
+    trainer.order.pictures = 3
+    log.start(trainer)
+    for step in (2, 3):
+        log._write({"step": step})
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log._write({"step": 4})
+    log.close(Progress())
+    assert [line for line in said if "training goes on" in line] == [
+        f"{run / name} was not written: File too large; training goes on" for name in ("environment.json", "log.jsonl")
+    ]
+
+
+def test_a_disk_that_is_full_ends_no_run(tmp_path: Path) -> None:
+    run_ranks(log_on_a_full_disk, 1, tmp_path)
+    steps = [record["step"] for record in read_records(tmp_path / "log.jsonl") if "step" in record]
+    assert steps[0] == 1
+    assert steps[-1] == 4
+    assert (tmp_path / "report.html").exists()
+
+
+def test_nor_does_output_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        for _ in range(3000):
+            tell("a line")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def identities(run: Path) -> set[str]:

@@ -19,6 +19,7 @@ from shards.reader import Reader
 from toolkit.config import Config
 from toolkit.evaluation.gallery import caption_text
 from toolkit.evaluation.run import Retrieval
+from toolkit.training.background import tell
 from toolkit.training.data import open_reader
 
 QUERIES, ANSWERS = 6, 5
@@ -50,7 +51,7 @@ def keep_examples(run: Path, step: int, manifest: Manifest, found: Retrieval, co
         with atomic(run / name) as file:
             file.write(json.dumps(content).encode())
     except (UserError, OSError, ValueError, LookupError) as error:
-        print(f"{run / name} was not written: {error}; training goes on", flush=True)
+        tell(f"{run / name} was not written: {error}; training goes on")
         return None
     return name
 

@@ -1,5 +1,6 @@
-"""Work behind the training: a thread that does one thing, and what came of it."""
+"""Work behind the training: a thread that does one thing, what came of it, and the line that tells."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,6 +29,12 @@ def outcome_of(future: "Future[T]") -> "T | str":
         return future.result()
     except Exception as error:
         return reason_of(error)
+
+
+def tell(line: str) -> None:
+    """Print a line; a job's output is often on the disk that is full, and that ends no run."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def reason_of(error: BaseException) -> str:

@@ -33,7 +33,7 @@ from shards.manifest import atomic, sync_folder
 from toolkit.config import Config
 from toolkit.distributed import agree, agree_all
 from toolkit.run_folder import fingerprint
-from toolkit.training.background import background, outcome_of, reason_of
+from toolkit.training.background import background, outcome_of, reason_of, tell
 from toolkit.training.checkpoint_files import FileInfo, HostCopies, Pieces, keyed, problem_of, write_tensors
 from toolkit.training.fragments import applied_steps, fragments, rewritten
 from toolkit.training.momentum import MomentumEncoder
@@ -312,7 +312,7 @@ class Checkpoints:
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
-            print(line, flush=True)
+            tell(line)
 
     def _linger(self) -> None:
         """Leave a save under way some time when the process ends without `finish`; the other ranks may be gone."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from toolkit.config import Data
 from toolkit.model.processor import SpeechImageProcessor
 from toolkit.model.retrieval import SpeechImageModel
-from toolkit.training.background import background, outcome_of
+from toolkit.training.background import background, outcome_of, tell
 from toolkit.training.progress import MARKER, Progress
 
 
@@ -63,7 +63,7 @@ class Exports:
         """Wait for an export under way, and say whether it is on the disk; a failure is one line."""
         export = self._under_way.pop(name, None)
         if export and isinstance(reason := outcome_of(export), str):
-            print(f"the model was not written to {self.run / 'export' / name}: {reason}; training goes on", flush=True)
+            tell(f"the model was not written to {self.run / 'export' / name}: {reason}; training goes on")
             return False
         return True
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shards.json_lines import read_records
 from toolkit.config import Config
+from toolkit.training.background import tell
 from toolkit.training.progress import Progress
 from toolkit.training.report import NAME, flat, write_report
 from toolkit.training.signals import REQUEUE
@@ -26,6 +27,8 @@ from toolkit.training.wandb_run import open_wandb
 from toolkit.training.work import Amount
 
 T = TypeVar("T")
+
+LOG = "log.jsonl"
 
 
 class Log:
@@ -45,9 +48,10 @@ class Log:
         self.before = progress.seconds
         self.waited = self.interval_paused = 0.0
         self.dev: float | None = None  # mean R@1 of the last evaluation
-        self.file = (run / "log.jsonl").open("a") if rank == 0 else None
+        self.refused: set[str] = set()  # files that could not be written
+        self.file = (run / LOG).open("a") if rank == 0 else None
         if self.file:
-            self._continue(run / "log.jsonl")
+            self._continue(run / LOG)
         self.wandb = open_wandb(config.wandb, run, progress) if rank == 0 else None
 
     def start(self, trainer: Any) -> None:
@@ -57,7 +61,8 @@ class Log:
         trained = sum(_size(p) for p in model.parameters() if p.requires_grad)
         total = sum(_size(p) for p in model.parameters())
         if self.rank == 0:
-            (self.run / "environment.json").write_text(json.dumps(_environment(self.world_size), indent=1))
+            with self._writing("environment.json"):
+                (self.run / "environment.json").write_text(json.dumps(_environment(self.world_size), indent=1))
         self.say(
             f"{trainer.order.pictures:,} pictures, batch {c.training.batch_size} on {self.world_size} ranks "
             f"({self.device.type}, {c.training.precision}, ZeRO {c.training.zero}), {trained / 1e6:.1f} M of "
@@ -181,14 +186,15 @@ class Log:
             self.say(f"step {progress.step} done after {_duration(progress.seconds)}; run folder {self.run}")
         self._report()
         if self.file:
-            self.file.close()
+            with self._writing(LOG):
+                self.file.close()
         if self.wandb:
             self.wandb.finish()
 
     def say(self, text: str) -> None:
         """Print a line on rank 0."""
         if self.rank == 0:
-            print(text, flush=True)
+            tell(text)
 
     def _continue(self, path: Path) -> None:
         """Take up what a former process of this run has written; it may have been killed in the middle of a line."""
@@ -211,17 +217,25 @@ class Log:
         return own
 
     def _report(self) -> None:
-        """Write the report; a disk that is full ends no run."""
         if self.file:
-            try:
+            with self._writing(NAME):
                 write_report(self.run)
-            except OSError as error:
-                self.say(f"{self.run / NAME} was not written: {error.strerror}; training goes on")
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Say once of a file that it cannot be written, and go on: a disk that is full ends no run."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self.refused:
+                self.say(f"{self.run / name} was not written: {error.strerror}; training goes on")
+            self.refused.add(name)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.file:
-            self.file.write(json.dumps({"time": time.time(), **record}) + "\n")
-            self.file.flush()
+            with self._writing(LOG):
+                self.file.write(json.dumps({"time": time.time(), **record}) + "\n")
+                self.file.flush()
         if self.wandb and "step" in record:
             self.wandb.log(flat(record), step=record["step"])
 

@@ -22,6 +22,7 @@ from toolkit.model.build import build_model
 from toolkit.objectives.row_random import RowRandom
 from toolkit.training import lease
 from toolkit.training.activations import recompute_activations
+from toolkit.training.background import tell
 from toolkit.training.bad_numbers import FirstBadModule
 from toolkit.training.cached import make_caches
 from toolkit.training.checkpoint import Checkpoints
@@ -312,7 +313,7 @@ class Trainer:
             timeout=data.timeout,
             max_faults=data.max_faults,
             max_faults_in_a_row=data.max_faults_in_a_row,
-            report=lambda line: print(f"rank {self.rank}: {line}", flush=True),
+            report=lambda line: tell(f"rank {self.rank}: {line}"),
         )
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
