@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from shards.errors import UserError
 from tests.distributed import run_ranks
@@ -56,7 +58,8 @@ def test_free_section_wins():
         {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}},
         {"activation_checkpointing": {"partition_activations": True}},
         {"checkpoint": {"load_universal": True, "parallel_write": {"pipeline_stage": True}}},
-        {"data_types": {"grad_accum_dtype": "fp32"}},
+        {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 2}},
+        {"data_types": {"grad_accum_dtype": "bf16"}, "zero_optimization": {"stage": 0}},
         {"flops_profiler": {"enabled": True}},
         {"csv_monitor": {"enabled": True, "output_path": "x"}},
         {"communication_data_type": "fp32", "prescale_gradients": True, "zero_allow_untested_optimizer": True},
@@ -102,6 +105,11 @@ def test_keys_that_deepspeed_knows(free):
             {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
             "deepspeed.zero_optimization.offload_optimizer.device is nvme, which cannot be saved; set cpu",
         ),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}},
+            "deepspeed.data_types.grad_accum_dtype is fp32 and the model bf16, which ZeRO 1 cannot do; set ",
+        ),
+        ({"data_types": {"grad_accum_dtype": "fp8"}}, "deepspeed.data_types.grad_accum_dtype is 'fp8'; expected "),
         ({"train_batch_size": 3}, "deepspeed.train_batch_size cannot be set here; set --training.batch_size"),
         ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer cannot be set here; set --training.lr"),
     ],
@@ -119,6 +127,50 @@ def test_batch_that_does_not_divide():
 
 
 CPU = {"device": "cpu"}
+SUMS = [(stage, None, False) for stage in range(4)] + [(2, "fp32", False), (3, "fp32", False)]
+SUMS += [(stage, "fp32", True) for stage in (1, 2, 3)]
+
+
+class One(nn.Module):
+    """A parameter whose gradient is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(64, 4))
+
+    def forward(self, slope: torch.Tensor) -> torch.Tensor:
+        return (self.value * slope).sum()
+
+
+def sums(rank: int, world_size: int) -> list[float]:
+    """The gradient of a step of three micro-batches, of 1 and twice 1/256, as AdamW gets it."""
+    from toolkit.training.engine import backward, make_engine
+    from toolkit.training.fragments import fragments
+
+    found = []
+    for stage, added_up, offloaded in SUMS:
+        made = Config()
+        made.training.batch_size, made.training.accumulation = 3 * world_size, 3
+        made.training.clip, made.training.betas, made.training.zero = 0.0, [0.0, 0.9], stage
+        zero = {"stage3_param_persistence_threshold": 10}
+        made.deepspeed = {"zero_optimization": zero | ({"offload_optimizer": CPU} if offloaded else {})}
+        if added_up:
+            made.deepspeed["data_types"] = {"grad_accum_dtype": added_up}
+        engine = make_engine(One(), made, world_size, torch.device("cpu"))
+        for slope in (3, 3 / 256, 3 / 256):
+            backward(engine, engine(torch.tensor(slope, dtype=torch.bfloat16)))
+            engine.step()
+        found += {each.exp_avg[0].item() for each in fragments(engine)}
+        engine.destroy()
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_gradients_of_micro_batches_are_added_up_in_float32_where_asked_for() -> None:
+    expected = [1 + 2 / 256 if added_up else 1.0 for _, added_up, _ in SUMS]
+    assert run_ranks(sums, 2, timeout=100) == 2 * [expected]
+
+
 OFFLOADS = {
     2: {"offload_optimizer": CPU},
     3: {"offload_optimizer": CPU, "offload_param": CPU, "stage3_param_persistence_threshold": 300},

@@ -21,6 +21,9 @@ _OWNED = {
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """Derive the dictionary that `deepspeed.initialize` takes; the optimizer is the trainer's own.
 
+    Under bf16 the gradients of accumulated micro-batches are added up in bf16, which loses the small ones;
+    `deepspeed.data_types.grad_accum_dtype: fp32` adds them up in float32, at the stages that can.
+
     Args:
         config: The section `deepspeed` wins over what is derived from the others, key by key.
         world_size: Number of ranks.
@@ -44,12 +47,27 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     }
     settings = merged(derived, config.deepspeed)
     _check(settings)
-    _refuse(settings["zero_optimization"])
+    _refuse(settings)
     return settings
 
 
-def _refuse(zero: dict[str, Any]) -> None:
-    """Refuse NVMe: what lies there has no address, and checkpoints and the teacher's average need one."""
+def _refuse(settings: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed would build and the trainer cannot use, or what it only refuses while it builds.
+
+    What lies on NVMe has no address, and checkpoints and the teacher's average need one. Gradients that are added up in
+    another type than the model's take stage 0 away, and stage 1 the flat tensors that the masters are cut from, unless
+    the optimizer is offloaded.
+    """
+    zero, model = settings["zero_optimization"], "bf16" if settings["bf16"].get("enabled") else "fp32"
+    added_up = (settings.get("data_types") or {}).get("grad_accum_dtype") or model
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if added_up not in ("bf16", "fp32"):
+        raise UserError(f"deepspeed.data_types.grad_accum_dtype is {added_up!r}; expected bf16 or fp32")
+    if added_up != model and int(zero["stage"]) < (1 if offloaded else 2):
+        raise UserError(
+            f"deepspeed.data_types.grad_accum_dtype is {added_up} and the model {model}, which ZeRO {zero['stage']} "
+            "cannot do; set --training.zero 2 or 3"
+        )
     for section in ("offload_optimizer", "offload_param"):
         if (zero.get(section) or {}).get("device") == "nvme":
             raise UserError(f"deepspeed.zero_optimization.{section}.device is nvme, which cannot be saved; set cpu")
