@@ -20,10 +20,9 @@ from shards.manifest import Manifest, ShardInfo
 from shards.picture import MAX_STORED_PIXELS as MAX_PIXELS
 from shards.picture import decode_picture
 from shards.pool import Progress
-from shards.reader import MAX_MEMBER
+from shards.reader import MAX_MEMBER, MAX_META
 from shards.tar import DamagedTar, Member, TarScan
 
-MAX_META = 1 << 20  # bytes of a sample's JSON
 DIGEST = 16  # bytes that stand for a picture's
 NAMED = 8  # findings named of one shard; the rest are counted
 

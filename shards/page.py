@@ -13,12 +13,13 @@ import soundfile
 
 from shards.audio import SAMPLE_RATE
 from shards.check import Health, split_rows
-from shards.check_one import MAX_META, problem_of_picture, problem_of_recording, text
+from shards.check_one import problem_of_picture, problem_of_recording, text
 from shards.errors import UserError
 from shards.manifest import Manifest, atomic
-from shards.reader import MAX_MEMBER
+from shards.reader import MAX_META
 
 SHOWN = 24  # samples
+_LARGEST = 2 << 20  # bytes of a picture or recording that is shown
 _CAPTIONS = 5  # of a sample
 _BINS = 30
 _MIME = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
@@ -164,7 +165,7 @@ def _card(m: Manifest, sample: int) -> str:
             spoken = [_read(file, m.audio_offset[row], m.audio_bytes[row]) for row in rows[:_CAPTIONS]]
     except OSError as error:
         return f'<div class="card"><div class="bad">{escape(name)}: {escape(str(error.strerror))}</div></div>'
-    problem = problem_of_picture(picture, decode=True)
+    problem = _too_large(picture) or problem_of_picture(picture, decode=True)
     shown = (
         f'<div class="bad">{escape(problem)}</div>' if problem else f'<img alt="" src="{_url("image/jpeg", picture)}">'
     )
@@ -172,7 +173,7 @@ def _card(m: Manifest, sample: int) -> str:
     captions = [_caption(*one) for one in zip(spoken, m.duration[rows].tolist(), words, strict=False)]
     if len(rows) > _CAPTIONS:
         captions.append(f'<div class="caption soft">and {len(rows) - _CAPTIONS} more captions</div>')
-    title = f"<h3>{escape(text(m.image_id[sample]))}</h3><small>{escape(name)}, {len(picture):,} bytes</small>"
+    title = f"<h3>{escape(text(m.image_id[sample]))}</h3><small>{escape(name)}, {m.image_bytes[sample]:,} bytes</small>"
     return f'<div class="card">{shown}<div>{title}{"".join(captions)}</div></div>'
 
 
@@ -182,7 +183,11 @@ def _opened(path: str, flags: int) -> int:
 
 def _read(file: io.BufferedReader, offset: int, count: int) -> bytes:
     file.seek(int(offset))
-    return file.read(min(int(count), MAX_MEMBER))
+    return file.read(min(int(count), _LARGEST + 1))
+
+
+def _too_large(data: bytes) -> str | None:
+    return "too large to show" if len(data) > _LARGEST else None
 
 
 def _words(meta: bytes, count: int) -> list[tuple[str, str]]:
@@ -190,14 +195,15 @@ def _words(meta: bytes, count: int) -> list[tuple[str, str]]:
     unknown = [("(no text)", "")] * count
     try:
         captions = json.loads(meta)["captions"] if len(meta) <= MAX_META else []
-        return [(str(one["text"]), str(one["speaker"] or "no speaker")) for one in captions][:count] + unknown
+        said = [(str(one["text"] or "(no text)"), str(one["speaker"] or "no speaker")) for one in captions]
+        return said[:count] + unknown
     except (ValueError, KeyError, TypeError, RecursionError):
         return unknown
 
 
 def _caption(data: bytes, duration: float, said: tuple[str, str]) -> str:
     words, speaker = (escape(one[:1000]) for one in said)
-    problem, _ = problem_of_recording(data, duration, decode=False)
+    problem = _too_large(data) or problem_of_recording(data, duration, decode=False)[0]
     lines = f'<div class="caption"><p>{words}</p><small>{speaker}, {duration:.2f} s</small>'
     if problem:
         return f'{lines}<p class="bad">{escape(problem)}</p></div>'

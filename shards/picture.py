@@ -27,22 +27,25 @@ def read_picture(source: Path | Image.Image, short_side: int, quality: int) -> b
     Smaller pictures keep their size.
 
     Raises:
-        UserError: no such file, empty, not decodable, or too many pixels.
+        UserError: no such file, empty, not decodable, too many pixels, or too many left for a shard.
     """
     with _opened(source) as image:
         # libjpeg scales by 1/2, 1/4 or 1/8 while decoding; twice the wanted size leaves the rest to a good filter.
         _draft(image, 2 * short_side)
-        return _encode(image, short_side, quality)
+        return _encode(image, short_side, quality, _name(source))
 
 
-def _encode(image: Image.Image, short_side: int, quality: int) -> bytes:
+def _encode(image: Image.Image, short_side: int, quality: int, name: str) -> bytes:
     upright = _to_rgb(ImageOps.exif_transpose(image))
     scale = short_side / min(upright.size)
     if scale < 1:
         width, height = (max(short_side, round(side * scale)) for side in upright.size)
         upright = upright.resize((width, height), Image.Resampling.BICUBIC)
+    size = f"{name}: {upright.width} x {upright.height} pixels"
     if max(upright.size) > _MAX_SIDE:
-        raise ValueError(f"{upright.width} x {upright.height} pixels are too long for a JPEG")
+        raise UserError(f"{size} are too long for a JPEG: cut it")
+    if upright.width * upright.height > MAX_STORED_PIXELS:
+        raise UserError(f"{size} are more than the {MAX_STORED_PIXELS:,} that a shard holds: lower --short-side")
     buffer = io.BytesIO()
     upright.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
@@ -84,7 +87,7 @@ def _opened(
     source: Path | bytes | Image.Image, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
     """Open a picture, refuse a bomb by its header, and turn whatever goes wrong inside the block into a `UserError`."""
-    name = str(source) if isinstance(source, Path) else "picture"
+    name = _name(source)
     try:
         if isinstance(source, Path) and source.stat().st_size == 0:
             raise UserError(f"{name}: empty file (0 bytes)")
@@ -103,6 +106,10 @@ def _opened(
         raise UserError(f"{name}: more pixels than the limit of {MAX_PIXELS:,}") from None
     except Exception as error:  # a damaged file makes Pillow's plugins raise nearly any type
         raise UserError(f"{name}: cannot be decoded as a picture ({error})") from None
+
+
+def _name(source: Path | bytes | Image.Image) -> str:
+    return str(source) if isinstance(source, Path) else "picture"
 
 
 def _open(source: Path | bytes | Image.Image, formats: tuple[str, ...] | None) -> Image.Image:

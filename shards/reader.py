@@ -21,6 +21,7 @@ from shards.manifest import Manifest, ShardInfo
 from shards.remote import Remote
 
 MAX_MEMBER = 64 << 20  # bytes; a larger picture or caption is refused
+MAX_META = 1 << 20  # bytes of a sample's JSON
 MAX_OPEN = 64  # shards kept open at a time
 
 # What the server of a shared disk, or the way to it, is to blame for.

@@ -21,6 +21,7 @@ from shards.errors import UserError
 from shards.folder import UNFINISHED, WHOLE, Part, claimed, finished, sweep
 from shards.picture import read_picture
 from shards.pool import Progress, run_tasks
+from shards.reader import MAX_MEMBER, MAX_META
 from shards.record import (
     Plan,
     Record,
@@ -348,6 +349,11 @@ def _write_sample(tar: tarfile.TarFile, file: IO[bytes], item: Item, form: Forma
         meta["twin"] = item.twin
     members = {"json": json.dumps(meta, ensure_ascii=False).encode(), "jpg": picture}
     members |= {f"{n}.{form.codec}": audio for n, (_, audio) in enumerate(spoken)}
+    try:
+        _check_sizes(members, item, form)
+    except _BadFile as bad:
+        shard.dropped.append(Dropped("picture", item.image_id, item.split, str(bad), captions=len(captions)))
+        return
     key = sample_key(item.image_id)
     durations, speakers = ([one[name] for one in captions] for name in ("duration", "speaker"))
     sample = Sample(key, item.image_id, item.twin, durations, speakers)
@@ -357,6 +363,16 @@ def _write_sample(tar: tarfile.TarFile, file: IO[bytes], item: Item, form: Forma
         sample.members.append((file.tell() + tarfile.BLOCKSIZE, len(data)))
         tar.addfile(info, io.BytesIO(data))
     shard.samples.append(sample)
+
+
+def _check_sizes(members: Mapping[str, bytes], item: Item, form: Format) -> None:
+    """Refuse what no reader of shards would take."""
+    for ending, data in members.items():
+        most = MAX_META if ending == "json" else MAX_MEMBER
+        if len(data) > most:
+            line = f"picture {item.image_id}: its .{ending} would have {len(data):,} bytes, the limit is {most:,}"
+            mend = "shorten its texts" if ending == "json" else "store it smaller"
+            raise _droppable(UserError(f"{line}: {mend}"), form)
 
 
 class _BadFile(Exception):

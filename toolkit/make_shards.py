@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from shards.audio import MAX_SECONDS
 from shards.corpora import CORPORA, module
 from shards.errors import Parser, UserError, run_main
 
@@ -87,8 +88,8 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"expected seconds, more than 0 and at most 3600, got {text!r}")
+    if not 0 < seconds <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"expected seconds, more than 0 and at most {MAX_SECONDS:g}, got {text!r}")
     return seconds
 
 

@@ -13,6 +13,7 @@ import soundfile
 from PIL import Image
 
 from shards import manifest
+from shards import page as module
 from shards.audio import Codec
 from shards.check import check_folder
 from shards.errors import UserError
@@ -105,6 +106,25 @@ def test_many_samples_and_captions_are_left_out(tmp_path: Path) -> None:
     assert "of 61 samples" in page.words
     assert "and 2 more captions" in page.words
     assert "dev-000000.tar" in page.words
+
+
+def test_a_caption_without_a_text(tmp_path: Path) -> None:
+    mute = damage.item("t0", "train", 0)
+    items = [replace(mute, captions=tuple(replace(one, text=None) for one in mute.captions))]
+    page = page_of(damage.write(tmp_path / "shards", items))
+    assert page.words.count("(no text)") == 2
+    assert "None" not in page.words
+
+
+def test_large_members_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = damage.write(tmp_path / "shards", [damage.item("t0", "train", 0)])
+    picture, first = (len(damage.member(folder, "t0", part)) for part in (1, 2))
+    monkeypatch.setattr(module, "_LARGEST", first - 1)
+    second = len(damage.member(folder, "t0", 3))
+    page = page_of(folder)
+    assert page.words.count("too large to show") == sum(size >= first for size in (picture, first, second))
+    assert f"{picture:,} bytes" in page.words
+    assert module._LARGEST < 2 << 20
 
 
 def test_histograms_count_everything(tmp_path: Path) -> None:

@@ -91,6 +91,15 @@ def bomb(width, height):
     )
 
 
+def test_a_picture_that_no_shard_may_hold_is_refused(tmp_path):
+    Image.new("1", (8_000, 6_251)).save(tmp_path / "a.png")
+    with pytest.raises(
+        UserError, match=r"a\.png: 8000 x 6251 pixels are more than the 50,000,000 that a shard holds: lo"
+    ):
+        read_picture(tmp_path / "a.png", 7_000, 95)
+    assert opened(read_picture(tmp_path / "a.png", 256, 95)).height == 256
+
+
 def bad_files(folder):
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.jpg").write_text("not a picture")
@@ -111,7 +120,7 @@ def bad_files(folder):
         ("bomb.png", "19800 x 9000 pixels, the limit is 178,000,000"),
         ("big bomb.png", "more pixels than the limit"),
         ("cut.jpg", "cannot be decoded as a picture .*truncated"),
-        ("wide.png", "too long for a JPEG"),
+        ("wide.png", "wide.png: 66000 x 1 pixels are too long for a JPEG"),
         ("folder.jpg", "cannot be decoded as a picture"),
     ],
 )

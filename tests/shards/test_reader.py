@@ -224,7 +224,9 @@ def test_a_network_that_fails_is_asked_again(data: Path, monkeypatch: pytest.Mon
     right = Reader(load(data / "one")).picture(0)
     assert shaky(manifest, Shaky(4)).picture(0) == right
     assert slept == [1.0, 5.0, 20.0, 60.0]
-    with pytest.raises(TransientError, match=r"train-000000\.tar cannot be read after 5 attempts: connection reset by peer"):
+    with pytest.raises(
+        TransientError, match=r"train-000000\.tar cannot be read after 5 attempts: connection reset by peer"
+    ):
         shaky(manifest, Shaky(5)).picture(0)
 
 

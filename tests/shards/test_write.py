@@ -17,6 +17,7 @@ import webdataset
 from PIL import Image
 
 from shards import manifest
+from shards import write as module
 from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.folder import UNFINISHED, Part, claimed, finished, tidy
@@ -249,6 +250,22 @@ def test_bad_files_can_be_skipped_and_are_reported(tmp_path):
     assert f"train caption half-0: {tmp_path}/empty.wav: empty file (0 bytes)" in text
     assert report.splits["train"].captions + report.splits["dev"].captions + 6 == 8
     assert load_report(tmp_path / "out") == report
+
+
+@pytest.mark.parametrize(
+    ("limit", "named"), [("MAX_META", r"a: its \.json would have 3\d\d"), ("MAX_MEMBER", r"a: its \.jpg would have")]
+)
+def test_members_that_no_reader_takes_are_refused_or_dropped(tmp_path, monkeypatch, limit, named):
+    monkeypatch.setattr(module, limit, 300)
+    items = [drawn("a", captions=3), drawn("b", captions=1)]
+    monkeypatch.setattr(module, "read_picture", lambda image, *_: bytes(301 if limit == "MAX_MEMBER" else 9))
+    monkeypatch.setattr(module, "encode_audio", lambda *_: bytes(9))
+    with pytest.raises(UserError, match=f"picture {named}.*, the limit is 300: "):
+        write(items, tmp_path / "out")
+    if limit == "MAX_META":
+        report = write(items, tmp_path / "out", skip_bad=True)
+        assert [(one.name, one.captions) for one in report.dropped] == [("a", 3)]
+        assert manifest.load(tmp_path / "out").image_id.tolist() == [b"b"]
 
 
 def test_twin_of_a_dropped_picture(tmp_path):

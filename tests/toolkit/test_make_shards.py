@@ -138,6 +138,7 @@ def test_finished_folder_is_left_as_it_is(tmp_path, capsys):
         ),
         (["table", "--root", "x", "--out", "y", "--quality", "101"], "from 1 to 100, got '101'"),
         (["table", "--root", "x", "--out", "y", "--max-seconds", "nan"], "--max-seconds: expected seconds"),
+        (["table", "--root", "x", "--out", "y", "--max-seconds", "601"], "--max-seconds: .* at most 600, got '601'"),
         (["table", "--root", "x", "--out", "y", "--codec", "mp3"], "--codec: invalid choice: 'mp3'"),
         (
             ["table", "--root", "x", "--out", "y", "--short-sid", "9"],
