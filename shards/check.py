@@ -4,6 +4,7 @@ Every byte is read once and nothing is extracted. A problem is what makes traini
 what someone should know.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from shards.check_one import DIGEST, NAMED, Found, Task, check_shard, task_of, text
 from shards.errors import UserError
 from shards.folder import UNFINISHED
+from shards.listing import listed
 from shards.manifest import INDEX, MANIFEST, Manifest, load
 from shards.pool import Progress, run_tasks
 from shards.report import REPORT, load_report
@@ -96,12 +98,12 @@ def check_folder(
     Raises:
         UserError: there is no such folder, or nothing of shards in it.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder")
     try:
         manifest = load(folder)
     except UserError as error:
-        if not any(path.suffix == ".tar" or path.name in (MANIFEST, INDEX, UNFINISHED) for path in folder.iterdir()):
+        if not any(path.suffix == ".tar" or path.name in (MANIFEST, INDEX, UNFINISHED) for path in listed(folder)):
             raise
         return Health(folder, None, [Finding(MANIFEST, str(error))])
     health = Health(folder, manifest)
@@ -230,7 +232,7 @@ def _compare_report(health: Health, m: Manifest) -> None:
 def _find_foreign(health: Health, m: Manifest) -> None:
     """Name what is in the folder and is not of the data set."""
     ours = {MANIFEST, INDEX, REPORT, *(shard.name for shard in m.shards)}
-    foreign = sorted(path.name for path in health.folder.iterdir() if path.name not in ours)
+    foreign = sorted(path.name for path in listed(health.folder) if path.name not in ours)
     tars = [name for name in foreign if name.endswith(".tar")]
     line = "is not in the manifest, but whatever reads *.tar would read it: remove it"
     health.problems += _shortened([Finding(name, line) for name in tars])

@@ -51,7 +51,7 @@ def claimed(folder: Path, part: Part = WHOLE, plan: Plan | None = None, restart:
     Raises:
         UserError: another process writes there, it holds other files or another run's shards, or cannot be written.
     """
-    created = [one for one in (folder, *folder.parents) if not one.exists()]
+    created = [one for one in (folder, *folder.parents) if not os.path.exists(one)]
     claim = _Claim(folder, part)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -193,7 +193,7 @@ def _finished(out: Path, content: dict[str, Any] | None = None) -> bool:
     from shards.manifest import MANIFEST, load
     from shards.report import load_report
 
-    if not (out / MANIFEST).exists():
+    if not os.path.exists(out / MANIFEST):
         return False
     made = load(out)
     if content is not None and made.arguments != json.loads(json.dumps(content)):

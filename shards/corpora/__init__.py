@@ -42,10 +42,11 @@ def existing(root: Path, *candidates: str, hint: str) -> Path:
     Raises:
         UserError: none does; it names the first and ends with the hint.
     """
-    if not root.exists():
-        raise UserError(f"{root}: no such folder (--root): {hint}")
+    # os.path, since pathlib raises where a folder may not be entered or a name is too long.
+    if not os.path.exists(root):
+        raise UserError(f"{root}: no such folder, or no access to it (--root): {hint}")
     for candidate in candidates:
-        if (root / candidate).exists():
+        if os.path.exists(root / candidate):
             return root / candidate
     raise UserError(f"{root / candidates[0]} is missing: {hint}")
 

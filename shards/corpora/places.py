@@ -13,6 +13,7 @@ the files are those of the authors' machine: where they do not exist here, `--au
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def _split_files(root: Path) -> dict[str, Path]:
 def _base(given: Path | None, written: str | None, default: Path) -> Path:
     if given is not None:
         return given
-    return Path(written) if written and Path(written).is_absolute() and Path(written).is_dir() else default
+    return Path(written) if written and Path(written).is_absolute() and os.path.isdir(written) else default
 
 
 def _captions(content: dict[str, Any], base: Path) -> dict[str, list[Caption]]:

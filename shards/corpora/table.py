@@ -21,6 +21,7 @@ from typing import Any
 from shards.corpora import add_root, checked, existing, read_text
 from shards.corpora.item import Caption, Item
 from shards.errors import UserError
+from shards.listing import listed
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -55,11 +56,11 @@ def read(options: argparse.Namespace) -> list[Item]:
 
 def _find(root: Path) -> Path:
     existing(root, ".", hint=_HINT)
-    if root.is_file():
+    if os.path.isfile(root):
         if root.suffix not in (*_SEPARATORS, *_JSON_LINES):
             raise UserError(f"{root} is no table: its name has to end in .csv, .tsv or .jsonl")
         return root
-    tables = sorted(path for path in root.iterdir() if path.suffix in (*_SEPARATORS, ".jsonl", ".ndjson"))
+    tables = sorted(path for path in listed(root) if path.suffix in (*_SEPARATORS, ".jsonl", ".ndjson"))
     if len(tables) != 1:
         raise UserError(f"{root} holds {len(tables)} tables (.csv, .tsv, .jsonl), give one file as --root")
     return tables[0]

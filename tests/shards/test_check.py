@@ -1,5 +1,6 @@
 """The shard doctor: damage is found by name, hostile input costs little memory, and health is not doubted."""
 
+import errno
 import io
 import json
 import os
@@ -499,6 +500,21 @@ def test_index_or_manifest_that_cannot_be_read(folder: Path, tmp_path: Path) -> 
         check_folder(tmp_path / "empty")
     with pytest.raises(UserError, match="no such folder"):
         check_folder(tmp_path / "nowhere")
+
+
+def test_folders_that_cannot_be_asked_for_or_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        check_folder(folder / ("x" * 300))
+
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(UserError, match=f"{folder} cannot be listed: Permission denied"):
+        check_folder(folder, 0)
+    (folder / manifest.MANIFEST).unlink()
+    with pytest.raises(UserError, match=f"{folder} cannot be listed: Permission denied"):
+        check_folder(folder, 0)
 
 
 def test_findings_are_one_printable_line(tmp_path: Path) -> None:

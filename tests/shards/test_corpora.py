@@ -1,12 +1,14 @@
 import argparse
+import errno
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from shards.corpora import CORPORA, checked, module
+from shards.corpora import CORPORA, checked, existing, module
 from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from tests.shards import tiny_corpora as tiny
@@ -298,6 +300,37 @@ def test_wrong_root_is_named(tmp_path, name, there):
     with pytest.raises(UserError, match="--root") as caught:
         read(name, "--root", root)
     assert str(root) in str(caught.value)
+
+
+LONG = "x" * 300  # no file system has such a name
+
+
+@pytest.mark.parametrize("name", [name for name in CORPORA if name != "scenes"])
+def test_a_root_that_cannot_be_asked_for_is_named(tmp_path, name):
+    with pytest.raises(UserError, match=r"no such folder, or no access to it \(--root\)"):
+        read(name, "--root", tmp_path / LONG)
+
+
+def test_a_candidate_that_cannot_be_asked_for_is_missing(tmp_path):
+    with pytest.raises(UserError, match="is missing: look"):
+        existing(tmp_path, LONG, hint="look")
+
+
+def test_a_table_in_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    def fail(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be listed: Permission denied"):
+        read("table", "--root", tmp_path)
+
+
+def test_places_base_paths_that_cannot_be_asked_for_are_not_taken(tmp_path):
+    root = tiny.places(tmp_path)
+    expected = read("places", "--root", root)
+    for path in root.glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"image_base_path": f"/{LONG}"}))
+    assert read("places", "--root", root) == expected
 
 
 def test_skip_bad_leaves_missing_files_to_the_writer(tmp_path):

@@ -109,6 +109,14 @@ def test_same_bytes_whatever_the_jobs(tmp_path):
     assert load(tmp_path / "1").duration.tolist() == pytest.approx([0.25] * 6, abs=0.1)
 
 
+def test_a_place_whose_name_is_too_long(tmp_path):
+    out = tmp_path / ("x" * 300)
+    with pytest.raises(UserError, match="cannot write into .*: File name too long"):
+        make("table", "--root", tiny.one_row_table(tmp_path / "corpus"), "--out", out, "--jobs", 1)
+    with pytest.raises(UserError, match="holds no parts to merge"):
+        make("merge", "--out", out)
+
+
 def test_finished_folder_is_left_as_it_is(tmp_path, capsys):
     root = tiny.flickr8k(tmp_path / "corpus")
     make("flickr8k", "--root", root, "--out", tmp_path / "out", "--jobs", 1)
