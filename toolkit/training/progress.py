@@ -1,6 +1,7 @@
 """How far a run is, and what the marker of a checkpoint says of it."""
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,11 +65,14 @@ def read_marker(folder: Path) -> "Saved | str":
             return f"{SHARED} is missing"
         known = asdict(Progress())
         progress = Progress(**{name: type(value)(state.get(name, value)) for name, value in known.items()})
-        data = [str(each) for each in state["data"]]
-        return Saved(folder, progress, int(state["applied_steps"]), str(state["config"]), data, files)
+        data, applied = [str(each) for each in state["data"]], int(state["applied_steps"])
+        counts = [applied, *(value for value in asdict(progress).values() if isinstance(value, int))]
+        if min(counts) < 0 or not math.isfinite(progress.best + progress.seconds):
+            raise ValueError
+        return Saved(folder, progress, applied, str(state["config"]), data, files)
     except FileNotFoundError:
         return f"{MARKER} is missing"
     except OSError as error:
         return f"{MARKER} cannot be read: {reason_of(error)}"
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return f"{MARKER} is damaged"
