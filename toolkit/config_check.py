@@ -29,7 +29,8 @@ _RANGES: dict[str, tuple[Any, str]] = {
         lambda value: value >= 1,
         """data.image_size data.window data.lanes model.embed_dim model.fusion.width model.fusion.layers
         model.fusion.heads model.fusion.pool model.speech.head_heads model.image.head_heads objectives.denoising.span
-        objectives.denoising.layers training.steps training.batch_size training.accumulation training.log_every
+        objectives.denoising.donors objectives.denoising.layers
+        training.steps training.batch_size training.accumulation training.log_every
         training.save_every training.keep training.max_skipped_in_a_row evaluation.batch_size launch.nodes
         launch.signal""",
     ),
@@ -85,6 +86,10 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
         (
             denoising.weight > 0 and denoising.target == "teacher" and not teacher,
             f"--objectives.denoising.target teacher {off}; set it to own",
+        ),
+        (
+            denoising.weight > 0 and denoising.noise == "swap" and denoising.donors == 1,
+            "--objectives.denoising.donors 1 leaves no row to swap with: set it to 2 or more, or noise to another",
         ),
         (
             fusion.width % fusion.heads != 0,

@@ -160,6 +160,8 @@ def test_wrong_files(tmp_path, text, message):
             "--model.fusion.width 192 --model.fusion.heads 5",
             "--model.fusion.width 192 does not divide by --model.fusion.heads 5",
         ),
+        ("--objectives.denoising.donors 0", "--objectives.denoising.donors is 0; expected 1 or more"),
+        ("--objectives.denoising.donors 1", "--objectives.denoising.donors 1 leaves no row to swap with: set it to 2"),
         ("--objectives.contrastive.temperature 0.9", "--objectives.contrastive.temperature 0.9 is not between"),
         ("--objectives.momentum.enabled false", "--objectives.contrastive.alpha 0.4 needs the momentum encoder"),
         (
