@@ -142,7 +142,7 @@ def _in_group(
     device = device_of(rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # ranks agree by tensors on the CPU
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world_size, timeout=patience)
     result = function(rank, world_size, *args)
     if dist.is_initialized():

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from table import Figure, tell
 from launch.cluster import count_gpus
 from launch.estimate import KNOWN
 from tests.tiny import HUBERT, VIT
+from toolkit.config import Config
+from toolkit.config_loader import CONFIGS, apply_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = 1024
@@ -35,7 +38,9 @@ STEPS = 8
 
 def configuration(name: str, shards: Path, tiny: bool) -> dict[str, Any]:
     """The named configuration, with random weights of its trunks' sizes and our shards."""
-    tree = yaml.safe_load((ROOT / "toolkit" / "configs" / f"{name}.yaml").read_text())
+    named = Config()
+    apply_yaml(named, CONFIGS / f"{name}.yaml")
+    tree = asdict(named)
     tree["data"].update(shards=str(shards), window=2)
     for encoder, small in (("speech", HUBERT), ("image", VIT)):
         values = tree["model"][encoder]
