@@ -115,9 +115,7 @@ class Matching:
     """SIM, the fine alignment."""
 
     weight: float = 1.0  # 0: off
-    negatives: Literal["local", "global"] = (
-        "global"  # drawn from all ranks' batches, or from this rank's alone: then a run depends on their number
-    )
+    negatives: Literal["local", "global"] = "global"  # drawn from all ranks' batches, or (local) from this rank's
 
 
 @dataclass
@@ -173,7 +171,7 @@ class Training:
         900.0  # seconds without a completed step after which the stacks are shown and the run ends; 0: none
     )
     name_bad_module: bool = False  # say which module's output was not finite first; slower
-    resume: str = "auto"  # auto: from the run's newest checkpoint; never; or from that of another run, if it has none
+    resume: str = "auto"  # auto: own newest checkpoint; never; or another run's if it has none, on other data at step 0
     stop_after: int | None = None  # steps after which this process saves and leaves, short of `steps`
 
 

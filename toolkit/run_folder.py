@@ -13,17 +13,18 @@ from shards.errors import UserError
 from toolkit.config import Config
 from toolkit.config_loader import FLOAT, SAVED, apply_yaml
 
-# What may differ when a run is continued: it changes nothing of what is learned.
+# What may differ when a run is continued: it changes nothing of what is learned. A checkpoint knows its data by their
+# checksums, wherever they lie.
 _FREE = (
-    "run", "launch.", "wandb.", "evaluation.", "final.", "data.workers", "data.make", "data.timeout", "data.cache",
-    "data.max_faults", "training.resume", "training.stop_after", "training.log_every", "training.save_every",
-    "training.keep", "training.zero", "training.activation_checkpointing",
-    "training.max_skipped_in_a_row", "training.name_bad_module", "training.watchdog",
+    "run", "launch.", "wandb.", "evaluation.", "final.",
+    "data.shards", "data.workers", "data.make", "data.timeout", "data.cache", "data.max_faults",
+    "training.resume", "training.stop_after", "training.log_every", "training.save_every", "training.keep",
+    "training.zero", "training.activation_checkpointing", "training.max_skipped_in_a_row", "training.name_bad_module", "training.watchdog",
 )  # fmt: skip
 
 
 def prepare_run(config: Config) -> Path:
-    """Make the run folder, take its lease and write its configuration; to be called by one process.
+    """Make the run folder, take its lease, and write its configuration if it is new; to be called by one process.
 
     Nothing is changed in a folder that cannot be had.
 
@@ -33,23 +34,40 @@ def prepare_run(config: Config) -> Path:
     Raises:
         UserError: The folder holds another run, is in use, or cannot be written.
     """
-    from shards.manifest import atomic  # brings numpy, which --help need not wait for
-    from toolkit.training import lease
+    from toolkit.training import lease  # brings numpy, which --help need not wait for
 
     check_run(config)
     folder = Path(config.run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritten(folder, error) from None
+    lease.take(folder)  # as this process; the trainer will take it again
+    if not (folder / SAVED).is_file():
+        keep_configuration(config)
+    return folder
+
+
+def keep_configuration(config: Config) -> None:
+    """Write the run's configuration as it is now; to be called by one process, once the run goes on with it.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    from shards.manifest import atomic
+
     # These are of one process, not of the run.
     resume = "auto" if config.training.resume == "never" else config.training.resume
     training = dataclasses.replace(config.training, stop_after=None, resume=resume)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lease.take(folder)  # as this process; the trainer will take it again
-        with atomic(folder / SAVED) as file:
+        with atomic(Path(config.run) / SAVED) as file:
             file.write(to_yaml(dataclasses.replace(config, training=training)).encode())
     except OSError as error:
-        reason = f"run folder {folder} cannot be written: {error.strerror}"
-        raise UserError(f"{reason}; name another with --run DIR") from None
-    return folder
+        raise _unwritten(Path(config.run), error) from None
+
+
+def _unwritten(folder: Path, error: OSError) -> UserError:
+    return UserError(f"run folder {folder} cannot be written: {error.strerror}; name another with --run DIR")
 
 
 def check_run(config: Config) -> None:

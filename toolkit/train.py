@@ -10,7 +10,7 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
 from shards.errors import UserError, run_main
 from toolkit.config import Config
 from toolkit.config_loader import Parser, parse
-from toolkit.run_folder import prepare_run
+from toolkit.run_folder import keep_configuration, prepare_run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = Path(config.run)
     agree(lambda: prepare_run(config), rank)
     trainer = Trainer(config, run, rank, world_size, device)
+    agree(lambda: keep_configuration(config), rank)  # not of a start that was refused
     trainer.train()
     trainer.close()
     if trainer.stop:

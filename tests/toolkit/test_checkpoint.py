@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import pickle
 import resource
@@ -29,6 +30,25 @@ from toolkit import config
 shards = test_trainer.shards
 STEPS = 4
 LOSSES = ("step", "loss", "contrastive", "matching", "denoising", "denoising_withheld", "temperature", "lr")
+
+
+def marker(folder: Path, **changed: Any) -> Path:
+    """A marker with some values changed."""
+    values = {"format": 2, "step": 3, "applied_steps": 3, "config": "", "data": [], "best": -1.0}
+    listed = [{"name": "shared.safetensors", "bytes": 1, "sha256": ""}]
+    (folder / "progress.json").write_text(json.dumps(values | {"files": listed} | changed))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["step", "applied_steps", "best", "best_step", "seconds", "restarts"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, -2])
+def test_a_marker_with_impossible_numbers_is_damaged(tmp_path: Path, name: str, value: float) -> None:
+    from toolkit.training.progress import Saved, read_marker
+
+    assert isinstance(read_marker(marker(tmp_path)), Saved)
+    found = read_marker(marker(tmp_path, **{name: value}))
+    if (name, value) not in (("best", -2), ("seconds", -2)):
+        assert found == "progress.json is damaged"
 
 
 class Gone(Exception):
@@ -158,6 +178,36 @@ def test_a_run_begins_from_anothers_checkpoint_or_never_from_one(shards: Path, t
     nowhere = settings(shards, tmp_path / "nowhere", resume=str(tmp_path / "nothing"))
     assert "no checkpoint there" in run_ranks(refused, 1, nowhere, timeout=60)[0]
     run_ranks(train, 1, [(settings(shards, tmp_path / "new", resume="never", steps=1), None, "")], timeout=60)
+    done = settings(shards, tmp_path / "done", resume=str(tmp_path / "first"))
+    assert "has 4 steps, and --training.steps 4 leaves none to train" in run_ranks(refused, 1, done, timeout=60)[0]
+
+
+@pytest.mark.timeout(240)
+def test_a_run_on_other_data_begins_at_step_0_with_what_another_has_learned(shards: Path, tmp_path: Path) -> None:
+    from shards.manifest import load
+    from tests.shards.noise import noise
+
+    other = tmp_path / "shards"
+    noise(other, captions=2)
+    assert load(other).hash != load(shards).hash
+    first, tuned = settings(shards, tmp_path / "first"), settings(other, tmp_path / "tuned", steps=2, keep=9)
+    tuned.training.resume = str(tmp_path / "first")
+    run_ranks(train, 1, [(first, None, ""), (tuned, 0, "raise")], timeout=100)
+    run_ranks(train, 1, [(tuned, None, "")], timeout=100)
+    records = [json.loads(line) for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2]
+    old, new = (
+        load_file(tmp_path / name / "checkpoints" / step / "fragments-00000.safetensors")
+        for name, step in (("first", "step-00000004"), ("tuned", "step-00000001"))
+    )
+    name = "master:0:model.match_head.weight"
+    assert 0 < (old[name] - new[name]).abs().max() < 3e-3, "a step of warm-up away"
+    ids = load_file(tmp_path / "tuned/checkpoints/step-00000001/shared.safetensors")["queue:ids"]
+    assert (ids >= 0).sum() == 8, "keys of the other data were kept"
+    mine = settings(shards, tmp_path / "tuned", steps=2)
+    assert "was trained on other data than is there now" in run_ranks(refused, 1, mine, timeout=60)[0]
+    moved = settings(other.rename(tmp_path / "moved"), tmp_path / "tuned", steps=2)
+    run_ranks(train, 1, [(moved, None, "")], timeout=60)
 
 
 def engine_and_queue(world_size: int, zero: int = 1) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ import pytest
 from shards.errors import UserError
 from toolkit.config import Config
 from toolkit.config_loader import load_config
-from toolkit.run_folder import check_run, fingerprint, load_run, prepare_run
+from toolkit.run_folder import check_run, fingerprint, keep_configuration, load_run, prepare_run
 
 
 def changed(config, **values):
@@ -40,7 +40,7 @@ def test_run_folder_of_another_configuration(tmp_path):
     free = [
         "--launch.nodes", "4", "--wandb.mode", "offline", "--evaluation.rerank", "3", "--final.rerank", "5",
         "--training.keep", "9", "--training.log_every", "1", "--data.workers", "0",
-        "--training.zero", "3",
+        "--training.zero", "3", "--data.shards", "elsewhere",
     ]  # fmt: skip
     check_run(load_config(["--run", run, *free]))
     other = load_config(["--run", run, "--training.lr", "0.5", "--model.image.config.patch_size", "16"])
@@ -54,6 +54,10 @@ def test_run_folder_of_another_configuration(tmp_path):
         "name another folder with --run DIR"
     )
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    prepare_run(load_config(["--run", run, *free]))
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before, "it may be refused yet"
+    keep_configuration(load_config(["--run", run, *free]))
+    assert load_run(run) == load_config(["--run", run, *free])
 
 
 def test_never_is_of_one_start_and_not_of_the_run(tmp_path, monkeypatch):

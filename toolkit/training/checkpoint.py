@@ -91,7 +91,7 @@ class Checkpoints:
         """
         self.run, self.folder = run, run / "checkpoints"
         self.keep, self.config, self.data = config.training.keep, fingerprint(config), data
-        self.source = config.training.resume
+        self.source, self.steps = config.training.resume, config.training.steps
         self.rank, self.world_size = rank, world_size
         self._copies = HostCopies()
         self._attempt: _Attempt | None = None
@@ -168,21 +168,32 @@ class Checkpoints:
     def resume(self, engine: Any, teacher: MomentumEncoder | None, queue: EmbeddingQueue) -> Progress:
         """Load the newest complete checkpoint into the parts given; without one, start at step 0.
 
-        Every rank calls this and reads what it needs. A damaged checkpoint is passed over with a line.
+        Every rank calls this and reads what it needs. A damaged checkpoint is passed over with a line. Where another
+        run's is on other data, its weights and Adam's moments are where this run begins, at step 0: the keys in its
+        queue are of other pictures.
 
         Raises:
-            UserError: The data set changed, the checkpoint is of another model, all that are there are damaged, or
-                there are none where `training.resume` says that there should be.
+            UserError: The data set of this run changed, the checkpoint is of another model, all that are there are
+                damaged, there are none where `training.resume` says that there should be, or another run's leaves no
+                step to train.
         """
         found = agree(self._candidates, self.rank)
         for folder, saved in found:
             problem = saved if isinstance(saved, str) else self._problem_of(saved)
             if isinstance(saved, Saved) and problem is None:
-                self._load(saved, engine, teacher, queue)
-                if folder.parent == self.folder:
+                own, same_data = folder.parent == self.folder, saved.data == self.data
+                step = saved.progress.step if own or same_data else 0
+                if not own and step >= self.steps:
+                    raise UserError(
+                        f"--training.resume {self.source}: {folder} has {step} steps, and --training.steps "
+                        f"{self.steps} leaves none to train: raise --training.steps above {step}"
+                    )
+                self._load(saved, engine, teacher, queue if own or same_data else None)
+                if own:
                     return dataclasses.replace(saved.progress, restarts=saved.progress.restarts + 1)
-                self._say(f"begins from the checkpoint {folder}")
-                return Progress(step=saved.progress.step)
+                anew = "" if same_data else ", whose data are others, at step 0"
+                self._say(f"begins from the checkpoint {folder}{anew}")
+                return Progress(step=step)
             self._say(f"checkpoint {folder} is passed over: {problem}")
             self._damaged.add(folder)
         if found:
@@ -271,7 +282,7 @@ class Checkpoints:
         dist.all_gather_object(found, problems)
         return next((problem for problems in found for problem in problems), None)
 
-    def _load(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None, queue: EmbeddingQueue) -> None:
+    def _load(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None, queue: EmbeddingQueue | None) -> None:
         def prepare() -> Pieces:
             pieces = self._open(saved, engine, teacher)
             _load_shared(saved.folder / SHARED, engine.module, queue)
@@ -289,10 +300,10 @@ class Checkpoints:
 
     def _open(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None) -> Pieces:
         """Make sure that a checkpoint is of this run and holds all that this rank needs."""
-        if saved.data != self.data:
+        if saved.data != self.data and saved.folder.parent == self.folder:
             raise UserError(
                 f"{saved.folder} was trained on other data than is there now: bring the shards back as they were, "
-                "or start a new run with another --run"
+                f"or begin another run from it with --resume {self.run} --run DIR"
             )
         if saved.config != self.config:
             self._say(f"checkpoint {saved.folder} was written with another configuration than this run's")
@@ -339,14 +350,15 @@ def _shared(module: nn.Module, queue: EmbeddingQueue) -> dict[str, Tensor]:
     return {f"{part}:{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
 
 
-def _load_shared(path: Path, module: nn.Module, queue: EmbeddingQueue) -> None:
+def _load_shared(path: Path, module: nn.Module, queue: EmbeddingQueue | None) -> None:
     parts: dict[str, dict[str, Tensor]] = {"queue": {}, "buffer": {}}
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118  not a mapping
             part, _, name = key.partition(":")
             parts.setdefault(part, {})[name] = file.get_tensor(key)
     try:
-        queue.load_state_dict(parts["queue"])
+        if queue is not None:
+            queue.load_state_dict(parts["queue"])
         for name, buffer in _buffers(module).items():
             buffer.copy_(parts["buffer"][name])
     except (KeyError, RuntimeError) as error:

@@ -168,7 +168,11 @@ def profile_training(config: Config, rank: int, world_size: int, device: torch.d
     """
     folder = Path(config.run) / FOLDER
     agree(lambda: _make(folder), rank)
-    config = dataclasses.replace(config, wandb=dataclasses.replace(config.wandb, mode="disabled"))
+    config = dataclasses.replace(
+        config,
+        wandb=dataclasses.replace(config.wandb, mode="disabled"),
+        training=dataclasses.replace(config.training, resume="auto"),  # the folder is empty: from the beginning
+    )
     trainer = Trainer(config, folder, rank, world_size, device)
     peak, source = peak_of(device, config.training.precision)
     own = _run(trainer, steps, folder / f"trace-rank{rank}.json")
