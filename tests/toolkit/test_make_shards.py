@@ -111,7 +111,7 @@ def test_same_bytes_whatever_the_jobs(tmp_path):
 
 def test_a_place_whose_name_is_too_long(tmp_path):
     out = tmp_path / ("x" * 300)
-    with pytest.raises(UserError, match="cannot write into .*: File name too long"):
+    with pytest.raises(UserError, match=r"cannot write into .*: File name too long"):
         make("table", "--root", tiny.one_row_table(tmp_path / "corpus"), "--out", out, "--jobs", 1)
     with pytest.raises(UserError, match="holds no parts to merge"):
         make("merge", "--out", out)
