@@ -170,8 +170,10 @@ class Training:
         with subprocess.Popen([*command, str(self.pid(rank))], stdout=subprocess.PIPE, text=True) as tracer:
             assert tracer.stdout is not None
             assert tracer.stdout.readline() == "frozen\n"
-            yield
-            tracer.kill()
+            try:
+                yield
+            finally:
+                tracer.kill()
 
     def pid(self, rank: int) -> int:
         """The process of a rank, as its node numbers it."""
