@@ -275,7 +275,7 @@ def test_table_absolute_paths(tmp_path):
         ("t.csv", b"image,audio\n\xff.png,1.wav\n", "not UTF-8"),
         ("t.csv", 'image,audio,text\n1.png,1.wav,a\n2.png,2.wav,"b\n3.png,3.wav,c\n', "line 3: unexpected end of data"),
         ("t.csv", 'image,audio,text\n1.png,1.wav,"a"b\n', "line 2: .* expected after"),
-        pytest.param("t.csv", f"image,audio\n1.png,{'a' * 200_000}\n", "line 2: field larger than field limit", id="long"),
+        pytest.param("t.csv", f"image,audio\n1.png,{'a' * 200_000}\n", "line 2: field larger than", id="long"),
         ("t.csv", "image,audio,text,split\n1.png,1.wav,a, b,dev\n", "line 2: not as many fields as in line 1"),
         ("t.csv", "image,audio,speaker,split\n1.png,1.wav,test\n", "line 2: not as many fields as in line 1"),
         pytest.param("t.jsonl", "[" * 100_000, "line 1 is not JSON", id="deep"),
