@@ -19,7 +19,8 @@ _FREE = (
     "run", "launch.", "wandb.", "evaluation.", "final.",
     "data.shards", "data.workers", "data.make", "data.timeout", "data.cache", "data.max_faults",
     "training.resume", "training.stop_after", "training.log_every", "training.save_every", "training.keep",
-    "training.zero", "training.activation_checkpointing", "training.max_skipped_in_a_row", "training.name_bad_module", "training.watchdog",
+    "training.zero", "training.activation_checkpointing", "training.max_skipped_in_a_row",
+    "training.name_bad_module", "training.watchdog",
 )  # fmt: skip
 
 

@@ -61,7 +61,12 @@ def main(arguments: list[str] | None = None) -> None:
     run = Path(config.run)
     agree(lambda: prepare_run(config), rank)
     trainer = Trainer(config, run, rank, world_size, device)
-    agree(lambda: keep_configuration(config), rank)  # not of a start that was refused
+
+    def begin() -> None:
+        trainer.lease.check()
+        keep_configuration(config)  # not before: of a start that was refused nothing is kept
+
+    agree(begin, rank)
     trainer.train()
     trainer.close()
     if trainer.stop:

@@ -198,6 +198,20 @@ def test_reference_configurations_differ_where_the_corpora_do():
     assert flickr8k.objectives.contrastive.queue < 30_000 < spokencoco.objectives.contrastive.queue
 
 
+def test_the_gpu_benchmark_reads_the_reference_configurations():
+    code = """if True:
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, "tests/benchmarks")
+        import gpu
+        for name in ("flickr8k", "spokencoco"):
+            tree = gpu.configuration(name, Path("shards"), False)
+            print(tree["run"], tree["model"]["speech"]["config"]["hidden_size"])
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parents[1], capture_output=True, text=True)
+    assert done.stdout.split("\n") == ["runs/flickr8k 1024", "runs/spokencoco 1024", ""], done.stderr
+
+
 def test_batch_that_does_not_divide():
     config = load_config(["--training.batch_size", "100", "--training.accumulation", "2"])
     assert micro_batch(config, 2) == 25
