@@ -25,7 +25,7 @@ _FREE = (
 
 
 def prepare_run(config: Config) -> Path:
-    """Make the run folder, take its lease, and write its configuration if it is new; to be called by one process.
+    """Make the run folder and take its lease; to be called by one process.
 
     Nothing is changed in a folder that cannot be had.
 
@@ -44,13 +44,13 @@ def prepare_run(config: Config) -> Path:
     except OSError as error:
         raise _unwritten(folder, error) from None
     lease.take(folder)  # as this process; the trainer will take it again
-    if not (folder / SAVED).is_file():
-        keep_configuration(config)
     return folder
 
 
 def keep_configuration(config: Config) -> None:
-    """Write the run's configuration as it is now; to be called by one process, once the run goes on with it.
+    """Write the run's configuration as it is now; to be called by one process, once a start has succeeded.
+
+    One that is refused after all, by what the checkpoints hold, is to leave no mistake behind.
 
     Raises:
         UserError: The folder cannot be written.

@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def begin() -> None:
         trainer.lease.check()
-        keep_configuration(config)  # not before: of a start that was refused nothing is kept
+        keep_configuration(config)
 
     agree(begin, rank)
     trainer.train()

@@ -15,7 +15,7 @@ from shards.errors import UserError
 from tests.distributed import run_ranks
 from tests.toolkit import test_trainer
 from toolkit import config
-from toolkit.run_folder import prepare_run
+from toolkit.run_folder import keep_configuration, prepare_run
 from toolkit.training import lease
 
 shards = test_trainer.shards
@@ -78,7 +78,7 @@ def test_a_ghost_that_has_evaluated_writes_nothing_of_it(shards: Path, tmp_path:
     run.evaluation.every = 1
     assert all("was taken over" in reason for reason in run_ranks(evaluate_as_a_ghost, 2, run, timeout=100))
     there = {path.name for path in (tmp_path / "run").iterdir()}
-    assert there == {"config.yaml", "environment.json", "lease.json", "log.jsonl"}
+    assert there == {"environment.json", "lease.json", "log.jsonl"}
     assert '"dev"' not in (tmp_path / "run/log.jsonl").read_text()
 
 
@@ -125,6 +125,7 @@ def test_a_living_process_of_this_machine_keeps_its_folder(other: Any, tmp_path:
 def test_a_start_that_is_refused_leaves_the_folder_as_it_was(other: Any, tmp_path: Path) -> None:
     run = config.Config(run=str(tmp_path))
     prepare_run(run)
+    keep_configuration(run)
     held_by(other, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     run.data.workers = 7
