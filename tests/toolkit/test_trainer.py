@@ -250,18 +250,25 @@ def test_best_is_the_best_on_dev_so_far(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "retrieve", retrieved)
     monkeypatch.setattr(module, "agree", lambda work, rank: work())
     exported: list[int] = []
+    on_disk = [(-1.0, 0)]
     progress = Progress()
     trainer = MagicMock(config=config.Config(), progress=progress)
-    trainer.export.side_effect = lambda name: exported.append(progress.step) if name == "best" else None
-    trainer._export_best = partial(module.Trainer._export_best, trainer)
-    trainer.exports.settle.side_effect = lambda name: progress.step != 5  # the disk is full
+
+    def export(name: str) -> None:
+        exported.append(progress.step)
+        if progress.step != 5:  # when the disk is full
+            on_disk.append((progress.best, progress.best_step))
+
+    trainer.export.side_effect = export
+    trainer.exports.best.side_effect = lambda: on_disk[-1]
+    trainer._see_best = partial(module.Trainer._see_best, trainer)
     bests = []
     for step in (1, 2, 3, 4, 5, 6):
         progress.step = step
         module.Trainer.evaluate(trainer)
         bests.append((progress.best, progress.best_step))
     assert exported == [1, 3, 5, 6]
-    assert bests == [(10.0, 1), (10.0, 1), (20.0, 3), (20.0, 3), (20.0, 3), (25.0, 6)]
+    assert bests == [(10.0, 1), (10.0, 1), (20.0, 3), (20.0, 3), (30.0, 5), (25.0, 6)]
 
 
 @pytest.mark.timeout(240)

@@ -76,7 +76,8 @@ class Checkpoints:
     `finish`: nothing waits for a file that may never come, and nothing incomplete gets its marker.
 
     Attributes:
-        fence: Called on rank 0 before a checkpoint becomes complete; raises if the folder is another run's by now.
+        fence: Called on rank 0 before a checkpoint becomes complete, behind the training; it may wait for something,
+            and raises if the folder is another run's by now.
     """
 
     def __init__(self, run: Path, config: Config, data: list[str], rank: int, world_size: int) -> None:

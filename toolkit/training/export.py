@@ -49,7 +49,7 @@ class Exports:
             name: Of the export.
             progress: Written beside it.
         """
-        self.settle(name)
+        self._settle(name)
         state = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
         so_far = asdict(progress)
         self._under_way[name] = background(lambda: self._write(model, state, name, so_far))
@@ -57,23 +57,27 @@ class Exports:
     def finish(self) -> None:
         """Wait for all that is still being written."""
         for name in list(self._under_way):
-            self.settle(name)
+            self._settle(name)
 
-    def settle(self, name: str) -> bool:
-        """Wait for an export under way, and say whether it is on the disk; a failure is one line."""
+    def wait(self, name: str) -> None:
+        """Wait for an export under way, whatever comes of it; from any thread."""
+        if export := self._under_way.get(name):
+            outcome_of(export)
+
+    def best(self) -> tuple[float, int]:
+        """Recall and step of the best export on the disk, once none is under way; -1 and 0 where there is none."""
+        self._settle("best")
+        try:
+            found = json.loads((self.run / "export" / "best" / MARKER).read_bytes())
+            return float(found["best"]), int(found["best_step"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            return -1.0, 0
+
+    def _settle(self, name: str) -> None:
+        """Wait for an export under way and forget it; a failure is one line."""
         export = self._under_way.pop(name, None)
         if export and isinstance(reason := outcome_of(export), str):
             tell(f"the model was not written to {self.run / 'export' / name}: {reason}; training goes on")
-            return False
-        return True
-
-    def step(self, name: str) -> int | None:
-        """The step of the export that is there; None where there is none."""
-        try:
-            found: int = json.loads((self.run / "export" / name / MARKER).read_bytes())["step"]
-            return found
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
 
     def _write(self, model: SpeechImageModel, state: dict[str, Tensor], name: str, progress: dict[str, Any]) -> None:
         target = self.run / "export" / name

@@ -88,11 +88,10 @@ class Trainer:
         data = [manifest.hash for manifest in self.training_manifests]
         self.checkpoints = Checkpoints(run, config, data, rank, world_size)
         self.exports = Exports(run, config.data)
-        self.checkpoints.fence = self.exports.fence = self.lease.check
+        self.exports.fence = self.lease.check
+        self.checkpoints.fence = self._before_complete
         self.progress = self.checkpoints.resume(self.engine, self.teacher, self.queue)
-        if agree(lambda: self.exports.step("best"), rank) != self.progress.best_step:
-            # The best is gone, or of a step that is yet to come again: any model is better than none.
-            self.progress.best, self.progress.best_step = -1.0, 0
+        self._see_best()
         self.log = Log(run, config, self.progress, rank, world_size, device)
 
     def train(self) -> Progress:
@@ -186,6 +185,7 @@ class Trainer:
         """Measure recall on dev, and export the model if it is the best so far."""
         e = self.config.evaluation
         self._fence()
+        self._see_best()
         with self.watchdog.paused(), self.log.paused("evaluating on " + self.config.data.dev):
             self.learner.eval()
             process = Process(self.rank, self.world_size, self.device)
@@ -197,19 +197,12 @@ class Trainer:
             score = (recall.get("reranked") or recall["coarse"])["mean_R@1"]
             best = score > self.progress.best
             if best:
-                self._export_best(score)
+                self.progress.best, self.progress.best_step = score, self.progress.step
+                self.export("best")
         examples = None
         if self.rank == 0:
             examples = keep_examples(self.run, self.progress.step, self.manifest, found, self.config)
         self.log.recall(self.progress, recall, best, examples)
-
-    def _export_best(self, score: float) -> None:
-        """Export the model, and count it as the best once it is on the disk: checkpoints name no other."""
-        before = self.progress.best, self.progress.best_step
-        self.progress.best, self.progress.best_step = score, self.progress.step
-        self.export("best")
-        if not agree(lambda: self.exports.settle("best"), self.rank):
-            self.progress.best, self.progress.best_step = before
 
     def save(self) -> None:
         """Save a checkpoint and export the model as it is now, behind the training; every rank takes part."""
@@ -263,6 +256,15 @@ class Trainer:
             self.teacher.update()
         for keys in collected if step >= self.config.objectives.contrastive.queue_from else ():
             self.queue.push(keys.speech.detach(), keys.image.detach(), keys.ids)
+
+    def _see_best(self) -> None:
+        """The best so far is the one on the disk: an export may have failed, or have been taken away."""
+        self.progress.best, self.progress.best_step = agree(self.exports.best, self.rank)
+
+    def _before_complete(self) -> None:
+        """On rank 0, behind the training: a checkpoint that names a best model comes after that."""
+        self.exports.wait("best")
+        self.lease.check()
 
     def _fence(self) -> None:
         """Before rank 0 writes: if the run folder is another process's by now, all ranks end."""
