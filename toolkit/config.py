@@ -26,7 +26,7 @@ class Data:
     lanes: int = 1  # parts of a batch with shards of their own: a node that serves some lanes reads only their shards
     cache: str | None = None  # folder on each node's own disk that keeps remote shards; null: read them from afar
     cache_gb: float = 100.0  # what it may hold, in GB
-    max_faults: int = 1000  # samples that a rank may replace because they cannot be read
+    max_faults: int = 1000  # samples that a rank may replace because they cannot be read; each counts once
     max_faults_in_a_row: int = 50  # the same, without one between that can be read
 
 
