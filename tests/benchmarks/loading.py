@@ -116,7 +116,7 @@ class Bench:
 
     # The figures.
 
-    def rates(self, wanted: set[str], passes: int = 10) -> list[Figure]:
+    def rates(self, wanted: set[str], passes: int = 16) -> list[Figure]:
         """Samples a second, over so many passes that beginning, half a second, weighs little."""
         bounds = {
             "webdataset_docs": (1.5, "samples/s against webdataset as its documentation writes it"),
