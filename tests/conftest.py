@@ -1,10 +1,14 @@
 """Set-up of all tests."""
 
 import os
+import signal
 
 import pytest
 
 import shards  # noqa: F401  its import hook for torchaudio has to stand before a test file imports transformers
+
+# A shell that puts pytest in the background has it ignore SIGINT, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -118,15 +118,9 @@ def test_interrupt_ends_a_local_job(tmp_path):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored where a shell put pytest in the background
     threading.Thread(target=interrupt, daemon=True).start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            launch(Hanging, tmp_path)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        launch(Hanging, tmp_path)
     assert processes(tmp_path) == []
 
 
