@@ -8,12 +8,12 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import time
 import uuid
 from pathlib import Path
 
 from shards.errors import UserError
+from toolkit.run_folder import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("toolkit", "launch", "shards")
@@ -89,17 +89,8 @@ def _write_origin(path: Path, root: Path) -> None:
     origin = {
         "root": str(root),
         "time": time.time(),
-        "git": {"commit": _git(root, "rev-parse", "HEAD"), "changed": _git(root, "status", "--porcelain", *PACKAGES)},
+        "git": git_state(root, *PACKAGES),
     }
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(origin, indent=1))
     temporary.replace(path)
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(root), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,18 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+
+
+def git_state(root: Path, *paths: str) -> dict[str, str | None]:
+    """Commit of a working tree, and what is changed in it or in some of its folders; None where git tells nothing."""
+    return {"commit": _git(root, "rev-parse", "HEAD"), "changed": _git(root, "status", "--porcelain", *paths)}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    # Without its optional locks: a git that is ended while it holds one would leave it in the user's repository.
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,5 +1,6 @@
 """The copy of the code: whole, named by its content, and not what lies in the working directory."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -74,6 +75,17 @@ def test_where_it_came_from_is_written_beside_it(tmp_path):
     code = "from toolkit.training.log import _environment; print(_environment(1)['git']['commit'] or '')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=copy)
     assert done.stdout.strip() == head, "the run's environment.json names the commit of the copy"
+
+
+def test_the_repository_is_looked_at_and_left_alone(source, tmp_path):
+    git = ["git", "-C", str(source), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    os.utime(source / "shards" / "__init__.py", (1, 1))  # of which git would take note in its index, under a lock
+    before = (source / ".git" / "index").read_bytes()
+    origin = json.loads(snapshot(tmp_path / "run", source).with_suffix(".json").read_text())
+    assert (len(origin["git"]["commit"]), origin["git"]["changed"]) == (40, "")
+    assert (source / ".git" / "index").read_bytes() == before
 
 
 def test_ranks_import_the_copy_and_not_the_working_directory(tmp_path):

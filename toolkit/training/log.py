@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from shards.json_lines import read_records
 from toolkit.config import Config
+from toolkit.run_folder import git_state
 from toolkit.training.background import tell
 from toolkit.training.progress import Progress
 from toolkit.training.report import NAME, flat, write_report
@@ -285,17 +285,7 @@ def _git_state(root: Path) -> dict[str, str | None]:
     try:
         return dict(json.loads(root.with_name(f"{root.name}.json").read_text())["git"])
     except (OSError, ValueError, KeyError, TypeError):
-        return {"commit": _git(root, "rev-parse", "HEAD"), "changed": _git(root, "status", "--porcelain")}
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        return git_state(root)
 
 
 def _mean_recall(recall: dict[str, Any]) -> float | None:
