@@ -4,7 +4,6 @@ import io
 import json
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +15,7 @@ import numpy as np
 
 from shards import manifest
 from shards.audio import SAMPLE_RATE, Codec, encode_audio, mix_down, read_audio, resample
-from shards.corpora.item import AudioSource, Item, PictureSource
+from shards.corpora.item import AudioSource, Item, PictureSource, check_items
 from shards.errors import UserError
 from shards.folder import UNFINISHED, WHOLE, Part, claimed, finished, sweep
 from shards.picture import read_picture
@@ -93,7 +92,7 @@ def plan_shards(items: Sequence[Item], corpus: str, form: Format, arguments: Map
         UserError: clashing ids, words that are no text, a picture without captions, an unknown twin, or nothing to
             write.
     """
-    _check_ids(items)
+    check_items(items)
     splits: dict[str, list[Item]] = {}
     for item in items:
         splits.setdefault(item.split, []).append(item)
@@ -256,45 +255,6 @@ def _trial(items: Sequence[Item], form: Format) -> tuple[Record, int]:
             _write_sample(tar, file, item, form, shard)
         size = file.tell()
     return shard, size
-
-
-def _check_ids(items: Sequence[Item]) -> None:
-    if not items:
-        raise UserError("the corpus has no samples: nothing to write")
-    for item in items:
-        _check_words(item)
-    counts = Counter(item.image_id for item in items)
-    image_id, times = counts.most_common(1)[0]
-    if times > 1:
-        raise UserError(f"image id {image_id} comes {times} times: an id names one picture, in one split")
-    for item in items:
-        if not item.captions:
-            raise UserError(f"picture {item.image_id} has no captions")
-        if item.twin is not None and item.twin not in counts:
-            raise UserError(f"picture {item.image_id} is the twin of {item.twin}, which is not in the corpus")
-
-
-def _check_words(item: Item) -> None:
-    """See that what the corpus says of a sample can be stored, and that its files have names that files can have."""
-    words = [("image id", item.image_id), ("split", item.split)]
-    unsaid: list[tuple[str, str | None]] = [("twin", item.twin)]
-    for one in item.captions:
-        words.append(("utterance", one.utterance))
-        unsaid += [("text", one.text), ("speaker", one.speaker)]
-    words += [(name, value) for name, value in unsaid if value is not None]
-    for name, value in words:
-        if not _is_text(value):
-            raise UserError(f"picture {item.image_id!r}: its {name} {value!r} is no text: mend the corpus's files")
-    for source in (item.picture, *(one.audio for one in item.captions)):
-        if isinstance(source, Path) and not _is_text(str(source), "surrogateescape"):  # names may be of any bytes
-            raise UserError(f"picture {item.image_id!r}: no file can have the name {str(source)!r}")
-
-
-def _is_text(value: object, errors: str = "strict") -> bool:
-    try:
-        return isinstance(value, str) and b"\0" not in value.encode(errors=errors)
-    except UnicodeEncodeError:  # half of a letter that JSON writes in two
-        return False
 
 
 def sample_key(image_id: str) -> str:

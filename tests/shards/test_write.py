@@ -196,6 +196,7 @@ def test_words_that_cannot_be_stored_are_named_before_anything_is_written(tmp_pa
 def test_file_names_may_be_of_any_bytes(tmp_path):
     photo = tiny.photo(tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"\xff.png"))
     write([replace(drawn("a"), picture=photo)], tmp_path / "out")
+    assert [shard.samples for shard in manifest.load(tmp_path / "out").shards] == [1]
 
 
 def with_files(folder):
