@@ -118,9 +118,13 @@ def test_interrupt_ends_a_local_job(tmp_path):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.getsignal(signal.SIGINT)  # which is ignored from there on
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        launch(Hanging, tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch(Hanging, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert processes(tmp_path) == []
 
 
