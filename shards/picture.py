@@ -5,11 +5,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from shards.errors import UserError
+
+Resize = Literal["crop", "squash"]  # how a picture becomes a square
 
 MAX_PIXELS = 178_000_000  # refused from the header, before any memory is taken
 MAX_STORED_PIXELS = 50_000_000  # of a picture in a shard: bounds what a worker's memory may grow by
@@ -61,25 +64,58 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_picture(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The central square of a picture at `size` x `size` pixels (bicubic), as uint8 [3, size, size].
+def decode_picture(data: bytes, size: int, max_pixels: int = MAX_PIXELS, resize: Resize = "crop") -> np.ndarray:
+    """Decode a picture of a shard and bring it to a square.
+
+    Args:
+        data: An encoded picture.
+        size: Side of the square in pixels.
+        max_pixels: Largest number of pixels that the picture may have.
+        resize: "crop" resizes the short side to `size` and cuts out the centre, as CLIP's image processor does with
+            Pillow; "squash" resizes both sides to `size`, without regard to the aspect, as BLIP-2's does. Both are
+            bicubic.
+
+    Returns:
+        uint8 [3, size, size], RGB.
 
     Raises:
         UserError: not decodable, not a format that shards hold, or more than `max_pixels` pixels.
     """
     with _opened(data, max_pixels, _IN_SHARDS) as image:
-        _draft(image, size)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
+        whole = image.size
+        width, height = _draft(image, size)
+        left, top, right, bottom = _central(*whole, size) if resize == "crop" else (0.0, 0.0, 1.0, 1.0)
+        box = (left * width, top * height, right * width, bottom * height)
         square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
         return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
-def _draft(image: Image.Image, short_side: int) -> None:
+def _central(width: int, height: int, size: int) -> tuple[float, float, float, float]:
+    """The part of a picture that is left of it when its short side is resized to `size` and its centre cut out.
+
+    Only that part is resized. Pillow's filter also sees what is next to it, so the pixels are those of a crop after
+    the resize.
+
+    Returns:
+        Left, top, right and bottom, as shares of width and height.
+    """
+    short = min(width, height)
+    wide, high = size * width // short, size * height // short  # of the resized picture, rounded down as CLIP's is
+    left, top = (wide - size) // 2, (high - size) // 2  # whole pixels of it
+    return left / wide, top / high, (left + size) / wide, (top + size) / high
+
+
+def _draft(image: Image.Image, short_side: int) -> tuple[float, float]:
+    """Let libjpeg shrink a picture while decoding it, to no less than a short side.
+
+    Returns:
+        Width and height of what it shows, in pixels of the decoded picture: its last row and column may be partly
+        padding.
+    """
     scale = short_side / min(image.size)
-    if scale < 1:
-        image.draft(None, (round(image.width * scale), round(image.height * scale)))
+    if scale < 1 and (drafted := image.draft(None, (round(image.width * scale), round(image.height * scale)))):
+        return drafted[1][2:]
+    return image.size
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from shards.errors import TransientError, UserError
 from shards.faults import BadSample, Fault, FaultCounter, distinct
 from shards.order import Order, Selection, part_of
 from shards.picture import MAX_STORED_PIXELS as MAX_PIXELS
-from shards.picture import decode_picture
+from shards.picture import Resize, decode_picture
 from shards.reader import Reader
 from shards.slots import Layout, Parcel, Slots, bytes_of
 
@@ -87,6 +87,7 @@ class MicroBatches(Dataset[Loaded]):
     max_faults: int
     max_faults_in_a_row: int
     slots: tuple[Slots, ...] = ()  # of each worker
+    resize: Resize = "crop"
 
     def __getitem__(self, number: int) -> Loaded:
         try:
@@ -147,7 +148,8 @@ class MicroBatches(Dataset[Loaded]):
     def _decoded(self, sample: int, caption: int, position: int) -> tuple[np.ndarray, np.ndarray]:
         picture, audio = self.reader.picture(sample), self.reader.audio(caption)
         try:
-            return decode_picture(picture, self.image_size, MAX_PIXELS), self._crop(decode_audio(audio), position)
+            image = decode_picture(picture, self.image_size, MAX_PIXELS, self.resize)
+            return image, self._crop(decode_audio(audio), position)
         except UserError as error:  # of the sample, while those of reading are of the shard
             raise BadSample(str(error)) from None
 
@@ -203,6 +205,7 @@ def open_stream(
     world_size: int,
     workers: int,
     pin: bool = False,
+    resize: Resize = "crop",
     timeout: float = 600.0,
     max_faults: int = 1000,
     max_faults_in_a_row: int = 50,
@@ -221,6 +224,7 @@ def open_stream(
         world_size: Number of ranks.
         workers: Worker processes; 0 decodes in this process.
         pin: Pin the batches' memory.
+        resize: How pictures become squares (see `decode_picture`).
         timeout: Seconds that a batch may take from worker processes.
         max_faults: Samples that may be bad: they cannot be read and are replaced, in every pass.
         max_faults_in_a_row: Times in a row that a sample may be replaced, with none between that can be read.
@@ -235,7 +239,7 @@ def open_stream(
     largest: Layout = [(torch.uint8, (rows, 3, image_size, image_size)), (torch.float32, (rows, max_samples))]
     # Two more than are under way: one that is worked on and one that waits to be. Pinning copies a batch anyway.
     slots = tuple(Slots(AHEAD + 2, bytes_of(largest)) for _ in range(0 if pin else workers))
-    dataset = MicroBatches(reader, order, image_size, max_samples, micros, rank, world_size, *limits, slots)
+    dataset = MicroBatches(reader, order, image_size, max_samples, micros, rank, world_size, *limits, slots, resize)
     numbers = range(steps.start * micros, steps.stop * micros)
     counter = FaultCounter(max_faults, max_faults_in_a_row, report)
     told: set[str] = set()

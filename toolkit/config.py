@@ -18,7 +18,8 @@ class Data:
     make: list[str] = field(default_factory=list)  # arguments with which submit runs make_shards if it is missing
     train: str = "train"  # names of the splits
     dev: str = "dev"
-    image_size: int = 224  # pixels; pictures are resized and centre-cropped in the loader
+    image_size: int = 224  # pixels a side; pictures become squares in the loader
+    resize: Literal["crop", "squash"] = "crop"  # short side resized and centre cut (CLIP), or both sides (BLIP-2)
     max_seconds: float = 8.0  # longer captions are cropped at random in training, from their start in evaluation
     workers: int = 2  # loader processes a rank
     timeout: float = 600.0  # seconds that a batch may take before its workers are taken to hang

@@ -146,6 +146,60 @@ def test_decoded_square_is_the_centre(size):
     assert red[:, -1].mean() - red[:, 0].mean() == pytest.approx(255 * share, abs=8)
 
 
+def textured(width, height):
+    """Random, with more energy in low frequencies, as in photographs."""
+    rng = np.random.default_rng(width)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    spectrum = np.fft.fft2(rng.standard_normal((3, height, width))) / np.maximum(frequency, 1 / max(width, height))
+    values = np.fft.ifft2(spectrum).real
+    values = (values - values.min()) / np.ptp(values) * 255
+    return Image.fromarray(values.transpose(1, 2, 0).astype(np.uint8))
+
+
+def jpeg(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def psnr(one, other):
+    """Peak signal-to-noise ratio of two arrays of bytes, in dB."""
+    error = ((one.astype(float) - other) ** 2).mean()
+    return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+def processed(name, data, **size):
+    """Pixels of an image processor of transformers with Pillow: [3, S, S]."""
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, f"{name}ImageProcessorPil", None) or getattr(transformers, f"{name}ImageProcessor")
+    processor = kind(do_normalize=False, do_rescale=False, **size)
+    return np.asarray(processor(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"][0])
+
+
+SHARDED = [(256, 256), (341, 256), (256, 341), (385, 257), (200, 150), (447, 300), (60, 400)]
+SHRUNK_BY_LIBJPEG = [(640, 480), (500, 500), (501, 501), (900, 601)]  # to half size, which costs some dB
+
+
+@pytest.mark.parametrize("size", SHARDED + SHRUNK_BY_LIBJPEG)
+def test_crop_gives_the_pixels_of_clips_own_processor(size):
+    data = jpeg(textured(*size))
+    expected = processed("CLIP", data, size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    assert psnr(decode_picture(data, 224), expected) > (50 if size in SHARDED else 36)
+
+
+@pytest.mark.parametrize("size", SHARDED + SHRUNK_BY_LIBJPEG)
+def test_squash_gives_the_pixels_of_blips_own_processor(size):
+    data = jpeg(textured(*size))
+    expected = processed("Blip", data, size={"height": 224, "width": 224})
+    assert psnr(decode_picture(data, 224, resize="squash"), expected) > (90 if size in SHARDED else 36)
+
+
+def test_squash_shows_the_whole_picture():
+    square = decode_picture(jpeg(gradient(300, 100)), 64, resize="squash").astype(float)
+    assert square[0][:, -1].mean() - square[0][:, 0].mean() > 245
+    assert square[1][-1].mean() - square[1][0].mean() > 245
+
+
 def test_decoding_at_half_size_agrees_with_the_whole():
     data = read_picture(gradient(512, 512), 512, 95)
     whole = Image.open(io.BytesIO(data)).resize((100, 100), Image.Resampling.BICUBIC)

@@ -27,7 +27,7 @@ from shards.order import Order, order_of
 from shards.picture import decode_picture
 from shards.reader import Reader
 from shards.stream import Batch, open_stream
-from tests.shards.noise import noise, spoil
+from tests.shards.noise import drawn, noise, spoil
 
 MAX_SECONDS = 0.3
 ROOT = Path(__file__).parents[2]
@@ -129,6 +129,17 @@ def test_mixtures_and_lanes_hold_the_right_bytes(
             assert pictures[n] == decode_picture(reader.picture(sample), 16).tobytes()
             caption = decode_audio(reader.audio(int(chosen.captions[n])))
             assert _holds(caption, np.frombuffer(waves[n], np.float32))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_are_cropped_or_squashed_as_asked(tmp_path: Path, monkeypatch: Any, workers: int) -> None:
+    monkeypatch.setattr("tests.shards.noise.drawn", lambda seed: drawn(seed).resize((72, 24)))
+    oblong = noise(tmp_path / "oblong")
+    reader = Reader(oblong)
+    for resize in ("crop", "squash"):
+        for (batch,) in batches(oblong, range(2), workers=workers, resize=resize):
+            for sample, image in zip(batch.ids.tolist(), batch.images, strict=True):
+                assert np.array_equal(image, decode_picture(reader.picture(sample), 16, resize=resize))
 
 
 def test_batches_hold_the_pictures_and_captions_that_were_written(manifest: Manifest) -> None:

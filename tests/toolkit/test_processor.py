@@ -53,13 +53,28 @@ def test_its_output_is_the_models_input():
     assert speech.vector.shape == image.vector.shape == (2, 16)
 
 
-def test_round_trip(tmp_path):
-    processor = SpeechImageProcessor(image_size=224, max_seconds=8.0)
+def test_squashed_pictures_show_their_whole_width():
+    wide = np.zeros((40, 120, 3), np.uint8)
+    wide[:, :30] = 255
+    crop, squash = (
+        SpeechImageProcessor(32, 1.0, resize=how)(images=[Image.fromarray(wide)])["images"]
+        for how in ("crop", "squash")
+    )
+    assert crop.max() < 50
+    assert squash[..., :6].min() > 200
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_round_trip(tmp_path, resize):
+    processor = SpeechImageProcessor(image_size=224, max_seconds=8.0, resize=resize)
     processor.save_pretrained(tmp_path / "model")
     assert SpeechImageProcessor.from_pretrained(tmp_path / "model") == processor
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"image_mean": [0.5]}', "[]"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "{", '{"image_mean": [0.5]}', "[]", '{"image_size": 8, "max_seconds": 1, "resize": "pad"}'],
+)
 def test_a_folder_without_a_processor_is_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "preprocessor_config.json").write_text(content)

@@ -120,13 +120,15 @@ class _Source:
         self.manifest, self.samples, self.reader = manifest, samples, open_reader(config.data, manifest)
         self.captions = np.concatenate([np.asarray(span, dtype=np.int64) for span in spans])
         self.owner = np.repeat(np.arange(len(samples)), [len(span) for span in spans])
-        self.image_size = config.data.image_size
+        self.image_size, self.resize = config.data.image_size, config.data.resize
         self.max_samples = int(config.data.max_seconds * SAMPLE_RATE)
 
     def picture(self, at: int) -> Tensor:
         """Decode picture number `at`: uint8 [3, S, S]."""
         sample = int(self.samples[at])
-        return self._checked(sample, lambda: decode_picture(self.reader.picture(sample), self.image_size))
+        return self._checked(
+            sample, lambda: decode_picture(self.reader.picture(sample), self.image_size, resize=self.resize)
+        )
 
     def speech(self, at: int) -> Tensor:
         """Decode caption number `at`: float32 [n]."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from shards.audio import SAMPLE_RATE, read_audio
 from shards.errors import UserError
-from shards.picture import decode_picture, read_picture
+from shards.picture import Resize, decode_picture, read_picture
 
 FILE = "preprocessor_config.json"
 MAX_FILE_SECONDS = 3600.0  # of which max_seconds are used
@@ -24,14 +25,20 @@ class SpeechImageProcessor:
     """Prepares inputs as the training data is prepared; kept beside the model's weights.
 
     Attributes:
-        image_size: pixels a side; pictures are resized and centre-cropped.
+        image_size: pixels a side of the square that pictures become.
         max_seconds: longer speech is cut to its beginning.
         sampling_rate: Hz, of arrays given and of waveforms returned; files are resampled.
+        resize: how pictures become squares (see `decode_picture`).
     """
 
     image_size: int
     max_seconds: float
     sampling_rate: int = SAMPLE_RATE
+    resize: Resize = "crop"
+
+    def __post_init__(self) -> None:
+        if self.resize not in get_args(Resize):
+            raise ValueError(f"resize is {self.resize!r}, expected one of {', '.join(get_args(Resize))}")
 
     def __call__(
         self,
@@ -83,7 +90,8 @@ class SpeechImageProcessor:
     def _picture(self, source: Image.Image | Path | str) -> np.ndarray:
         # By way of the shards' own JPEG, so that a picture looks to the model as it would in training.
         source = Path(source) if isinstance(source, str) else source
-        return decode_picture(read_picture(source, 2 * self.image_size, JPEG_QUALITY), self.image_size)
+        stored = read_picture(source, 2 * self.image_size, JPEG_QUALITY)
+        return decode_picture(stored, self.image_size, resize=self.resize)
 
     def _waveform(self, source: np.ndarray | Path | str) -> np.ndarray:
         if isinstance(source, (str, Path)):

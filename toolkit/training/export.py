@@ -37,7 +37,7 @@ class Exports:
             data: What the processor is to know.
         """
         self.run = run
-        self.processor = SpeechImageProcessor(image_size=data.image_size, max_seconds=data.max_seconds)
+        self.processor = SpeechImageProcessor(data.image_size, data.max_seconds, resize=data.resize)
         self._under_way: dict[str, Future[None]] = {}
         self.fence: Callable[[], None] = lambda: None
 

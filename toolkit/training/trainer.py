@@ -306,6 +306,7 @@ class Trainer:
             self.order,
             steps,
             image_size=data.image_size,
+            resize=data.resize,
             max_seconds=data.max_seconds,
             micros=self.config.training.accumulation,
             rank=self.rank,
