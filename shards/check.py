@@ -5,6 +5,7 @@ what someone should know.
 """
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from shards.check_one import DIGEST, NAMED, Found, Task, check_shard, task_of, t
 from shards.errors import UserError
 from shards.folder import UNFINISHED
 from shards.listing import listed
-from shards.manifest import INDEX, MANIFEST, Manifest, load
+from shards.manifest import INDEX, MANIFEST, Manifest, file_sha256, load, stored_problem
 from shards.pool import Progress, run_tasks
 from shards.report import REPORT, load_report
 
@@ -113,6 +114,7 @@ def check_folder(
         _add(health, shard.name, found[shard.name])
     digests = np.frombuffer(b"".join(found[shard.name].digests for shard in manifest.shards), dtype=f"S{DIGEST}")
     _find_duplicates(health, manifest, digests)
+    _compare_manifest(health)
     _compare_report(health, manifest)
     _find_foreign(health, manifest)
     return health
@@ -215,7 +217,18 @@ def _shortened(findings: list[Finding]) -> list[Finding]:
     return [*findings[:NAMED], Finding("all splits", f"and {rest} more like these")] if rest > 0 else findings
 
 
+def _compare_manifest(health: Health) -> None:
+    """See that the manifest, all of which `load` understands, is also what was written, to the byte."""
+    if problem := stored_problem(health.folder):
+        health.problems.append(Finding(MANIFEST, problem))
+
+
 def _compare_report(health: Health, m: Manifest) -> None:
+    """Hold the report against its checksum in the manifest; if an earlier version noted none, against the index."""
+    if m.report is not None:
+        _compare_checksum(health, m.report)
+        return
+    health.warnings.append(Finding(REPORT, "an earlier version wrote no checksum of it: not every change is noticed"))
     try:
         report = load_report(health.folder)
     except UserError as error:
@@ -227,6 +240,17 @@ def _compare_report(health: Health, m: Manifest) -> None:
         if told != (row["pictures"], row["captions"]):
             line = f"it counts {told[0]:,} pictures and {told[1]:,} captions in {row['split']}, the index has "
             health.problems.append(Finding(REPORT, f"{line}{row['pictures']:,} and {row['captions']:,}"))
+
+
+def _compare_checksum(health: Health, expected: str) -> None:
+    path = health.folder / REPORT
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)  # reading a pipe would wait for ever
+        problem = None if regular and file_sha256(path) == expected else "its checksum is not the manifest's"
+    except OSError as error:
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+    if problem:
+        health.problems.append(Finding(REPORT, f"{problem}: make the shards again, or restore it from a copy"))
 
 
 def _find_foreign(health: Health, m: Manifest) -> None:

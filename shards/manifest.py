@@ -24,6 +24,8 @@ from shards.remote import Remote, is_url
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
 FORMAT = 1
+# What `manifest.json` says. `report` and `sha256`, its own checksum, are not in one of an earlier version.
+_HEAD = {"format", "corpus", "hash", "arguments", "splits", "index", "shards"}
 
 # The columns of `index.npz` in order of writing. "S" is a byte string as long as its longest value.
 SAMPLE_COLUMNS = {
@@ -82,6 +84,7 @@ class Manifest:
     duration: np.ndarray  # float32 [C], seconds
     arguments: dict[str, Any] = field(default_factory=dict)  # what make_shards was asked for
     url: str | None = None  # where remote shards are
+    report: str | None = None  # sha256 of the report beside it; None: an earlier version noted none
 
     @property
     def place(self) -> str:
@@ -115,6 +118,8 @@ def load(folder: Path | str) -> Manifest:
     remote = Remote(str(folder)) if is_url(folder) else None
     folder = Path(folder)
     place = remote.url if remote else str(folder)
+    if not remote and os.path.exists(folder / MANIFEST) and not os.path.isfile(folder / MANIFEST):
+        raise UserError(f"{folder / MANIFEST} is no regular file: make the shards again")  # a pipe is not waited for
     try:
         head = json.loads(remote.read(MANIFEST) if remote else (folder / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -137,10 +142,11 @@ def load(folder: Path | str) -> Manifest:
             splits=tuple(head["splits"]),
             arguments=head["arguments"],
             url=remote.url if remote else None,
+            report=head["report"]["sha256"] if "report" in head else None,
             **columns,
         )
-        problem = _problem_of(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
+        problem = _problem_of(manifest) or _problem_of_head(head)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f"{place}/{MANIFEST} is damaged ({error!r}): make the shards again") from None
     if problem:
         raise UserError(f"{place}/{problem}: make the shards again")
@@ -164,6 +170,53 @@ def _load_index(source: Path | bytes, place: str, sha256: str) -> dict[str, np.n
             return {column: stored[column] for column in COLUMNS}
     except (ValueError, OSError, EOFError, MemoryError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{name} is damaged ({error}): make the shards again") from None
+
+
+def stored_problem(folder: Path) -> str | None:
+    """Say whether `manifest.json`, which `load` has taken, is byte for byte what `save` writes; None: it is.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        data = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
+    head = json.loads(data)
+    unknown = sorted(head.keys() - {*_HEAD, "report", "sha256"})
+    if unknown or ("report" in head and "sha256" not in head) or data != encoded(head):
+        return "its bytes changed since it was written" + (f": it has no key {unknown[0]!r}" if unknown else "")
+    return None
+
+
+def encoded(head: Mapping[str, Any]) -> bytes:
+    """The bytes of `manifest.json`."""
+    return json.dumps(head, indent=1).encode() + b"\n"
+
+
+def _identity(shards: Any, splits: Any, index: Any) -> str:
+    return hashlib.sha256(json.dumps([shards, splits, index]).encode()).hexdigest()
+
+
+def sign(head: dict[str, Any]) -> None:
+    """Set both checksums of what `manifest.json` says: of the data, its `hash`, and of all of it."""
+    head["hash"] = _identity(head["shards"], head["splits"], head["index"])
+    head["sha256"] = _signature(head)
+
+
+def _signature(head: Mapping[str, Any]) -> str:
+    """Checksum of all that `manifest.json` says but for the checksum itself."""
+    said = {name: value for name, value in head.items() if name != "sha256"}
+    return hashlib.sha256(encoded(said)).hexdigest()
+
+
+def _problem_of_head(head: Mapping[str, Any]) -> str | None:
+    """Compare what `manifest.json` says with the checksums in it; those of earlier versions have the first only."""
+    if head["hash"] != _identity(head["shards"], head["splits"], head["index"]):
+        return f"{MANIFEST} has another hash than what it says of the shards gives: it was changed"
+    if "sha256" in head and head["sha256"] != _signature(head):
+        return f"{MANIFEST} has another checksum than what it says gives: it was changed"
+    return None
 
 
 def _problem_of(m: Manifest) -> str | None:
@@ -234,6 +287,7 @@ def save(
     splits: Sequence[str],
     columns: Mapping[str, Sequence[Any] | np.ndarray],
     arguments: Mapping[str, Any],
+    report: str | None = None,
 ) -> Manifest:
     """Write `index.npz`, then `manifest.json`, each whole or not at all; the same content gives the same bytes.
 
@@ -244,26 +298,29 @@ def save(
         splits: names that the column `split` indexes.
         columns: one sequence for every name in `COLUMNS`.
         arguments: JSON values that say what the shards were made from.
+        report: sha256 of the report beside them; None: there is none.
     """
-    arrays = {name: np.asarray(columns[name], dtype=dtype) for name, dtype in COLUMNS.items()}
+    arrays: dict[str, Any] = {name: np.asarray(columns[name], dtype=dtype) for name, dtype in COLUMNS.items()}
     with atomic(folder / INDEX) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)
     index = {"name": INDEX, "sha256": file_sha256(folder / INDEX)}
     listed = [asdict(shard) for shard in shards]
-    identity = hashlib.sha256(json.dumps([listed, list(splits), index]).encode()).hexdigest()
-    head = {
+    head: dict[str, Any] = {
         "format": FORMAT,
         "corpus": corpus,
-        "hash": identity,
+        "hash": "",
         "arguments": dict(arguments),
         "splits": list(splits),
         "index": index,
         "shards": listed,
     }
+    if report is not None:
+        head["report"] = {"sha256": report}
+    sign(head)
     with atomic(folder / MANIFEST) as file:
-        file.write(json.dumps(head, indent=1).encode() + b"\n")
+        file.write(encoded(head))
     return Manifest(
-        folder, corpus, identity, tuple(shards), tuple(splits), arguments=dict(arguments), url=None, **arrays
+        folder, corpus, head["hash"], tuple(shards), tuple(splits), arguments=dict(arguments), report=report, **arrays
     )
 
 

@@ -1,5 +1,6 @@
 """What make_shards did: counts, hours and durations of speech, speakers, and what was dropped, with the reason."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -59,11 +60,13 @@ class Report:
             self.durations += [0] * missing
             self.durations[int(seconds)] += 1
 
-    def save(self, folder: Path) -> None:
-        """Write `report.json`."""
+    def save(self, folder: Path) -> str:
+        """Write `report.json` and give its sha256, which the manifest keeps."""
+        stored = {name: value for name, value in asdict(self).items() if name != "kept"}
+        data = json.dumps(stored, indent=1, ensure_ascii=False, default=sorted).encode() + b"\n"
         with atomic(folder / REPORT) as file:
-            stored = {name: value for name, value in asdict(self).items() if name != "kept"}
-            file.write(json.dumps(stored, indent=1, ensure_ascii=False, default=sorted).encode() + b"\n")
+            file.write(data)
+        return hashlib.sha256(data).hexdigest()
 
     def text(self) -> str:
         """A table for people, a histogram of the durations, then the dropped pictures and captions by name."""

@@ -209,8 +209,8 @@ def _merge(folder: Path, plan: Plan) -> Report:
     if not gathered.shards:
         raise UserError(f"no sample is left to write: {gathered.report.dropped[0].reason}")
     sweep(folder, {shard.name for shard in gathered.shards})
-    gathered.report.save(folder)
-    manifest.save(folder, plan.corpus, gathered.shards, gathered.splits, gathered.columns(), plan.arguments)
+    report = gathered.report.save(folder)
+    manifest.save(folder, plan.corpus, gathered.shards, gathered.splits, gathered.columns(), plan.arguments, report)
     return gathered.report
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import random
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -75,14 +77,22 @@ def sign(folder: Path) -> None:
     for shard in head["shards"]:
         shard["bytes"] = (folder / shard["name"]).stat().st_size
         shard["sha256"] = manifest.file_sha256(folder / shard["name"])
-    (folder / manifest.MANIFEST).write_text(json.dumps(head))
+    manifest.sign(head)
+    (folder / manifest.MANIFEST).write_bytes(manifest.encoded(head))
+
+
+def older(folder: Path) -> None:
+    """Make the manifest one of before it had checksums of the report and of itself."""
+    head = json.loads((folder / manifest.MANIFEST).read_bytes())
+    del head["report"], head["sha256"]
+    (folder / manifest.MANIFEST).write_bytes(manifest.encoded(head))
 
 
 def resave(folder: Path, **columns: Any) -> None:
     """Write the index anew with other columns."""
     m = manifest.load(folder)
     every = {name: columns.get(name, getattr(m, name)) for name in manifest.COLUMNS}
-    manifest.save(folder, m.corpus, m.shards, m.splits, every, m.arguments)
+    manifest.save(folder, m.corpus, m.shards, m.splits, every, m.arguments, m.report)
 
 
 def replace(folder: Path, key: str, part: int, data: bytes, **columns: Any) -> None:
@@ -114,7 +124,7 @@ def replace(folder: Path, key: str, part: int, data: bytes, **columns: Any) -> N
         **asdict(infos[shard]) | {"bytes": path.stat().st_size, "sha256": manifest.file_sha256(path)}
     )
     every = {name: columns.get(name, fresh.get(name, getattr(m, name))) for name in manifest.COLUMNS}
-    manifest.save(folder, m.corpus, infos, m.splits, every, m.arguments)
+    manifest.save(folder, m.corpus, infos, m.splits, every, m.arguments, m.report)
 
 
 def member(folder: Path, key: str, part: int) -> bytes:
@@ -139,3 +149,70 @@ def recording(seconds: float, rate: int = SAMPLE_RATE, channels: int = 1, amplit
             count = min(10 * rate, round(seconds * rate) - start)
             file.write(np.full((count, channels), amplitude, np.float32))
     return buffer.getvalue()
+
+
+def _turn_bits(path: Path, chance: random.Random) -> None:
+    edit(path, lambda data: data.__setitem__(at := chance.randrange(len(data)), data[at] ^ chance.randrange(1, 256)))
+
+
+def _turn_one_bit(path: Path, chance: random.Random) -> None:
+    edit(path, lambda data: data.__setitem__(at := chance.randrange(len(data)), data[at] ^ 1 << chance.randrange(8)))
+
+
+def _truncate(path: Path, chance: random.Random) -> None:
+    edit(path, lambda data: data.__delitem__(slice(chance.randrange(len(data)), None)))
+
+
+def _cut_out(path: Path, chance: random.Random) -> None:
+    start = chance.randrange(path.stat().st_size)
+    edit(path, lambda data: data.__delitem__(slice(start, start + chance.randrange(1, 600))))
+
+
+def _insert(path: Path, chance: random.Random) -> None:
+    start = chance.randrange(path.stat().st_size + 1)
+    edit(path, lambda data: data.__setitem__(slice(start, start), chance.randbytes(chance.randrange(1, 600))))
+
+
+def _overwrite(path: Path, chance: random.Random) -> None:
+    """Put random bytes, of which not all can be those that are there, in place of a stretch."""
+    start = chance.randrange(path.stat().st_size - 16)
+    edit(path, lambda data: data.__setitem__(slice(start, start + 16), chance.randbytes(16)))
+
+
+def _lose(path: Path, chance: random.Random) -> None:
+    path.unlink()
+
+
+def _empty(path: Path, chance: random.Random) -> None:
+    path.write_bytes(b"")
+
+
+def _make_folder(path: Path, chance: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _make_pipe(path: Path, chance: random.Random) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _make_dangling(path: Path, chance: random.Random) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+# What may become of any file: each is called with its path and the source of chance.
+DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
+    "bits turned": _turn_bits,
+    "a bit turned": _turn_one_bit,
+    "truncated": _truncate,
+    "cut out": _cut_out,
+    "inserted": _insert,
+    "overwritten": _overwrite,
+    "lost": _lose,
+    "emptied": _empty,
+    "a folder": _make_folder,
+    "a pipe": _make_pipe,
+    "a dangling link": _make_dangling,
+}

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import random
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -446,14 +447,52 @@ def test_foreign_files(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", damage.DAMAGES)
+def test_random_damage_to_any_file_is_named(healthy: Path, tmp_path: Path, name: str) -> None:
+    for number, path in enumerate(sorted(healthy.iterdir())):
+        chance = random.Random(f"{name}/{path.name}")
+        for turn in range(3 if path.suffix == ".tar" else 12):
+            folder = Path(shutil.copytree(healthy, tmp_path / f"{number}-{turn}"))
+            damage.DAMAGES[name](folder / path.name, chance)
+            health = check_folder(folder, 0)
+            assert any(path.name in str(finding) for finding in health.problems), (path.name, turn, health.text())
+            shutil.rmtree(folder)
+
+
+def test_manifest_written_otherwise_is_named(folder: Path) -> None:
+    path = folder / manifest.MANIFEST
+    head = json.loads(path.read_bytes())
+    path.write_text(json.dumps(head))
+    assert problems(folder, 0) == ["manifest.json: its bytes changed since it was written"]
+    for change, line in (
+        ({"arguments": {}}, "has another checksum than what it says gives"),
+        ({"hash": "0" * 64}, "has another hash than what it says of the shards gives"),
+        ({"sha257": head["sha256"]}, "its bytes changed since it was written: it has no key 'sha257'"),
+    ):
+        path.write_bytes(manifest.encoded(head | change))
+        if "sha257" in change:
+            path.write_bytes(manifest.encoded({name: v for name, v in (head | change).items() if name != "sha256"}))
+        assert_sole(problems(folder, 0), "manifest.json", line)
+
+
+def test_folder_of_an_earlier_version_has_no_checksum_of_its_report(folder: Path) -> None:
+    damage.older(folder)
+    assert warnings(folder) == [EARLIER]
+
+
+EARLIER = "report.json: an earlier version wrote no checksum of it: not every change is noticed"
+
+
 def test_report_that_counts_something_else(folder: Path) -> None:
+    damage.older(folder)
     path = folder / "report.json"
     path.write_text(path.read_text().replace('"captions": 14', '"captions": 15'))
     assert_sole(
         problems(folder, 0), "report.json: it counts 7 pictures and 15 captions in train, the index has 7 and 14"
     )
     path.unlink()
-    assert_sole(warnings(folder), "report.json: ", "missing")
+    assert warnings(folder)[0] == EARLIER
+    assert_sole(warnings(folder)[1:], "report.json: ", "missing")
 
 
 @pytest.mark.parametrize(
@@ -474,16 +513,19 @@ def test_report_that_counts_something_else(folder: Path) -> None:
         {"dropped": [7]},
     ],
 )
-def test_report_that_is_damaged_is_a_warning(folder: Path, change: dict[str, object]) -> None:
+def test_report_that_is_damaged(folder: Path, change: dict[str, object]) -> None:
     path = folder / "report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert_sole(warnings(folder), "report.json: ", "damaged")
+    assert_sole(problems(folder), "report.json: ", "its checksum is not the manifest's")
+    damage.older(folder)
+    assert_sole(warnings(folder)[1:], "report.json: ", "damaged")
 
 
 @pytest.mark.parametrize("content", ["[]", "7", pytest.param("[" * 100_000, id="deep")])
 def test_report_that_is_no_report_is_a_warning(folder: Path, content: str) -> None:
+    damage.older(folder)
     (folder / "report.json").write_text(content)
-    assert_sole(warnings(folder), "report.json: ", "damaged")
+    assert_sole(warnings(folder)[1:], "report.json: ", "damaged")
 
 
 def test_index_or_manifest_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
