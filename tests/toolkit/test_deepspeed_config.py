@@ -1,5 +1,6 @@
 """DeepSpeed's configuration: accepted by DeepSpeed itself; what it would pass over in silence is refused."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -40,16 +41,89 @@ def test_deepspeed_reads_what_is_derived(stage, precision):
     assert read.bfloat16_config.enabled == (precision == "bf16")
 
 
-def test_free_section_wins():
-    made = config(
-        zero_optimization={"stage": 2, "overlap_comm": True}, gradient_clipping=7.0, wall_clock_breakdown=True
-    )
+def test_free_section_adds_to_what_is_derived():
+    made = config(zero_optimization={"overlap_comm": True}, wall_clock_breakdown=True)
     settings = deepspeed_config(made, 1)
-    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": True}
-    assert settings["gradient_clipping"] == 7.0
+    assert settings["zero_optimization"] == {"stage": 1, "overlap_comm": True}
     assert settings["wall_clock_breakdown"] is True
     assert settings["bf16"] == {"enabled": True}
-    assert made.deepspeed["zero_optimization"] == {"stage": 2, "overlap_comm": True}, "the configuration was changed"
+    assert made.deepspeed["zero_optimization"] == {"overlap_comm": True}, "the configuration was changed"
+
+
+def nested(key, value):
+    """A dotted key as the mappings of a YAML file."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+PRECISION = "set --training.precision bf16 or fp32"
+OURS = [  # (key, other values, the value of ours as configured below, what is said of another)
+    ("train_batch_size", [3, "auto"], 48, "set --training.batch_size"),
+    ("train_micro_batch_size_per_gpu", [3, "auto"], 24, "set --training.batch_size and --training.accumulation"),
+    ("gradient_accumulation_steps", [3, "auto"], 2, "set --training.accumulation"),
+    ("gradient_clipping", [7.0, 0, "auto"], 0.5, "set --training.clip"),
+    ("optimizer", [{"type": "Adam"}, {"type": "AdamW", "params": {"lr": "auto"}}], None, "set --training.lr, "),
+    ("scheduler", [{"type": "WarmupLR"}], None, "set --training.lr, warmup and min_lr"),
+    ("zero_optimization.stage", [0, 1, 3, "two", 4, None], 2, "set --training.zero"),
+    ("bf16.enabled", [False, "false", None], True, PRECISION),
+    ("bfloat16.enabled", [False], True, PRECISION),
+    ("fp16.enabled", [True, "true"], False, PRECISION),
+    ("torch_autocast.enabled", [True], False, PRECISION),
+    ("data_types.param_dtype", ["fp16", "fp32"], "bf16", PRECISION),
+    ("wandb.enabled", [True], False, "set --wandb.mode"),
+    ("zero_force_ds_cpu_optimizer", [True, "auto"], False, "it is always False here"),
+    ("bf16.bf16_master_weights_and_grads", [True], False, "it is always False here"),
+    ("bf16.bf16_optimizer_states", [True], False, "it is always False here"),
+    ("fp16.fp16_master_weights_and_grads", [True], False, "it is always False here"),
+    ("gradient_allreduce_op", ["sum", "auto"], "mean", "it is always 'mean' here"),
+    ("sequence_parallel_size", [2], 1, "it is always 1 here"),
+]
+
+
+def configured(**free):
+    made = config(**free)
+    made.training.zero, made.training.clip = 2, 0.5
+    return made
+
+
+def test_every_key_that_is_derived_is_tried():
+    from toolkit.training.deepspeed_config import _DECIDED_BY, _FIXED
+
+    assert [key for key, *_ in OURS] == [*_DECIDED_BY, *_FIXED]
+    flat = {
+        f"{key}.{name}"
+        for key, value in deepspeed_config(config(), 1).items()
+        if isinstance(value, dict)
+        for name in value
+    }
+    assert flat <= {key for key, *_ in OURS}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "mend"), [(key, value, mend) for key, others, _, mend in OURS for value in others]
+)
+def test_a_key_that_is_decided_elsewhere_has_no_second_value(key, value, mend):
+    with pytest.raises(UserError) as error:
+        deepspeed_config(configured(**nested(key, value)), 1)
+    assert str(error.value).startswith(f"deepspeed.{key} cannot be set here; {mend}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, _, ours, _ in OURS for value in (ours, *["auto"] * ("." in key))]
+)
+def test_its_own_value_may_stand_there_and_auto_in_a_section(key, value):
+    made = configured(**nested(key, value))
+    assert deepspeed_config(made, 1) == deepspeed_config(configured(), 1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_auto_of_a_precision_is_the_one_configured(precision):
+    made = config(bf16={"enabled": "auto"}, fp16={"enabled": "auto", "loss_scale": 0, "hysteresis": 2})
+    made.training.precision = precision
+    assert deepspeed_config(made, 1)["bf16"] == {"enabled": precision == "bf16"}
+    assert "enabled" not in deepspeed_config(made, 1)["fp16"]
 
 
 @pytest.mark.parametrize(
@@ -58,15 +132,18 @@ def test_free_section_wins():
         {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}},
         {"activation_checkpointing": {"partition_activations": True}},
         {"checkpoint": {"load_universal": True, "parallel_write": {"pipeline_stage": True}}},
-        {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 2}},
-        {"data_types": {"grad_accum_dtype": "bf16"}, "zero_optimization": {"stage": 0}},
+        {"data_types": {"grad_accum_dtype": "fp32"}},
+        {"data_types": {"grad_accum_dtype": "bf16", "keep_in_fp32_modules": "auto"}},
+        {"zero_optimization": {"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}},
         {"flops_profiler": {"enabled": True}},
         {"csv_monitor": {"enabled": True, "output_path": "x"}},
         {"communication_data_type": "fp32", "prescale_gradients": True, "zero_allow_untested_optimizer": True},
     ],
 )
 def test_keys_that_deepspeed_knows(free):
-    assert free.items() <= {**deepspeed_config(config(**free), 1), **free}.items()
+    settings = deepspeed_config(configured(**free), 1)
+    for name, value in free.items():
+        assert value.items() <= settings[name].items() if isinstance(value, dict) else value == settings[name]
 
 
 @pytest.mark.parametrize(
@@ -96,11 +173,15 @@ def test_keys_that_deepspeed_knows(free):
             {"wandb": {"enable": True}},
             "deepspeed.wandb.enable: unknown key; did you mean deepspeed.wandb.enabled?",
         ),
-        ({"zero_optimization": {"stage": "two"}}, "deepspeed.zero_optimization.stage is 'two': Input should be "),
-        ({"zero_optimization": {"stage": 4}}, "deepspeed.zero_optimization.stage is 4: Input should be "),
-        ({"zero_optimization": 3}, "deepspeed: "),
+        ({"zero_optimization": {"sub_group_size": "two"}}, "deepspeed.zero_optimization.sub_group_size is 'two': "),
+        ({"zero_optimization": 3}, "deepspeed.zero_optimization is 3; expected a section with keys in it"),
+        ({"zero_optimization": True}, "deepspeed.zero_optimization is True; expected a section with keys in it"),
+        ({"bf16": "auto"}, "deepspeed.bf16 is 'auto'; expected a section with keys in it"),
+        ({"fp16": None}, "deepspeed.fp16 is None; expected a section with keys in it"),
+        ({"prescale_gradients": "auto"}, "deepspeed.prescale_gradients is 'auto', which is for other trainers; "),
+        ({"gradient_predivide_factor": "auto"}, "deepspeed.gradient_predivide_factor is 'auto', which is for "),
+        ({"flops_profiler": {"enabled": "auto"}}, "deepspeed.flops_profiler.enabled is 'auto', which is for "),
         ({"communication_data_type": "int"}, "deepspeed: Invalid communication_data_type. Supported data types: "),
-        ({"fp16": {"enabled": True}}, "deepspeed: bfloat16 and fp16 modes cannot be simultaneously enabled"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
             "deepspeed.zero_optimization.offload_optimizer.device is nvme, which cannot be saved; set cpu",
@@ -110,8 +191,6 @@ def test_keys_that_deepspeed_knows(free):
             "deepspeed.data_types.grad_accum_dtype is fp32 and the model bf16, which ZeRO 1 cannot do; set ",
         ),
         ({"data_types": {"grad_accum_dtype": "fp8"}}, "deepspeed.data_types.grad_accum_dtype is 'fp8'; expected "),
-        ({"train_batch_size": 3}, "deepspeed.train_batch_size cannot be set here; set --training.batch_size"),
-        ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer cannot be set here; set --training.lr"),
     ],
 )
 def test_mistakes(free, message):
@@ -163,6 +242,55 @@ def sums(rank: int, world_size: int) -> list[float]:
         found += {each.exp_avg[0].item() for each in fragments(engine)}
         engine.destroy()
     return found
+
+
+WRITTEN_FOR_OTHERS = {
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2},
+    "zero_optimization": {
+        "stage": "auto",
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+    },
+    "data_types": {"param_dtype": "auto"},
+    "torch_autocast": {"enabled": "auto"},
+    "wall_clock_breakdown": False,
+}
+
+
+def engines(rank: int, world_size: int) -> list[dict[str, object]]:
+    """What engines with such a section train in, after a step."""
+    from toolkit.training.engine import backward, make_engine
+
+    found = []
+    for precision, stage in itertools.product(("fp32", "bf16"), range(4)):
+        made = Config(deepspeed=WRITTEN_FOR_OTHERS)
+        made.training.batch_size, made.training.accumulation, made.training.clip = 2 * world_size, 2, 0.25
+        made.training.precision, made.training.zero = precision, stage
+        engine = make_engine(One(), made, world_size, torch.device("cpu"))
+        for _ in range(2):
+            backward(engine, engine(torch.tensor(1.0, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)))
+            engine.step()
+        found.append({
+            "precision": str(engine.module.value.dtype), "stage": engine.zero_optimization_stage(),
+            "micro": engine.train_micro_batch_size_per_gpu(), "accumulation": engine.gradient_accumulation_steps(),
+            "clip": engine.gradient_clipping(), "steps": engine.global_steps, "fp16": engine.fp16_enabled(),
+        })  # fmt: skip
+        engine.destroy()
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_a_file_for_another_trainer_trains_what_ours_says() -> None:
+    common = {"micro": 1, "accumulation": 2, "clip": 0.25, "steps": 1, "fp16": False}
+    expected = [
+        {"precision": precision, "stage": stage, **common}
+        for precision, stage in itertools.product(("torch.float32", "torch.bfloat16"), range(4))
+    ]
+    assert run_ranks(engines, 1, timeout=100) == [expected]
 
 
 @pytest.mark.timeout(120)

@@ -1,5 +1,6 @@
 """DeepSpeed's own configuration, derived from ours, with the free `deepspeed:` section on top."""
 
+import copy
 import sys
 from collections.abc import Iterator, KeysView
 from typing import Any
@@ -8,14 +9,36 @@ from shards.errors import UserError
 from toolkit.config import Config, micro_batch
 from toolkit.config_loader import merged, nearest
 
-# Ours to set: the order of the data and the learning rate's schedule depend on them.
-_OWNED = {
+# Keys of DeepSpeed's that other sections of the configuration decide, and the keys there. The log, the dry run, the
+# estimate of memory and the exported model follow those, so that a second value here would make them wrong.
+_DECIDED_BY = {
     "train_batch_size": "--training.batch_size",
     "train_micro_batch_size_per_gpu": "--training.batch_size and --training.accumulation",
     "gradient_accumulation_steps": "--training.accumulation",
+    "gradient_clipping": "--training.clip",
     "optimizer": "--training.lr, weight_decay and betas",
     "scheduler": "--training.lr, warmup and min_lr",
+    "zero_optimization.stage": "--training.zero",
+    "bf16.enabled": "--training.precision bf16 or fp32",
+    "bfloat16.enabled": "--training.precision bf16 or fp32",
+    "fp16.enabled": "--training.precision bf16 or fp32; there is no fp16",
+    "torch_autocast.enabled": "--training.precision bf16 or fp32",
+    "data_types.param_dtype": "--training.precision bf16 or fp32",
+    "wandb.enabled": "--wandb.mode",
 }
+# These have the one value that the trainer works with: AdamW of PyTorch, on weights in float32, for the mean loss of
+# all ranks, each of which has samples of its own.
+_FIXED = {
+    "zero_force_ds_cpu_optimizer": False,  # offloading works with torch's AdamW too, and compiles nothing
+    "bf16.bf16_master_weights_and_grads": False,
+    "bf16.bf16_optimizer_states": False,
+    "fp16.fp16_master_weights_and_grads": False,
+    "gradient_allreduce_op": "mean",
+    "sequence_parallel_size": 1,
+}
+_SECTIONS = list(dict.fromkeys(key.split(".")[0] for key in (*_DECIDED_BY, *_FIXED) if "." in key))
+_AUTO_SECTIONS = ("zero_optimization", "bf16", "fp16")  # DeepSpeed reads "auto" in them as its own default
+_AUTO_KEYS = ("data_types.keep_in_fp32_modules", "pipeline.stages")  # "auto" is a value of these
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -25,30 +48,83 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     `deepspeed.data_types.grad_accum_dtype: fp32` adds them up in float32, at the stages that can.
 
     Args:
-        config: The section `deepspeed` wins over what is derived from the others, key by key.
+        config: The section `deepspeed` is laid over what is derived from the others. A key that they decide may stand
+            in it with the value that they give it, and nested in one of its sections also as "auto".
         world_size: Number of ranks.
 
     Raises:
-        UserError: DeepSpeed knows no such key or refuses a value; the key is set elsewhere; the batch does not divide.
+        UserError: DeepSpeed knows no such key or refuses a value; the key is set elsewhere, to another value; the batch
+            does not divide.
     """
-    for key, instead in _OWNED.items():
-        if key in config.deepspeed:
-            raise UserError(f"deepspeed.{key} cannot be set here; set {instead}")
     training = config.training
+    bf16 = training.precision == "bf16"
     derived = {
         "train_batch_size": training.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch(config, world_size),
         "gradient_accumulation_steps": training.accumulation,
         "gradient_clipping": training.clip,
         "zero_optimization": {"stage": training.zero},
-        "bf16": {"enabled": training.precision == "bf16"},
-        "zero_force_ds_cpu_optimizer": False,  # offloading works with torch's AdamW too, and compiles nothing
+        "bf16": {"enabled": bf16},
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,  # the trainer writes the log
     }
-    settings = merged(derived, config.deepspeed)
+    unset = {
+        "fp16": {"enabled": False},
+        "bfloat16": {"enabled": bf16},
+        "torch_autocast": {"enabled": False},
+        "data_types": {"param_dtype": training.precision},
+        "wandb": {"enabled": False},
+    }
+    settings = merged(derived, _without_ours(config.deepspeed, merged(unset, derived)))
     _check(settings)
     _refuse(settings)
     return settings
+
+
+def _without_ours(free: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """The section `deepspeed` without the keys that are decided elsewhere.
+
+    Args:
+        free: The section; it is not changed.
+        ours: The values decided elsewhere, nested as DeepSpeed nests them.
+
+    Raises:
+        UserError: One of the keys has another value, or "auto" stands where DeepSpeed does not know it.
+    """
+    free = copy.deepcopy(free)
+    for name in _SECTIONS:
+        if not isinstance(free.get(name, {}), dict):
+            raise UserError(f"deepspeed.{name} is {free[name]!r}; expected a section with keys in it")
+    for key in (*_DECIDED_BY, *_FIXED):
+        *path, name = key.split(".")
+        section = _lookup(free, path)
+        if not isinstance(section, dict) or name not in section:
+            continue
+        value = section.pop(name)
+        decided = _FIXED[key] if key in _FIXED else _lookup(ours, key.split("."))
+        if value != decided and not (path and value == "auto"):
+            mend = f"it is always {decided!r} here" if key in _FIXED else f"set {_DECIDED_BY[key]}"
+            raise UserError(f"deepspeed.{key} cannot be set here; {mend}")
+    _refuse_auto(free)
+    return {name: value for name, value in free.items() if value != {}}
+
+
+def _lookup(values: Any, path: list[str]) -> Any:
+    """What lies under a path of nested mappings; None where there is nothing."""
+    for name in path:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
+def _refuse_auto(values: dict[str, Any], prefix: str = "") -> None:
+    """Refuse "auto" where DeepSpeed would take it for true, or only fail at the first step."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            if key not in _AUTO_SECTIONS:
+                _refuse_auto(value, f"{key}.")
+        elif value == "auto" and key not in _AUTO_KEYS:
+            raise UserError(f"deepspeed.{key} is 'auto', which is for other trainers; give a value, or leave it out")
 
 
 def _refuse(settings: dict[str, Any]) -> None:
