@@ -31,6 +31,7 @@ class Plan:
     form: dict[str, Any]  # how samples are stored
     shards: dict[str, str]  # name of a tar -> digest of what the corpus says of its samples
     parts: int = 1  # of the latest run
+    dropped: tuple[Dropped, ...] = ()  # left out when the corpus was read
 
     @property
     def skip_bad(self) -> bool:
@@ -57,8 +58,10 @@ class Plan:
 def load_plan(notes: Path) -> Plan | None:
     """Read what `Plan.save` wrote; None if it is not there or damaged."""
     try:
-        return Plan(**json.loads((notes / PLAN).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        stored = json.loads((notes / PLAN).read_bytes())
+        stored["dropped"] = tuple(Dropped(**one) for one in stored.get("dropped", ()))
+        return Plan(**stored)
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
@@ -147,7 +150,7 @@ def _described(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_described(one) for one in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return [_name(type(value)), *(_described(getattr(value, one.name)) for one in fields(value))]
+        return [_name(type(value)), *(_described(getattr(value, one.name)) for one in fields(value) if one.compare)]
     if isinstance(value, partial):
         return ["call", *map(_described, (value.func, value.args, list(value.keywords.items())))]
     if isinstance(value, FunctionType | BuiltinFunctionType | type):

@@ -78,7 +78,14 @@ class Work:
         return sum(len(shard.items) for shard in self.part(part))
 
 
-def plan_shards(items: Sequence[Item], corpus: str, form: Format, arguments: Mapping[str, Any], parts: int = 1) -> Work:
+def plan_shards(
+    items: Sequence[Item],
+    corpus: str,
+    form: Format,
+    arguments: Mapping[str, Any],
+    parts: int = 1,
+    dropped: Sequence[Dropped] = (),
+) -> Work:
     """Deal the items to shards, split by split; their order within a split is the order of the shards.
 
     Args:
@@ -87,6 +94,7 @@ def plan_shards(items: Sequence[Item], corpus: str, form: Format, arguments: Map
         form: how samples are stored.
         arguments: JSON values kept in the manifest.
         parts: into how many runs the work is divided.
+        dropped: What was left out when the corpus was read, for the report.
 
     Raises:
         UserError: clashing ids, words that are no text, a picture without captions, an unknown twin, or nothing to
@@ -105,7 +113,7 @@ def plan_shards(items: Sequence[Item], corpus: str, form: Format, arguments: Map
             shards.append(_Planned(f"{split}-{number:06d}.tar", split, some, form, lists_digest(some, asdict(form))))
     lists = {shard.name: shard.lists for shard in shards}
     plain = json.loads(json.dumps(dict(arguments)))  # as it will be read back
-    return Work(Plan(corpus, plain, asdict(form), lists, parts), tuple(shards))
+    return Work(Plan(corpus, plain, asdict(form), lists, parts, tuple(dropped)), tuple(shards))
 
 
 def write_shards(
@@ -117,6 +125,7 @@ def write_shards(
     jobs: int = 1,
     progress: Progress = lambda done: None,
     restart: bool = False,
+    dropped: Sequence[Dropped] = (),
 ) -> Report:
     """Write all samples, then the index, the report and, last, the manifest; go on where an earlier run was stopped.
 
@@ -129,11 +138,12 @@ def write_shards(
         jobs: processes.
         progress: told how many pictures were done since the last call.
         restart: drop what an unfinished run has left.
+        dropped: What was left out when the corpus was read, for the report.
 
     Raises:
         UserError: bad input (unless `form.skip_bad`), clashing ids, nothing to write, or a folder in use.
     """
-    work = plan_shards(items, corpus, form, arguments)
+    work = plan_shards(items, corpus, form, arguments, dropped=dropped)
     with claimed(folder, WHOLE, work.plan, restart):
         kept = _write(work, folder, WHOLE, jobs, progress)
         report = _merge(folder, work.plan)
@@ -209,6 +219,7 @@ def _merge(folder: Path, plan: Plan) -> Report:
     if not gathered.shards:
         raise UserError(f"no sample is left to write: {gathered.report.dropped[0].reason}")
     sweep(folder, {shard.name for shard in gathered.shards})
+    gathered.report.dropped[:0] = plan.dropped
     report = gathered.report.save(folder)
     manifest.save(folder, plan.corpus, gathered.shards, gathered.splits, gathered.columns(), plan.arguments, report)
     return gathered.report

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ class Caption:
     audio: AudioSource
     text: str | None = None
     speaker: str | None = None
+    place: str = field(default="", compare=False)  # where the corpus names it, for messages
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Item:
     picture: PictureSource
     captions: tuple[Caption, ...]
     twin: str | None = None  # image id of the picture that this one is the swapped twin of
+    place: str = field(default="", compare=False)  # where the corpus names it, for messages
 
 
 def check_items(items: Sequence[Item]) -> None:

@@ -21,7 +21,7 @@ from shards import write as module
 from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.folder import UNFINISHED, Part, claimed, finished, tidy
-from shards.report import Report, load_report
+from shards.report import Dropped, Report, load_report
 from shards.write import Format, merge_shards, outlook, plan_shards, sample_key, write_part, write_shards
 from tests.shards import tiny_corpora as tiny
 
@@ -304,6 +304,26 @@ def test_report(tmp_path):
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["durations"] == [9]
     assert sorted(stored) == ["bytes", "dropped", "durations", "shards", "splits"]
+
+
+LEFT_OUT = Dropped("caption", "u", "train", "t.csv line 3: no audio", captions=1)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_was_left_out_when_the_corpus_was_read_is_reported(tmp_path, parts):
+    if parts == 1:
+        write_shards(ITEMS, tmp_path, "tiny", Format(), {}, dropped=[LEFT_OUT])
+    else:
+        work = plan_shards(ITEMS, "tiny", Format(), {}, parts, [LEFT_OUT])
+        for number in range(1, parts + 1):
+            write_part(work, tmp_path, Part(number, parts))
+        merge_shards(tmp_path)
+    assert load_report(tmp_path).dropped == [LEFT_OUT]
+
+
+def test_a_shard_does_not_depend_on_where_the_corpus_names_its_samples():
+    moved = [replace(item, place="t.csv line 9") for item in ITEMS]
+    assert plan_shards(moved, "tiny", Format(), {}).plan == plan_shards(ITEMS, "tiny", Format(), {}).plan
 
 
 def test_progress_counts_every_picture(tmp_path):
