@@ -13,26 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from shards.check_one import DIGEST, NAMED, Found, Task, check_shard, task_of, text
+from shards.check_one import Found, Task, check_shard, task_of
+from shards.duplicates import find_duplicates, gather_digests
 from shards.errors import UserError
+from shards.finding import Finding, shortened
 from shards.folder import UNFINISHED
 from shards.listing import listed
 from shards.manifest import INDEX, MANIFEST, Manifest, file_sha256, load, stored_problem
 from shards.pool import Progress, run_tasks
 from shards.report import REPORT, load_report
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's."""
-
-    where: str  # a file of the folder, or a split
-    what: str
-
-    def __str__(self) -> str:
-        """Show it in one line, whatever bytes a hostile name is made of."""
-        line = f"{self.where}: {self.what}"
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 @dataclass
@@ -112,8 +101,9 @@ def check_folder(
     found = dict(run_tasks(check_shard, _Tasks(manifest, chosen), jobs, progress))
     for shard in manifest.shards:
         _add(health, shard.name, found[shard.name])
-    digests = np.frombuffer(b"".join(found[shard.name].digests for shard in manifest.shards), dtype=f"S{DIGEST}")
-    _find_duplicates(health, manifest, digests)
+    digests = gather_digests(found[shard.name].digests for shard in manifest.shards)
+    for lines, more in zip((health.problems, health.warnings), find_duplicates(manifest, digests), strict=True):
+        lines += more
     _compare_manifest(health)
     _compare_report(health, manifest)
     _find_foreign(health, manifest)
@@ -180,43 +170,6 @@ def _add(health: Health, name: str, found: Found) -> None:
     health.recordings += found.recordings
 
 
-def _find_duplicates(health: Health, m: Manifest, digests: np.ndarray) -> None:
-    """Find ids and keys that come twice, and pictures of the same bytes; the latter may be meant within a split."""
-    shared: list[Finding] = []
-    repeated: list[Finding] = []
-    for what, column in (("image id", m.image_id), ("key", m.key)):
-        for one, other in _equal_pairs(column):
-            splits = _splits(m, one, other)
-            health.problems.append(Finding(splits, f"{what} {text(column[one])} comes twice, {_shards(m, one, other)}"))
-    for one, other in _equal_pairs(digests):
-        line = f"{text(m.image_id[one])} and {text(m.image_id[other])} are the same picture, {_shards(m, one, other)}"
-        (repeated if m.split[one] == m.split[other] else shared).append(Finding(_splits(m, one, other), line))
-    health.problems += _shortened(shared)
-    health.warnings += _shortened(repeated)
-
-
-def _equal_pairs(column: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Neighbouring rows among those of each value; empty values are nobody's."""
-    order = np.argsort(column, kind="stable")
-    same = (column[order[1:]] == column[order[:-1]]) & (column[order[1:]] != b"")
-    for place in np.flatnonzero(same):
-        yield int(order[place]), int(order[place + 1])
-
-
-def _splits(m: Manifest, one: int, other: int) -> str:
-    return " and ".join(dict.fromkeys(m.splits[m.split[row]] for row in (one, other)))
-
-
-def _shards(m: Manifest, one: int, other: int) -> str:
-    names = dict.fromkeys(m.shards[m.shard[row]].name for row in (one, other))
-    return f"in {' and '.join(names)}"
-
-
-def _shortened(findings: list[Finding]) -> list[Finding]:
-    rest = len(findings) - NAMED
-    return [*findings[:NAMED], Finding("all splits", f"and {rest} more like these")] if rest > 0 else findings
-
-
 def _compare_manifest(health: Health) -> None:
     """See that the manifest, all of which `load` understands, is also what was written, to the byte."""
     if problem := stored_problem(health.folder):
@@ -259,9 +212,9 @@ def _find_foreign(health: Health, m: Manifest) -> None:
     foreign = sorted(path.name for path in listed(health.folder) if path.name not in ours)
     tars = [name for name in foreign if name.endswith(".tar")]
     line = "is not in the manifest, but whatever reads *.tar would read it: remove it"
-    health.problems += _shortened([Finding(name, line) for name in tars])
-    rest = (name for name in foreign if name not in tars)
-    health.warnings += _shortened([Finding(name, _why_there(name)) for name in rest])
+    health.problems += shortened((Finding(name, line) for name in tars), len(tars))
+    rest = [name for name in foreign if name not in tars]
+    health.warnings += shortened((Finding(name, _why_there(name)) for name in rest), len(rest))
 
 
 def _why_there(name: str) -> str:

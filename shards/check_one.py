@@ -6,7 +6,6 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ import soundfile
 from PIL import Image
 
 from shards.audio import CODECS, MAX_SECONDS, SAMPLE_RATE
+from shards.duplicates import Digests, text
 from shards.errors import UserError
+from shards.finding import NAMED
 from shards.manifest import Manifest, ShardInfo
 from shards.picture import MAX_STORED_PIXELS as MAX_PIXELS
 from shards.picture import decode_picture
 from shards.pool import Progress
 from shards.reader import MAX_MEMBER, MAX_META
 from shards.tar import DamagedTar, Member, TarScan
-
-DIGEST = 16  # bytes that stand for a picture's
-NAMED = 8  # findings named of one shard; the rest are counted
 
 _SIDE = 224  # pixels a picture is decoded to, as training does
 _TOLERANCE = 0.05  # seconds between what the index says and what is there
@@ -57,11 +55,11 @@ class Task:
 
 @dataclass
 class Found:
-    """What is wrong with a shard; `digests` are its pictures', in order, zeros where none was read."""
+    """What is wrong with a shard, and what its samples are known by."""
 
+    digests: Digests
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    digests: bytes = b""
     pictures: int = 0  # decoded
     recordings: int = 0
 
@@ -84,11 +82,6 @@ def task_of(m: Manifest, shard: int, decode: np.ndarray) -> Task:
     return Task(m.folder / m.shards[shard].name, m.shards[shard], split, tuple(samples))
 
 
-def text(stored: bytes) -> str:
-    """A byte string of the index; bytes that are not UTF-8 are shown as such."""
-    return stored.decode("utf-8", "backslashreplace")
-
-
 def check_shard(task: Task, progress: Progress) -> Found:
     """Read a shard once, from front to back; memory is bounded by its largest member, of at most 64 MiB.
 
@@ -96,7 +89,7 @@ def check_shard(task: Task, progress: Progress) -> Found:
         task: the shard and what the index says of it.
         progress: told how many samples were done since the last call.
     """
-    found = Found()
+    found = Found(Digests(len(task.samples), sum(len(sample.durations) for sample in task.samples)))
     try:
         status = task.path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -107,7 +100,6 @@ def check_shard(task: Task, progress: Progress) -> Found:
             _scan(task, status.st_size, found)
     except OSError as error:
         found.problems.append("is missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}")
-    found.digests = found.digests or bytes(DIGEST * len(task.samples))
     found.problems, found.warnings = _shortened(found.problems), _shortened(found.warnings)
     progress(len(task.samples))
     return found
@@ -134,30 +126,30 @@ class _Place:
     part: int
     size: int  # bytes
     names: tuple[str, ...]  # one of these
+    first_caption: int  # of the sample, among the captions of the shard
 
 
 def _scan(task: Task, size: int, found: Found) -> None:
     places = _places(task, found)
-    digests: dict[int, bytes] = {}
     with open(task.path, "rb") as file:
         scan = TarScan(file, size)
         try:
             for member in scan.members():
                 place = places.pop(member.offset, None)
                 if _fits(member, place, found) and place and member.data is not None:
-                    _look_into(task, place, member.data, found, digests)
+                    _look_into(task, place, member.data, found)
             for offset, place in places.items():
                 found.problems.append(f"there is no member {place.names[0]} at byte {offset:,}, as the index says")
         except DamagedTar as damage:
             found.problems.append(f"{damage}; the rest of the shard was not looked at")
         if scan.sha256() != task.info.sha256:
             found.problems.append("its checksum is not the manifest's: its bytes changed since it was written")
-    found.digests = b"".join(digests.get(n, bytes(DIGEST)) for n in range(len(task.samples)))
 
 
 def _places(task: Task, found: Found) -> dict[int, _Place]:
     """The members that the index expects, by their offset."""
     places: dict[int, _Place] = {}
+    captions = 0
     for number, sample in enumerate(task.samples):
         if not _KEY.fullmatch(sample.key):
             found.problems.append(f"sample {sample.key!r}: a key has letters, digits, _ and - only")
@@ -166,7 +158,8 @@ def _places(task: Task, found: Found) -> dict[int, _Place]:
         if not sample.durations:
             found.problems.append(f"sample {sample.key}: it has no captions")
         for part, (offset, length) in enumerate(sample.members):
-            places[offset] = _Place(number, part, length, names[part])
+            places[offset] = _Place(number, part, length, names[part], captions)
+        captions += len(sample.durations)
     if list(places) != sorted(places) or len(places) < sum(len(sample.members) for sample in task.samples):
         found.problems.append("its members do not lie one behind another in the order of the index")
     return places
@@ -192,16 +185,19 @@ def _fits(member: Member, place: _Place | None, found: Found) -> bool:
     return False
 
 
-def _look_into(task: Task, place: _Place, data: bytes, found: Found, digests: dict[int, bytes]) -> None:
-    sample = task.samples[place.sample]
+def _look_into(task: Task, place: _Place, data: bytes, found: Found) -> None:
+    sample, digests = task.samples[place.sample], found.digests
     warning = None
     if place.part == 0:
-        problem = _problem_of_meta(data, sample, task.split)
+        problem, utterances = _look_into_meta(data, sample, task.split)
+        for number, utterance in enumerate(utterances, place.first_caption):
+            digests.put(digests.utterances, number, utterance.encode(errors="surrogatepass"))
     elif place.part == 1:
-        digests[place.sample] = blake2b(data, digest_size=DIGEST).digest()
+        digests.put(digests.pictures, place.sample, data)
         problem = problem_of_picture(data, sample.decode)
         found.pictures += sample.decode
     else:
+        digests.put(digests.recordings, place.first_caption + place.part - 2, data)
         problem, warning = problem_of_recording(data, sample.durations[place.part - 2], sample.decode)
         found.recordings += sample.decode
     name = place.names[0] if place.part < 2 else f"{sample.key}, caption {place.part - 2}"
@@ -211,27 +207,33 @@ def _look_into(task: Task, place: _Place, data: bytes, found: Found, digests: di
         found.warnings.append(f"{name}: {warning}")
 
 
-def _problem_of_meta(data: bytes, sample: Stored, split: str) -> str | None:
-    """What of a sample's JSON does not agree with the index."""
+def _look_into_meta(data: bytes, sample: Stored, split: str) -> tuple[str | None, list[str]]:
+    """What of a sample's JSON does not agree with the index; if all of it does, the ids of its utterances too."""
     if len(data) > MAX_META:
-        return f"{len(data):,} bytes, the limit is {MAX_META:,}"
+        return f"{len(data):,} bytes, the limit is {MAX_META:,}", []
     try:
         meta = json.loads(data)
-        wanted = {"image_id": sample.image_id, "split": split, "twin": sample.twin}
-        for name, value in wanted.items():
-            # The index has no twin where that picture was dropped.
-            if meta.get(name) != value and not (name == "twin" and value is None):
-                return f"{name} is {meta.get(name)!r}, in the index {value!r}"
-        captions = meta["captions"]
-        if len(captions) != len(sample.durations):
-            return f"it has {len(captions)} captions, in the index {len(sample.durations)}"
-        for number, (caption, duration) in enumerate(zip(captions, sample.durations, strict=True)):
-            if not isinstance(caption["text"], str | None) or not isinstance(caption["utterance"], str):
-                return f"caption {number} has no text or utterance"
-            if abs(caption["duration"] - duration) > 1e-3:
-                return f"caption {number} is {caption['duration']} s long, in the index {duration:.3f} s"
+        problem = _problem_of_meta(meta, sample, split)
+        return problem, [] if problem else [caption["utterance"] for caption in meta["captions"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"not a sample's JSON ({type(error).__name__}: {error})"
+        return f"not a sample's JSON ({type(error).__name__}: {error})", []
+
+
+def _problem_of_meta(meta: Any, sample: Stored, split: str) -> str | None:
+    """What of a sample's JSON does not agree with the index; any error of it if it has another form."""
+    wanted = {"image_id": sample.image_id, "split": split, "twin": sample.twin}
+    for name, value in wanted.items():
+        # The index has no twin where that picture was dropped.
+        if meta.get(name) != value and not (name == "twin" and value is None):
+            return f"{name} is {meta.get(name)!r}, in the index {value!r}"
+    captions = meta["captions"]
+    if len(captions) != len(sample.durations):
+        return f"it has {len(captions)} captions, in the index {len(sample.durations)}"
+    for number, (caption, duration) in enumerate(zip(captions, sample.durations, strict=True)):
+        if not isinstance(caption["text"], str | None) or not isinstance(caption["utterance"], str):
+            return f"caption {number} has no text or utterance"
+        if abs(caption["duration"] - duration) > 1e-3:
+            return f"caption {number} is {caption['duration']} s long, in the index {duration:.3f} s"
     return None
 
 

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards import manifest, stream
-from shards.check import Finding, Health, check_folder, split_rows
+from shards.check import Health, check_folder, split_rows
 from shards.check_one import MAX_PIXELS, check_shard, task_of
 from shards.errors import UserError
+from shards.finding import Finding
 from shards.folder import UNFINISHED
 from shards.plan import advise
 from tests.shards import damage
@@ -405,32 +406,6 @@ def test_many_findings_of_a_shard_are_counted(folder: Path) -> None:
     found = problems(folder)
     assert len(found) == 9
     assert found[-1] == f"{SHARD}: and 4 more like these"
-
-
-def test_same_picture_in_two_splits(tmp_path: Path) -> None:
-    items = [*damage.corpus(), damage.item("other", "test", seed=4)]
-    found = problems(damage.write(tmp_path / "shards", items), 0)
-    assert_sole(found, "train and test: t4 and other are the same picture, in train-000001.tar and test-000000.tar")
-
-
-def test_same_picture_within_a_split_is_a_warning(tmp_path: Path) -> None:
-    items = [*damage.corpus(), damage.item("other", "train", seed=0), damage.item("third", "train", seed=0)]
-    found = warnings(damage.write(tmp_path / "shards", items))
-    assert len(found) == 2
-    assert found[0].startswith("train: t0 and other are the same picture, in train-000000.tar and train-000002.tar")
-    assert "other and third" in found[1]
-
-
-def test_id_and_key_in_two_splits(folder: Path) -> None:
-    m = manifest.load(folder)
-    for column in ("image_id", "key"):
-        values = getattr(m, column).copy()
-        values[10] = b"t4"
-        damage.resave(folder, **{column: values})
-    found = problems(folder, 0)
-    where = "in train-000001.tar and test-000000.tar"
-    assert f"train and test: image id t4 comes twice, {where}" in found
-    assert f"train and test: key t4 comes twice, {where}" in found
 
 
 def test_foreign_files(folder: Path) -> None:
