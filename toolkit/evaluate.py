@@ -3,8 +3,10 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -12,15 +14,20 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
 from shards.errors import UserError, run_main
 from toolkit.config import Config
 from toolkit.config_loader import SAVED, Parser, parse
+from toolkit.run_folder import load_run
 
 if TYPE_CHECKING:
+    from shards.manifest import Manifest
     from toolkit.model.retrieval import SpeechImageModel
 
 RECALL, GALLERY = "recall.json", "retrieved.png"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print recall in both directions and write it to RUN/recall.json, beside a picture of retrieved examples.
+    """Print recall in both directions and write it to the run folder, with a picture of retrieved examples.
+
+    The run's final evaluation, as it is configured, is RUN/recall.json and RUN/retrieved.png; any other has file names
+    that say what it is of.
 
     Args:
         arguments: Command-line arguments; default: those of this process.
@@ -49,11 +56,14 @@ def main(arguments: list[str] | None = None) -> None:
     found = retrieve(model, manifest, split, config, k, process)
     if rank == 0:
         report = found.report | {"shards": config.data.shards, "checkpoint": export.name, "step": read_step(export)}
-        with atomic(run / RECALL) as file:
+        suffix = result_suffix(config, manifest, split, k, export)
+        recall, gallery = (with_suffix(run / name, suffix) for name in (RECALL, GALLERY))
+        with atomic(recall) as file:
             file.write(json.dumps(report, indent=1).encode() + b"\n")
-        save_gallery(manifest, found, run / GALLERY)
+        save_gallery(manifest, found, gallery)
         print(table(report, manifest.corpus))
-        print(f"examples of what was retrieved: {run / GALLERY}")
+        print(f"recall: {recall}{f' ({RECALL} is for the final evaluation as configured)' if suffix else ''}")
+        print(f"examples of what was retrieved: {gallery}")
 
 
 def read_arguments(arguments: list[str]) -> tuple[Config, str, int, str | None]:
@@ -87,13 +97,68 @@ def find_export(run: Path, checkpoint: str | None) -> Path:
         UserError: There is none.
     """
     names = ["best", "last"] if checkpoint is None else [checkpoint]
-    for folder in [run / "export" / name for name in names] + [Path(name) for name in names if os.sep in name]:
-        if (folder / "config.json").is_file():
-            return folder
+    for folder in _exports(run, names):
+        return folder
     if checkpoint is None:
         raise UserError(f"{run} holds no exported model yet: training writes one when it evaluates or saves")
     there = ", ".join(sorted(path.parent.name for path in (run / "export").glob("[!.]*/config.json"))) or "nothing"
     raise UserError(f"no exported model {checkpoint}: {run / 'export'} holds {there}")
+
+
+def _exports(run: Path, names: list[str]) -> Iterator[Path]:
+    """The exported models of these names or paths that are there."""
+    for folder in [run / "export" / name for name in names] + [Path(name) for name in names if os.sep in name]:
+        if (folder / "config.json").is_file():
+            yield folder
+
+
+def result_suffix(config: Config, manifest: "Manifest", split: str, k: int, export: Path) -> str:
+    """What the file names of an evaluation's result carry, beside `recall` and `retrieved`.
+
+    Args:
+        config: The run's configuration, with what the command line has changed.
+        manifest: The shards.
+        split: The split evaluated.
+        k: Answers to a query that were reordered.
+        export: The exported model.
+
+    Returns:
+        Nothing for the run's final evaluation as configured: its split of its own shards, with its settings and its
+        best model, or its last where there is no best. Else the split, the checksum of the shards, and the settings
+        that differ.
+    """
+    run, own = Path(config.run), load_run(config.run)
+    matching = own.objectives.matching.weight > 0
+    final_export = next(iter(_exports(run, ["best", "last"])), export)
+    settings = {  # as they are, and as in the final evaluation
+        "rerank": (k, own.final.rerank if matching else 0),
+        "fuse": (config.evaluation.fuse, own.evaluation.fuse if k else config.evaluation.fuse),
+        "max_seconds": (config.data.max_seconds, own.data.max_seconds),
+        "image_size": (config.data.image_size, own.data.image_size),
+        "resize": (config.data.resize, own.data.resize),
+        "checkpoint": (export.resolve(), final_export.resolve()),
+    }
+    differing = [f"-{name}-{getattr(here, 'name', here)}" for name, (here, final) in settings.items() if here != final]
+    if not differing and split == (own.final.split or "test") and _is_own_data(own, config, manifest):
+        return ""
+    return "-".join(["", quote(split, safe=""), manifest.hash[:8]]) + "".join(differing)
+
+
+def _is_own_data(own: Config, config: Config, manifest: "Manifest") -> bool:
+    """Whether shards are the run's own, wherever they lie: by the checksum that its checkpoints know, or by name."""
+    from toolkit.training.progress import MARKER, read_marker
+
+    markers = sorted(Path(config.run).glob(f"checkpoints/step-*/{MARKER}"), reverse=True)
+    for path in [] if own.data.mixture else markers:
+        if not isinstance(saved := read_marker(path.parent), str):
+            return manifest.hash in saved.data
+    names = (own.data.shards, config.data.shards)
+    return len({name if "://" in name else str(Path(name).resolve()) for name in names}) == 1
+
+
+def with_suffix(path: Path, suffix: str) -> Path:
+    """The path with something more at the end of its name, before the dot."""
+    return path.with_name(f"{path.stem}{suffix}{path.suffix}")
 
 
 def load_model(export: Path) -> "SpeechImageModel":

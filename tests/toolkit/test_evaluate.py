@@ -1,6 +1,7 @@
 """A whole evaluation of a small random model: against one-at-a-time encoding and loops, on one and several ranks."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -293,13 +294,103 @@ def test_command_writes_recall_and_picture_and_prints_a_table(run, monkeypatch, 
     assert not [path.name for path in run.iterdir() if "tmp" in path.name]
 
 
-def test_command_takes_options_and_overrides(run, monkeypatch):
+def results(run):
+    """The bytes of the results in a run folder, by name."""
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.name.startswith(("recall", "retrieved"))}
+
+
+def moved(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "moved")
+    return ["--data.shards", str(tmp_path / "moved")]
+
+
+def others(folder, tmp_path, monkeypatch):
+    write_shards([item(7, "other", "test")], tmp_path / "others", "toy", Format(), {})
+    return ["--data.shards", str(tmp_path / "others")]
+
+
+def made_again(folder, tmp_path, monkeypatch):
+    """Other data in the place that the run's configuration names."""
+    shards = tmp_path / "again"
+    write_shards([item(8, "again", "test")], shards, "toy", Format(), {})
+    saved = tmp_path / "config.yaml"
+    saved.write_text(saved.read_text().replace(str(folder), str(shards)))
+    return []
+
+
+def checkpoint(run, data):
+    """The marker of a checkpoint that was trained on some data."""
+    shared = {"name": "shared.safetensors", "bytes": 0, "sha256": ""}
+    state = {"format": 2, "config": "", "data": data, "files": [shared], "applied_steps": 1}
+    (run / "checkpoints/step-00000001").mkdir(parents=True)
+    (run / "checkpoints/step-00000001/progress.json").write_text(json.dumps(state))
+
+
+OF = r"-{}-[0-9a-f]{{8}}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suffix"),
+    [
+        ([], ""),
+        (["--split", "test", "--rerank", "4", "--checkpoint", "best"], ""),
+        (["--evaluation.batch_size", "3", "--data.workers", "0"], ""),
+        (moved, ""),
+        (["--split", "train"], OF.format("train")),
+        (["--final.split", "train"], OF.format("train")),
+        (["--rerank", "3"], OF.format("test") + "-rerank-3"),
+        (["--rerank", "0", "--checkpoint", "last"], OF.format("test") + "-rerank-0-checkpoint-last"),
+        (["--data.max_seconds", "0.5"], OF.format("test") + "-max_seconds-0.5"),
+        (["--evaluation.fuse", "matching"], OF.format("test") + "-fuse-matching"),
+        (["--data.resize", "squash"], OF.format("test") + "-resize-squash"),
+        (others, OF.format("test")),
+        (made_again, OF.format("test")),
+    ],
+)
+def test_only_the_final_evaluation_has_the_name_of_the_runs_result(
+    run, folder, tmp_path, monkeypatch, capsys, arguments, suffix
+):
     monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
     random_model().save_pretrained(run / "export" / "last")
-    evaluate.main(["--run", str(run), "--rerank", "0", "--checkpoint", "last", "--data.max_seconds", "0.5"])
-    report = json.loads((run / "recall.json").read_text())
-    assert (report["checkpoint"], report["step"], report["max_seconds"]) == ("last", None, 0.5)
-    assert report["reranked"] is None
+    checkpoint(run, [load(folder).hash])
+    evaluate.main(["--run", str(run)])
+    before = results(run)
+    assert set(before) == {"recall.json", "retrieved.png"}
+    capsys.readouterr()
+    given = arguments if isinstance(arguments, list) else arguments(folder, tmp_path, monkeypatch)
+    evaluate.main(["--run", str(run), *given])
+    printed, after = capsys.readouterr().out, results(run)
+    if not suffix:
+        assert set(after) == set(before)
+        assert f"recall: {run / 'recall.json'}\n" in printed
+        return
+    assert before.items() <= after.items(), "the run's own result was overwritten"
+    names = sorted(set(after) - set(before))
+    for name, pattern in zip(names, (rf"recall{suffix}\.json", rf"retrieved{suffix}\.png"), strict=True):
+        assert re.fullmatch(pattern, name)
+        assert str(run / name) in printed
+    report = json.loads(after[names[0]])
+    assert f"{report['split']}-{load(report['shards']).hash[:8]}" in names[0]
+
+
+@pytest.mark.parametrize("made", [moved, others])
+def test_without_a_checkpoint_the_name_of_the_shards_tells_whether_they_are_the_runs_own(
+    run, folder, tmp_path, monkeypatch, made
+):
+    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    evaluate.main(["--run", str(run), *made(folder, tmp_path, monkeypatch)])
+    assert "recall.json" not in results(run)
+    evaluate.main(["--run", str(run), "--data.shards", str(folder / ".." / folder.name)])
+    assert "recall.json" in results(run)
+
+
+def test_a_run_without_matching_keeps_its_result_under_its_own_name(run, folder, monkeypatch):
+    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    settled = settings(folder)
+    settled.objectives.matching.weight = 0
+    (run / "config.yaml").write_text(to_yaml(settled))
+    evaluate.main(["--run", str(run)])
+    assert set(results(run)) == {"recall.json", "retrieved.png"}
 
 
 @pytest.mark.parametrize(
