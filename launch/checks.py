@@ -14,6 +14,7 @@ from launch.cluster import Asked, minutes
 from launch.estimate import count, estimate, trunk_values
 from shards.errors import UserError
 from toolkit.config import Config, micro_batch
+from toolkit.config_check import batch_warnings
 from toolkit.run_folder import check_run, to_yaml
 
 # Said of a job that no node can ever run, which sbatch itself may take and let wait for ever, or that sbatch refuses.
@@ -43,7 +44,7 @@ def job_checks(asked: Asked) -> list[Check]:
     config = asked.config
     checks = [
         Check("time", lambda: f"{minutes(config.launch.time)} minutes"),
-        Check("batch", lambda: f"{micro_batch(config, asked.ranks)} pairs a rank and micro-batch", config.training),
+        Check("batch", lambda: check_batch(config, asked.ranks), (config.training, config.objectives)),
         Check("model", lambda: check_model(config), (config.model, config.objectives)),
         Check("run folder", lambda: check_folder(config, asked.ranks), config.run),
     ]
@@ -55,6 +56,16 @@ def job_checks(asked: Asked) -> list[Check]:
         checks.append(Check("partition", lambda: check_partition(asked)))
         checks += [_known(kind, name) for kind, name in (("account", launch.account), ("qos", launch.qos)) if name]
     return checks
+
+
+def check_batch(config: Config, ranks: int) -> str:
+    """Divide the batch among the ranks, and say what an objective loses by the size of a part.
+
+    Raises:
+        UserError: It does not divide.
+    """
+    pairs = f"{micro_batch(config, ranks)} pairs a rank and micro-batch"
+    return "; ".join([pairs, *(f"warning: {line}" for line in batch_warnings(config, ranks))])
 
 
 def data_checks(asked: Asked) -> list[Check]:

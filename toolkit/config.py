@@ -237,7 +237,7 @@ class Config:
     final: Final = field(default_factory=Final)
     wandb: Wandb = field(default_factory=Wandb)
     launch: Launch = field(default_factory=Launch)
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own keys, except those that other sections decide
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own keys, but those decided above
 
 
 def micro_batch(config: Config, world_size: int) -> int:

@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from shards.errors import UserError
-from toolkit.config import Config
+from toolkit.config import Config, micro_batch
 
 
 def check(config: Config) -> None:
@@ -110,6 +110,46 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
             "--evaluation.rerank needs the matching objective, whose weight is 0: set it to 0 too",
         ),
     ]
+
+
+def batch_warnings(config: Config, world_size: int) -> list[str]:
+    """What an objective loses by the size of a rank's micro-batch; nothing else would show it.
+
+    Args:
+        config: The configuration.
+        world_size: Number of ranks.
+
+    Returns:
+        A line for each, with what to set.
+
+    Raises:
+        UserError: The batch does not divide by ranks and accumulation.
+    """
+    micro, objectives = micro_batch(config, world_size), config.objectives
+    matching, denoising = objectives.matching, objectives.denoising
+    candidates = micro * (world_size if matching.negatives == "global" else 1)
+    pairs = f"{micro} pair{'s' * (micro > 1)} a rank and micro-batch"
+    raise_it = "raise --training.batch_size, or lower the number of ranks or --training.accumulation"
+    found = []
+    if matching.weight > 0 and candidates == 1:
+        other = "" if world_size == 1 else ", or set --objectives.matching.negatives global"
+        found.append(
+            f"{pairs}: SIM has no other pair to draw negatives from and sees matching pairs only; {raise_it}{other}"
+        )
+    if denoising.weight > 0 and denoising.noise == "swap":
+        if micro == 1:
+            found.append(
+                f"{pairs}: CMD has no other row to swap tokens with, and its loss is 0; {raise_it}, or set "
+                "--objectives.denoising.noise gaussian"
+            )
+        elif micro % denoising.donors and micro < config.training.batch_size:
+            divisors = [size for size in range(2, micro + 1) if micro % size == 0]
+            best = min(divisors, key=lambda size: (abs(size - denoising.donors), size))
+            found.append(
+                f"{pairs}: --objectives.denoising.donors {denoising.donors} does not divide that, so that CMD's noise "
+                f"depends on the number of ranks; set it to {best}"
+            )
+    return found
 
 
 def _get(config: Config, key: str) -> Any:

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
 
 from shards.errors import UserError, run_main
 from toolkit.config import Config
+from toolkit.config_check import batch_warnings
 from toolkit.config_loader import Parser, parse
 from toolkit.run_folder import keep_configuration, prepare_run
 
@@ -94,6 +95,8 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
         raise UserError(f"--ranks is {ranks}; expected 1 or more")
     manifests, order = open_order(config, ranks)
     check_dev(config)
+    for line in batch_warnings(config, ranks):
+        print(f"warning: {line}", file=sys.stderr)
     return plan(
         order,
         manifests,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shards.json_lines import read_records
 from toolkit.config import Config
+from toolkit.config_check import batch_warnings
 from toolkit.run_folder import git_state
 from toolkit.training.background import tell
 from toolkit.training.progress import Progress
@@ -68,6 +69,8 @@ class Log:
             f"({self.device.type}, {c.training.precision}, ZeRO {c.training.zero}), {trained / 1e6:.1f} M of "
             f"{total / 1e6:.1f} M parameters trained, steps {self.first} to {c.training.steps}"
         )
+        for line in batch_warnings(c, self.world_size):
+            self.say(f"warning: {line}")
         if self.first:
             self.say(f"continued from the checkpoint at step {self.first}")
         self._write({"event": "began", "at": self.first, "ranks": self.world_size})

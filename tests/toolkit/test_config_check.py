@@ -1,0 +1,79 @@
+"""What the size of a rank's micro-batch takes from the objectives: said, with what to set, and true."""
+
+import re
+
+import pytest
+import torch
+
+from shards.errors import UserError
+from toolkit.config import Config
+from toolkit.config_check import batch_warnings
+from toolkit.objectives.denoising import add_noise
+from toolkit.objectives.row_random import RowRandom
+
+
+def config(batch, accumulation=1, donors=8, **objectives):
+    made = Config()
+    made.training.batch_size, made.training.accumulation = batch, accumulation
+    made.objectives.denoising.donors = donors
+    for name, value in objectives.items():
+        section, key = name.split("_")
+        setattr(getattr(made.objectives, section), key, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "ranks", "donors", "objectives", "said"),
+    [
+        (256, 1, 8, 8, {}, []),
+        (256, 2, 4, 16, {}, []),
+        (1, 1, 1, 2, {}, ["SIM", "CMD has no other row"]),
+        (4, 4, 1, 2, {}, ["SIM", "CMD has no other row"]),
+        (4, 1, 4, 2, {}, ["CMD has no other row"]),
+        (4, 1, 4, 2, {"matching_negatives": "local"}, ["SIM.*, or set --objectives.matching.negatives global$", "CMD"]),
+        (4, 1, 4, 2, {"denoising_noise": "gaussian"}, []),
+        (4, 1, 4, 2, {"denoising_noise": "mask"}, []),
+        (4, 1, 4, 2, {"denoising_weight": 0.0}, []),
+        (1, 1, 1, 2, {"denoising_weight": 0.0, "matching_weight": 0.0}, []),
+        (48, 1, 8, 8, {}, ["donors 8 does not divide.* set it to 6$"]),
+        (40, 4, 1, 8, {}, ["donors 8 does not divide.* set it to 10$"]),
+        (28, 1, 4, 4, {}, ["donors 4 does not divide.* set it to 7$"]),
+        (4, 1, 2, 8, {}, ["2 pairs a rank.* set it to 2$"]),
+        (28, 1, 4, 4, {"denoising_noise": "mask"}, []),
+        (10, 1, 1, 8, {}, []),
+    ],
+)
+def test_what_a_small_micro_batch_takes_is_said(batch, accumulation, ranks, donors, objectives, said):
+    found = batch_warnings(config(batch, accumulation, donors, **objectives), ranks)
+    assert len(found) == len(said)
+    for line, pattern in zip(found, said, strict=True):
+        assert re.search(pattern, line)
+        assert "\n" not in line
+
+
+def test_a_batch_that_does_not_divide_is_refused_as_ever():
+    with pytest.raises(UserError, match="does not divide by 3 ranks"):
+        batch_warnings(config(4), 3)
+
+
+def noised(batch, ranks, donors):
+    """The positions that swap noises in a global batch, computed in the parts of its ranks."""
+    tokens = torch.arange(batch * 6.0).reshape(batch, 6, 1).repeat(1, 1, 2)
+    ids, rows = torch.arange(batch), torch.arange(batch)
+    parts = []
+    for part in rows.chunk(ranks):
+        mask, random = torch.ones(len(part), 6, dtype=torch.bool), RowRandom(3, part)
+        parts.append(add_noise(tokens[part], mask, ids[part], "swap", 0.5, 1, 0.0, random, donors).tokens)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("batch", [4, 6, 8, 12, 16])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("donors", [2, 3, 4, 8])
+def test_noise_is_the_same_on_any_number_of_ranks_where_nothing_is_said(batch, ranks, donors):
+    if batch % ranks == 0:
+        same = torch.equal(noised(batch, ranks, donors), noised(batch, 1, donors))
+        assert same or batch_warnings(config(batch, donors=donors), ranks)
+        for line in batch_warnings(config(batch, donors=donors), ranks):
+            if mend := re.search(r"set it to (\d+)$", line):
+                assert torch.equal(noised(batch, ranks, int(mend[1])), noised(batch, 1, int(mend[1])))
