@@ -13,10 +13,12 @@ from typing import NamedTuple
 from launch.cluster import Asked, minutes
 from launch.estimate import count, estimate, trunk_values
 from shards.errors import UserError
-from toolkit.config import Config, micro_batch
+from toolkit.config import Config, gpu_count, micro_batch
 from toolkit.config_check import batch_warnings
 from toolkit.run_folder import check_run, to_yaml
 
+# The column of sacctmgr that names an account or a QOS.
+_NAME_OF = {"account": "account", "qos": "name"}
 # Said of a job that no node can ever run, which sbatch itself may take and let wait for ever, or that sbatch refuses.
 _HOPELESS = re.compile("Requested node configuration is not available|Invalid")
 
@@ -43,6 +45,7 @@ def job_checks(asked: Asked) -> list[Check]:
     """What does not need the shards."""
     config = asked.config
     checks = [
+        Check("GPUs", lambda: check_gpus(asked)),
         Check("time", lambda: f"{minutes(config.launch.time)} minutes"),
         Check("batch", lambda: check_batch(config, asked.ranks), (config.training, config.objectives)),
         Check("model", lambda: check_model(config), (config.model, config.objectives)),
@@ -75,6 +78,27 @@ def data_checks(asked: Asked) -> list[Check]:
         Check("shards", lambda: check_shards(config), (config.data, config.evaluation, config.final)),
         Check("order", lambda: check_order(config, asked.ranks), (config.data, config.training, config.seed)),
     ]
+
+
+def check_gpus(asked: Asked) -> str:
+    """Compare the GPUs of a node with its ranks.
+
+    Raises:
+        UserError: There are fewer, or they are asked for as a number of the whole job, of several nodes.
+    """
+    launch, ranks = asked.config.launch, asked.ranks_per_node
+    count = gpu_count(launch.gpus_per_node)
+    if not count or asked.cluster != "slurm":
+        return "none asked for"
+    if "gpus" in asked.profile.sbatch and launch.nodes > 1:
+        raise UserError(
+            f"sbatch.gpus of the profile {asked.profile.name} counts GPUs of the whole job, which SLURM may share out "
+            f"unevenly over {launch.nodes} nodes: set gpus_per_node to those of each node instead"
+        )
+    if count < ranks:
+        raise UserError(f"{ranks} ranks a node cannot share {count} GPUs: set --ranks-per-node to {count} or less")
+    idle = f", {count - ranks} of them idle: --ranks-per-node 0 gives each a rank" if count > ranks else ""
+    return f"{count} for {ranks} ranks a node{idle}"
 
 
 def check_model(config: Config) -> str:
@@ -226,25 +250,28 @@ def check_partition(asked: Asked) -> str:
     return f"{names[problems.index(None)]} is up, and takes {launch.nodes} nodes for {launch.time}"
 
 
-def check_known(kind: str, name: str) -> str:
-    """Ask SLURM's accounting for an account or a QOS; where there is no accounting nothing is asked.
+def check_known(kind: str, names: str) -> str:
+    """Ask SLURM's accounting for accounts or QOS; where there is no accounting nothing is asked.
+
+    Args:
+        kind: "account" or "qos".
+        names: One, or several with commas between; capitals do not matter, as for sbatch.
 
     Raises:
-        UserError: It does not know the name.
+        UserError: It does not know one of them.
     """
-    command = ["sacctmgr", "--noheader", "--parsable2", "--readonly", "list", kind, "format=name"]
+    command = ["sacctmgr", "--noheader", "--parsable2", "--readonly", "list", kind, f"format={_NAME_OF[kind]}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return "not looked at: no accounting"
-    known = answer.stdout.split()
-    if answer.returncode:
+    known = sorted({line.strip().lower() for line in answer.stdout.splitlines()} - {""})
+    if answer.returncode or not known:
         return "not looked at: no accounting"
-    if name not in known:
-        raise UserError(
-            f"--{kind} {name}: SLURM knows none of that name; there are {', '.join(sorted(known)) or 'none'}"
-        )
-    return f"SLURM knows {name}"
+    for name in names.split(","):
+        if name.strip().lower() not in known:
+            raise UserError(f"--{kind} {name}: SLURM knows none of that name; there are {', '.join(known)}")
+    return f"SLURM knows {names}"
 
 
 def check_script(script: str, only_hopeless: bool = False) -> str:

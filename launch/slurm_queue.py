@@ -6,6 +6,10 @@ import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from shards.errors import UserError
+
+# A line of sbatch's answer; with --parsable the second. A cluster is named where there are several.
+_SUBMITTED = (re.compile(r"Submitted batch job (\d+)(?: on cluster \S+)?"), re.compile(r"(\d+)(?:;\S+)?"))
 _PATIENCE = 20.0  # seconds that SLURM may take to answer
 
 
@@ -61,6 +65,22 @@ def _ended(ids: list[str]) -> dict[str, Queued]:
         if job in ids and word not in ("PENDING", "RUNNING", "REQUEUED", ""):  # accounts lag behind the queue
             found[job] = Queued(word, "", False)
     return found
+
+
+def job_number(answer: str | bytes) -> str:
+    """The number of the job in what sbatch printed, beside greetings and advice that a site may add.
+
+    Raises:
+        UserError: No line is sbatch's own. The job may be there all the same.
+    """
+    text = answer.decode(errors="replace") if isinstance(answer, bytes) else answer
+    lines = [line.strip().removeprefix("sbatch: ") for line in text.splitlines()]
+    for pattern in _SUBMITTED:
+        numbers = [found[1] for line in lines if (found := pattern.fullmatch(line))]
+        if numbers:
+            return numbers[-1]
+    said = " ".join(text.split())[:200]
+    raise UserError(f"sbatch's answer ({said or 'nothing'}) names no job; if squeue --me shows it, end it with scancel")
 
 
 def ask(command: list[str]) -> list[str] | None:

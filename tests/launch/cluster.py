@@ -19,7 +19,12 @@ SCRIPTS = {
         esac
     """,
     "sacctmgr": """
-        case "$*" in *"list account"*) printf 'root\\nspeech\\n';; *"list qos"*) echo normal;; *) exit 1;; esac
+        case "$*" in
+        *"list account format=account") printf 'root\\nspeech\\n';;
+        *"list account format="*) printf '\\n\\n';;  # a column that accounts do not have
+        *"list qos format=name") echo normal;;
+        *) exit 1;;
+        esac
     """,
     "sbatch": """
         if [ "$1" = --test-only ]; then
