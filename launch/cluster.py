@@ -13,8 +13,10 @@ from typing import Any
 
 from launch import life
 from launch.profiles import Profile, slurm_config
+from launch.sbatch_options import beside, with_gpus
+from launch.slurm_queue import job_number
 from shards.errors import UserError
-from toolkit.config import Config, Launch
+from toolkit.config import Config, Launch, gpu_count
 
 TOOLS = ("sbatch", "srun", "squeue", "scontrol")
 _BESIDE = 2  # cores of a rank on SLURM, beside those of its loader's workers
@@ -86,7 +88,7 @@ def ranks_per_node(launch: Launch, cluster: str) -> int:
     """One rank a GPU, or 2 where there is none, if the configuration does not say."""
     if cluster == "debug":
         return 1
-    gpus = launch.gpus_per_node or (count_gpus() if cluster == "local" else 0)
+    gpus = gpu_count(launch.gpus_per_node) or (count_gpus() if cluster == "local" else 0)
     return launch.ranks_per_node or gpus or 2
 
 
@@ -131,11 +133,15 @@ def executor(asked: Asked, folder: Path, code: Path) -> Any:
     import submitit
 
     python = f"{_python(asked)} -u {shlex.quote(str(code / 'launch' / 'node.py'))}"
+    # Submitit takes the first "job NUMBER" of whatever sbatch prints, a greeting's too.
+    submitit.SlurmExecutor._get_job_id_from_submission_command = staticmethod(job_number)  # type: ignore[method-assign, assignment]
     made = submitit.AutoExecutor(folder=folder, cluster=asked.cluster, slurm_python=python, local_python=python)
     limit = minutes(asked.config.launch.time)
     made.update_parameters(name=asked.name, timeout_min=limit, tasks_per_node=asked.ranks_per_node)
     if asked.cluster == "slurm":
         made.update_parameters(**slurm_parameters(asked, folder, code))
+        if asked.profile.sbatch.get("wckey", "") is None:
+            made._executor.parameters["wckey"] = None  # not "submitit"; update_parameters passes over None
     return made
 
 
@@ -146,7 +152,6 @@ def slurm_parameters(asked: Asked, folder: Path, code: Path) -> dict[str, Any]:
     return {
         "nodes": launch.nodes,
         "cpus_per_task": cores,
-        "gpus_per_node": launch.gpus_per_node or None,
         "slurm_partition": launch.partition,
         "slurm_account": launch.account,
         "slurm_qos": launch.qos,
@@ -156,7 +161,9 @@ def slurm_parameters(asked: Asked, folder: Path, code: Path) -> dict[str, Any]:
         # When a rank fails all end; and srun does not take over the batch job's --cpus-per-task since SLURM 22.05.
         "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cores}", *profile.srun],
         "slurm_setup": setup_lines(profile, folder, code),
-        "slurm_additional_parameters": {"requeue": True, **profile.sbatch},
+        "slurm_additional_parameters": beside(
+            {"requeue": True}, with_gpus(profile.sbatch, launch.gpus_per_node, launch.nodes)
+        ),
     }
 
 

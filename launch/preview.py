@@ -54,7 +54,9 @@ def resources(asked: Asked) -> list[str]:
         "constraint": launch.constraint,
         "time": launch.time,
     }
-    nodes = f"{launch.nodes} x {asked.ranks_per_node} = {asked.ranks} ranks, {launch.gpus_per_node or 0} GPUs a node"
+    kind, _, gpus = str(launch.gpus_per_node or 0).rpartition(":")
+    nodes = f"{launch.nodes} x {asked.ranks_per_node} = {asked.ranks} ranks, {gpus} GPUs a node"
+    nodes += f" ({kind})" if kind else ""
     lines = [f"job: {asked.name}, run folder {asked.config.run}", f"cluster: {where}", f"nodes: {nodes}"]
     if asked.cluster == "slurm":
         lines.append("asked for: " + ", ".join(f"{key} {value}" for key, value in asks.items() if value))

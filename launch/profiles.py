@@ -5,13 +5,14 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from launch.sbatch_options import asked_gpus, check_srun, read_options
 from shards.errors import UserError
-from toolkit.config import Config, Launch
+from toolkit.config import GPUS, Config, Launch
 from toolkit.config_loader import describe, nearest, read_yaml, typed
 
 PROFILES = Path(__file__).resolve().parents[1] / "slurm" / "profiles"
@@ -30,12 +31,12 @@ class Profile:
     match: list[str] = field(default_factory=list)  # patterns of SLURM's ClusterName or of this host's name
     launch: dict[str, Any] = field(default_factory=dict)  # defaults of the section `launch`
     setup: list[str] = field(default_factory=list)  # shell lines before the ranks start
-    env: dict[str, Any] = field(default_factory=dict)  # environment of the ranks
+    env: dict[str, Any] = field(default_factory=dict)  # environment of the ranks, all of it text
     scratch: str | None = None  # folder on a node's own disk: data.cache, where that is not set
     container: str | None = None  # command before the ranks' python, such as apptainer exec IMAGE
     python: str | None = None  # the ranks' python; null: this one, or `python` in a container
     srun: list[str] = field(default_factory=list)  # further arguments of srun
-    sbatch: dict[str, Any] = field(default_factory=dict)  # further options of sbatch
+    sbatch: dict[str, Any] = field(default_factory=dict)  # further options of sbatch, as `read_options` gives them
 
     @property
     def contained(self) -> bool:
@@ -69,19 +70,23 @@ def read_profile(path: Path) -> Profile:
     Raises:
         UserError: It is not YAML, or a key is unknown or has a value of another type.
     """
-    kinds = {name: kind for name, kind in get_type_hints(Profile).items() if name != "name"}
+    kinds = {name: kind for name, kind in get_type_hints(Profile).items() if name not in ("name", "launch")}
     values: dict[str, Any] = {}
     launch: dict[str, Any] = {}
-    for key, value in read_yaml(path).items():
-        if key in kinds and key != "launch":
-            values[key] = _checked(value, kinds[key], f"{path}: {key}")
-        elif key in FILLED:
-            launch[key] = _checked(value, get_type_hints(Launch)[key], f"{path}: {key}")
-        else:
-            valid = sorted({*kinds, *FILLED} - {"launch"})
+    for key, value in read_yaml(path, fractions=False).items():
+        where = f"{path}: {key}"
+        if key in FILLED:
+            launch[key] = _checked(value, get_type_hints(Launch)[key], where)
+        elif key not in kinds:
+            valid = sorted({*kinds, *FILLED})
             near = nearest(str(key), valid)
-            raise UserError(f"{path}: {key}: unknown key; did you mean {near}? (there are {', '.join(valid)})")
-    return Profile(name=path.stem, launch=launch, **values)
+            raise UserError(f"{where}: unknown key; did you mean {near}? (there are {', '.join(valid)})")
+        elif key in _SECTIONS and isinstance(value, dict):
+            values[key] = _SECTIONS[key](value, where)
+        elif value is not None:  # without a value, a list or section is empty
+            values[key] = _checked(value, kinds[key], where)
+    check_srun(values.get("srun", []), f"{path}: srun")
+    return Profile(name=path.stem, launch=_with_gpus(launch, values.get("sbatch", {}), path), **values)
 
 
 def apply_profile(config: Config, profile: Profile, given: Collection[str]) -> Config:
@@ -137,6 +142,44 @@ def _path(name: str) -> Path:
             return path
     names = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     raise UserError(f"profile {name}: no such file or name; there are {', '.join(names) or 'none'} in {PROFILES}")
+
+
+def _read_env(values: Mapping[Any, Any], where: str) -> dict[str, str]:
+    """The variables of a section `env` as text; null leaves a variable as it is.
+
+    Raises:
+        UserError: A name is no variable's, or a value no text.
+    """
+    env = {}
+    for name, value in values.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
+            raise UserError(f"{where}: {name!r} is no name of a variable: expected letters, digits and underscores")
+        if value is None:
+            continue
+        if not isinstance(value, str | int | float) or "\0" in str(value):
+            raise UserError(f"{where}.{name} is {value!r}; expected text, a number, true, false or null")
+        env[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return env
+
+
+def _with_gpus(launch: dict[str, Any], sbatch: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A profile's keys of `launch`, with the GPUs that its options of sbatch ask for.
+
+    Raises:
+        UserError: Key and option both ask for some, or the key is no number of GPUs.
+    """
+    own, asked = launch.get("gpus_per_node"), asked_gpus(sbatch, f"{path}: sbatch")
+    if own is not None and not GPUS.fullmatch(str(own)):
+        expected = "int or null, or a type and a number such as a100:4"
+        raise UserError(f"{path}: gpus_per_node is {own!r}; expected {expected}")
+    if asked is None:
+        return launch
+    if own is not None:
+        raise UserError(f"{path}: gpus_per_node and an option of sbatch both ask for GPUs: keep one")
+    return {**launch, "gpus_per_node": int(asked) if asked.isdecimal() else asked}
+
+
+_SECTIONS = {"sbatch": read_options, "env": _read_env}  # with rules of their own
 
 
 def _checked(value: Any, kind: Any, where: str) -> Any:

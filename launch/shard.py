@@ -178,6 +178,8 @@ def scripts(options: Namespace, words: Sequence[str], taken: Namespace, folder: 
         folder: For logs.
         code: Holds the packages that the nodes run.
     """
+    from launch.sbatch_options import beside, flag
+
     jobs = taken.jobs if any(word.partition("=")[0] == "--jobs" for word in words) else _JOBS
     limit = f"%{options.array}" if options.array else ""
     common = {"job-name": f"shards-{taken.out.name}", "open-mode": "append", "requeue": True}
@@ -191,21 +193,17 @@ def scripts(options: Namespace, words: Sequence[str], taken: Namespace, folder: 
     def script(head: dict[str, Any], job: str, arguments: str) -> str:
         mark = f'{shlex.quote(str(folder))}/"{job}".exit'
         body = [f"rm -f {mark}", f"{command} {arguments}", "code=$?", f"echo $code > {mark}", "exit $code", ""]
-        flags = [_flag(name, value) for name, value in {**common, **head, **asked}.items()]
+        flags = [flag(name, value) for name, value in beside({**common, **head}, asked).items()]
         return "\n".join(["#!/bin/bash", *flags, *setup, *body])
 
     return Scripts(script(array, "$SLURM_ARRAY_TASK_ID", part), script(last, "merge", merge), folder, options.parts)
-
-
-def _flag(name: str, value: Any) -> str:
-    """An option of sbatch as a line of a script; true for one without a value."""
-    return f"#SBATCH --{name.replace('_', '-')}" + ("" if value is True else f"={shlex.quote(str(value))}")
 
 
 def _asked(options: Namespace) -> tuple[dict[str, Any], list[str], str]:
     """What both jobs ask of SLURM, the lines before their command, and their python, by options and profile."""
     from launch.cluster import minutes
     from launch.profiles import apply_profile, find_profile
+    from launch.sbatch_options import with_gpus
     from toolkit.config import Config, Launch
 
     names = ("profile", "partition", "account", "qos", "constraint", "time")
@@ -214,7 +212,8 @@ def _asked(options: Namespace) -> tuple[dict[str, Any], list[str], str]:
     profile = find_profile(launch)
     launch = apply_profile(Config(launch=launch), profile, [f"launch.{name}" for name in given]).launch
     limit = _LIMIT if launch.time == Launch().time and "time" not in given else launch.time
-    asked = {name: getattr(launch, name) for name in names[1:-1]} | {"time": minutes(limit)} | profile.sbatch
+    asked = {name: getattr(launch, name) for name in names[1:-1]} | {"time": minutes(limit)}
+    asked |= with_gpus(profile.sbatch, None, 1)  # parts need none
     python = shlex.quote(sys.executable)
     if profile.container or not profile.contained:  # one of srun's, which these scripts do not call, is for ranks alone
         python = profile.python or ("python" if profile.container else python)
@@ -285,10 +284,12 @@ def _sbatch(script: str, path: Path, options: Sequence[str] = ()) -> str:
         UserError: SLURM refuses it.
     """
     path.write_text(script, encoding="utf-8")
+    from launch.slurm_queue import job_number
+
     answer = subprocess.run(["sbatch", "--parsable", *options, str(path)], capture_output=True, text=True)
     if answer.returncode:
         raise UserError(f"SLURM refused the job: {' '.join(answer.stderr.split())}")
-    return answer.stdout.strip().partition(";")[0]
+    return job_number(answer.stdout)
 
 
 def _shown(made: Scripts) -> str:

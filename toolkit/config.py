@@ -3,10 +3,13 @@
 Every value has its type, default and meaning here and nowhere else. `toolkit/configs/*.yaml` holds ready ones.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shards.errors import UserError
+
+GPUS = re.compile(r"(?:(?!\d+:)[\w.-]+:)?\d+")  # a number of GPUs, or a type and a number, as SLURM writes them: a100:4
 
 
 @dataclass
@@ -211,7 +214,7 @@ class Launch:
     name: str | None = None  # of the job; null: that of the run folder
     nodes: int = 1
     ranks_per_node: int = 0  # 0: one a GPU, or 2 where there is none
-    gpus_per_node: int | None = None  # to ask SLURM for; null: none. This machine's are found by themselves
+    gpus_per_node: int | str | None = None  # to ask SLURM for, such as 4 or a100:4; null: none. Local ones are found
     cpus_per_rank: int = 0  # 0: the machine's cores shared out; on SLURM, as many as the loader needs
     partition: str | None = None
     account: str | None = None
@@ -238,6 +241,11 @@ class Config:
     wandb: Wandb = field(default_factory=Wandb)
     launch: Launch = field(default_factory=Launch)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own keys, but those decided above
+
+
+def gpu_count(gpus: int | str | None) -> int:
+    """The number in a request for GPUs, such as 4 or a100:4; 0 for none."""
+    return int(str(gpus or 0).rpartition(":")[2])
 
 
 def micro_batch(config: Config, world_size: int) -> int:

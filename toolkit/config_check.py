@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from shards.errors import UserError
-from toolkit.config import Config, micro_batch
+from toolkit.config import GPUS, Config, micro_batch
 
 
 def check(config: Config) -> None:
@@ -55,6 +55,10 @@ _RANGES: dict[str, tuple[Any, str]] = {
         "model.speech.dropout model.image.dropout model.fusion.dropout training.betas",
     ),
     "0 to 1": (lambda value: 0 <= value <= 1, "objectives.contrastive.alpha objectives.momentum.decay"),
+    "a number of GPUs, or a type and a number such as a100:4": (
+        lambda value: value is None or GPUS.fullmatch(str(value)) is not None,
+        "launch.gpus_per_node",
+    ),
     "none, all, or a number of layers": (
         lambda value: value in ("none", "all") or (value.isdecimal() and int(value) > 0),
         "model.speech.train model.image.train",

@@ -142,14 +142,18 @@ def _apply_file(config: Config, path: Path, heirs: tuple[Path, ...] = ()) -> Non
     _apply(config, values, "", f"{path}: ")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, fractions: bool = True) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty one.
+
+    Args:
+        path: The file.
+        fractions: Read 1.10 as a number; else as the text that it is.
 
     Raises:
         UserError: It cannot be read, is not YAML, or holds something else.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader if fractions else _LoaderOfWords)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -229,7 +233,7 @@ def typed(value: Any, kind: Any) -> Any:
     if origin is Literal and any(value == choice and type(value) is type(choice) for choice in inner):
         return value
     if origin in (Union, types.UnionType):
-        return None if value is None else typed(value, inner[0])
+        return None if value is None else _typed_as_one(value, inner)
     if origin is list and isinstance(value, list):
         return [typed(item, inner[0]) for item in value]
     if origin is dict and isinstance(value, dict) and all(isinstance(name, str) for name in value):
@@ -243,16 +247,27 @@ def typed(value: Any, kind: Any) -> Any:
     raise TypeError
 
 
+def _typed_as_one(value: Any, kinds: Iterable[Any]) -> Any:
+    """Check a value against the first of several types that it fits."""
+    for kind in kinds:
+        try:
+            return typed(value, kind)
+        except TypeError:
+            continue
+    raise TypeError
+
+
 def describe(kind: Any) -> str:
     """Name a type of the tree as a user would write its values."""
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin in (Union, types.UnionType):
-        return f"{describe(inner[0])} or null"
+        return " or ".join(describe(each) for each in inner)
     if origin is list:
         return f"list of {describe(inner[0])}"
-    return {bool: "true or false", dict: "mapping"}.get(origin, getattr(origin, "__name__", str(origin)))
+    names = {bool: "true or false", dict: "mapping", types.NoneType: "null"}
+    return names.get(origin, getattr(origin, "__name__", str(origin)))
 
 
 def _shown(value: Any) -> str:
@@ -289,3 +304,13 @@ for tag, pattern, first in (
     ("float", FLOAT, list("-+.0123456789")),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, first)
+
+
+class _LoaderOfWords(_Loader):
+    """The same, with fractions as they are written: of 1.10 the number 1.1 would be left."""
+
+
+_LoaderOfWords.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":float")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}

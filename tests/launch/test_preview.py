@@ -134,6 +134,76 @@ def test_a_mistake_fails_before_anything_is_submitted(slurm, config, tmp_path, w
     assert not (tmp_path / "slurm" / "submitted").exists()
 
 
+@pytest.mark.parametrize("name", ["speech", "SPEECH", "Speech,root"])
+def test_an_account_is_known_as_slurm_knows_it(slurm, config, name):
+    assert f"ok      account: SLURM knows {name}\n" in slurm("--config", config, "--account", name, "--dry-run").stdout
+
+
+def test_an_accounting_that_lists_nothing_refuses_nobody(slurm, config, tmp_path):
+    (tmp_path / "slurm" / "sacctmgr").write_text("#!/bin/sh\necho; echo\n")
+    shown = slurm("--config", config, "--account", "mine", "--qos", "mine", "--dry-run").stdout
+    assert shown.count("not looked at: no accounting") >= 2
+
+
+@pytest.mark.parametrize(("text", "option"), [
+    ("gpus_per_node: 4", "gpus-per-node=4"),
+    ("gpus_per_node: a100:4", "gpus-per-node=a100:4"),
+    ('sbatch: {gres: "gpu:a100:4"}', "gres=gpu:a100:4"),
+    ("sbatch: {G: 4}", "gpus=4"),
+])  # fmt: skip
+def test_a_rank_for_each_gpu_however_it_is_asked_for(slurm, config, tmp_path, text, option):
+    profile = tmp_path / "gpus.yaml"
+    profile.write_text(text)
+    command = ("--config", config, "--training.batch_size", "4", "--profile", profile, "--dry-run")
+    shown = slurm(*command).stdout
+    kind = " (a100)" if "a100" in option else ""
+    assert f"nodes: 1 x 4 = 4 ranks, 4 GPUs a node{kind}\n" in shown
+    assert f"#SBATCH --{option}\n" in shown
+    assert len(re.findall("#SBATCH --g", shown)) == 1
+    assert "ok      GPUs: 4 for 4 ranks a node\n" in shown
+    fewer = slurm(*command, "--ranks-per-node", "2").stdout
+    assert "ok      GPUs: 4 for 2 ranks a node, 2 of them idle: --ranks-per-node 0 gives each a rank\n" in fewer
+    assert "2 ranks, 2 GPUs a node" in slurm(*command, "--gpus-per-node", "2").stdout
+    more = slurm(*command, "--ranks-per-node", "8", "--training.batch_size", "8", code=2).stdout
+    assert "FAILED  GPUs: 8 ranks a node cannot share 4 GPUs" in more
+
+
+def test_gpus_of_the_whole_job_are_those_of_a_node_only_where_there_is_one(slurm, config, tmp_path):
+    profile = tmp_path / "gpus.yaml"
+    profile.write_text("sbatch: {gpus: 4}")
+    ended = slurm("--config", config, "--profile", profile, "--nodes", "2", "--no-follow", code=2)
+    assert "sbatch.gpus of the profile gpus counts GPUs of the whole job" in ended.stderr
+    assert "set gpus_per_node to those of each node" in ended.stderr
+
+
+@pytest.mark.parametrize("gpus", ["many", "a100", "-1"])
+def test_what_is_no_number_of_gpus(slurm, config, gpus):
+    said = slurm("--config", config, f"--gpus-per-node={gpus}", "--dry-run", code=2).stderr
+    assert said == (
+        f"error: --launch.gpus_per_node is {gpus}; expected a number of GPUs, or a type and a number such as a100:4\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "answer", ["Submitted batch job 7 on cluster big", "7;big", "You have 3 jobs: job 12 waits.\nSubmitted batch job 7"]
+)
+@pytest.mark.parametrize("more", [(), ("--sweep", "seed=1,2")])
+def test_the_number_of_a_job_among_what_a_site_prints(slurm, config, tmp_path, answer, more):
+    sbatch = tmp_path / "slurm" / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("Submitted batch job 7", answer))
+    assert "job 7 (slurm): 2 " in slurm("--config", config, *more, "--no-follow").stdout
+    assert newest(tmp_path / "run").submission.job == "7"
+
+
+def test_an_answer_without_a_number(slurm, config, tmp_path):
+    sbatch = tmp_path / "slurm" / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("Submitted batch job 7", "See you"))
+    ended = slurm("--config", config, "--no-follow", code=2)
+    assert ended.stderr == (
+        "error: sbatch's answer (See you) names no job; if squeue --me shows it, end it with scancel\n"
+    )
+
+
 def test_deepspeed_looks_at_its_own_section(slurm, config, tmp_path):
     ended = slurm("--config", config, "--deepspeed.zero_optimisation.stage", "2", code=2)
     assert ended.stderr.startswith("error: deepspeed.zero_optimisation: unknown key"), ended.stderr

@@ -145,6 +145,40 @@ def test_options_are_sbatchs_whatever_is_in_them(tmp_path, corpus, slurm, capfd)
     assert "/in/the/image" not in told, "no srun, so no container of srun's"
 
 
+@pytest.mark.parametrize(
+    ("section", "there", "missing"),
+    [
+        ("{requeue: false}", ["no-requeue"], ["requeue"]),
+        ("{exclusive: false, wckey: null, x: 'n[1-2]'}", ["requeue", "exclude='n[1-2]'"], ["exclusive", "wckey"]),
+        ("{mail_type: [END, FAIL], --mem: 4G}", ["mail-type=END,FAIL", "mem=4G"], ["no-requeue"]),
+        ('{gres: "gpu:4,nvme:1"}', ["gres=nvme:1"], ["gpus-per-node"]),
+        ('{gpus: 4}', ["requeue"], ["gpus", "gpus-per-node"]),
+    ],
+)  # fmt: skip
+def test_a_profiles_options_are_written_once(tmp_path, corpus, slurm, capfd, section, there, missing):
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(f"sbatch: {section}")
+    assert main(*words(corpus, tmp_path / "out", "--profile", profile, "--dry-run")) == 0
+    lines = capfd.readouterr().out.splitlines()
+    for option in there:
+        assert lines.count(f"#SBATCH --{option}") == 2, option
+    assert not [line for line in lines for option in missing if re.match(rf"#SBATCH --{option}(=|$)", line)]
+
+
+def test_options_of_the_launcher_are_refused(tmp_path, corpus, slurm):
+    profile = tmp_path / "mine.yaml"
+    profile.write_text("sbatch: {cpus-per-task: 4}")
+    with pytest.raises(UserError, match=r"sbatch\.cpus-per-task: set the profile's key cpus_per_rank"):
+        shard.main(words(corpus, tmp_path / "out", "--profile", profile))
+
+
+def test_a_greeting_is_not_the_number_of_the_job(tmp_path, corpus, slurm, capfd):
+    sbatch = slurm / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("#!/bin/bash\n", "#!/bin/bash\necho You have 3 jobs, job 12 waits\n"))
+    assert main(*words(corpus, tmp_path / "out")) == 0
+    assert "jobs 40 (2 parts) and 41 (merge)" in capfd.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(tmp_path, corpus, slurm, capfd):
     assert main(*words(corpus, tmp_path / "out", "--dry-run")) == 0
     told = capfd.readouterr().out
