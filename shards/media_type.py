@@ -262,8 +262,9 @@ def _bitmap(head: bytes) -> _Content | None:
         return _picture("a BMP picture")
     if head[:4] == b"\0\0\1\0" and head[9:10] == b"\0":
         return _picture("an icon (ICO)")
-    # P1 to P6 are bitmaps, PF and Pf hold floats.
-    return _picture("a PNM picture") if head[:1] == b"P" and head[1:2] in b"1234567Ff" and head[2:3].isspace() else None
+    if head[:2] == b"PF" and head[2:3].isspace():
+        return _picture("a colour PFM picture", ", which Pillow does not read: convert it to PNG or TIFF of 16 bits")
+    return _picture("a PNM picture") if head[:1] == b"P" and head[1:2] in b"1234567f" and head[2:3].isspace() else None
 
 
 def _text(head: bytes) -> _Content | None:

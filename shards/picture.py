@@ -2,66 +2,108 @@
 
 import io
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from shards.errors import UserError
+from shards.media_type import describe_content, read_head
+from shards.metadata import upright, without_metadata
+from shards.pixel_depth import to_rgb
 
 Resize = Literal["crop", "squash"]  # how a picture becomes a square
 
 MAX_PIXELS = 178_000_000  # refused from the header, before any memory is taken
 MAX_STORED_PIXELS = 50_000_000  # of a picture in a shard: bounds what a worker's memory may grow by
 _MAX_SIDE = 65_500  # of a JPEG
+_MAX_FILE = 1 << 30  # bytes of a file that is read whole to take its metadata out
 _IN_SHARDS = ("JPEG", "PNG", "WEBP")  # Pillow's other decoders are not for data of unknown origin
+
+_Result = TypeVar("_Result")
 
 # Pillow warns of large pictures, which the limit above decides, and of broken EXIF, which is only passed over.
 warnings.filterwarnings("ignore", module="PIL")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+class _DecodingError(UserError):
+    """The picture cannot be decoded as it is."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a picture is read from.
+
+    Attributes:
+        content: A file, the bytes of one, or a picture of Pillow.
+        max_pixels: Largest number of pixels allowed.
+        formats: Pillow's decoders to be tried; None for all.
+        exif: The EXIF block that has been taken out of the content.
+    """
+
+    content: Path | bytes | Image.Image
+    max_pixels: int = MAX_PIXELS
+    formats: tuple[str, ...] | None = None
+    exif: bytes | None = None
+
+    def open(self) -> Image.Image:
+        """Open the picture; its pixels are not decoded yet."""
+        if isinstance(self.content, Image.Image):
+            return self.content
+        content = io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content
+        return Image.open(content, formats=self.formats)
+
+    def reopener(self) -> Callable[[], Image.Image] | None:
+        """What opens the picture once more, where that is possible."""
+        return None if isinstance(self.content, Image.Image) else self.open
+
+    def bare(self) -> "_Source | None":
+        """The same without metadata; None where there is nothing to take out."""
+        content = self.content
+        if isinstance(content, Path):
+            content = content.read_bytes() if content.is_file() and content.stat().st_size <= _MAX_FILE else b""
+        parts = without_metadata(content) if isinstance(content, bytes) else None
+        return replace(self, content=parts[0], exif=parts[1]) if parts else None
+
+
 def read_picture(source: Path | Image.Image, short_side: int, quality: int) -> bytes:
     """JPEG bytes of a picture: upright by its EXIF orientation, RGB, its short side shrunk to `short_side` pixels.
 
-    Smaller pictures keep their size.
+    Smaller pictures keep their size. Deep pictures are scaled and transparent ones shown on white (see
+    `shards/pixel_depth.py`). Only pixels are stored: no EXIF, no comment, no colour profile.
 
     Raises:
         UserError: no such file, empty, not decodable, too many pixels, or too many left for a shard.
     """
-    with _opened(source) as image:
+
+    def encode(image: Image.Image, source: _Source) -> bytes:
         # libjpeg scales by 1/2, 1/4 or 1/8 while decoding; twice the wanted size leaves the rest to a good filter.
         _draft(image, 2 * short_side)
-        return _encode(image, short_side, quality, _name(source))
+        return _encode(upright(to_rgb(image, source.reopener()), source.exif), short_side, quality)
+
+    return _read(_Source(source), encode)
 
 
-def _encode(image: Image.Image, short_side: int, quality: int, name: str) -> bytes:
-    upright = _to_rgb(ImageOps.exif_transpose(image))
-    scale = short_side / min(upright.size)
+def _encode(image: Image.Image, short_side: int, quality: int) -> bytes:
+    scale = short_side / min(image.size)
     if scale < 1:
-        width, height = (max(short_side, round(side * scale)) for side in upright.size)
-        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
-    size = f"{name}: {upright.width} x {upright.height} pixels"
-    if max(upright.size) > _MAX_SIDE:
+        width, height = (max(short_side, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    size = f"{image.width} x {image.height} pixels"
+    if max(image.size) > _MAX_SIDE:
         raise UserError(f"{size} are too long for a JPEG: cut it")
-    if upright.width * upright.height > MAX_STORED_PIXELS:
+    if image.width * image.height > MAX_STORED_PIXELS:
         raise UserError(f"{size} are more than the {MAX_STORED_PIXELS:,} that a shard holds: lower --short-side")
     buffer = io.BytesIO()
-    upright.save(buffer, "JPEG", quality=quality)
+    image = image.copy()
+    image.info.clear()  # of which Pillow would write comments, and some releases XMP
+    image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip rather than scale
-        grey = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:  # what lies under it is arbitrary: show white
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
 
 
 def decode_picture(data: bytes, size: int, max_pixels: int = MAX_PIXELS, resize: Resize = "crop") -> np.ndarray:
@@ -81,13 +123,16 @@ def decode_picture(data: bytes, size: int, max_pixels: int = MAX_PIXELS, resize:
     Raises:
         UserError: not decodable, not a format that shards hold, or more than `max_pixels` pixels.
     """
-    with _opened(data, max_pixels, _IN_SHARDS) as image:
+
+    def decode(image: Image.Image, source: _Source) -> np.ndarray:
         whole = image.size
         width, height = _draft(image, size)
         left, top, right, bottom = _central(*whole, size) if resize == "crop" else (0.0, 0.0, 1.0, 1.0)
         box = (left * width, top * height, right * width, bottom * height)
-        square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
+        square = to_rgb(image, source.reopener()).resize((size, size), Image.Resampling.BICUBIC, box=box)
         return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+    return _read(_Source(data, max_pixels, _IN_SHARDS), decode)
 
 
 def _central(width: int, height: int, size: int) -> tuple[float, float, float, float]:
@@ -118,37 +163,57 @@ def _draft(image: Image.Image, short_side: int) -> tuple[float, float]:
     return image.size
 
 
-@contextmanager
-def _opened(
-    source: Path | bytes | Image.Image, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
-) -> Iterator[Image.Image]:
-    """Open a picture, refuse a bomb by its header, and turn whatever goes wrong inside the block into a `UserError`."""
-    name = _name(source)
+def _read(source: _Source, use: Callable[[Image.Image, _Source], _Result]) -> _Result:
+    """Open a picture and use it; if that fails, once more without its metadata, which may be all that is broken."""
     try:
-        if isinstance(source, Path) and source.stat().st_size == 0:
-            raise UserError(f"{name}: empty file (0 bytes)")
-        with _open(source, formats) as image:
-            if image.width * image.height > max_pixels:
-                raise UserError(f"{name}: {image.width} x {image.height} pixels, the limit is {max_pixels:,}")
+        try:
+            with _opened(source) as image:
+                return use(image, source)
+        except _DecodingError:
+            bare = source.bare()
+            if bare is not None:
+                with suppress(_DecodingError), _opened(bare) as image:
+                    return use(image, bare)
+            raise
+    except UserError as error:
+        name = str(source.content) if isinstance(source.content, Path) else "picture"
+        raise UserError(f"{name}: {error}") from None
+
+
+@contextmanager
+def _opened(source: _Source) -> Iterator[Image.Image]:
+    """Open a picture, refuse a bomb by its header, and turn whatever goes wrong inside the block into a `UserError`."""
+    content = source.content
+    try:
+        if isinstance(content, Path) and content.stat().st_size == 0:
+            raise UserError("empty file (0 bytes)")
+        with source.open() as image:
+            if image.format == "EPS":  # Pillow would have Ghostscript run it
+                raise UserError(describe_content(b"%!PS") or "")
+            if image.width * image.height > source.max_pixels:
+                raise UserError(f"{image.width} x {image.height} pixels, the limit is {source.max_pixels:,}")
             yield image
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{name}: no such file") from None
+        raise UserError("no such file") from None
+    except IsADirectoryError:
+        raise UserError("cannot be decoded as a picture (it is a folder)") from None
     except Image.UnidentifiedImageError:
-        kinds = f"not {' or '.join(formats)}" if formats else "not a picture in any format that Pillow reads"
-        raise UserError(f"{name}: {kinds}") from None
+        raise _DecodingError(_unidentified(source)) from None
     except Image.DecompressionBombError:
-        raise UserError(f"{name}: more pixels than the limit of {MAX_PIXELS:,}") from None
+        raise UserError(f"more pixels than the limit of {MAX_PIXELS:,}") from None
     except Exception as error:  # a damaged file makes Pillow's plugins raise nearly any type
-        raise UserError(f"{name}: cannot be decoded as a picture ({error})") from None
+        raise _DecodingError(f"cannot be decoded as a picture ({error})") from None
 
 
-def _name(source: Path | bytes | Image.Image) -> str:
-    return str(source) if isinstance(source, Path) else "picture"
-
-
-def _open(source: Path | bytes | Image.Image, formats: tuple[str, ...] | None) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+def _unidentified(source: _Source) -> str:
+    """What to say of a file that none of Pillow's decoders takes."""
+    if source.formats:
+        return f"not {' or '.join(source.formats)}"
+    head = b"" if isinstance(source.content, Image.Image) else read_head(source.content)
+    if clause := describe_content(head, "picture"):
+        return clause
+    if name := describe_content(head):
+        return f"{name} that is damaged or of a kind that Pillow does not read: convert it to JPEG or PNG"
+    return "not a picture in any format that Pillow reads"
