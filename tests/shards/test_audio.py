@@ -141,6 +141,26 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, reason):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\0\0\0\x20ftypM4A \0\0\0\0M4A mp42isom\0\0\0\0", "AAC in MP4, .* convert it, e.g. ffmpeg -i X.m4a X.flac"),
+        (b"\xff\xf1\x50\x80\x02\x1f\xfc" + bytes(200), "AAC in ADTS, .* convert it, e.g. ffmpeg -i X.aac X.flac"),
+        (b"\x1a\x45\xdf\xa3\x9f\x42\x82\x84webm" + bytes(200), "WebM, .* convert it"),
+        (b"<!DOCTYPE html><html><body>403", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a git-lfs pointer"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(200), "a PNG picture, where audio is expected"),
+    ],
+)
+def test_what_is_no_audio_is_told_by_its_content(tmp_path, data, said):
+    path = tmp_path / "speech.wav"
+    path.write_bytes(data)
+    for source in (path, data):
+        with pytest.raises(UserError, match=f"cannot be decoded as audio: {said}") as caught:
+            read_audio(source, 30)
+        assert "\n" not in str(caught.value)
+
+
 def test_length_is_judged_by_the_header_before_decoding(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "hour.flac", np.zeros(16000 * 3600, np.int16), 16000)
 

@@ -1,0 +1,101 @@
+"""Ogg pages (RFC 3533): whether all of a stream's are there, and bytes that do not depend on the moment of writing.
+
+A page has 27 bytes of header, then the table of its segments' lengths, then the segments. Of the header: flags at 5,
+the stream's serial number at 14, the page's number in the stream at 18, the checksum at 22, the table's length at 26.
+"""
+
+import struct
+import zlib
+
+from shards.content import Content, DamagedRecording, Span
+
+_HEADER = 27
+_FIRST, _LAST = 2, 4  # flags of a stream's first and last page
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+_AGAIN = "fetch the file again, or write it anew if this is all there is, e.g. ffmpeg -i X.ogg X.flac"
+
+
+def find_spans(content: Content, at: int) -> list[Span]:
+    """The streams that are chained in a file; those that lie side by side are one span.
+
+    Args:
+        content: The file.
+        at: Where its first page begins.
+
+    Raises:
+        DamagedRecording: A page is missing or damaged, or the last one of a stream is not there.
+    """
+    starts: list[int] = []
+    numbers: dict[int, int] = {}  # of the latest page of each stream that has not ended
+    beginning = False
+    while at < content.size:
+        page = _page(content, at)
+        if not page:
+            following = content.find(b"OggS", at + 1)
+            if numbers:
+                raise DamagedRecording(_what_is_missing(at, following))
+            if following < 0:
+                break
+            at = following
+            continue
+        flags, serial, number = page[5], *struct.unpack_from("<II", page, 14)
+        if flags & _FIRST:
+            if not beginning:
+                if numbers:
+                    raise DamagedRecording(_what_is_missing(at, -1))
+                starts.append(at)
+        elif serial in numbers and number != (numbers[serial] + 1) % (1 << 32):
+            raise DamagedRecording(_what_is_missing(at, at))
+        beginning = bool(flags & _FIRST)
+        if flags & _FIRST or serial in numbers:
+            numbers[serial] = number
+        if flags & _LAST:
+            numbers.pop(serial, None)
+        at += len(page)
+    if numbers:
+        raise DamagedRecording(_what_is_missing(content.size, -1))
+    return [Span(start, end) for start, end in zip(starts, [*starts[1:], content.size], strict=True)]
+
+
+def _what_is_missing(at: int, following: int) -> str:
+    if following < 0:
+        return f"truncated: its Ogg stream breaks off before its last page, at byte {at:,}: {_AGAIN}"
+    return f"damaged: bytes of its Ogg stream are missing or changed at byte {at:,}: {_AGAIN}"
+
+
+def _page(content: Content, at: int) -> bytes:
+    """The page that begins at a byte; nothing if there is none, or not all of it with the right checksum."""
+    head = content.read(at, _HEADER + 255)
+    if len(head) < _HEADER or head[:4] != b"OggS":
+        return b""
+    table = head[_HEADER : _HEADER + head[26]]
+    length = _HEADER + len(table) + sum(table)
+    page = content.read(at, length)
+    whole = len(table) == head[26] and len(page) == length
+    return page if whole and page[22:26] == _checksum(page) else b""
+
+
+def with_serial_zero(stream: bytes) -> bytes:
+    """Give all pages the serial number 0: libsndfile draws one from the clock, and same speech has to give same bytes.
+
+    Args:
+        stream: A whole Ogg stream.
+    """
+    pages, at = [], 0
+    while at < len(stream):
+        segments = stream[at + 26]
+        end = at + _HEADER + segments + sum(stream[at + _HEADER : at + _HEADER + segments])
+        page = stream[at : at + 14] + bytes(4) + stream[at + 18 : end]
+        pages.append(page[:22] + _checksum(page) + page[26:])
+        at = end
+    return b"".join(pages)
+
+
+def _checksum(page: bytes) -> bytes:
+    """A page's checksum, whatever stands in its place.
+
+    Ogg's CRC-32 runs from the high bit, starts from 0 and is not inverted at the end; zlib's is its mirror image.
+    """
+    blank = page[:22] + bytes(4) + page[26:]
+    crc = zlib.crc32(blank.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return struct.pack("<I", int(f"{crc:032b}"[::-1], 2))
