@@ -442,7 +442,7 @@ def touched(item):
 
 
 def other_recording(item):
-    os.truncate(item.captions[0].audio, 1044)
+    tiny.speech(item.captions[0].audio, seconds=0.1)
     return item
 
 
