@@ -260,7 +260,9 @@ def _transport_stream(head: bytes) -> _Content | None:
 def _bitmap(head: bytes) -> _Content | None:
     if head[:2] == b"BM" and head[6:10] == bytes(4):
         return _picture("a BMP picture")
-    if head[:4] == b"\0\0\1\0" and head[9:10] == b"\0":
+    if head[:4] == b"\0\0\1\0" and int.from_bytes(head[18:22], "little") == 6 + 16 * int.from_bytes(
+        head[4:6], "little"
+    ):
         return _picture("an icon (ICO)")
     if head[:2] == b"PF" and head[2:3].isspace():
         return _picture("a colour PFM picture", ", which Pillow does not read: convert it to PNG or TIFF of 16 bits")

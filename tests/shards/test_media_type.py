@@ -125,7 +125,7 @@ def test_what_is_neither(head, clause, kind):
 
 def encoded(kind):
     buffer = io.BytesIO()
-    Image.new("RGB", (9, 9)).save(buffer, kind)
+    Image.new("RGB", (64, 64)).save(buffer, kind)
     return buffer.getvalue()
 
 
