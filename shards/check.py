@@ -22,6 +22,7 @@ from shards.listing import listed
 from shards.manifest import INDEX, MANIFEST, Manifest, file_sha256, load, stored_problem
 from shards.pool import Progress, run_tasks
 from shards.report import REPORT, load_report
+from shards.sources import SOURCES, sources_problem
 
 
 @dataclass
@@ -106,6 +107,7 @@ def check_folder(
         lines += more
     _compare_manifest(health)
     _compare_report(health, manifest)
+    _compare_sources(health, manifest)
     _find_foreign(health, manifest)
     return health
 
@@ -206,9 +208,19 @@ def _compare_checksum(health: Health, expected: str) -> None:
         health.problems.append(Finding(REPORT, f"{problem}: make the shards again, or restore it from a copy"))
 
 
+def _compare_sources(health: Health, m: Manifest) -> None:
+    """See that what the shards were made from is as it was written; an earlier version did not write it."""
+    if os.path.lexists(health.folder / SOURCES):
+        if problem := sources_problem(health.folder):
+            health.problems.append(Finding(SOURCES, f"{problem}: remove it, or restore it from a copy"))
+    elif m.report is not None:
+        line = "is missing: make_shards cannot see whether the corpus changed since"
+        health.warnings.append(Finding(SOURCES, line))
+
+
 def _find_foreign(health: Health, m: Manifest) -> None:
     """Name what is in the folder and is not of the data set."""
-    ours = {MANIFEST, INDEX, REPORT, *(shard.name for shard in m.shards)}
+    ours = {MANIFEST, INDEX, REPORT, SOURCES, *(shard.name for shard in m.shards)}
     foreign = sorted(path.name for path in listed(health.folder) if path.name not in ours)
     tars = [name for name in foreign if name.endswith(".tar")]
     line = "is not in the manifest, but whatever reads *.tar would read it: remove it"

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.errors import UserError
-from shards.manifest import INDEX, MANIFEST
+from shards.manifest import INDEX, MANIFEST, load, sync_folder
 from shards.record import Plan, load_plan
 from shards.report import REPORT
+from shards.sources import SOURCES, compare_lists
 
 UNFINISHED = ".unfinished"
 _TURNSTILE = "lock"
-_OURS = re.compile("|".join([r"[\w-]+-\d{6,}\.tar", r".*\.tmp", *map(re.escape, (INDEX, REPORT, MANIFEST))]))
+_OURS = re.compile("|".join([r"[\w-]+-\d{6,}\.tar", r".*\.tmp", *map(re.escape, (INDEX, REPORT, SOURCES, MANIFEST))]))
 
 
 class Part(NamedTuple):
@@ -46,7 +47,7 @@ def claimed(folder: Path, part: Part = WHOLE, plan: Plan | None = None, restart:
         folder: new, empty, or left unfinished by a run of the same plan.
         part: several may be held at once if they divide the shards alike.
         plan: of all shards; None to take over the one that is there.
-        restart: remove what an unfinished run has left, whatever its plan.
+        restart: remove what an earlier run has left: an unfinished one whatever its plan, or a finished one.
 
     Raises:
         UserError: another process writes there, it holds other files or another run's shards, or cannot be written.
@@ -102,23 +103,33 @@ class _Claim:
         Raises:
             UserError: Somebody else is at work here, or the folder holds what is not ours or is of another command.
         """
-        foreign = sorted(path.name for path in self.folder.iterdir())
-        if foreign and UNFINISHED not in foreign:
+        if foreign := self._foreign(restart):
             raise UserError(f"{self.folder} is not empty (it holds {foreign[0]}): give a new or empty folder as --out")
         with _turnstile(self.notes):
             running = self._running()
             if clashing := [one for one in running if one == self.part or one.of != self.part.of]:
                 which = "" if clashing[0] == WHOLE else f" (part {clashing[0]})"
                 raise UserError(f"another make_shards is writing into {self.folder}{which}: wait for it, or stop it")
-            if (self.folder / MANIFEST).exists():
+            if (self.folder / MANIFEST).exists() and not restart:
                 raise UserError(f"{self.folder} has just been finished by another make_shards")
             self.lock = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             _flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._sweep_temporary()
             if restart:
+                # First, and for good: a folder with a manifest is taken for finished.
+                (self.folder / MANIFEST).unlink(missing_ok=True)
+                sync_folder(self.folder)
                 _clear(self.folder)
             if plan:
                 self._settle(plan, bool(running))
+
+    def _foreign(self, restart: bool) -> list[str]:
+        """What is in the folder and was not written by a run that this one may go on from or, to restart, remove."""
+        names = {path.name for path in self.folder.iterdir()}
+        if restart and MANIFEST in names:
+            made = {shard.name for shard in load(self.folder).shards}
+            return sorted(names - made - {MANIFEST, INDEX, REPORT, SOURCES, UNFINISHED})
+        return [] if UNFINISHED in names else sorted(names)
 
     def _settle(self, plan: Plan, shared: bool) -> None:
         """Note the plan, unless a run of another one has something to lose."""
@@ -128,6 +139,12 @@ class _Claim:
             raise UserError(
                 f"{self.folder} holds shards of an unfinished run made with {change}: run that command again, "
                 "give another --out, or begin anew with --restart"
+            )
+        if shared and earlier and plan.shards != earlier.shards:
+            what = "; ".join(compare_lists(earlier.lists, plan.lists)) or "it says something else of its samples"
+            raise UserError(
+                f"another make_shards is writing into {self.folder}, and the corpus changed since it began ({what}): "
+                "wait for it, or stop it, then run all parts again"
             )
         if change:
             _clear(self.folder)

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from shards.corpora.item import Item
+from shards.corpora.lists import ListFile
 from shards.manifest import COLUMNS, FORMAT, ShardInfo, atomic
 from shards.report import Counts, Dropped, Report
+from shards.sources import SourceFile, Sources
 
 PLAN = "plan.json"
 # A shard in which nothing was bad is the same with and without it, so that a run may go on with the other choice.
@@ -32,6 +34,9 @@ class Plan:
     shards: dict[str, str]  # name of a tar -> digest of what the corpus says of its samples
     parts: int = 1  # of the latest run
     dropped: tuple[Dropped, ...] = ()  # left out when the corpus was read
+    lists: tuple[ListFile, ...] = ()  # of the corpus
+    pictures: int = 0  # of the corpus
+    captions: int = 0
 
     @property
     def skip_bad(self) -> bool:
@@ -60,6 +65,7 @@ def load_plan(notes: Path) -> Plan | None:
     try:
         stored = json.loads((notes / PLAN).read_bytes())
         stored["dropped"] = tuple(Dropped(**one) for one in stored.get("dropped", ()))
+        stored["lists"] = tuple(ListFile(*one) for one in stored.get("lists", ()))
         return Plan(**stored)
     except (OSError, ValueError, TypeError, AttributeError):
         return None
@@ -89,6 +95,7 @@ class Record:
     dropped: list[Dropped] = field(default_factory=list)
     bytes: int = 0
     sha256: str = ""
+    sources: list[SourceFile] | None = None  # what they were read from; None: an earlier version did not note it
 
     def save(self, notes: Path) -> None:
         """Write `NAME.json`; the tar has to be in its place."""
@@ -109,6 +116,8 @@ def load_record(notes: Path, name: str, lists: str, skip_bad: bool) -> Record | 
         stored = json.loads((notes / f"{name}.json").read_bytes())
         stored["samples"] = [Sample(**one) for one in stored["samples"]]
         stored["dropped"] = [Dropped(**one) for one in stored["dropped"]]
+        if stored.get("sources") is not None:
+            stored["sources"] = [SourceFile(*one) for one in stored["sources"]]
         record = Record(**stored)
         size = (notes.parent / name).stat().st_size if record.samples else 0
     except (OSError, ValueError, KeyError, TypeError):
@@ -123,18 +132,9 @@ def lists_digest(items: Sequence[Item], form: dict[str, Any]) -> str:
     return _digest([FORMAT, kept, _described(items)])
 
 
-def files_digest(items: Sequence[Item]) -> str:
-    """Digest of the size and the time of change of every file that some samples are read from."""
-    sources = [source for item in items for source in (item.picture, *(one.audio for one in item.captions))]
-    return _digest([_stamp(source) for source in sources if isinstance(source, Path)])
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+def files_digest(stamps: Iterable[tuple[int, int]]) -> str:
+    """Digest of the size and the time of change of every file that some samples are read from; see `sources.stamp`."""
+    return _digest([one if one[0] >= 0 else None for one in stamps])
 
 
 def _digest(value: Any) -> str:
@@ -171,9 +171,11 @@ class Gathered:
     report: Report = field(default_factory=Report)
     _rows: list[dict[str, np.ndarray]] = field(default_factory=list)
     _twins: list[str | None] = field(default_factory=list)
+    _sources: list[np.ndarray] | None = field(default_factory=list)  # [files, 3] each; None: not noted of all shards
 
     def add(self, record: Record) -> None:
         """Take in one shard."""
+        self._add_sources(record.sources)
         counts = self.report.splits.setdefault(record.split, Counts())
         self.report.dropped += record.dropped
         if not record.samples:
@@ -189,6 +191,19 @@ class Gathered:
         self._rows.append(_rows(record, len(self.shards), self.splits.index(record.split)))
         self._twins += [sample.twin for sample in record.samples]
         self.shards.append(ShardInfo(record.name, record.bytes, record.sha256, len(record.samples)))
+
+    def _add_sources(self, files: list[SourceFile] | None) -> None:
+        if files is None or self._sources is None:
+            self._sources = None
+        else:
+            self._sources.append(np.array([one[1:] for one in files], np.int64).reshape(-1, 3))
+
+    def sources(self, plan: Plan) -> Sources | None:
+        """What all shards were made from; None if an earlier version, which did not note it, has made some."""
+        if self._sources is None:
+            return None
+        columns = np.concatenate([np.zeros((0, 3), np.int64), *self._sources]).T
+        return Sources(plan.pictures, plan.captions, plan.lists, *columns)
 
     def columns(self) -> dict[str, np.ndarray]:
         """The manifest's columns; there is at least one sample."""

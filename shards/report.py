@@ -52,6 +52,7 @@ class Report:
     bytes: int = 0
     durations: list[int] = field(default_factory=list)  # captions that last n to n + 1 seconds, by n
     kept: int = field(default=0, compare=False)  # shards that an earlier run had finished; not in the file
+    gone: int = field(default=0, compare=False)  # source files that were not there at the end; not in the file
 
     def add_durations(self, durations: Sequence[float]) -> None:
         """Count captions by their whole seconds."""
@@ -62,7 +63,7 @@ class Report:
 
     def save(self, folder: Path) -> str:
         """Write `report.json` and give its sha256, which the manifest keeps."""
-        stored = {name: value for name, value in asdict(self).items() if name != "kept"}
+        stored = {name: value for name, value in asdict(self).items() if name not in ("kept", "gone")}
         data = json.dumps(stored, indent=1, ensure_ascii=False, default=sorted).encode() + b"\n"
         with atomic(folder / REPORT) as file:
             file.write(data)
@@ -79,6 +80,8 @@ class Report:
             lines.append(f"{name:<12}{n.pictures:>10,}{n.captions:>10,}{hours:>9}{len(n.speakers) or '-':>10}")
         kept = f", {self.kept} of them kept from an earlier run" if self.kept else ""
         lines.append(f"{self.shards} shards, {self.bytes / 1e6:,.1f} MB{kept}")
+        if self.gone:
+            lines.append(f"{self.gone:,} files that they were made from are gone: whether these changed was not seen")
         return "\n".join(lines + self._histogram() + self._losses())
 
     def _total(self) -> Counts:

@@ -2,9 +2,10 @@
 
 import io
 import json
+import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
@@ -16,26 +17,18 @@ import numpy as np
 from shards import manifest
 from shards.audio import SAMPLE_RATE, Codec, encode_audio, mix_down, read_audio, resample
 from shards.corpora.item import AudioSource, Item, PictureSource, check_items
+from shards.corpora.lists import ListFile
 from shards.errors import UserError
-from shards.folder import UNFINISHED, WHOLE, Part, claimed, finished, sweep
+from shards.folder import UNFINISHED, WHOLE, Part, claimed, finished
+from shards.merge import close_folder
 from shards.picture import read_picture
 from shards.pool import Progress, run_tasks
 from shards.reader import MAX_MEMBER, MAX_META
-from shards.record import (
-    Plan,
-    Record,
-    Sample,
-    files_digest,
-    gather,
-    lists_digest,
-    load_plan,
-    load_record,
-)
+from shards.record import Plan, Record, Sample, files_digest, lists_digest, load_plan, load_record
 from shards.report import Dropped, Outlook, Report, outlook_text
+from shards.sources import SourceFile, by_split, crc32, files_of, stamp
 
-_FIRST_SPLITS = ("train", "dev", "test")
 _KEY_LENGTH = 80  # a member's name has 100 bytes in a ustar header
-_NAMED = 5  # missing shards that a message shows
 _TRIED = 8  # samples a split that are encoded for an estimate
 
 
@@ -85,6 +78,7 @@ def plan_shards(
     arguments: Mapping[str, Any],
     parts: int = 1,
     dropped: Sequence[Dropped] = (),
+    lists: Sequence[ListFile] = (),
 ) -> Work:
     """Deal the items to shards, split by split; their order within a split is the order of the shards.
 
@@ -95,25 +89,24 @@ def plan_shards(
         arguments: JSON values kept in the manifest.
         parts: into how many runs the work is divided.
         dropped: What was left out when the corpus was read, for the report.
+        lists: The corpus's lists, as they were read.
 
     Raises:
         UserError: clashing ids, words that are no text, a picture without captions, an unknown twin, or nothing to
             write.
     """
     check_items(items)
-    splits: dict[str, list[Item]] = {}
-    for item in items:
-        splits.setdefault(item.split, []).append(item)
     shards = []
-    for split in sorted(splits, key=lambda name: (*(name != first for first in _FIRST_SPLITS), name)):
+    for split, every in by_split(items).items():
         if not manifest.SPLIT.fullmatch(split):
             raise UserError(f"split {split!r}: a split's name has letters, digits, _ and - only")
-        for number, start in enumerate(range(0, len(splits[split]), form.samples_per_shard)):
-            some = tuple(splits[split][start : start + form.samples_per_shard])
+        for number, start in enumerate(range(0, len(every), form.samples_per_shard)):
+            some = tuple(every[start : start + form.samples_per_shard])
             shards.append(_Planned(f"{split}-{number:06d}.tar", split, some, form, lists_digest(some, asdict(form))))
-    lists = {shard.name: shard.lists for shard in shards}
+    digests = {shard.name: shard.lists for shard in shards}
     plain = json.loads(json.dumps(dict(arguments)))  # as it will be read back
-    return Work(Plan(corpus, plain, asdict(form), lists, parts, tuple(dropped)), tuple(shards))
+    counts = len(items), sum(len(item.captions) for item in items)
+    return Work(Plan(corpus, plain, asdict(form), digests, parts, tuple(dropped), tuple(lists), *counts), tuple(shards))
 
 
 def write_shards(
@@ -126,6 +119,7 @@ def write_shards(
     progress: Progress = lambda done: None,
     restart: bool = False,
     dropped: Sequence[Dropped] = (),
+    lists: Sequence[ListFile] = (),
 ) -> Report:
     """Write all samples, then the index, the report and, last, the manifest; go on where an earlier run was stopped.
 
@@ -137,16 +131,18 @@ def write_shards(
         arguments: JSON values kept in the manifest.
         jobs: processes.
         progress: told how many pictures were done since the last call.
-        restart: drop what an unfinished run has left.
+        restart: drop what an earlier run has left, finished or not.
         dropped: What was left out when the corpus was read, for the report.
+        lists: The corpus's lists, as they were read.
 
     Raises:
-        UserError: bad input (unless `form.skip_bad`), clashing ids, nothing to write, or a folder in use.
+        UserError: bad input (unless `form.skip_bad`), clashing ids, nothing to write, a folder in use, or a file that
+            changed after it was read.
     """
-    work = plan_shards(items, corpus, form, arguments, dropped=dropped)
+    work = plan_shards(items, corpus, form, arguments, dropped=dropped, lists=lists)
     with claimed(folder, WHOLE, work.plan, restart):
         kept = _write(work, folder, WHOLE, jobs, progress)
-        report = _merge(folder, work.plan)
+        report = close_folder(folder, work.plan)
     report.kept = kept
     return report
 
@@ -171,14 +167,15 @@ def merge_shards(folder: Path) -> Report:
     """Write the index, the report and the manifest of a folder whose parts are all written.
 
     Raises:
-        UserError: there are no parts, one is missing or at work, or the folder cannot be written.
+        UserError: there are no parts, one is missing or at work, a file changed after a part has read it, or the folder
+            cannot be written.
     """
     if load_plan(folder / UNFINISHED) is None:
         raise UserError(f"{folder} holds no parts to merge: write them with make_shards.py CORPUS --out DIR --part I/N")
     with claimed(folder):
         plan = load_plan(folder / UNFINISHED)
         assert plan is not None
-        return _merge(folder, plan)
+        return close_folder(folder, plan)
 
 
 def _write(work: Work, folder: Path, part: Part, jobs: int, progress: Progress) -> int:
@@ -198,41 +195,6 @@ def going_on(folder: Path) -> str:
         return ""
     command = "the same command" if plan.skip_bad else "the same command, or with --skip-bad,"
     return f"{kept} of {len(plan.shards)} shards are finished and kept: {command} goes on from there"
-
-
-def _merge(folder: Path, plan: Plan) -> Report:
-    """Write the index, the report and, last, the manifest, from the records of all shards."""
-    missing: list[str] = []
-
-    def records() -> Iterator[Record]:
-        """Yield what there is; name in `missing` what there is not."""
-        for name, lists in plan.shards.items():
-            record = load_record(folder / UNFINISHED, name, lists, plan.skip_bad)
-            if record is None:
-                missing.append(name)
-            else:
-                yield record
-
-    gathered = gather(records())
-    if missing:
-        raise UserError(_still_missing(missing, plan))
-    if not gathered.shards:
-        raise UserError(f"no sample is left to write: {gathered.report.dropped[0].reason}")
-    sweep(folder, {shard.name for shard in gathered.shards})
-    gathered.report.dropped[:0] = plan.dropped
-    report = gathered.report.save(folder)
-    manifest.save(folder, plan.corpus, gathered.shards, gathered.splits, gathered.columns(), plan.arguments, report)
-    return gathered.report
-
-
-def _still_missing(names: Sequence[str], plan: Plan) -> str:
-    part_of = {name: f"{number % plan.parts + 1}/{plan.parts}" for number, name in enumerate(plan.shards)}
-    named = ", ".join(f"{name} (part {part_of[name]})" for name in names[:_NAMED])
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    parts = sorted({part_of[name] for name in names}, key=lambda part: int(part.split("/")[0]))
-    again = f"--part {', '.join(parts)}" if plan.parts > 1 else "the same command"
-    what = f"{len(names)} of {len(plan.shards)} shards are missing, or not as planned last"
-    return f"{what}: {named}{more}: run {again} again"
 
 
 def outlook(items: Sequence[Item], form: Format) -> str:
@@ -280,18 +242,25 @@ def _make_shard(folder: Path, plan: _Planned, progress: Progress) -> bool:
     """Write one shard unless it is there, finished, from the same files; tell which."""
     notes = folder / UNFINISHED
     # Before the files are read: if one changes meanwhile, the next run sees another time than this one.
-    files = files_digest(plan.items)
+    stamps = {path: stamp(path) for path in files_of(plan.items)}
+    files = files_digest(stamps[path] for path in files_of(plan.items))
     finished_one = load_record(notes, plan.name, plan.lists, plan.form.skip_bad)
     if finished_one and finished_one.files == files:
+        if finished_one.sources is None:
+            finished_one.sources = [_source(path, stamps) for path in files_of(plan.items)]
+            finished_one.save(notes)
         progress(len(plan.items))
         return True
     path = folder / plan.name
-    shard = Record(plan.name, plan.split, plan.lists, files)
+    sources: list[SourceFile] = []
+    shard = Record(plan.name, plan.split, plan.lists, files, sources=sources)
     try:
         # A record of what the tar held before must not be found beside a new tar.
         (notes / f"{plan.name}.json").unlink(missing_ok=True)
         with manifest.atomic(path) as file, tarfile.TarFile("", "w", file, format=tarfile.USTAR_FORMAT) as tar:
             for item in plan.items:
+                # As the stamps, before the files are read.
+                sources += [_source(path, stamps) for path in files_of([item])]
                 _write_sample(tar, file, item, plan.form, shard)
                 progress(1)
         if shard.samples:
@@ -302,6 +271,10 @@ def _make_shard(folder: Path, plan: _Planned, progress: Progress) -> bool:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     return False
+
+
+def _source(path: Path, stamps: Mapping[Path, tuple[int, int]]) -> SourceFile:
+    return SourceFile(os.path.abspath(path), *stamps[path], crc32(path))
 
 
 def _write_sample(tar: tarfile.TarFile, file: IO[bytes], item: Item, form: Format, shard: Record) -> None:

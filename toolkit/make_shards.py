@@ -17,6 +17,7 @@ if __name__ in ("__main__", "__mp_main__"):
 
 from shards.audio import MAX_SECONDS
 from shards.corpora import CORPORA, module
+from shards.corpora.lists import ListFile, noted_lists
 from shards.errors import Parser, UserError, run_main
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="I/N",
         help="write one of N parts, each by a run of its own, at once if you like; then make_shards.py merge --out DIR",
     )
-    add("--restart", action="store_true", help="drop the shards that an unfinished run has left in --out")
+    add("--restart", action="store_true", help="drop the shards that an earlier run has left in --out, finished or not")
     add("--dry-run", action="store_true", help="show what would be written, and write nothing")
 
 
@@ -113,9 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.part and options.restart:
         raise UserError(f"--restart and --part: remove {options.out} instead, then start all parts")
     content = _content(options)
-    if not options.dry_run and _finished(options.out, content):
+    if not options.dry_run and _finished(options, content):
         return
-    items = module(options.corpus).read(options)
+    with noted_lists() as lists:
+        items = module(options.corpus).read(options)
 
     # Late, since the writer brings in what --help need not wait for.
     from shards.write import Format, going_on, outlook
@@ -132,31 +134,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(outlook(items, form))
         return
     try:
-        (_write_part if options.part else _write_all)(items, form, content, options)
+        (_write_part if options.part else _write_all)(items, lists, form, content, options)
     except (KeyboardInterrupt, SystemExit):
         if kept := going_on(options.out):
             print(f"{options.out}: {kept}", file=sys.stderr)
         raise
 
 
-def _write_all(items: Sequence["Item"], form: "Format", content: dict[str, Any], options: argparse.Namespace) -> None:
+def _write_all(
+    items: Sequence["Item"],
+    lists: Sequence[ListFile],
+    form: "Format",
+    content: dict[str, Any],
+    options: argparse.Namespace,
+) -> None:
     from shards.write import write_shards
 
     start = time.monotonic()
     with _progress_bar(len(items)) as progress:
         report = write_shards(
-            items, options.out, options.corpus, form, content, options.jobs, progress, options.restart
+            items, options.out, options.corpus, form, content, options.jobs, progress, options.restart, lists=lists
         )
     _print_report(options.out, report, start)
 
 
-def _write_part(items: Sequence["Item"], form: "Format", content: dict[str, Any], options: argparse.Namespace) -> None:
+def _write_part(
+    items: Sequence["Item"],
+    lists: Sequence[ListFile],
+    form: "Format",
+    content: dict[str, Any],
+    options: argparse.Namespace,
+) -> None:
     from shards.folder import Part
     from shards.write import plan_shards, write_part
 
     part = Part(*options.part)
     start = time.monotonic()
-    work = plan_shards(items, options.corpus, form, content, part.of)
+    work = plan_shards(items, options.corpus, form, content, part.of, lists=lists)
     with _progress_bar(work.pictures(part)) as progress:
         written, kept = write_part(work, options.out, part, options.jobs, progress)
     seconds = time.monotonic() - start
@@ -168,9 +182,11 @@ def _merge(out: Path) -> None:
     """Finish a folder of parts."""
     from shards.write import merge_shards
 
-    if not _finished(out):
-        start = time.monotonic()
-        _print_report(out, merge_shards(out), start)
+    if os.path.exists(out / "manifest.json"):
+        _print_finished(out, "")
+        return
+    start = time.monotonic()
+    _print_report(out, merge_shards(out), start)
 
 
 def _print_report(out: Path, report: "Report", start: float) -> None:
@@ -187,26 +203,65 @@ def _content(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _finished(out: Path, content: dict[str, Any] | None = None) -> bool:
-    """Whether `out` holds these shards already, or any; a `UserError` if it holds others."""
-    from shards.folder import tidy
+def _finished(options: argparse.Namespace, content: dict[str, Any]) -> bool:
+    """Whether `out` holds these shards already; a `UserError` if it holds others, or if their corpus changed since."""
     from shards.manifest import MANIFEST, load
-    from shards.report import load_report
 
+    out = options.out
     if not os.path.exists(out / MANIFEST):
         return False
-    made = load(out)
-    if content is not None and made.arguments != json.loads(json.dumps(content)):
-        names = sorted(made.arguments.keys() | content.keys())
-        name = next(one for one in names if made.arguments.get(one) != content.get(one))
+    made = load(out).arguments
+    content = json.loads(json.dumps(content))
+    other = [name for name in sorted(made.keys() | content.keys()) if made.get(name) != content.get(name)]
+    elsewhere = bool(other) and all(isinstance(getattr(options, name, None), Path) for name in other)
+    changed, line = ("", "") if options.restart or (other and not elsewhere) else _look_at_corpus(options)
+    if other and (not elsewhere or options.restart or changed or line):
         raise UserError(
-            f"{out} holds shards made with {name} {made.arguments.get(name)}, now {content.get(name)}: "
-            "give another --out, or remove the folder"
+            f"{out} holds shards made with {other[0]} {made.get(other[0])}, now {content.get(other[0])}"
+            f"{f' ({changed})' if changed else ''}: give another --out, or remove the folder"
         )
+    if changed:
+        again = f"remove {out}" if options.part else "make it again with --restart"
+        raise UserError(f"{out} is finished, but its corpus changed since: {changed}: give another --out, or {again}")
+    if not options.restart:
+        same = f"from the same files, then at {made[other[0]]}" if other else "with the same arguments"
+        _print_finished(out, f", made {same}{line}")
+    return not options.restart
+
+
+def _look_at_corpus(options: argparse.Namespace) -> tuple[str, str]:
+    """How the corpus differs from what the finished folder was made from, and what of that is not known."""
+    from shards.sources import compare, compare_lists, load_sources
+
+    unknown = "whether it changed since is not known"
+    try:
+        recorded = load_sources(options.out)
+    except UserError as error:
+        return "", f"; what of their corpus was recorded cannot be read ({error}): {unknown}"
+    if recorded is None:
+        return "", f"; an earlier version did not record what their corpus was: {unknown}"
+    # A file that is missing now is no reason not to look at the others.
+    lenient = argparse.Namespace(**{**vars(options), "skip_bad": True})
+    with noted_lists() as lists:
+        try:
+            items = module(options.corpus).read(lenient)
+        except UserError as error:
+            changed = compare_lists(recorded.lists, lists, complete=False)
+            return "; ".join(changed), f"; their corpus could not be looked at ({error}): {unknown}"
+    differences = compare(recorded, lists, items)
+    if not differences.gone:
+        return str(differences), ""
+    gone = f"{differences.gone:,} of the {len(recorded.bytes):,} files of their corpus are gone"
+    return str(differences), f"; {gone} ({differences.gone_one}): whether these changed since is not known"
+
+
+def _print_finished(out: Path, how: str) -> None:
+    from shards.folder import tidy
+    from shards.report import load_report
+
     tidy(out)
-    print(f"{out}: finished already{', made with the same arguments' if content is not None else ''}")
+    print(f"{out}: finished already{how}")
     print(load_report(out).text())
-    return True
 
 
 @contextmanager

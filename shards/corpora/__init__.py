@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from shards.corpora.item import Item
+from shards.corpora.lists import note_list
 from shards.errors import UserError
 
 # Name of the module -> its line in the help.
@@ -54,7 +55,9 @@ def existing(root: Path, *candidates: str, hint: str) -> Path:
 def read_text(path: Path) -> str:
     """A UTF-8 file, with or without a byte-order mark; a `UserError` names it if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        note_list(path, data)
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:

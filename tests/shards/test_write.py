@@ -19,6 +19,7 @@ from PIL import Image
 from shards import manifest
 from shards import write as module
 from shards.corpora.item import Caption, Item
+from shards.corpora.lists import ListFile
 from shards.errors import UserError
 from shards.folder import UNFINISHED, Part, claimed, finished, tidy
 from shards.report import Dropped, Report, load_report
@@ -66,7 +67,7 @@ def test_members_in_their_order(tmp_path):
     ]
     assert list(members(tmp_path / "train-000001.tar")) == ["t-3.json", "t-3.jpg", "t-3.0.flac"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("dev-000000.tar", "extra-000000.tar", "index.npz", "manifest.json", "report.json"),
+        *("dev-000000.tar", "extra-000000.tar", "index.npz", "manifest.json", "report.json", "sources.json"),
         *("train-000000.tar", "train-000001.tar"),
     ]
 
@@ -520,7 +521,7 @@ def test_shards_of_a_corpus_that_shrank_are_removed(tmp_path):
     items, out = shard_corpus(tmp_path / "corpus", bad=4), tmp_path / "out"
     stop(items, out)
     write(items[:2], out, samples_per_shard=2)
-    assert sorted(contents(out)) == ["index.npz", "manifest.json", "report.json", "train-000000.tar"]
+    assert sorted(contents(out)) == ["index.npz", "manifest.json", "report.json", "sources.json", "train-000000.tar"]
 
 
 def test_another_command_is_refused_where_there_is_something_to_lose(tmp_path):
@@ -614,6 +615,152 @@ def test_killed_at_every_change_of_a_name(tmp_path, after):
         moment += 1
     assert moment > 12  # the plan, three shards with their records, the report, the index, the manifest, the notes
     assert contents(tmp_path / f"{moment}") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_at_every_change_of_a_name_while_a_finished_folder_is_made_again(tmp_path, after):
+    items = ITEMS[:2]
+    write(items, tmp_path / "undisturbed", samples_per_shard=1)
+    again, moment, left_finished = True, 0, 0
+    while again:
+        moment += 1
+        out = tmp_path / f"{moment}"
+        write(ITEMS[1:3], out, samples_per_shard=2)  # other shards, one of another name
+        old = contents(out)
+        work = partial(write_shards, items, out, "tiny", Format(1), {"corpus": "tiny"}, restart=True)
+        again = killed_at(moment, after, work)
+        if (out / manifest.MANIFEST).exists() and again:
+            tidy(out)
+            left_finished += 1
+            assert contents(out) in (old, contents(tmp_path / "undisturbed")), "neither the old folder nor the new one"
+            write_shards(items, out, "tiny", Format(1), {"corpus": "tiny"}, restart=True)
+        elif again:
+            write(items, out, samples_per_shard=1)
+        assert contents(out) == contents(tmp_path / "undisturbed")
+    assert moment > 12
+    assert left_finished
+
+
+def test_restart_of_a_finished_folder_removes_nothing_of_others(tmp_path):
+    write(ITEMS, tmp_path)
+    before = identities(tmp_path)
+    (tmp_path / "mine-000001.tar").touch()
+    with pytest.raises(UserError, match=r"is not empty \(it holds mine-000001.tar\)"):
+        write_shards(ITEMS, tmp_path, "tiny", Format(), {}, restart=True)
+    assert before.items() <= identities(tmp_path).items()
+    (tmp_path / "mine-000001.tar").unlink()
+    write_shards(ITEMS, tmp_path, "tiny", Format(), {"corpus": "tiny"}, restart=True)
+    assert not before.items() & identities(tmp_path).items()
+
+
+# What shards were made from.
+
+
+def longer(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def other_content(path):
+    """As long as before; the time of change is set, since that of the file system may not be fine enough."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(1, 1))
+
+
+CHANGES = [(longer, "has another size"), (other_content, "has other content")]
+
+
+@pytest.mark.parametrize(("change", "line"), CHANGES)
+@pytest.mark.parametrize("name", ["0.png", "1.wav"])
+def test_a_file_that_changes_after_it_was_read_is_noticed_at_the_end(tmp_path, name, change, line):
+    items, out = shard_corpus(tmp_path / "corpus"), tmp_path / "out"
+    done = []
+
+    def progress(count):
+        done.append(count)
+        if len(done) == 4:  # the first shard is written, the second nearly
+            change(tmp_path / "corpus" / name)
+
+    with pytest.raises(
+        UserError, match=rf"{name} {line} since train-000000\.tar was written: run the same command again"
+    ):
+        write_shards(items, out, "tiny", Format(2), {"corpus": "tiny"}, progress=progress)
+    assert write(items, out, samples_per_shard=2).kept == 3
+    write(items, tmp_path / "undisturbed", samples_per_shard=2)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(("change", "line"), CHANGES)
+def test_merge_refuses_parts_made_from_files_that_changed_since(tmp_path, change, line):
+    items = shard_corpus(tmp_path / "corpus")
+    for number in (1, 2):
+        part_of(items, tmp_path / "out", number, 2)
+    change(tmp_path / "corpus/1.wav")
+    shard = r"since train-000001\.tar was written"
+    with pytest.raises(UserError, match=rf"corpus/1\.wav {line} {shard}: run --part 2/2 again$"):
+        merge_shards(tmp_path / "out")
+    assert part_of(items, tmp_path / "out", 2, 2) == (1, 3)
+    merge_shards(tmp_path / "out")
+    write(items, tmp_path / "undisturbed", samples_per_shard=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_merge_takes_files_that_were_touched_and_names_how_many_are_gone(tmp_path):
+    items = shard_corpus(tmp_path / "corpus")
+    for number in (1, 2):
+        part_of(items, tmp_path / "out", number, 2)
+    os.utime(tmp_path / "corpus/1.wav", ns=(1, 1))
+    (tmp_path / "corpus/2.wav").unlink()
+    (tmp_path / "corpus/2.png").unlink()
+    report = merge_shards(tmp_path / "out")
+    assert report.gone == 2
+    assert "\n2 files that they were made from are gone: whether these changed was not seen\n" in report.text()
+
+
+def test_parts_that_read_other_lists_are_refused_while_one_is_at_work(tmp_path):
+    plans = [
+        plan_shards(items, "tiny", Format(), {}, 2, lists=[ListFile("t.csv", 1, sha)]).plan
+        for items, sha in ((ITEMS, "a"), (ITEMS[:3], "b"))
+    ]
+    line = r"the corpus changed since it began \(t\.csv was edited\): wait for it"
+    with (
+        claimed(tmp_path, Part(1, 2), plans[0]),
+        pytest.raises(UserError, match=line),
+        claimed(tmp_path, Part(2, 2), plans[1]),
+    ):
+        pass
+
+
+def forget(notes):
+    """Make plan and records those of a version that did not note what shards are made from."""
+    for path in notes.glob("*.json"):
+        stored = json.loads(path.read_bytes())
+        for name in ("sources", "lists", "pictures", "captions", "dropped")[: 1 if "sha256" in stored else None]:
+            stored.pop(name, None)
+        path.write_text(json.dumps(stored))
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_from(tmp_path):
+    items, out = shard_corpus(tmp_path / "corpus", bad=4), tmp_path / "out"
+    kept = stop(items, out)
+    forget(out / UNFINISHED)
+    tiny.speech(tmp_path / "corpus/4.wav")
+    assert write(items, out, samples_per_shard=2).kept == 2
+    assert kept.items() <= identities(out).items()
+    write(items, tmp_path / "undisturbed", samples_per_shard=2)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_parts_of_an_earlier_version_are_merged_and_their_sources_are_not_known(tmp_path):
+    items, out = shard_corpus(tmp_path / "corpus"), tmp_path / "out"
+    part_of(items, out, 1, 1)
+    forget(out / UNFINISHED)
+    merge_shards(out)
+    write(items, tmp_path / "undisturbed", samples_per_shard=1)
+    undisturbed = contents(tmp_path / "undisturbed")
+    del undisturbed["sources.json"]
+    assert contents(out) == undisturbed
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -736,27 +883,31 @@ def test_merge_refuses_parts_of_a_corpus_that_changed_between_them(tmp_path):
 
 
 def test_parts_at_work_at_once(tmp_path):
-    plan = plan_shards(ITEMS, "tiny", Format(samples_per_shard=1), {"corpus": "tiny"}, 2).plan
-    with claimed(tmp_path, Part(1, 2), plan):
-        temporary = tmp_path / "train-000000.tar.77.tmp"
+    out = tmp_path / "out"
+    items = [Item("late", "dev", tmp_path / "late.png", ITEMS[0].captions), *ITEMS]
+    plan = plan_shards(items, "tiny", Format(samples_per_shard=1), {"corpus": "tiny"}, 2).plan
+    with claimed(out, Part(1, 2), plan):
+        temporary = out / "train-000000.tar.77.tmp"
         temporary.touch()
         for number, of in ((1, 2), (1, 1), (2, 3)):
             with pytest.raises(UserError, match=r"another make_shards is writing into .* \(part 1/2\): wait for it"):
-                part_of(ITEMS, tmp_path, number, of)
+                part_of(items, out, number, of)
         with pytest.raises(UserError, match=r"\(part 1/2\): wait"):
-            merge_shards(tmp_path)
+            merge_shards(out)
         with pytest.raises(UserError, match="quality 90, now 80"):
-            part_of(ITEMS, tmp_path, 2, 2, quality=80)
-        bad = [ITEMS[1], Item("bad", "train", tmp_path / "none.jpg", ITEMS[0].captions)]
-        with pytest.raises(UserError, match=r"none\.jpg: no such file$"):
-            part_of(bad, tmp_path, 2, 2)
+            part_of(items, out, 2, 2, quality=80)
+        with pytest.raises(UserError, match=r"the corpus changed since it began \(.*\): wait for it, or stop it, then"):
+            part_of(ITEMS, out, 2, 2)
+        with pytest.raises(UserError, match=r"late\.png: no such file"):
+            part_of(items, out, 2, 2)
         assert temporary.exists(), "of the part at work"
-        assert (tmp_path / UNFINISHED / "plan.json").exists()
-        part_of(ITEMS, tmp_path, 2, 2)
+        assert (out / UNFINISHED / "plan.json").exists()
+        tiny.photo(tmp_path / "late.png")
+        part_of(items, out, 2, 2)
     assert not temporary.exists()
-    assert part_of(ITEMS, tmp_path, 1, 2) == (3, 0)
-    merge_shards(tmp_path)
-    assert not (tmp_path / UNFINISHED).exists()
+    assert part_of(items, out, 1, 2) == (3, 0)
+    merge_shards(out)
+    assert not (out / UNFINISHED).exists()
 
 
 def test_last_part_to_fail_leaves_nothing(tmp_path):
