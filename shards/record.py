@@ -50,7 +50,8 @@ class Plan:
         """
         old, new = ({"corpus": one.corpus, **one.form, **one.arguments} for one in (earlier, self))
         for name in sorted(old.keys() | new.keys()):
-            if name != _EITHER_WAY and old.get(name) != new.get(name):
+            # One that is not there is of another version, which did the same as one does now without it.
+            if name != _EITHER_WAY and (old.get(name) or None) != (new.get(name) or None):
                 return f"{name} {old.get(name)}, now {new.get(name)}"
         return None
 

@@ -210,23 +210,30 @@ def _finished(options: argparse.Namespace, content: dict[str, Any]) -> bool:
     out = options.out
     if not os.path.exists(out / MANIFEST):
         return False
-    made = load(out).arguments
-    content = json.loads(json.dumps(content))
-    other = [name for name in sorted(made.keys() | content.keys()) if made.get(name) != content.get(name)]
-    elsewhere = bool(other) and all(isinstance(getattr(options, name, None), Path) for name in other)
-    changed, line = ("", "") if options.restart or (other and not elsewhere) else _look_at_corpus(options)
-    if other and (not elsewhere or options.restart or changed or line):
-        raise UserError(
-            f"{out} holds shards made with {other[0]} {made.get(other[0])}, now {content.get(other[0])}"
-            f"{f' ({changed})' if changed else ''}: give another --out, or remove the folder"
-        )
+    made, content = load(out).arguments, json.loads(json.dumps(content))
+    # An argument that is not there is of another version, which did the same as one does now without it.
+    names = sorted(made.keys() | content.keys())
+    other = [name for name in names if (made.get(name) or None) != (content.get(name) or None)]
+    places = [name for name in other if made.get(name) and isinstance(getattr(options, name, None), Path)]
+    if other != places:
+        raise _other_shards(out, made, content, other)
+    if options.restart and not other:
+        return False
+    changed, unknown = _look_at_corpus(options)
+    if other and (options.restart or changed or unknown):
+        raise _other_shards(out, made, content, other, changed)
     if changed:
         again = f"remove {out}" if options.part else "make it again with --restart"
         raise UserError(f"{out} is finished, but its corpus changed since: {changed}: give another --out, or {again}")
-    if not options.restart:
-        same = f"from the same files, then at {made[other[0]]}" if other else "with the same arguments"
-        _print_finished(out, f", made {same}{line}")
-    return not options.restart
+    how = f"made from the same files, then at {made[other[0]]}" if other else "made with the same arguments"
+    _print_finished(out, f", {how}{unknown}")
+    return True
+
+
+def _other_shards(out: Path, made: Any, content: Any, names: Sequence[str], changed: str = "") -> UserError:
+    name, more = names[0], f" ({changed})" if changed else ""
+    line = f"{out} holds shards made with {name} {made.get(name)}, now {content.get(name)}{more}"
+    return UserError(f"{line}: give another --out, or remove the folder")
 
 
 def _look_at_corpus(options: argparse.Namespace) -> tuple[str, str]:

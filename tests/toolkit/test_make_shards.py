@@ -14,6 +14,7 @@ from shards.corpora import CORPORA
 from shards.errors import UserError
 from shards.manifest import load
 from tests.shards import tiny_corpora as tiny
+from toolkit import make_shards
 from toolkit.make_shards import main
 
 ROOT = Path(__file__).parents[2]
@@ -312,6 +313,18 @@ def test_folders_that_do_not_say_what_they_were_made_from(finished_one, tmp_path
     remake(finished_one, tmp_path)
     line = "the same arguments; an earlier version did not record what their corpus was: whether it changed since is"
     assert line in capsys.readouterr().out
+
+
+def test_a_folder_of_before_an_option_was_there(tmp_path, capsys, monkeypatch):
+    tiny.one_row_table(tmp_path / "corpus")
+    content = make_shards._content
+    with monkeypatch.context() as patch:
+        patch.setattr(make_shards, "_content", lambda options: content(options) | {"other": False, "more": 3})
+        remake("table", tmp_path)
+    assert "made with more 3, now None" in refused("table", tmp_path)
+    monkeypatch.setattr(make_shards, "_content", lambda options: content(options) | {"new": None, "more": 3})
+    remake("table", tmp_path)
+    assert "finished already, made with the same arguments\n" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_does_not_mix_old_and_new(tmp_path):
