@@ -82,7 +82,7 @@ class Report:
         lines.append(f"{self.shards} shards, {self.bytes / 1e6:,.1f} MB{kept}")
         if self.gone:
             lines.append(f"{self.gone:,} files that they were made from are gone: whether these changed was not seen")
-        return "\n".join(lines + self._histogram() + self._losses())
+        return "\n".join(lines + self._histogram() + self.losses())
 
     def _total(self) -> Counts:
         every = self.splits.values()
@@ -106,7 +106,8 @@ class Report:
             lines.append(f"{f'{start} to {start + width}':<12}{count:>10,}  {bar}".rstrip())
         return lines
 
-    def _losses(self) -> list[str]:
+    def losses(self) -> list[str]:
+        """Lines that name the dropped pictures and captions."""
         if not self.dropped:
             return ["nothing dropped"]
         pictures = sum(one.what == "picture" for one in self.dropped)

@@ -16,12 +16,11 @@ if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.audio import MAX_SECONDS
-from shards.corpora import CORPORA, module
+from shards.corpora import CORPORA, Corpus, load, module
 from shards.corpora.lists import ListFile, noted_lists
 from shards.errors import Parser, UserError, run_main
 
 if TYPE_CHECKING:
-    from shards.corpora.item import Item
     from shards.pool import Progress
     from shards.report import Report
     from shards.write import Format
@@ -63,7 +62,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--quality", type=_number(1, 100), default=90, help="of the JPEGs (default: 90)")
     add("--codec", choices=("flac", "wav", "opus"), default="flac", help="of the audio (default: flac)")
     add("--max-seconds", type=_seconds, default=30.0, metavar="S", help="longer audio is bad input (default: 30)")
-    add("--skip-bad", action="store_true", help="drop and report what cannot be read, rather than end the run")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="drop and report what cannot be read, or comes twice, rather than end the run",
+    )
     add(
         "--part",
         type=_part,
@@ -117,9 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.dry_run and _finished(options, content):
         return
     with noted_lists() as lists:
-        items = module(options.corpus).read(options)
+        corpus = load(options.corpus, options)
 
     # Late, since the writer brings in what --help need not wait for.
+    from shards.report import Report
     from shards.write import Format, going_on, outlook
 
     form = Format(
@@ -131,10 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.skip_bad,
     )
     if options.dry_run:
-        print(outlook(items, form))
+        print(outlook(corpus.items, form))
+        if corpus.dropped:
+            print("\n".join(Report(dropped=corpus.dropped).losses()))
         return
     try:
-        (_write_part if options.part else _write_all)(items, lists, form, content, options)
+        (_write_part if options.part else _write_all)(corpus, lists, form, content, options)
     except (KeyboardInterrupt, SystemExit):
         if kept := going_on(options.out):
             print(f"{options.out}: {kept}", file=sys.stderr)
@@ -142,35 +148,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _write_all(
-    items: Sequence["Item"],
-    lists: Sequence[ListFile],
-    form: "Format",
-    content: dict[str, Any],
-    options: argparse.Namespace,
+    corpus: Corpus, lists: Sequence[ListFile], form: "Format", content: dict[str, Any], options: argparse.Namespace
 ) -> None:
     from shards.write import write_shards
 
     start = time.monotonic()
-    with _progress_bar(len(items)) as progress:
+    with _progress_bar(len(corpus.items)) as progress:
         report = write_shards(
-            items, options.out, options.corpus, form, content, options.jobs, progress, options.restart, lists=lists
+            corpus.items,
+            options.out,
+            options.corpus,
+            form,
+            content,
+            options.jobs,
+            progress,
+            options.restart,
+            corpus.dropped,
+            lists,
         )
     _print_report(options.out, report, start)
 
 
 def _write_part(
-    items: Sequence["Item"],
-    lists: Sequence[ListFile],
-    form: "Format",
-    content: dict[str, Any],
-    options: argparse.Namespace,
+    corpus: Corpus, lists: Sequence[ListFile], form: "Format", content: dict[str, Any], options: argparse.Namespace
 ) -> None:
     from shards.folder import Part
     from shards.write import plan_shards, write_part
 
     part = Part(*options.part)
     start = time.monotonic()
-    work = plan_shards(items, options.corpus, form, content, part.of, lists=lists)
+    work = plan_shards(corpus.items, options.corpus, form, content, part.of, corpus.dropped, lists)
     with _progress_bar(work.pictures(part)) as progress:
         written, kept = write_part(work, options.out, part, options.jobs, progress)
     seconds = time.monotonic() - start
@@ -251,7 +258,7 @@ def _look_at_corpus(options: argparse.Namespace) -> tuple[str, str]:
     lenient = argparse.Namespace(**{**vars(options), "skip_bad": True})
     with noted_lists() as lists:
         try:
-            items = module(options.corpus).read(lenient)
+            items = load(options.corpus, lenient).items
         except UserError as error:
             changed = compare_lists(recorded.lists, lists, complete=False)
             return "; ".join(changed), f"; their corpus could not be looked at ({error}): {unknown}"

@@ -16,11 +16,14 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shards.corpora import add_root, checked, existing, read_json
+from shards.corpora import add_root, existing
 from shards.corpora.item import Caption, Item
+from shards.corpora.records import BadRecord, BadRecords, as_object, file_name, optional_text
+from shards.corpora.text_files import read_json_records
 from shards.errors import UserError
 
 _HINT = "--root is the folder with train_2020.json and its like, or with metadata/train.json"
@@ -33,30 +36,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--audio", type=Path, metavar="DIR", help="where recordings' paths start (default: ROOT)")
 
 
-def read(options: argparse.Namespace) -> list[Item]:
+def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
     """The pictures in order of the files; captions of one picture in one split are one sample.
 
+    Args:
+        options: What `add_arguments` added.
+        bad: Notes the records that cannot be used.
+
     Raises:
-        UserError: a file is missing or not as it should be.
+        UserError: A file is missing or not as it should be.
     """
     items: list[Item] = []
     seen: set[str] = set()
     for split, path in _split_files(options.root).items():
-        content = read_json(path)
-        try:
-            captions = _captions(content, _base(options.audio, content.get("audio_base_path"), options.root))
-            photos = _base(options.images, content.get("image_base_path"), options.root / "images")
-            for picture, spoken in captions.items():
-                # Seen and unseen speakers may have described the same picture: each split has its own sample of it.
-                name = picture if picture not in seen else f"{picture}@{split}"
-                items.append(Item(name, split, photos / picture, tuple(spoken)))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a Places Audio file ({error!r}): {_HINT}") from None
+        content, records = read_json_records(path, "data", "a Places Audio file", _HINT)
+        photos = _base(options.images, content.get("image_base_path"), options.root / "images")
+        captions = _captions(
+            records, path, split, _base(options.audio, content.get("audio_base_path"), options.root), bad
+        )
+        for picture, spoken in captions.items():
+            # Seen and unseen speakers may have described the same picture: each split has its own sample of it.
+            name = picture if picture not in seen else f"{picture}@{split}"
+            items.append(Item(name, split, photos / picture, tuple(spoken), place=spoken[0].place))
         seen.update(captions)
     shared = sum("@" in item.image_id for item in items)
     if shared:
         print(f"places: {shared:,} pictures are in more than one split", file=sys.stderr)
-    return checked(items, options)
+    return items
+
+
+def share_pictures(items: Sequence[Item]) -> set[str]:
+    """The splits that may have pictures in common: those of seen and of unseen speakers."""
+    return {item.split for item in items} - {"train"}
 
 
 def _split_files(root: Path) -> dict[str, Path]:
@@ -74,16 +85,25 @@ def _split_files(root: Path) -> dict[str, Path]:
     return {"train": files.pop("train"), **files}
 
 
-def _base(given: Path | None, written: str | None, default: Path) -> Path:
+def _base(given: Path | None, written: object, default: Path) -> Path:
     if given is not None:
         return given
-    return Path(written) if written and Path(written).is_absolute() and os.path.isdir(written) else default
+    usable = isinstance(written, str) and Path(written).is_absolute() and os.path.isdir(written)
+    return Path(str(written)) if usable else default
 
 
-def _captions(content: dict[str, Any], base: Path) -> dict[str, list[Caption]]:
+def _captions(records: list[Any], path: Path, split: str, base: Path, bad: BadRecords) -> dict[str, list[Caption]]:
+    """The sound captions of a file by picture."""
     captions: dict[str, list[Caption]] = {}
-    for row in content["data"]:
-        utterance = row.get("uttid") or Path(row["wav"]).stem
-        one = Caption(utterance, base / row["wav"], row.get("asr_text"), row.get("speaker"))
-        captions.setdefault(row["image"], []).append(one)
+    for number, value in enumerate(records):
+        try:
+            row = as_object(value)
+            picture, audio = file_name(row, "image"), file_name(row, "wav")
+            utterance = optional_text(row, "uttid") or Path(audio).stem
+            text, speaker = optional_text(row, "asr_text"), optional_text(row, "speaker")
+        except BadRecord as reason:
+            bad.add(f"{path} data[{number}]", reason, split=split)
+            continue
+        one = Caption(utterance, base / audio, text, speaker, f"{path.name} data[{number}]")
+        captions.setdefault(picture, []).append(one)
     return captions

@@ -16,6 +16,7 @@ from itertools import combinations, count, islice
 
 from shards.corpora.drawing import COLOURS, RGB, SHAPES, Point, Scene, Thing, draw, shade
 from shards.corpora.item import Caption, Item
+from shards.corpora.records import BadRecords
 from shards.corpora.speech_synthesis import VOICES, find_library, speak
 from shards.errors import UserError
 
@@ -81,10 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
 
 
-def read(options: argparse.Namespace) -> list[Item]:
+def read(options: argparse.Namespace, bad: BadRecords | None = None) -> list[Item]:
     """Return the pictures of all splits; drawing and speaking is done later, by the writer.
 
     Picture n of a split depends on the options but not on the numbers of pictures.
+
+    Args:
+        options: What `add_arguments` added.
+        bad: Not needed: nothing is read.
 
     Raises:
         UserError: An option is out of range, or espeakng-loader is not installed.

@@ -12,13 +12,24 @@ dataset_coco.json` gives: train (with restval) 113,287 pictures, dev 5,000, test
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from shards.corpora import add_root, checked, existing, read_json
+from shards.corpora import add_root, existing
 from shards.corpora.item import Caption, Item
-from shards.errors import UserError
+from shards.corpora.records import (
+    BadRecord,
+    BadRecords,
+    as_object,
+    file_name,
+    optional_text,
+    records_of,
+    required_text,
+    whole_number,
+)
+from shards.corpora.text_files import read_json_records
 
 _HINT = "--root is the folder that SpokenCOCO.tar.gz unpacks to"
 _KARPATHY = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
@@ -35,45 +46,100 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read(options: argparse.Namespace) -> list[Item]:
+def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
     """The pictures in the order of the two files: splits train and dev, or train, dev and test with `--karpathy`.
 
+    Args:
+        options: What `add_arguments` added.
+        bad: Notes the records that cannot be used.
+
     Raises:
-        UserError: a file is missing or not as it should be.
+        UserError: A file is missing or not as it should be.
     """
-    photos = options.images or options.root
-    split_of = _karpathy(options.karpathy) if options.karpathy else None
+    split_of = _karpathy(options.karpathy, bad) if options.karpathy else None
     items, left = [], 0
     for part, shipped in (("train", "train"), ("val", "dev")):
         path = existing(options.root, f"SpokenCOCO_{part}.json", hint=_HINT)
-        try:
-            for record in read_json(path)["data"]:
-                split = split_of.get(coco_id(record["image"])) if split_of is not None else shipped
+        reader = _Reader(path, options.root, options.images or options.root, bad)
+        _, records = read_json_records(path, "data", "a SpokenCOCO file", _HINT)
+        for number, record in enumerate(records):
+            try:
+                split = split_of.get(coco_id(as_object(record))) if split_of is not None else shipped
                 if split is None:
                     left += 1
-                else:
-                    items.append(_item(record, split, photos, options.root))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is not a SpokenCOCO file ({error!r}): {_HINT}") from None
+                elif item := reader.item(as_object(record), number, split):
+                    items.append(item)
+            except BadRecord as reason:
+                reader.note(record, number, reason)
     if left:
         print(f"spokencoco: {left:,} pictures are in no part of {options.karpathy} and left out", file=sys.stderr)
-    return checked(items, options)
+    return items
 
 
-def coco_id(picture: str) -> int:
-    """COCO's number of a picture, the last digits of its file name."""
-    return int(Path(picture).stem.rsplit("_", 1)[-1])
+def coco_id(record: dict[str, Any]) -> int:
+    """COCO's number of a picture, the last digits of its file name.
+
+    Raises:
+        BadRecord: The record names no picture, or one without a number.
+    """
+    picture = file_name(record, "image")
+    digits = Path(picture).stem.rsplit("_", 1)[-1]
+    if not re.fullmatch(r"[0-9]{1,18}", digits):
+        raise BadRecord(f"image is {picture!r}, expected a name that ends in COCO's number, as in x_000000325114.jpg")
+    return int(digits)
 
 
-def _karpathy(path: Path) -> dict[int, str]:
-    try:
-        return {entry["cocoid"]: _KARPATHY[entry["split"]] for entry in read_json(path)["images"]}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not Karpathy's dataset_coco.json ({error!r}): see --karpathy") from None
+def _karpathy(path: Path, bad: BadRecords) -> dict[int, str]:
+    """The split of every picture of COCO, by its number."""
+    _, entries = read_json_records(path, "images", "Karpathy's dataset_coco.json", "see --karpathy")
+    splits: dict[int, str] = {}
+    for number, value in enumerate(entries):
+        try:
+            entry = as_object(value)
+            cocoid, split = whole_number(entry, "cocoid"), required_text(entry, "split")
+            if split not in _KARPATHY:
+                raise BadRecord(f"split is {split!r}, expected {', '.join(_KARPATHY)}")
+            if splits.setdefault(cocoid, _KARPATHY[split]) != _KARPATHY[split]:
+                raise BadRecord(f"picture {cocoid} is in {split}, in an earlier entry in {splits[cocoid]}")
+        except BadRecord as reason:
+            bad.add(f"{path} images[{number}]", reason, what="picture", captions=0)
+    return splits
 
 
-def _item(record: dict[str, Any], split: str, photos: Path, root: Path) -> Item:
-    captions = (
-        Caption(one["uttid"], root / one["wav"], one.get("text"), one.get("speaker")) for one in record["captions"]
-    )
-    return Item(Path(record["image"]).stem, split, photos / record["image"], tuple(captions))
+class _Reader:
+    """Makes items of the records of one file."""
+
+    def __init__(self, path: Path, root: Path, photos: Path, bad: BadRecords) -> None:
+        self.path, self.root, self.photos, self.bad = path, root, photos, bad
+
+    def item(self, record: dict[str, Any], number: int, split: str) -> Item | None:
+        """The picture of a record with its sound captions; None if there is no such caption.
+
+        Raises:
+            BadRecord: The record as a whole cannot be used.
+        """
+        picture, spoken = file_name(record, "image"), records_of(record, "captions")
+        place = f"{self.path.name} data[{number}]"
+        captions = []
+        for n, one in enumerate(spoken):
+            try:
+                captions.append(self._caption(as_object(one), f"{place}.captions[{n}]"))
+            except BadRecord as reason:
+                self.bad.add(f"{self.path} data[{number}].captions[{n}]", reason, split=split)
+        image_id = Path(picture).stem
+        if captions:
+            return Item(image_id, split, self.photos / picture, tuple(captions), place=place)
+        if self.bad.skip:  # else the captions were named already
+            left = "no caption is left"
+            self.bad.add(f"{self.path} data[{number}]", left, what="picture", name=image_id, split=split, captions=0)
+        return None
+
+    def note(self, record: Any, number: int, reason: BadRecord) -> None:
+        """Note a record that cannot be used."""
+        spoken = record.get("captions") if isinstance(record, dict) else None
+        lost = len(spoken) if isinstance(spoken, list) else 0
+        self.bad.add(f"{self.path} data[{number}]", reason, what="picture", captions=lost)
+
+    def _caption(self, one: dict[str, Any], place: str) -> Caption:
+        utterance, audio = required_text(one, "uttid"), self.root / file_name(one, "wav")
+        return Caption(utterance, audio, optional_text(one, "text"), optional_text(one, "speaker"), place)

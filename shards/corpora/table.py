@@ -6,25 +6,24 @@
     photos/2.jpg,speech/2.mp3,,,test
 
 `image` and `audio` are paths, absolute or relative to the table's folder. `text`, `speaker` and `split` may be empty or
-absent; the split is then train. Rows with the same image are one sample.
+absent; the split is then train. Rows with the same image are one sample. In place of the comma there may be a semicolon
+or a tab; columns of other names are not read.
 """
 
 import argparse
-import csv
-import io
-import json
 import os
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
-from shards.corpora import add_root, checked, existing, read_text
+from shards.corpora import add_root, existing
 from shards.corpora.item import Caption, Item
+from shards.corpora.records import BadRecord, BadRecords, file_name, optional_text
+from shards.corpora.table_rows import COLUMNS, CSV, JSON_LINES, Rows
 from shards.errors import UserError
 from shards.listing import listed
+from shards.manifest import SPLIT
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_JSON_LINES = (".jsonl", ".json", ".ndjson")
 _HINT = "--root is the table itself, or the folder that holds it as its only .csv, .tsv or .jsonl file"
 
 
@@ -33,77 +32,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_root(parser, "the table (.csv, .tsv, .jsonl), or a folder with one table in it")
 
 
-def read(options: argparse.Namespace) -> list[Item]:
-    """The pictures in the order of their first rows.
+def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
+    """The pictures in the order of their first rows; one of two splits is an item of each.
+
+    Args:
+        options: What `add_arguments` added.
+        bad: Notes the rows that cannot be used.
 
     Raises:
-        UserError: there is no table, or a row lacks a path, or has its picture in another split than an earlier row.
+        UserError: There is no table, or its columns are not those of one.
     """
     table = _find(options.root)
-    pictures: dict[str, tuple[str, list[Caption]]] = {}
-    for number, row in _rows(table):
-        picture, audio = (_path(row, column, table, number) for column in ("image", "audio"))
-        split = _value(row, "split") or "train"
-        first, captions = pictures.setdefault(picture, (split, []))
-        if first != split:
-            raise UserError(f"{table} line {number}: {picture} is in split {split}, in an earlier line in {first}")
-        captions.append(Caption(audio, table.parent / audio, _value(row, "text"), _value(row, "speaker")))
-    if not pictures:
+    rows = Rows(table, bad)
+    pictures: dict[tuple[str, str], list[Caption]] = {}
+    for number, row in rows:
+        try:
+            picture, audio = _path(row, "image"), _path(row, "audio")
+            split, text, speaker = _split(row), _word(row, "text"), _word(_with_number_as_text(row), "speaker")
+        except BadRecord as reason:
+            bad.add(f"{table} line {number}", reason)
+            continue
+        caption = Caption(audio, table.parent / audio, text, speaker, f"{table.name} line {number}")
+        pictures.setdefault((picture, split), []).append(caption)
+    if not pictures and not bad.dropped:
         raise UserError(f"{table} has no rows")
-    items = [Item(name, split, table.parent / name, tuple(spoken)) for name, (split, spoken) in pictures.items()]
-    return checked(items, options)
+    if rows.unread:
+        names = ", ".join(map(repr, sorted(rows.unread)))
+        print(f"table: columns of {table} that are not read: {names}; known are {', '.join(COLUMNS)}", file=sys.stderr)
+    return [
+        Item(name, split, table.parent / name, tuple(spoken), place=spoken[0].place)
+        for (name, split), spoken in pictures.items()
+    ]
 
 
 def _find(root: Path) -> Path:
     existing(root, ".", hint=_HINT)
     if os.path.isfile(root):
-        if root.suffix not in (*_SEPARATORS, *_JSON_LINES):
+        if root.suffix not in (*CSV, *JSON_LINES):
             raise UserError(f"{root} is no table: its name has to end in .csv, .tsv or .jsonl")
         return root
-    tables = sorted(path for path in listed(root) if path.suffix in (*_SEPARATORS, ".jsonl", ".ndjson"))
+    tables = sorted(path for path in listed(root) if path.suffix in (*CSV, ".jsonl", ".ndjson"))
     if len(tables) != 1:
         raise UserError(f"{root} holds {len(tables)} tables (.csv, .tsv, .jsonl), give one file as --root")
     return tables[0]
 
 
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and values of every row."""
-    text = read_text(table)
-    if table.suffix in _SEPARATORS:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_SEPARATORS[table.suffix], strict=True)
-        before = 0  # the last line of the row before
-        try:
-            if missing := {"image", "audio"} - set(reader.fieldnames or ()):
-                raise UserError(f"{table} line 1: no column {' and no column '.join(sorted(missing))}")
-            before = reader.line_num
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(
-                        f"{table} line {reader.line_num}: not as many fields as in line 1: is a text without quotes?"
-                    )
-                before = reader.line_num
-                yield before, row
-        except csv.Error as error:
-            raise UserError(f"{table} line {before + 1}: {error}: is a quote not closed?") from None
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # a text may hold what splitlines takes for an end of line
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{table} line {number} is not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{table} line {number} is not an object like " + '{"image": ..., "audio": ...}')
-            yield number, row
+def _path(row: dict[str, Any], column: str) -> str:
+    return os.path.normpath(file_name(row, column).strip())
 
 
-def _path(row: dict[str, Any], column: str, table: Path, number: int) -> str:
-    value = _value(row, column)
-    if value is None:
-        raise UserError(f"{table} line {number}: no {column}")
-    return os.path.normpath(value)
+def _word(row: dict[str, Any], column: str) -> str | None:
+    return (optional_text(row, column) or "").strip() or None
 
 
-def _value(row: dict[str, Any], column: str) -> str | None:
-    value = row.get(column)
-    return str(value).strip() or None if value is not None else None
+def _split(row: dict[str, Any]) -> str:
+    split = _word(row, "split") or "train"
+    if not SPLIT.fullmatch(split):
+        raise BadRecord(f"split is {split!r}, expected a name of letters, digits, _ and - only")
+    return split
+
+
+def _with_number_as_text(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with a speaker's number as CSV would have it."""
+    return row | {"speaker": str(row["speaker"])} if type(row.get("speaker")) is int else row

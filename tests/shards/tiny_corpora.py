@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import soundfile
@@ -11,15 +12,17 @@ from PIL import Image
 def speech(path: Path, seconds: float = 0.25, rate: int = 16000, channels: int = 1, **how) -> Path:
     """Write noise, another for every file name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    chance = np.random.default_rng(sum(path.name.encode()))
+    chance = np.random.default_rng(crc32(path.name.encode()))
     samples = chance.uniform(-0.5, 0.5, (round(seconds * rate), channels)).astype(np.float32)
     soundfile.write(path, samples, rate, **how)
     return path
 
 
-def photo(path: Path, size: tuple[int, int] = (40, 30), colour: str = "red") -> Path:
+def photo(path: Path, size: tuple[int, int] = (40, 30), colour: str | None = None) -> Path:
+    """Write a picture of one colour, which its name and folder give unless it is said."""
+    red, green, blue, _ = crc32("/".join(path.parts[-2:]).encode()).to_bytes(4, "big")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, colour or (red, green, blue)).save(path)
     return path
 
 

@@ -404,9 +404,10 @@ def test_bad_input_in_the_first_shard_is_one_line_and_nothing_is_left(tmp_path, 
     job = start("flickr8k", "--root", root, "--out", out)
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 2
-    assert errors.startswith("error: ")
-    assert named in errors
-    assert errors.count("\n") == 1, errors
+    *told, error = errors.splitlines()
+    assert error.startswith("error: ")
+    assert named in error
+    assert all("is empty" in line for line in told), "besides, splits that are listed as empty are told"
     assert not out.exists()
 
 
@@ -444,6 +445,58 @@ def test_bad_input_skipped(tmp_path, capsys, what):
     assert ("dropped: 1 pictures, 2 captions" if picture else "dropped: 0 pictures, 1 captions") in output
     assert named in output
     assert counts(tmp_path / "out") == {"train": 4, "dev": 1 if picture else 2, "test": 2}
+
+
+def faulty(root):
+    """A table with a row without a recording, a row that comes twice, and a recording in two splits."""
+    names = ("train", "train", "dev", "test")
+    tiny.table(root, [{"image": f"{n}.png", "audio": f"{n}.wav", "split": name} for n, name in enumerate(names)])
+    tiny.photo(root / "leak.png")
+    with (root / "table.csv").open("a") as file:
+        file.write("9.png,,,,train\nleak.png,0.wav,,,dev\n3.png,3.wav,,,test\n")
+    return root
+
+
+def test_problems_of_a_corpus_are_told_before_anything_is_written(tmp_path):
+    root = faulty(tmp_path / "corpus")
+    with pytest.raises(UserError, match=r"table\.csv line 6: audio is empty; --skip-bad drops and reports such"):
+        make("table", "--root", root, "--out", tmp_path / "out")
+    table = root / "table.csv"
+    table.write_text(table.read_text().replace("9.png,,", "9.png,9.wav,"))
+    tiny.photo(root / "9.png"), tiny.speech(root / "9.wav")
+    with pytest.raises(
+        UserError, match=r"line 8: the same picture and recording as at table\.csv line 5 \(and 1 more\)"
+    ):
+        make("table", "--root", root, "--out", tmp_path / "out", "--dry-run")
+    table.write_text(table.read_text().replace("3.png,3.wav,,,test\n", "", 1))
+    with pytest.raises(UserError, match=r"line 2: recording \S+/0\.wav is in split train, and in split dev: .* line 6"):
+        make("table", "--root", root, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_problems_of_a_corpus_are_dropped_and_reported(tmp_path, capsys, parts):
+    root, out = faulty(tmp_path / "corpus"), tmp_path / "out"
+    arguments = ("table", "--root", root, "--out", out, "--jobs", 1, "--samples-per-shard", 1, "--skip-bad")
+    make(*arguments, "--dry-run")
+    assert "dropped: 1 pictures, 3 captions" in capsys.readouterr().out
+    if parts == 1:
+        make(*arguments)
+    else:
+        for number in (1, 2):
+            make(*arguments, "--part", f"{number}/2")
+        make("merge", "--out", out)
+    output = capsys.readouterr().out
+    assert counts(out) == {"train": 1, "dev": 2, "test": 1}
+    assert "dropped: 1 pictures, 3 captions" in output
+    for told in (
+        "table.csv line 6: audio is empty",
+        "table.csv line 8: the same picture",
+        "line 2: recording",
+        "no capt",
+    ):
+        assert told in output
+    assert len(json.loads((out / "report.json").read_text())["dropped"]) == 4
 
 
 def test_dry_run(tmp_path, capsys):
@@ -497,10 +550,12 @@ def slow_corpus(tmp_path):
     """Pictures that take a while to read, as links to one file."""
     root = tmp_path / "corpus"
     tiny.photo(root / "large.png", (2000, 1000))
+    tiny.speech(root / "speech.wav")
     rows = []
     for n in range(60):
         os.link(root / "large.png", root / f"{n}.png")
-        rows.append({"image": f"{n}.png", "audio": "1.wav"})
+        os.link(root / "speech.wav", root / f"{n}.wav")
+        rows.append({"image": f"{n}.png", "audio": f"{n}.wav"})
     return tiny.table(root, rows)
 
 
