@@ -56,7 +56,7 @@ class Image:
     """Image encoder: CLIP (or BLIP-2) vision trunk and head."""
 
     architecture: Literal["clip", "blip2"] = "clip"
-    trunk: str | None = None  # folder or hub id; none: random weights from `config`
+    trunk: str | None = None  # folder or hub id, of a CLIPModel with its projection; none: random weights from `config`
     config: dict[str, Any] = field(default_factory=dict)  # CLIPVisionConfig or Blip2VisionConfig values
     train: str = "none"
     head_layers: int = 0
@@ -65,6 +65,7 @@ class Image:
     )
     head_heads: int = 8
     dropout: float = 0.1
+    freeze_projection: bool = False  # keep CLIP's own projection; with a frozen trunk pictures' vectors are CLIP's
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Fusion:
 class Model:
     """The retrieval model."""
 
-    embed_dim: int = 256  # length of the global vectors
+    embed_dim: int = 256  # length of the global vectors; CLIP's projection_dim lets pictures' begin as CLIP's own
     speech: Speech = field(default_factory=Speech)
     image: Image = field(default_factory=Image)
     fusion: Fusion = field(default_factory=Fusion)

@@ -72,6 +72,7 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
         config.objectives.contrastive, config.objectives.matching, config.objectives.denoising
     )  # fmt: skip
     training, fusion, teacher = config.training, config.model.fusion, config.objectives.momentum.enabled
+    image = config.model.image
     off = "needs the momentum encoder, which --objectives.momentum.enabled false switches off"
     return [
         (
@@ -98,6 +99,12 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
         (
             fusion.width % fusion.heads != 0,
             f"--model.fusion.width {fusion.width} does not divide by --model.fusion.heads {fusion.heads}",
+        ),
+        (
+            image.freeze_projection
+            and not (image.trunk and image.architecture == "clip" and image.pool == "class" and not image.head_layers),
+            "--model.image.freeze_projection true keeps the projection of a CLIP trunk's class token: it needs "
+            "--model.image.trunk, architecture clip, pool class and head_layers 0",
         ),
         (training.min_lr > training.lr, f"--training.min_lr {training.min_lr} is above --training.lr {training.lr}"),
         (len(training.betas) != 2, f"--training.betas is {training.betas}; expected two numbers"),

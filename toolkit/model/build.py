@@ -5,18 +5,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import HubertConfig, HubertModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPVisionModelWithProjection,
+    HubertConfig,
+    HubertModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from shards.audio import SAMPLE_RATE
 from shards.errors import UserError
 from toolkit import config
 from toolkit.model.retrieval import VISION, SpeechImageConfig, SpeechImageModel
-from toolkit.model.trunk import read_weights
+from toolkit.model.trunk import BESIDE, Kind, read_weights
+from toolkit.model.trunk_inputs import picture_inputs, waveform_epsilon
 
 # SpecAugment's mask is not used: a trunk without it has no parameter that is never trained.
 NO_SPEC_AUGMENT = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
-# A full BLIP-2 model keeps its vision tower under this prefix.
-BLIP2_NAMES = {r"^vision_model\.": ""}
+HUBERT = Kind("HuBERT", "model.speech.trunk", ("hubert",))
+VISION_KINDS = {
+    "clip": Kind(
+        "CLIP",
+        "model.image.trunk",
+        ("clip_vision_model",),
+        ("clip",),
+        {r"^(?!vision_model\.|visual_projection\.)": BESIDE},
+    ),
+    "blip2": Kind(
+        "BLIP-2",
+        "model.image.trunk",
+        ("blip_2_vision_model",),
+        ("blip-2",),
+        {r"^(?!vision_model\.)": BESIDE, r"^vision_model\.": ""},
+    ),
+}
 
 
 def build_model(model: config.Model, contrastive: config.Contrastive | None = None) -> SpeechImageModel:
@@ -32,18 +54,21 @@ def build_model(model: config.Model, contrastive: config.Contrastive | None = No
     contrastive = contrastive or config.Contrastive()
     hubert = vision = None
     if model.speech.trunk:
-        hubert = _load(HubertModel, model.speech.trunk, "model.speech.trunk", **NO_SPEC_AUGMENT)
+        hubert = _load(HubertModel, model.speech.trunk, HUBERT, **NO_SPEC_AUGMENT)
     if model.image.trunk:
-        names = {"key_mapping": BLIP2_NAMES} if model.image.architecture == "blip2" else {}
-        vision = _load(VISION[model.image.architecture][1], model.image.trunk, "model.image.trunk", **names)
+        vision = _load_vision(model)
     hubert_config = hubert.config if hubert else _trunk_config(HubertConfig, model.speech.config, "model.speech.config")
     vision_class = VISION[model.image.architecture][0]
     vision_config = vision.config if vision else _trunk_config(vision_class, model.image.config, "model.image.config")
     _check_heads(model, hubert_config, vision_config)
     architecture = SpeechImageConfig(
         embed_dim=model.embed_dim,
-        speech={**_own_values(model.speech), "trunk": _values(hubert_config) | NO_SPEC_AUGMENT},
-        image={**_own_values(model.image), "trunk": _values(vision_config)},
+        speech={
+            **_own_values(model.speech),
+            **_speech_inputs(model.speech, hubert_config),
+            "trunk": _values(hubert_config) | NO_SPEC_AUGMENT,
+        },
+        image={**_own_values(model.image), **_image_inputs(model.image), "trunk": _values(vision_config)},
         fusion=dict(vars(model.fusion)),
         contrastive={
             "initial": contrastive.temperature,
@@ -53,6 +78,9 @@ def build_model(model: config.Model, contrastive: config.Contrastive | None = No
         },
     )
     built = SpeechImageModel(architecture, hubert, vision)
+    projection = getattr(vision, "visual_projection", None)
+    if projection is not None:
+        built.image.begin_projection(projection.weight)
     if model.speech.filterbank and not model.speech.trunk:
         set_mel_filters(built.speech.trunk.feature_extractor.get_parameter("conv_layers.0.conv.weight"))
     return built
@@ -78,8 +106,41 @@ def set_mel_filters(weight: Tensor, low: float = 80.0, high: float = 7600.0) -> 
     weight.copy_((waves / waves.norm(dim=1, keepdim=True))[:, None])
 
 
-def _load(cls: type[PreTrainedModel], source: str, key: str, **options: Any) -> Any:
-    return read_weights(cls.from_pretrained, source, key, dtype=torch.float32, attn_implementation="sdpa", **options)
+def _load(cls: type[PreTrainedModel], source: str, kind: Kind, **options: Any) -> Any:
+    return read_weights(cls.from_pretrained, source, kind, dtype=torch.float32, attn_implementation="sdpa", **options)
+
+
+def _load_vision(model: config.Model) -> Any:
+    """Load a vision trunk, with CLIP's projection where the head is one that can begin as it."""
+    image, kind = model.image, VISION_KINDS[model.image.architecture]
+    assert image.trunk
+    if image.architecture != "clip" or image.head_layers or image.pool != "class":
+        return _load(VISION[image.architecture][1], image.trunk, kind)
+    named = {"optional": ("visual_projection",), "projection_dim": model.embed_dim}
+    vision = _load(CLIPVisionModelWithProjection, image.trunk, kind, **named)
+    if vision.visual_projection is None and image.freeze_projection:
+        raise UserError(
+            f"model.image.freeze_projection: {image.trunk} has no visual_projection of {model.embed_dim} values "
+            "(model.embed_dim): give the folder of a whole CLIPModel, and its projection_dim"
+        )
+    return vision
+
+
+def _speech_inputs(speech: config.Speech, hubert: PretrainedConfig) -> dict[str, Any]:
+    """How a trunk that was trained elsewhere is used, as it was there; one with random weights has no such past."""
+    if not speech.trunk:
+        return {}
+    epsilon = waveform_epsilon(speech.trunk, HUBERT.key)
+    large = hubert.feat_extract_norm == "layer" and hubert.do_stable_layer_norm
+    return {"waveform_epsilon": epsilon, "final_norm": False} if large else {}
+
+
+def _image_inputs(image: config.Image) -> dict[str, Any]:
+    if not image.trunk:
+        return {}
+    kind = VISION_KINDS[image.architecture]
+    inputs = picture_inputs(image.trunk, kind.key, image.architecture)
+    return {"mean": list(inputs.mean), "std": list(inputs.std)}
 
 
 def _own_values(encoder: config.Speech | config.Image) -> dict[str, Any]:

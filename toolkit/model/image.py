@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.model.encoded import Encoded, Features
-from toolkit.model.layers import Head
+from toolkit.model.layers import FrozenLinear, Head
 from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
 
 # Of OpenAI's CLIP; BLIP-2 uses the same.
@@ -33,6 +33,9 @@ class ImageEncoder(PartlyFrozen):
             "grid", side by side (a spatial pyramid's level), so that the vector can say what is where from the start.
         head_heads: their attention heads.
         dropout: of the head.
+        freeze_projection: what projects the vector is never trained; it is to be set by `begin_projection`.
+        mean: of red, green and blue, subtracted from values in [0, 1] before the trunk sees them.
+        std: what they are divided by then.
     """
 
     trunk: Any
@@ -46,9 +49,13 @@ class ImageEncoder(PartlyFrozen):
         head_heads: int,
         dropout: float,
         pool: str = "class",
+        freeze_projection: bool = False,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
     ) -> None:
         super().__init__()
         self.trunk, self.pool = trunk, pool
+        self.mean, self.std = mean, std
         layers = self.trunk.encoder.layers
         trained = trained_layers(train, len(layers), "model.image.train")
         self.frozen_layers = None if trained is None else len(layers) - trained
@@ -58,6 +65,8 @@ class ImageEncoder(PartlyFrozen):
         self.no_masks = (None,) * (len(required) - 1)
         places = GRID * GRID if pool == "grid" else 1
         self.head = Head(self.token_dim, embed_dim, head_layers, head_heads, dropout, places)
+        if freeze_projection:
+            self.head.project = FrozenLinear(self.head.project)
         self.freeze()
 
     @property
@@ -69,6 +78,16 @@ class ImageEncoder(PartlyFrozen):
     def image_size(self) -> int:
         """Pixels a side that the trunk's positions are made for; at another size they are interpolated."""
         return self.trunk.config.image_size
+
+    @torch.no_grad()
+    def begin_projection(self, weight: Tensor) -> None:
+        """Let the vector begin as a trunk's own embedding.
+
+        Args:
+            weight: [D, H], of a projection of the class token, without bias.
+        """
+        self.head.project.weight.copy_(weight)
+        self.head.project.bias.zero_()
 
     def frozen_modules(self) -> Iterator[nn.Module]:
         """The modules that are never trained, from the input up."""
@@ -92,7 +111,7 @@ class ImageEncoder(PartlyFrozen):
         Args:
             images: uint8 [B, 3, S, S].
         """
-        channels = [(images[:, c].float() - 255 * MEAN[c]) / (255 * STD[c]) for c in range(3)]
+        channels = [(images[:, c].float() - 255 * self.mean[c]) / (255 * self.std[c]) for c in range(3)]
         pixels = torch.stack(channels, dim=1)
         if self.frozen_layers is None:
             return Features(pixels, None)

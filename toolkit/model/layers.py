@@ -86,6 +86,23 @@ class ClassToken(nn.Module):
         return x, None if mask is None else F.pad(mask, (1, 0), value=True)
 
 
+class FrozenLinear(nn.Linear):
+    """A linear layer whose weights are buffers: never trained, and whole on every rank under ZeRO-3.
+
+    A teacher shares them with its student, whatever precision either computes in.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        for name, parameter in linear.named_parameters():
+            delattr(self, name)
+            self.register_buffer(name, parameter.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., W] to [..., D]."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 class Head(nn.Module):
     """From a trunk's tokens to one global vector of unit length, and token features.
 

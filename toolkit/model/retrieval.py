@@ -23,8 +23,9 @@ from toolkit.model.encoded import Encoded, Features
 from toolkit.model.fusion import FusionEncoder
 from toolkit.model.image import ImageEncoder
 from toolkit.model.speech import SpeechEncoder
-from toolkit.model.trunk import quiet, read_weights
+from toolkit.model.trunk import Kind, quiet, read_weights
 
+SAVED = Kind("a trained model of this toolkit", "model", ("speech_image",))
 VISION = {"clip": (CLIPVisionConfig, CLIPVisionModel), "blip2": (Blip2VisionConfig, Blip2VisionModel)}
 
 
@@ -126,7 +127,7 @@ class SpeechImageModel(PreTrainedModel):
         Raises:
             UserError: nothing there, or not all the model's weights.
         """
-        model = read_weights(super().from_pretrained, source, "model", **options)
+        model = read_weights(super().from_pretrained, source, SAVED, **options)
         model.freeze()  # transformers 5 makes new parameters while it loads
         return model
 

@@ -58,6 +58,10 @@ class SpeechEncoder(PartlyFrozen):
         groups: parts that a batch is encoded in, by length.
         pool: what a head without layers projects: the "mean" of the frames, or the means over the "thirds" of an
             utterance, side by side, so that the vector can say what is said first from the start.
+        waveform_epsilon: what is added to a waveform's variance where a layer-norm trunk takes it at unit variance;
+            None: the trunk takes it as it is.
+        final_norm: of a layer-norm trunk, whether its last state passes the trunk's final norm before the plain norm
+            that all states get; SpeechCLIP's does not, and then the final norm is not used at all.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class SpeechEncoder(PartlyFrozen):
         dropout: float,
         groups: int = 1,
         pool: str = "mean",
+        waveform_epsilon: float | None = 1e-7,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         config = trunk.config
@@ -78,7 +84,9 @@ class SpeechEncoder(PartlyFrozen):
         self.normed = config.feat_extract_norm == "layer"
         if not self.normed:
             group_norm.measure(trunk.feature_extractor.conv_layers[0])
+        self.epsilon = waveform_epsilon if self.normed else None
         self.pre_norm = config.do_stable_layer_norm
+        self.final_norm = final_norm and self.pre_norm
         self.layers = config.num_hidden_layers
         trained = trained_layers(train, self.layers, "model.speech.train")
         self.frozen_layers = None if trained is None else self.layers - trained
@@ -100,12 +108,14 @@ class SpeechEncoder(PartlyFrozen):
 
     def frozen_modules(self) -> Iterator[nn.Module]:
         """The modules that are never trained, from the input up."""
+        encoder = self.trunk.encoder
+        if self.pre_norm and not self.final_norm:  # it is not used
+            yield encoder.layer_norm
         if self.frozen_layers is None:
             return
-        encoder = self.trunk.encoder
         yield from (self.trunk.feature_extractor, self.trunk.feature_projection)
         yield from (encoder.pos_conv_embed, encoder.dropout)
-        if not self.pre_norm or self.frozen_layers == self.layers:
+        if not self.pre_norm or (self.final_norm and self.frozen_layers == self.layers):
             yield encoder.layer_norm
         yield from encoder.layers[: self.frozen_layers]
 
@@ -169,10 +179,10 @@ class SpeechEncoder(PartlyFrozen):
         """Waveforms [B, T], normalised if the trunk wants it, one frame long at least; mask bool [B, T] of samples."""
         waveforms = F.pad(waveforms.float(), (0, max(0, self.shortest - waveforms.shape[1])))
         mask = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
-        if self.normed:
+        if self.epsilon is not None:
             count = lengths[:, None].clamp(min=1)
             centred = (waveforms - waveforms.sum(dim=1, keepdim=True) / count) * mask
-            waveforms = centred * (centred.square().sum(dim=1, keepdim=True) / count + 1e-7).rsqrt()
+            waveforms = centred * (centred.square().sum(dim=1, keepdim=True) / count + self.epsilon).rsqrt()
         return waveforms, mask
 
     def _embed(self, waveforms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,8 +219,8 @@ class SpeechEncoder(PartlyFrozen):
         return states
 
     def _for_mix(self, states: list[Tensor], last: bool) -> tuple[Tensor, ...]:
-        """The states as they are mixed; `last`: at their end is the trunk's last one, to go through its final norm."""
-        if last and self.pre_norm and states:
+        """The states as they are mixed; `last`: at their end is the trunk's last one, for its final norm."""
+        if last and self.final_norm and states:
             states = [*states[:-1], self.trunk.encoder.layer_norm(states[-1])]
         return tuple(F.layer_norm(state, state.shape[-1:]) if self.normed else state for state in states)
 
