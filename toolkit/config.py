@@ -23,7 +23,7 @@ class Data:
     dev: str = "dev"
     image_size: int = 224  # pixels a side; pictures become squares in the loader
     resize: Literal["crop", "squash"] = "crop"  # short side resized and centre cut (CLIP), or both sides (BLIP-2)
-    max_seconds: float = 8.0  # longer captions are cropped at random in training, from their start in evaluation
+    max_seconds: float = 8.0  # longer captions are cropped at random in training; see also evaluation.max_seconds
     workers: int = 2  # loader processes a rank
     timeout: float = 600.0  # seconds that a batch may take before its workers are taken to hang
     window: int = 16  # shards shuffled together
@@ -167,6 +167,7 @@ class Training:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     clip: float = 1.0  # gradient norm
     precision: Literal["fp32", "bf16"] = "bf16"
+    export_dtype: Literal["model", "fp32"] = "model"  # fp32: the optimizer's weights, whatever the model computes in
     zero: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO stage
     log_every: int = 20  # steps
     save_every: int = 1000  # steps
@@ -185,7 +186,8 @@ class Evaluation:
     """Recall on dev during training and on any split afterwards."""
 
     every: int = 1000  # steps; 0: never
-    batch_size: int = 64
+    batch_size: int = 64  # pictures, or captions up to data.max_seconds; of longer ones fewer
+    max_seconds: float = 60.0  # longer captions are cut to their start; the exported model's processor does the same
     rerank: int = 0  # candidates that SIM re-scores a query during training's evaluations; 0: coarse only
     fuse: Literal["matching", "sum"] = "sum"  # re-ranked score: matching alone (ALBEF) or matching + contrastive (BLIP)
 

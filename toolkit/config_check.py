@@ -45,7 +45,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     ),
     "more than 0": (
         lambda value: value > 0,
-        """data.max_seconds data.timeout data.cache_gb objectives.contrastive.temperature
+        """data.max_seconds evaluation.max_seconds data.timeout data.cache_gb objectives.contrastive.temperature
         objectives.contrastive.min_temperature
         objectives.denoising.token_temperature training.lr""",
     ),

@@ -133,7 +133,7 @@ def result_suffix(config: Config, manifest: "Manifest", split: str, k: int, expo
     settings = {  # as they are, and as in the final evaluation
         "rerank": (k, own.final.rerank if matching else 0),
         "fuse": (config.evaluation.fuse, own.evaluation.fuse if k else config.evaluation.fuse),
-        "max_seconds": (config.data.max_seconds, own.data.max_seconds),
+        "max_seconds": (config.evaluation.max_seconds, own.evaluation.max_seconds),
         "image_size": (config.data.image_size, own.data.image_size),
         "resize": (config.data.resize, own.data.resize),
         "checkpoint": (export.resolve(), final_export.resolve()),

@@ -469,7 +469,7 @@ def test_an_export_holds_what_was_there_and_its_failure_is_one_line(
     from toolkit.training.export import Exports
     from toolkit.training.progress import Progress
 
-    exporting, model = Exports(tmp_path, config.Data()), Model()
+    exporting, model = Exports(tmp_path, config.Config(), {}), Model()
     (tmp_path / "export").touch()
     exporting.write(model, "last", Progress(step=1))
     exporting.finish()

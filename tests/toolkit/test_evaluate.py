@@ -24,7 +24,7 @@ from tests.distributed import run_ranks
 from tests.shards.noise import spoil
 from tests.tiny import tiny_model
 from toolkit import config, evaluate
-from toolkit.evaluation.encode import Process, encode
+from toolkit.evaluation.encode import Process, _batch_sizes, encode
 from toolkit.evaluation.run import retrieve
 from toolkit.model.build import build_model
 from toolkit.run_folder import to_yaml
@@ -32,6 +32,7 @@ from toolkit.run_folder import to_yaml
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SIZE, SECONDS = 32, 1.0
+USUAL = 0.6  # seconds; batches of longer captions are smaller
 
 
 def measure(model, manifest, split, settings, rerank, rank, world_size, device):
@@ -72,9 +73,9 @@ def folder(tmp_path_factory):
 
 def settings(folder, fuse="sum"):
     return config.Config(
-        data=config.Data(shards=str(folder), image_size=SIZE, max_seconds=SECONDS, workers=1),
+        data=config.Data(shards=str(folder), image_size=SIZE, max_seconds=USUAL, workers=1),
         model=tiny_model(),
-        evaluation=config.Evaluation(batch_size=4, fuse=fuse),
+        evaluation=config.Evaluation(batch_size=4, max_seconds=SECONDS, fuse=fuse),
         final=config.Final(split="test", rerank=4),
     )
 
@@ -127,13 +128,19 @@ def test_each_picture_and_caption_is_encoded_once_and_as_if_alone(singly):
     samples = manifest.rows("test")
     calls, encode_image = [], model.encode_image
     model.encode_image = lambda pixels: calls.append(len(pixels)) or encode_image(pixels)
-    lengths, encode_speech = [], model.encode_speech
-    model.encode_speech = lambda waves, each: lengths.append(each.max().item()) or encode_speech(waves, each)
+    shapes, encode_speech = [], model.encode_speech
+    model.encode_speech = lambda waves, each: shapes.append(tuple(waves.shape)) or encode_speech(waves, each)
     with torch.no_grad():
         encodings = encode(model, manifest, samples, settings(manifest.folder), Process(0, 1, CPU))
     del model.encode_image, model.encode_speech
-    assert calls == [4, 4, 4, 4], "13 pictures in batches of 4"
+    assert calls == [4, 4, 4, 1], "13 pictures in batches of 4"
+    lengths = [length for _, length in shapes]
     assert lengths == sorted(lengths, reverse=True), "captions were not batched by length"
+    assert lengths[0] == SECONDS * SAMPLE_RATE, "data.max_seconds is training's limit"
+    room = 4 * USUAL * SAMPLE_RATE
+    assert {rows for rows, length in shapes if length > USUAL * SAMPLE_RATE} == {2, 3}
+    assert all(rows == 4 or rows * length <= room for rows, length in shapes[:-1])
+    assert any(rows == 4 for rows, _ in shapes)
     assert encodings.captions.tolist() == [row for sample in samples for row in manifest.captions(sample)]
     owners = [at for at, sample in enumerate(samples) for _ in manifest.captions(sample)]
     assert encodings.picture.tolist() == owners
@@ -141,6 +148,32 @@ def test_each_picture_and_caption_is_encoded_once_and_as_if_alone(singly):
         torch.testing.assert_close(encodings.images[at], images[sample].vector[0], atol=1e-5, rtol=0)
     for at, row in enumerate(encodings.captions):
         torch.testing.assert_close(encodings.speech[at], speech[row].vector[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("limit", [60.0, 1.2])
+def test_captions_are_heard_whole_up_to_the_evaluations_own_limit(folder, limit):
+    """Not cut at the length that training cuts at."""
+    manifest, model, settled = load(folder), random_model().eval(), settings(folder)
+    settled.evaluation.max_seconds = limit
+    samples = manifest.rows("test")
+    with torch.no_grad():
+        encodings = encode(model, manifest, samples, settled, Process(0, 1, CPU))
+        longest = int(encodings.captions[np.argmax(manifest.duration[encodings.captions])])
+        wave = torch.from_numpy(decode_audio(Reader(manifest).audio(longest)))
+        assert len(wave) > 1.2 * SAMPLE_RATE
+        cut = wave[: int(limit * SAMPLE_RATE)]
+        alone = model.encode_speech(cut[None], torch.tensor([len(cut)])).vector[0]
+    at = encodings.captions.tolist().index(longest)
+    torch.testing.assert_close(encodings.speech[at], alone, atol=1e-5, rtol=0)
+    assert measure(model, manifest, "test", settled, 4, 0, 1, CPU)["max_seconds"] == limit
+    assert config.Evaluation().max_seconds >= 30, "the longest caption that make_shards takes by default"
+
+
+def test_long_captions_take_no_more_memory_than_usual_ones():
+    """Sizes of batches: at one length, at lengths above and below it, and where one caption alone is more."""
+    assert _batch_sizes(np.array([8.0] * 10, np.float32), 4, 8.0) == [4, 4, 4]
+    assert _batch_sizes(np.array([60, 33, 16, 16, 9, 8, 8, 8, 8, 1], np.float32), 4, 8.0) == [1, 1, 2, 3, 4]
+    assert _batch_sizes(np.array([], np.float32), 4, 8.0) == []
 
 
 @pytest.mark.parametrize("fuse", ["matching", "sum"])
@@ -340,7 +373,8 @@ OF = r"-{}-[0-9a-f]{{8}}"
         (["--final.split", "train"], OF.format("train")),
         (["--rerank", "3"], OF.format("test") + "-rerank-3"),
         (["--rerank", "0", "--checkpoint", "last"], OF.format("test") + "-rerank-0-checkpoint-last"),
-        (["--data.max_seconds", "0.5"], OF.format("test") + "-max_seconds-0.5"),
+        (["--data.max_seconds", "0.5"], ""),
+        (["--evaluation.max_seconds", "0.5"], OF.format("test") + "-max_seconds-0.5"),
         (["--evaluation.fuse", "matching"], OF.format("test") + "-fuse-matching"),
         (["--data.resize", "squash"], OF.format("test") + "-resize-squash"),
         (others, OF.format("test")),

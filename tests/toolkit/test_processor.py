@@ -1,13 +1,22 @@
+import json
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 from PIL import Image
 
+from shards.corpora.item import Caption, Item
 from shards.errors import UserError
+from shards.manifest import load
+from shards.picture import decode_picture, read_picture
+from shards.stream import Reader
+from shards.write import Format, write_shards
 from tests.tiny import tiny_model
+from toolkit.config import Config, Data, Evaluation
 from toolkit.model.build import build_model
 from toolkit.model.processor import SpeechImageProcessor
+from toolkit.training.export import Exports
 
 PROCESSOR = SpeechImageProcessor(image_size=32, max_seconds=1.0)
 
@@ -94,3 +103,48 @@ def test_missing_files_are_named(tmp_path):
         PROCESSOR(speech=[tmp_path / "gone.wav"])
     with pytest.raises(UserError, match=r"gone\.png"):
         PROCESSOR(images=[tmp_path / "gone.png"])
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+@pytest.mark.parametrize(("short_side", "quality"), [(256, 90), (48, 30), (500, 100)])
+def test_an_exported_processor_shows_pictures_as_the_shards_do(tmp_path, short_side, quality, resize):
+    """The same bytes: shrunk to the same side, by JPEGs of the same quality."""
+    grain = np.random.default_rng(1).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    picture = Image.blend(make_picture(400, 300), Image.fromarray(grain), 0.3)
+    picture.save(tmp_path / "picture.png")
+    arguments = {"short_side": short_side, "quality": quality}
+    form = Format(short_side=short_side, quality=quality)
+    words = Caption("picture/0", lambda: (make_wave(0.5)[None], 16000), "a caption")
+    write_shards(
+        [Item("picture", "train", tmp_path / "picture.png", (words,))], tmp_path / "out", "toy", form, arguments
+    )
+    manifest = load(tmp_path / "out")
+    settings = Config(data=Data(image_size=32, resize=resize), evaluation=Evaluation(max_seconds=20.0))
+    Exports(tmp_path, settings, manifest.arguments).processor.save_pretrained(tmp_path / "model")
+
+    processor = SpeechImageProcessor.from_pretrained(tmp_path / "model")
+    shown = processor(images=[tmp_path / "picture.png"])["images"][0].numpy()
+    assert np.array_equal(shown, decode_picture(Reader(manifest).picture(0), 32, resize=resize))
+    assert processor.max_seconds == 20.0, "evaluation's limit, not training's"
+
+
+def test_shards_that_do_not_say_have_the_defaults(tmp_path):
+    processor = Exports(tmp_path, Config(), {}).processor
+    assert (processor.short_side, processor.quality) == (Format().short_side, Format().quality)
+
+
+def test_a_processor_of_before_shrinks_as_before(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_size": 32, "max_seconds": 8.0, "sampling_rate": 16000}')
+    processor = SpeechImageProcessor.from_pretrained(tmp_path)
+    picture = make_picture(400, 300)
+    assert np.array_equal(processor(images=[picture])["images"][0], decode_picture(read_picture(picture, 64, 95), 32))
+
+
+@pytest.mark.parametrize("values", [{"quality": 0}, {"quality": "90"}, {"short_side": 0}, {"short_side": "256"}])
+def test_a_processor_with_impossible_values_is_one_line(tmp_path, values):
+    SpeechImageProcessor(32, 8.0).save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json: not a processor of this toolkit") as raised:
+        SpeechImageProcessor.from_pretrained(tmp_path)
+    assert "\n" not in str(raised.value)

@@ -50,7 +50,7 @@ def encodings_of(rank, world_size):
         lengths = torch.tensor([len(frames[row]) for row in rows])
         padded = torch.nn.utils.rnn.pad_sequence([frames[row] for row in rows], batch_first=True, padding_value=7.0)
         batches.append(Encoded(speech[rows], padded, torch.arange(padded.shape[1]) < lengths[:, None]))
-    tokens = Tokens(patches, batches, turn // BATCH, turn % BATCH)
+    tokens = Tokens(patches, batches, turn // BATCH, turn % BATCH, [BATCH] * (len(turn) // BATCH + 1))
     return Encodings(torch.arange(PICTURES).numpy(), torch.arange(CAPTIONS).numpy(), OWNER, images, speech, tokens)
 
 

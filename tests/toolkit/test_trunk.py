@@ -369,6 +369,38 @@ def test_pixels_are_normalised_as_the_folder_says(tmp_path, values, nested):
     assert torch.equal(again.image.frozen(pictures()).hidden, model.image.frozen(pictures()).hidden)
 
 
+SQUASHED, CROPPED = BlipImageProcessor().to_dict(), CLIPImageProcessor().to_dict()
+OLD = {"crop_size": 224, "do_center_crop": True, "do_resize": True, "size": 224}  # as in openai/clip-vit-large-patch14
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("name", "values", "resize"),
+    [
+        ("clip", None, "crop"),
+        ("clip", CROPPED, "crop"),
+        ("clip", OLD, "crop"),
+        ("clip", CROPPED | {"size": {"height": 224, "width": 224}}, "squash"),
+        ("blip2", None, "squash"),
+        ("blip2", SQUASHED, "squash"),
+        ("blip2-retrieval", SQUASHED, "squash"),
+        ("blip2", CROPPED, "crop"),
+    ],
+)
+def test_pictures_become_squares_as_the_trunk_is_used_to_or_not_at_all(tmp_path, name, values, resize, nested):
+    write_trunk(name, tmp_path)
+    if values is not None:
+        write_inputs(tmp_path, json.loads(json.dumps(values, default=str)), nested)
+    model = tiny_model()
+    model.image.architecture, model.image.trunk = name.split("-")[0], str(tmp_path)
+    build_model(model, resize=resize)
+    other = {"crop": "squash", "squash": "crop"}[resize]
+    with pytest.raises(UserError, match=rf"model\.image\.trunk: .* set --data\.resize {resize}$") as raised:
+        build_model(model, resize=other)
+    assert "\n" not in str(raised.value)
+    build_model(tiny_model(), resize=other)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("normalise", [None, True, False])
 @pytest.mark.parametrize("loudness", [1.0, 0.01])

@@ -2,13 +2,13 @@
 
 Batch b is encoded by rank b mod W, and the batches are the same for any number of ranks W, so that the vectors are too.
 All ranks make the same number of model calls, because under ZeRO-3 every call is a collective: a rank whose batches are
-used up encodes one more, and its result is dropped.
+used up encodes the last one too, and its result is dropped.
 """
 
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,6 +57,7 @@ class Tokens:
     speech: list[Encoded]  # this rank's batches: rank, rank + W, ...
     batch: Tensor  # int64 [C], the batch that a caption is in
     place: Tensor  # int64 [C], its row in that batch
+    sizes: list[int]  # captions that each of all ranks' batches has room for: fewer where they are long
 
 
 @dataclass
@@ -81,35 +82,66 @@ def encode(
 ) -> Encodings:
     """Encode the given pictures and all their captions; every rank calls this.
 
-    A caption is read from its start, at most `data.max_seconds` of it.
+    A caption is read from its start, at most `evaluation.max_seconds` of it. A batch has `evaluation.batch_size`
+    pictures or captions; of captions longer than `data.max_seconds` only as many as are no longer together than that
+    many of that length.
 
     Raises:
         UserError: a shard is missing or holds a sample that cannot be decoded.
     """
     source = _Source(manifest, samples, config)
-    sweep = _Sweep(process, config.evaluation.batch_size, config.data.workers)
-    device, world_size = process.device, process.world_size
+    size, device, world_size = config.evaluation.batch_size, process.device, process.world_size
 
     images, image_tokens = _Rows(len(samples)), _Rows(len(samples))
-    for at, loaded in sweep.run("pictures", source.picture, np.arange(len(samples))):
+    sweep = _Sweep(process, [size] * -(-len(samples) // size), np.arange(len(samples)), config.data.workers)
+    for rows, loaded in sweep.run("pictures", source.picture):
         encoded = model.encode_image(torch.stack(loaded).to(device))
-        images.put(at, all_gather(encoded.vector, world_size))
+        images.put(rows, _gather(encoded.vector, rows, world_size))
         if keep_tokens:
-            image_tokens.put(at, all_gather(encoded.tokens, world_size).cpu())
+            image_tokens.put(rows, _gather(encoded.tokens, rows, world_size).cpu())
 
     # Longest first: a batch is padded to its longest, and what does not fit into memory fails at once.
-    order = np.argsort(-manifest.duration[source.captions], kind="stable")
+    seconds = manifest.duration[source.captions].clip(max=config.evaluation.max_seconds)
+    order = np.argsort(-seconds, kind="stable")
+    sizes = _batch_sizes(seconds[order], size, config.data.max_seconds)
+    sweep = _Sweep(process, sizes, order, config.data.workers)
     speech, batches = _Rows(len(order)), []
-    for at, loaded in sweep.run("captions", source.speech, order):
+    for rows, loaded in sweep.run("captions", source.speech):
         lengths = torch.tensor([len(wave) for wave in loaded], device=device)
         encoded = model.encode_speech(pad_sequence(loaded, batch_first=True).to(device), lengths)
-        speech.put(at, all_gather(encoded.vector, world_size))
+        speech.put(rows, _gather(encoded.vector, rows, world_size))
         if keep_tokens:
             batches.append(Encoded(encoded.vector.cpu(), encoded.tokens.cpu(), encoded.mask.cpu()))
 
-    tokens = Tokens(image_tokens.whole(), batches, *sweep.find(order)) if keep_tokens else None
+    tokens = Tokens(image_tokens.whole(), batches, *sweep.find(), sizes) if keep_tokens else None
     owner = torch.from_numpy(source.owner)
     return Encodings(samples, source.captions, owner, images.whole(), speech.whole(), tokens)
+
+
+def _batch_sizes(seconds: np.ndarray, size: int, usual: float) -> list[int]:
+    """Most captions a batch, for captions in the order of their batches.
+
+    Args:
+        seconds: [C], descending.
+        size: Captions a batch, up to a length of `usual`.
+        usual: Seconds. A batch of longer ones, with its padding, holds `size * usual` seconds at most, but one caption
+            at least.
+    """
+    sizes, start = [], 0
+    while start < len(seconds):
+        longest = float(seconds[start])
+        sizes.append(size if longest <= usual else max(1, int(size * usual / longest)))
+        start += sizes[-1]
+    return sizes
+
+
+def _gather(part: Tensor, batches: list[np.ndarray], world_size: int) -> Tensor:
+    """What all ranks have encoded of their batches, [rows, ...], batch by batch; they may be of different sizes."""
+    longest = max(len(batch) for batch in batches)
+    if len(part) < longest:
+        part = torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
+    gathered = all_gather(part, world_size).split(longest)
+    return torch.cat([rows[: len(batch)] for rows, batch in zip(gathered, batches, strict=False)])
 
 
 class _Source:
@@ -121,7 +153,7 @@ class _Source:
         self.captions = np.concatenate([np.asarray(span, dtype=np.int64) for span in spans])
         self.owner = np.repeat(np.arange(len(samples)), [len(span) for span in spans])
         self.image_size, self.resize = config.data.image_size, config.data.resize
-        self.max_samples = int(config.data.max_seconds * SAMPLE_RATE)
+        self.max_samples = int(config.evaluation.max_seconds * SAMPLE_RATE)
 
     def picture(self, at: int) -> Tensor:
         """Decode picture number `at`: uint8 [3, S, S]."""
@@ -145,37 +177,36 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Sweep:
-    """How N rows are dealt to the ranks: in batches of one size, batch b to rank b mod W."""
+    """How N rows are dealt to the ranks: batch b to rank b mod W."""
 
     process: Process
-    batch_size: int
+    sizes: list[int]  # rows a batch; the last one may have fewer
+    order: np.ndarray  # int64 [N], the rows in the order of their batches
     threads: int
 
-    def run(
-        self, title: str, load: Callable[[int], Tensor], order: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-        """Yield for each model call the rows that all ranks encode in it, in rank order, and this rank's inputs.
+    def run(self, title: str, load: Callable[[int], Tensor]) -> Iterator[tuple[list[np.ndarray], list[Tensor]]]:
+        """Yield for each model call the batches of it, rank 0's first, and this rank's inputs.
 
-        Where the rows do not fill all batches of the last call, the last one is repeated; of what the ranks encode only
-        the first `len(rows)` are to be kept. If a rank cannot load its rows, all end together, with its reason.
+        Where there are fewer batches than ranks in the last call, the other ranks' inputs are the last batch again. If
+        a rank cannot load its rows, all end together, with its reason.
         """
-        size = min(self.batch_size, len(order))
         rank, ranks = self.process.rank, self.process.world_size
-        calls = -(-len(order) // (size * ranks))
-        filled = order[np.arange(calls * ranks * size).clip(max=len(order) - 1)]
-        own = filled.reshape(calls, ranks, size)[:, rank]
+        batches = np.split(self.order, np.cumsum(self.sizes)[:-1])
+        calls = -(-len(batches) // ranks)
+        own = [batches[min(call * ranks + rank, len(batches) - 1)] for call in range(calls)]
         with ThreadPoolExecutor(max(1, self.threads)) as pool:
-            batches = _loaded_ahead(pool, load, own)
+            inputs = _loaded_ahead(pool, load, own)
             for call in progress(f"encoding {title}", calls, self.process.show_progress):
-                loaded = agree_all(lambda: next(batches), rank, ranks)
-                yield order[call * ranks * size :][: ranks * size], loaded
+                loaded = agree_all(lambda: next(inputs), rank, ranks)
+                yield batches[call * ranks : (call + 1) * ranks], loaded
 
-    def find(self, order: np.ndarray) -> tuple[Tensor, Tensor]:
+    def find(self) -> tuple[Tensor, Tensor]:
         """Tell the batch [N] and the row in that batch [N] of each of N rows."""
-        turn = torch.empty(len(order), dtype=torch.int64)
-        turn[torch.from_numpy(order)] = torch.arange(len(order))
-        size = min(self.batch_size, len(order))
-        return turn // size, turn % size
+        turn = torch.empty(len(self.order), dtype=torch.int64)
+        turn[torch.from_numpy(self.order)] = torch.arange(len(self.order))
+        ends = torch.tensor(self.sizes).cumsum(0)
+        batch = torch.searchsorted(ends, turn, right=True)
+        return batch, turn - (ends - torch.tensor(self.sizes))[batch]
 
 
 class _Rows:
@@ -185,11 +216,11 @@ class _Rows:
         self.count = count
         self.rows: Tensor | None = None
 
-    def put(self, at: np.ndarray, part: Tensor) -> None:
-        """Set the rows `at` to the first of `part`."""
+    def put(self, at: list[np.ndarray], part: Tensor) -> None:
+        """Set the rows `at`, batch by batch, to those of `part`."""
         if self.rows is None:
             self.rows = part.new_empty(self.count, *part.shape[1:])
-        self.rows[torch.from_numpy(at).to(part.device)] = part[: len(at)]
+        self.rows[torch.from_numpy(np.concatenate(at)).to(part.device)] = part
 
     def whole(self) -> Tensor:
         """Return all rows once they are there."""
@@ -198,7 +229,7 @@ class _Rows:
 
 
 def _loaded_ahead(
-    pool: ThreadPoolExecutor, load: Callable[[int], Tensor], batches: np.ndarray
+    pool: ThreadPoolExecutor, load: Callable[[int], Tensor], batches: Sequence[np.ndarray]
 ) -> Iterator[list[Tensor]]:
     """Load batch after batch, a few of them ahead of their use."""
     waiting: deque = deque()

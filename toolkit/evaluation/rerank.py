@@ -40,7 +40,7 @@ def rerank(
         image_to_speech: Pictures in the order of `queries`.
         queries: int64, positions of the pictures that are queries.
         k: Candidates a query.
-        evaluation: `fuse` chooses the score, `batch_size` is the number of pairs a model call.
+        evaluation: `fuse` chooses the score.
         process: This process.
 
     Returns:
@@ -97,7 +97,7 @@ def score_pairs(
         model: In evaluation mode.
         encodings: With tokens.
         pairs: int64 [M, 2], positions of caption and picture; the same on all ranks.
-        evaluation: `fuse` chooses the score, `batch_size` is the number of pairs a model call.
+        evaluation: `fuse` chooses the score.
         process: This process.
 
     Returns:
@@ -106,7 +106,7 @@ def score_pairs(
     tokens, device, ranks = encodings.tokens, encodings.images.device, process.world_size
     if tokens is None:
         raise ValueError("the encodings were made without tokens")
-    batches = _cut(tokens.batch[pairs[:, 0]], evaluation.batch_size)
+    batches = _cut(tokens.batch[pairs[:, 0]], tokens.sizes)
     own = [(number // ranks, rows) for number, rows in batches if number % ranks == process.rank]
     calls = torch.bincount(torch.tensor([number % ranks for number, _ in batches])).max()
     scores = torch.zeros(len(pairs), device=device)
@@ -129,11 +129,11 @@ def cosines(encodings: Encodings, pairs: Tensor) -> Tensor:
     return (encodings.speech[captions] * encodings.images[pictures]).sum(dim=1)
 
 
-def _cut(batch: Tensor, size: int) -> list[tuple[int, Tensor]]:
-    """Cut pairs into calls of at most `size` pairs of one speech batch: the same cut on any number of ranks."""
+def _cut(batch: Tensor, sizes: list[int]) -> list[tuple[int, Tensor]]:
+    """Cut pairs into calls of one speech batch and at most its size: the same cut on any number of ranks."""
     order = batch.argsort(stable=True)
     groups = order.split(batch.bincount().tolist())
-    return [(number, rows) for number, group in enumerate(groups) if len(group) for rows in group.split(size)]
+    return [(number, rows) for number, group in enumerate(groups) if len(group) for rows in group.split(sizes[number])]
 
 
 def _match(model: "SpeechImageModel", encodings: Encodings, number: int, places: Tensor, pictures: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def retrieve(
     encodings = encode(model, manifest, everything, config, process, keep_tokens=rerank > 0)
     found = _coarse(encodings, len(samples), max(rerank, _KEPT), process)
     size = {"pictures": len(found.samples), "captions": len(found.captions)}
-    found.report = {"split": split, **size, "max_seconds": config.data.max_seconds, **found.report}
+    found.report = {"split": split, **size, "max_seconds": config.evaluation.max_seconds, **found.report}
     if rerank:
         _rerank(found, model, encodings, rerank, config, process)
     if len(everything) > len(samples):

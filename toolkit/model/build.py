@@ -15,6 +15,7 @@ from transformers import (
 
 from shards.audio import SAMPLE_RATE
 from shards.errors import UserError
+from shards.picture import Resize
 from toolkit import config
 from toolkit.model.retrieval import VISION, SpeechImageConfig, SpeechImageModel
 from toolkit.model.trunk import BESIDE, Kind, read_weights
@@ -41,15 +42,18 @@ VISION_KINDS = {
 }
 
 
-def build_model(model: config.Model, contrastive: config.Contrastive | None = None) -> SpeechImageModel:
+def build_model(
+    model: config.Model, contrastive: config.Contrastive | None = None, resize: Resize | None = None
+) -> SpeechImageModel:
     """Build the retrieval model, its trunks loaded or random.
 
     Args:
         model: the architecture and where the trunks come from.
         contrastive: its temperature is the model's; None: the defaults.
+        resize: how the data makes squares of pictures; None: not to be compared with what the trunk was trained on.
 
     Raises:
-        UserError: a trunk cannot be read, or a value does not fit.
+        UserError: a trunk cannot be read or is used to other pictures, or a value does not fit.
     """
     contrastive = contrastive or config.Contrastive()
     hubert = vision = None
@@ -68,7 +72,7 @@ def build_model(model: config.Model, contrastive: config.Contrastive | None = No
             **_speech_inputs(model.speech, hubert_config),
             "trunk": _values(hubert_config) | NO_SPEC_AUGMENT,
         },
-        image={**_own_values(model.image), **_image_inputs(model.image), "trunk": _values(vision_config)},
+        image={**_own_values(model.image), **_image_inputs(model.image, resize), "trunk": _values(vision_config)},
         fusion=dict(vars(model.fusion)),
         contrastive={
             "initial": contrastive.temperature,
@@ -135,11 +139,22 @@ def _speech_inputs(speech: config.Speech, hubert: PretrainedConfig) -> dict[str,
     return {"waveform_epsilon": epsilon, "final_norm": False} if large else {}
 
 
-def _image_inputs(image: config.Image) -> dict[str, Any]:
+def _image_inputs(image: config.Image, resize: Resize | None) -> dict[str, Any]:
+    """Mean and deviation of the pixels that a trunk takes.
+
+    How its pictures were made squares is `data.resize`'s to say, for training, evaluation and export alike: where the
+    trunk is used to the other way, that value has to change.
+    """
     if not image.trunk:
         return {}
     kind = VISION_KINDS[image.architecture]
     inputs = picture_inputs(image.trunk, kind.key, image.architecture)
+    if resize not in (None, inputs.resize):
+        trained = {"crop": "the central square of pictures", "squash": "whole pictures brought to a square"}
+        raise UserError(
+            f"{kind.key}: {image.trunk} was trained on {trained[inputs.resize]}, and --data.resize is {resize}: set "
+            f"--data.resize {inputs.resize}"
+        )
     return {"mean": list(inputs.mean), "std": list(inputs.std)}
 
 

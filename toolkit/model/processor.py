@@ -17,7 +17,6 @@ from shards.picture import Resize, decode_picture, read_picture
 
 FILE = "preprocessor_config.json"
 MAX_FILE_SECONDS = 3600.0  # of which max_seconds are used
-JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,23 @@ class SpeechImageProcessor:
         max_seconds: longer speech is cut to its beginning.
         sampling_rate: Hz, of arrays given and of waveforms returned; files are resampled.
         resize: how pictures become squares (see `decode_picture`).
+        short_side: pixels that pictures are shrunk to first, as those in the shards were; None: twice `image_size`.
+        quality: of the JPEG that they are by then.
     """
 
     image_size: int
     max_seconds: float
     sampling_rate: int = SAMPLE_RATE
     resize: Resize = "crop"
+    # What folders without these values were written with.
+    short_side: int | None = None
+    quality: int = 95
 
     def __post_init__(self) -> None:
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality is {self.quality!r}, expected 1 to 100")
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"short_side is {self.short_side!r}, expected a number of pixels")
         if self.resize not in get_args(Resize):
             raise ValueError(f"resize is {self.resize!r}, expected one of {', '.join(get_args(Resize))}")
 
@@ -90,7 +98,7 @@ class SpeechImageProcessor:
     def _picture(self, source: Image.Image | Path | str) -> np.ndarray:
         # By way of the shards' own JPEG, so that a picture looks to the model as it would in training.
         source = Path(source) if isinstance(source, str) else source
-        stored = read_picture(source, 2 * self.image_size, JPEG_QUALITY)
+        stored = read_picture(source, self.short_side or 2 * self.image_size, self.quality)
         return decode_picture(stored, self.image_size, resize=self.resize)
 
     def _waveform(self, source: np.ndarray | Path | str) -> np.ndarray:

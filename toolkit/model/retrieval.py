@@ -61,18 +61,25 @@ class SpeechImageConfig(PretrainedConfig):
 
 
 class Temperature(nn.Module):
-    """Temperature of the contrastive softmax, learned as its logarithm and clamped (ALBEF: 0.001 to 0.5)."""
+    """Temperature of the contrastive softmax, learned as its logarithm and clamped (ALBEF: 0.001 to 0.5).
+
+    Attributes:
+        exact: float32 [1], the logarithm to compute with where the parameter is in less precision; None: the parameter.
+    """
 
     def __init__(
         self, initial: float = 0.07, minimum: float = 0.001, maximum: float = 0.5, learned: bool = True
     ) -> None:
         super().__init__()
         self.minimum, self.maximum, self.learned = minimum, maximum, learned
-        self.log_temperature = nn.Parameter(torch.tensor([math.log(initial)]), requires_grad=learned)
+        self.initial_log = math.log(initial)
+        self.log_temperature = nn.Parameter(torch.tensor([self.initial_log]), requires_grad=learned)
+        self.exact: Tensor | None = None
 
     def forward(self) -> Tensor:
         """The temperature, a float32 scalar; its gradient passes the clamp, so that it can come back from a bound."""
         log = self.log_temperature.float()
+        log = log if self.exact is None else self.exact + (log - log.detach())
         clamped = log.detach().exp().clamp(self.minimum, self.maximum)
         return (clamped * (log - log.detach()).exp()).squeeze(0)
 

@@ -15,12 +15,13 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from shards.audio import SAMPLE_RATE
 from shards.errors import UserError
+from shards.picture import Resize
 from toolkit.model.image import MEAN, STD
 from toolkit.model.trunk import quiet
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 FAIRSEQ_EPSILON = 1e-5  # of the layer norm that fairseq applied to the waveforms of HuBERT-large
-PUBLISHED = {"clip": "crop", "blip2": "squash"}
+PUBLISHED: dict[str, Resize] = {"clip": "crop", "blip2": "squash"}
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class PictureInputs:
     """Pictures as a vision trunk takes them.
 
     Attributes:
-        resize: "crop": their central square; "squash": all of them, brought to a square.
+        resize: How they become squares (see `shards.picture.decode_picture`).
         mean: Of red, green and blue, subtracted from values in [0, 1].
         std: What they are divided by then.
     """
 
-    resize: str
+    resize: Resize
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
 
@@ -112,7 +113,7 @@ def _channels(values: Any) -> tuple[float, ...]:
     return numbers
 
 
-def _resize(said: dict[str, Any]) -> str | None:
+def _resize(said: dict[str, Any]) -> Resize | None:
     """How pictures become squares; None: it is not said."""
     size = said.get("size")
     if not said.get("do_resize", True) or size is None:

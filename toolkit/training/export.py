@@ -7,15 +7,17 @@ RUN/export/.best-...      one that is being written; the name is of this attempt
 import json
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from toolkit.config import Data
+from shards.write import Format
+from toolkit.config import Config
 from toolkit.model.processor import SpeechImageProcessor
 from toolkit.model.retrieval import SpeechImageModel
 from toolkit.training.background import background, outcome_of, tell
@@ -29,28 +31,46 @@ class Exports:
         fence: Called before an export takes its name; raises if the folder is another run's by now.
     """
 
-    def __init__(self, run: Path, data: Data) -> None:
+    def __init__(self, run: Path, config: Config, stored: Mapping[str, Any]) -> None:
         """Prepare to export.
 
         Args:
             run: The run folder.
-            data: What the processor is to know.
+            config: Sections data and evaluation say how inputs are prepared.
+            stored: Arguments of make_shards from the manifest, which say how pictures were; where they do not, the
+                defaults hold.
         """
         self.run = run
-        self.processor = SpeechImageProcessor(data.image_size, data.max_seconds, resize=data.resize)
+        default = Format()
+        self.processor = SpeechImageProcessor(
+            config.data.image_size,
+            config.evaluation.max_seconds,
+            resize=config.data.resize,
+            short_side=stored.get("short_side", default.short_side),
+            quality=stored.get("quality", default.quality),
+        )
         self._under_way: dict[str, Future[None]] = {}
         self.fence: Callable[[], None] = lambda: None
 
-    def write(self, model: SpeechImageModel, name: str, progress: Progress) -> None:
+    def write(
+        self, model: SpeechImageModel, name: str, progress: Progress, masters: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Copy the model and have it written to `RUN/export/NAME`; a former one of this name is waited for.
 
         Args:
             model: With whole parameters.
             name: Of the export.
             progress: Written beside it.
+            masters: The optimizer's weights by their names in the learner, on the CPU, to be written in place of the
+                model's; then all is written in float32. None: the model as it is.
         """
         self._settle(name)
         state = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+        if masters is not None:
+            state = {
+                key: masters.get(f"model.{key}", value.float() if value.is_floating_point() else value)
+                for key, value in state.items()
+            }
         so_far = asdict(progress)
         self._under_way[name] = background(lambda: self._write(model, state, name, so_far))
 
@@ -83,7 +103,10 @@ class Exports:
         target = self.run / "export" / name
         fresh, old = (target.with_name(f".{name}-{uuid.uuid4().hex[:8]}") for _ in "12")
         try:
-            model.save_pretrained(fresh, state_dict=state)
+            precisions = {value.dtype for value in state.values() if value.is_floating_point()}
+            model.save_pretrained(fresh, state_dict=state)  # which empties it
+            if precisions == {torch.float32}:
+                _name_precision(fresh / "config.json", "float32")
             self.processor.save_pretrained(fresh)
             (fresh / MARKER).write_text(json.dumps(progress, indent=1))
             self.fence()
@@ -94,3 +117,12 @@ class Exports:
             shutil.rmtree(fresh, ignore_errors=True)  # of one that failed: room for those who write the log
         for left in target.parent.glob(f".{name}-*"):  # the one before, and what exports that were cut short have left
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _name_precision(path: Path, name: str) -> None:
+    """Let config.json name the precision of the weights that were written: transformers names that of the model."""
+    if path.is_file():
+        said = json.loads(path.read_text())
+        for key in {"dtype", "torch_dtype"} & said.keys():
+            said[key] = name
+        path.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")

@@ -29,6 +29,7 @@ from toolkit.training.checkpoint import Checkpoints
 from toolkit.training.data import open_order, open_reader
 from toolkit.training.engine import backward, make_engine, whole
 from toolkit.training.export import Exports
+from toolkit.training.float32 import ExactTemperature, gather_masters
 from toolkit.training.learner import Draws, Keys, Learner
 from toolkit.training.log import Log
 from toolkit.training.momentum import MomentumEncoder
@@ -67,7 +68,7 @@ class Trainer:
         self.training_manifests, self.order = open_order(config, world_size)
 
         torch.manual_seed(config.seed)
-        model = build_model(config.model, config.objectives.contrastive)
+        model = build_model(config.model, config.objectives.contrastive, config.data.resize)
         momentum = config.objectives.momentum
         self.teacher = MomentumEncoder(model, momentum.decay) if momentum.enabled else None
         self.learner = Learner(model, config.objectives, rank, world_size)
@@ -87,10 +88,12 @@ class Trainer:
 
         data = [manifest.hash for manifest in self.training_manifests]
         self.checkpoints = Checkpoints(run, config, data, rank, world_size)
-        self.exports = Exports(run, config.data)
+        self.exports = Exports(run, config, self.manifest.arguments)
         self.exports.fence = self.lease.check
         self.checkpoints.fence = self._before_complete
         self.progress = self.checkpoints.resume(self.engine, self.teacher, self.queue)
+        self.exact_temperature = ExactTemperature(self.engine, model.temperature, world_size)
+        self.exact_temperature.refresh()
         self._see_best()
         self.log = Log(run, config, self.progress, rank, world_size, device)
 
@@ -213,9 +216,11 @@ class Trainer:
 
     def export(self, name: str) -> None:
         """Write the model alone, as `save_pretrained` does, to `RUN/export/NAME`."""
+        exact = self.config.training.export_dtype == "fp32"
+        masters = gather_masters(self.engine, self.rank, self.world_size) if exact else None
         with whole(self.engine, list(self.learner.model.parameters())):
             if self.rank == 0:
-                self.exports.write(self.learner.model, name, self.progress)
+                self.exports.write(self.learner.model, name, self.progress, masters)
 
     def close(self) -> None:
         """Let go of the signals and the engine: else a rank of ZeRO-3 now and then aborts while it exits."""
@@ -252,6 +257,7 @@ class Trainer:
 
     def _follow(self, step: int, collected: list[Keys]) -> None:
         """After an applied step: the teacher follows, and the queue takes the step's keys."""
+        self.exact_temperature.refresh()
         if self.teacher:
             self.teacher.update()
         for keys in collected if step >= self.config.objectives.contrastive.queue_from else ():

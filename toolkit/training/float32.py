@@ -1,0 +1,77 @@
+"""What stays in float32 where the model is in bf16: the temperature that it computes with, and weights to export.
+
+The optimizer keeps float32 weights and rounds them to bf16 after each step. Of most weights the forward pass does not
+need more; the logarithm of the temperature, in bf16, would move by steps of 1.6 to 3 per cent of the temperature.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from toolkit.model.retrieval import Temperature
+from toolkit.training.deepspeed_import import deepspeed
+from toolkit.training.fragments import fragments
+
+
+class ExactTemperature:
+    """Shows a model's temperature the optimizer's float32 value of its logarithm, on all ranks.
+
+    Does nothing where the model is in float32.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, temperature: Temperature, world_size: int) -> None:
+        """Find the value; at ZeRO 1 to 3 one of the ranks has it.
+
+        Args:
+            engine: Of a module that holds the model.
+            temperature: The model's.
+            world_size: Number of ranks.
+        """
+        self.temperature = temperature
+        parameter = temperature.log_temperature
+        self.needed = parameter.dtype != torch.float32
+        self._device = engine.device
+        self._master: Tensor | None = None
+        self._share = temperature.learned and world_size > 1 and engine.zero_optimization_stage() > 0
+        if not temperature.learned:
+            self._master = torch.tensor([temperature.initial_log])
+        elif self.needed:
+            names = {id(each): name for name, each in engine.module.named_parameters()}
+            found = [each.master for each in fragments(engine) if each.name == names[id(parameter)]]
+            self._master = found[0] if found else None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Show the present value; to be called by every rank, whenever the optimizer's weights have changed."""
+        if not self.needed:
+            return
+        value = torch.zeros(1, device=self._device) if self._master is None else self._master.clone().to(self._device)
+        if self._share:
+            dist.all_reduce(value)  # zeros but for the rank that has it
+        self.temperature.exact = value
+
+
+@torch.no_grad()
+def gather_masters(engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int) -> dict[str, Tensor]:
+    """Collect the optimizer's float32 weights; every rank calls this.
+
+    Returns:
+        On rank 0 the trained parameters by their names in the engine's module, whole, on the CPU; elsewhere nothing.
+    """
+    held: dict[str, list] = {}
+    for fragment in fragments(engine):
+        held.setdefault(fragment.name, []).append(fragment)
+    shared = world_size > 1 and engine.zero_optimization_stage() > 0
+    masters = {}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        flat = torch.zeros(shape.numel(), device=engine.device)
+        for fragment in held.get(name, ()):
+            flat[fragment.start : fragment.stop] = fragment.master.to(flat.device)
+        if shared:
+            dist.reduce(flat, 0)  # each element is on one rank, and zero on the others
+        if rank == 0:
+            masters[name] = flat.view(shape).cpu()
+    return masters
