@@ -1,4 +1,5 @@
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -34,8 +35,11 @@ from transformers import (
 )
 
 from shards.errors import UserError
+from tests.distributed import run_ranks
 from tests.tiny import HUBERT, VIT, tiny_model
 from tests.toolkit.test_retrieval import results
+from tests.toolkit.test_trainer import losses, shards, train  # noqa: F401  the fixture
+from tests.toolkit.test_trainer import settings as run_settings
 from toolkit import config
 from toolkit.config_check import check
 from toolkit.model.build import build_model
@@ -472,3 +476,23 @@ def test_a_model_of_before_computes_as_before(tmp_path):
     old = SpeechImageModel.from_pretrained(tmp_path / "model")
     assert (old.speech.epsilon, old.speech.final_norm) == (1e-7, True)
     assert (tuple(old.image.mean), tuple(old.image.std)) == CLIP_NORM
+
+
+@pytest.mark.timeout(240)
+def test_a_frozen_projection_stays_clips_own_at_every_stage(shards, tmp_path):  # noqa: F811
+    """The teacher shares it: under ZeRO 3 it has to be whole there, too, and in bf16 of the right precision."""
+    clip = clip_folder(tmp_path / "clip")
+    runs = []
+    for zero, precision in ((0, "fp32"), (3, "bf16")):
+        run = run_settings(shards, tmp_path / str(zero), zero=zero, precision=precision, steps=2, warmup=0)
+        run.model.image = config.Image(trunk=str(tmp_path / "clip"), train="1", freeze_projection=True, dropout=0.0)
+        if zero == 3:  # else so small a weight is whole everywhere anyway
+            run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        runs.append(run)
+    run_ranks(train, 2, *runs, timeout=200)
+    for run in runs:
+        written = load_file(Path(run.run) / "export" / "last" / "model.safetensors")
+        projection = written["image.head.project.weight"]
+        torch.testing.assert_close(projection.float(), clip.visual_projection.weight, atol=1e-3, rtol=4e-3)
+        assert not written["image.head.project.bias"].any()
+        assert all(math.isfinite(each["loss"]) for each in losses(Path(run.run)))

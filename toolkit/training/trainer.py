@@ -165,6 +165,7 @@ class Trainer:
             collected.append(keys)
         if self.engine.was_step_applied():
             self.progress.skipped_in_a_row = 0
+            self.exact_temperature.refresh()
             with span("teacher's average, queue"):
                 self._follow(step, collected)
         else:
@@ -257,7 +258,6 @@ class Trainer:
 
     def _follow(self, step: int, collected: list[Keys]) -> None:
         """After an applied step: the teacher follows, and the queue takes the step's keys."""
-        self.exact_temperature.refresh()
         if self.teacher:
             self.teacher.update()
         for keys in collected if step >= self.config.objectives.contrastive.queue_from else ():
