@@ -114,7 +114,8 @@ def located(items: Sequence[Item], files: "FileFinder", skip_missing: bool) -> l
     Args:
         items: The corpus.
         files: Finds the files.
-        skip_missing: Leave missing files as they are: the writer drops and reports them.
+        skip_missing: Leave missing files as they are, and say why the first is missing: the writer drops and reports
+            them.
 
     Raises:
         UserError: Files are missing; it names the first, says why and how many there are.
@@ -128,13 +129,16 @@ def located(items: Sequence[Item], files: "FileFinder", skip_missing: bool) -> l
         return found or path
 
     located_items = [_located(item, find) for item in items]
-    if missing and not skip_missing:
+    if missing:
         path, place = next(iter(missing.items()))
         what, mend = files.why_missing(path)
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
         where = f"{place}: " if place else ""
-        joint = " Or" if mend.endswith("?") else ", or"
-        raise UserError(f"{where}{path} {what}{more}: {mend}{joint} drop such samples by --skip-bad")
+        line = f"{where}{path} {what}{more}: {mend}"
+        if not skip_missing:
+            joint = " Or" if line.endswith("?") else ", or"
+            raise UserError(f"{line}{joint} drop such samples by --skip-bad")
+        print(line, file=sys.stderr)
     return located_items
 
 

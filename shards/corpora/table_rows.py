@@ -88,7 +88,9 @@ class Rows:
         names = [_column(name) for name in header]
         for name in names:
             if name and names.count(name) > 1:
-                raise UserError(f"{self.table} line {line}: column {name[:_SHOWN]} comes {names.count(name)} times")
+                raise UserError(
+                    f"{self.table} line {line}: column {name[:_SHOWN]} comes {names.count(name)} times: rename one"
+                )
         missing = [name for name in NEEDED if name not in names]
         if missing:
             shown = ", ".join(repr(name[:_SHOWN]) for name in header[:_COLUMNS_SHOWN]) or "nothing"

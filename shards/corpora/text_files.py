@@ -10,6 +10,7 @@ from shards.errors import UserError
 from shards.media_type import describe_content
 
 _AS_UTF8 = "save it as UTF-8 (spreadsheets call it CSV UTF-8)"
+_WORKBOOKS = (b"PK\3\4", b"\xd0\xcf\x11\xe0")  # of Excel, LibreOffice and others
 
 
 class RepeatedKey(dict[str, Any]):
@@ -47,6 +48,8 @@ def read_text(path: Path) -> str:
 def _not_text(data: bytes, place: int) -> str:
     """What to say of a file whose byte at a place belongs to no UTF-8 text."""
     line = data.count(b"\n", 0, place) + 1
+    if data.startswith(_WORKBOOKS):
+        return f"is no text but a workbook or an archive: {_AS_UTF8.replace('save it', 'save the table')}"
     content = describe_content(data)
     if content and not content.startswith("text"):  # as which it takes what a few bytes at the end spoil
         return f"is not UTF-8 text but {content}"

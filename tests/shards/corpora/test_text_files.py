@@ -16,6 +16,8 @@ TEXT = "image,audio,text\ngood.jpg,good.wav,ein Köter\n"
         (b"image,audio\n\0.jpg,b.wav\n", "line 2 holds zero bytes"),
         (TEXT.encode("latin-1"), r"line 2 is not UTF-8 \(byte 0xf6, as in Latin-1 or Windows-1252\): save it as UTF-8"),
         (b"image,audio\n\n\x93a\x94.jpg,b.wav\n", r"line 3 is not UTF-8 \(byte 0x93"),
+        (b"PK\3\4\x14\0\xff", r"is no text but a workbook or an archive: save the table as UTF-8"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0", r"is no text but a workbook or an archive: save the table as UTF-8"),
         (b"\x1f\x8b\x08\0\xff", "is not UTF-8 text but gzip-compressed: unpack it"),
     ],
 )
