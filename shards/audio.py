@@ -90,7 +90,9 @@ def read_recording(source: Path | bytes, max_seconds: float) -> Recording:
     meter.add(wave)
     check_audible(meter.peak, name)
     kept = next((part.kept for part in parts if part.kept is not None), None)
-    cancelled = None if kept is None else f"its channels cancel when they are averaged: channel {kept + 1} was kept"
+    cancelled = (
+        None if kept is None else f"cancelled: the mean of its channels is nearly 0; channel {kept + 1} was kept"
+    )
     return Recording(wave, cancelled or meter.warning)
 
 

@@ -108,6 +108,7 @@ def check_folder(
     _compare_manifest(health)
     _compare_report(health, manifest)
     _compare_sources(health, manifest)
+    _pass_on_warnings(health)
     _find_foreign(health, manifest)
     return health
 
@@ -216,6 +217,20 @@ def _compare_sources(health: Health, m: Manifest) -> None:
     elif m.report is not None:
         line = "is missing: make_shards cannot see whether the corpus changed since"
         health.warnings.append(Finding(SOURCES, line))
+
+
+def _pass_on_warnings(health: Health) -> None:
+    """Name the recordings of which the report warns, which knows all of them, as far as they were not decoded here."""
+    if any(finding.where == REPORT for finding in health.problems):
+        return
+    try:
+        report = load_report(health.folder)
+    except UserError:
+        return
+    known = {(finding.where, finding.what.partition(":")[0]) for finding in health.warnings}
+    places = ((one.shard, f"{one.sample}, caption {one.caption}", one.what) for one in report.warnings)
+    left = [Finding(shard, f"{place}: {what}") for shard, place, what in places if (shard, place) not in known]
+    health.warnings += shortened(left, len(left))
 
 
 def _find_foreign(health: Health, m: Manifest) -> None:

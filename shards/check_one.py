@@ -22,11 +22,11 @@ from shards.picture import MAX_STORED_PIXELS as MAX_PIXELS
 from shards.picture import decode_picture
 from shards.pool import Progress
 from shards.reader import MAX_MEMBER, MAX_META
+from shards.signal_level import LevelMeter
 from shards.tar import DamagedTar, Member, TarScan
 
 _SIDE = 224  # pixels a picture is decoded to, as training does
 _TOLERANCE = 0.05  # seconds between what the index says and what is there
-_SILENT = 1e-4  # largest sample of a recording in which nothing can be heard
 _BLOCK = 1 << 16
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -268,24 +268,24 @@ def problem_of_recording(data: bytes, duration: float, decode: bool) -> tuple[st
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             if (file.samplerate, file.channels) != (SAMPLE_RATE, 1):
                 return f"{file.samplerate:,} Hz, {file.channels} channels; expected {SAMPLE_RATE:,} Hz, 1", None
-            frames, peak = file.frames, 1.0
+            frames, meter = file.frames, None
             if max(frames / SAMPLE_RATE, duration) > MAX_SECONDS:
                 return f"{max(frames / SAMPLE_RATE, duration):,.0f} s of audio, the limit is {MAX_SECONDS:.0f} s", None
             if decode:
-                frames, peak = _decoded(file, int((duration + 2 * _TOLERANCE) * SAMPLE_RATE))
+                meter = _decoded(file, int((duration + 2 * _TOLERANCE) * SAMPLE_RATE))
+                frames = meter.samples
     except (soundfile.SoundFileError, TypeError, OSError) as error:
         return f"cannot be decoded as audio ({error})", None
-    if frames == 0 or not np.isfinite(peak):
+    if frames == 0 or (meter and not np.isfinite(meter.peak)):
         return "holds samples that are not finite" if frames else "holds no audio", None
     if abs(frames / SAMPLE_RATE - duration) > _TOLERANCE:
         return f"{frames / SAMPLE_RATE:,.2f} s of audio, the index says {duration:.2f} s", None
-    return None, "silence" if peak < _SILENT else None
+    return None, meter.warning if meter else None
 
 
-def _decoded(file: Any, limit: int) -> tuple[int, float]:
-    """Frames and largest sample of a recording, of which no more than a block beyond `limit` frames is decoded."""
-    frames, peak = 0, 0.0
-    while frames <= limit and len(block := file.read(_BLOCK, dtype="float32")):
-        frames += len(block)
-        peak = float(np.maximum(peak, np.abs(block).max()))  # not a number, if one of them is not
-    return frames, peak
+def _decoded(file: Any, limit: int) -> LevelMeter:
+    """Measure a recording, of which no more than a block beyond `limit` frames is decoded."""
+    meter = LevelMeter()
+    while meter.samples <= limit and len(block := file.read(_BLOCK, dtype="float32")):
+        meter.add(block)
+    return meter

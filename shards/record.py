@@ -16,7 +16,7 @@ import numpy as np
 from shards.corpora.item import Item
 from shards.corpora.lists import ListFile
 from shards.manifest import COLUMNS, FORMAT, ShardInfo, atomic
-from shards.report import Counts, Dropped, Report
+from shards.report import Counts, Dropped, RecordingWarning, Report
 from shards.sources import SourceFile, Sources
 
 PLAN = "plan.json"
@@ -94,6 +94,7 @@ class Record:
     files: str  # digest of the sizes and times of the files they were read from
     samples: list[Sample] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
+    warnings: list[RecordingWarning] = field(default_factory=list)
     bytes: int = 0
     sha256: str = ""
     sources: list[SourceFile] | None = None  # what they were read from; None: an earlier version did not note it
@@ -119,6 +120,7 @@ def load_record(notes: Path, name: str, lists: str, skip_bad: bool) -> Record | 
         stored["dropped"] = [Dropped(**one) for one in stored["dropped"]]
         if stored.get("sources") is not None:
             stored["sources"] = [SourceFile(*one) for one in stored["sources"]]
+        stored["warnings"] = [RecordingWarning(**one) for one in stored.get("warnings", [])]
         record = Record(**stored)
         size = (notes.parent / name).stat().st_size if record.samples else 0
     except (OSError, ValueError, KeyError, TypeError):
@@ -179,6 +181,7 @@ class Gathered:
         self._add_sources(record.sources)
         counts = self.report.splits.setdefault(record.split, Counts())
         self.report.dropped += record.dropped
+        self.report.warnings += record.warnings
         if not record.samples:
             return
         for sample in record.samples:

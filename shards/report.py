@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,18 @@ class Dropped:
     split: str
     reason: str
     captions: int  # lost: the caption itself, or those that went with an unreadable picture
+
+
+@dataclass(frozen=True)
+class RecordingWarning:
+    """A stored recording that someone should listen to, and why."""
+
+    utterance: str
+    split: str
+    shard: str
+    sample: str  # its key
+    caption: int  # of the sample, from 0
+    what: str  # begins with a word for its kind, such as "clipped: "
 
 
 @dataclass
@@ -53,6 +66,7 @@ class Report:
     durations: list[int] = field(default_factory=list)  # captions that last n to n + 1 seconds, by n
     kept: int = field(default=0, compare=False)  # shards that an earlier run had finished; not in the file
     gone: int = field(default=0, compare=False)  # source files that were not there at the end; not in the file
+    warnings: list[RecordingWarning] = field(default_factory=list)
 
     def add_durations(self, durations: Sequence[float]) -> None:
         """Count captions by their whole seconds."""
@@ -64,6 +78,8 @@ class Report:
     def save(self, folder: Path) -> str:
         """Write `report.json` and give its sha256, which the manifest keeps."""
         stored = {name: value for name, value in asdict(self).items() if name not in ("kept", "gone")}
+        if not self.warnings:
+            del stored["warnings"]
         data = json.dumps(stored, indent=1, ensure_ascii=False, default=sorted).encode() + b"\n"
         with atomic(folder / REPORT) as file:
             file.write(data)
@@ -82,7 +98,7 @@ class Report:
         lines.append(f"{self.shards} shards, {self.bytes / 1e6:,.1f} MB{kept}")
         if self.gone:
             lines.append(f"{self.gone:,} files that they were made from are gone: whether these changed was not seen")
-        return "\n".join(lines + self._histogram() + self.losses())
+        return "\n".join(lines + self._histogram() + self.losses() + self._to_listen_to())
 
     def _total(self) -> Counts:
         every = self.splits.values()
@@ -117,6 +133,17 @@ class Report:
             lines.append(f"  and {len(self.dropped) - _NAMED} more, named in {REPORT}")
         return lines
 
+    def _to_listen_to(self) -> list[str]:
+        if not self.warnings:
+            return []
+        kinds = Counter(one.what.partition(":")[0] for one in self.warnings)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        lines = [f"stored, but to be listened to: {len(self.warnings)} recordings ({counts})"]
+        lines += [f"  {one.split} caption {one.utterance}: {one.what}" for one in self.warnings[:_NAMED]]
+        if len(self.warnings) > _NAMED:
+            lines.append(f"  and {len(self.warnings) - _NAMED} more, named in {REPORT}")
+        return lines
+
 
 def load_report(folder: Path) -> Report:
     """Read what `Report.save` wrote.
@@ -129,7 +156,8 @@ def load_report(folder: Path) -> Report:
         stored = json.loads(path.read_bytes())
         splits = {name: Counts(**{**n, "speakers": set(n["speakers"])}) for name, n in stored["splits"].items()}
         dropped = [Dropped(**one) for one in stored["dropped"]]
-        report = Report(splits, dropped, stored["shards"], stored["bytes"], stored["durations"])
+        warnings = [RecordingWarning(**one) for one in stored.get("warnings", [])]
+        report = Report(splits, dropped, stored["shards"], stored["bytes"], stored["durations"], warnings=warnings)
         counts = [report.shards, report.bytes, *report.durations, *(one.captions for one in dropped)]
         counts += [count for n in splits.values() for count in (n.pictures, n.captions)]
         if not all(type(count) is int and 0 <= count < 2**62 for count in counts):

@@ -12,10 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from shards import manifest
-from shards.audio import SAMPLE_RATE, Codec, encode_audio, mix_down, read_audio, resample
+from shards.audio import SAMPLE_RATE, Codec, Recording, encode_audio, mix_down, read_recording, resample
 from shards.corpora.item import AudioSource, Item, PictureSource, check_items
 from shards.corpora.lists import ListFile
 from shards.errors import UserError
@@ -25,7 +23,8 @@ from shards.picture import read_picture
 from shards.pool import Progress, run_tasks
 from shards.reader import MAX_MEMBER, MAX_META
 from shards.record import Plan, Record, Sample, files_digest, lists_digest, load_plan, load_record
-from shards.report import Dropped, Outlook, Report, outlook_text
+from shards.report import Dropped, Outlook, RecordingWarning, Report, outlook_text
+from shards.signal_level import level_warning
 from shards.sources import SourceFile, by_split, crc32, files_of, stamp
 
 _KEY_LENGTH = 80  # a member's name has 100 bytes in a ustar header
@@ -287,12 +286,12 @@ def _write_sample(tar: tarfile.TarFile, file: IO[bytes], item: Item, form: Forma
     if not spoken:
         shard.dropped.append(Dropped("picture", item.image_id, item.split, "no caption is left", captions=0))
         return
-    captions = [caption for caption, _ in spoken]
+    captions = [caption for caption, _, _ in spoken]
     meta = {"image_id": item.image_id, "split": item.split, "captions": captions}
     if item.twin is not None:
         meta["twin"] = item.twin
     members = {"json": json.dumps(meta, ensure_ascii=False).encode(), "jpg": picture}
-    members |= {f"{n}.{form.codec}": audio for n, (_, audio) in enumerate(spoken)}
+    members |= {f"{n}.{form.codec}": audio for n, (_, audio, _) in enumerate(spoken)}
     try:
         _check_sizes(members, item, form)
     except _BadFile as bad:
@@ -307,6 +306,9 @@ def _write_sample(tar: tarfile.TarFile, file: IO[bytes], item: Item, form: Forma
         sample.members.append((file.tell() + tarfile.BLOCKSIZE, len(data)))
         tar.addfile(info, io.BytesIO(data))
     shard.samples.append(sample)
+    for n, (caption, _, warning) in enumerate(spoken):
+        if warning:
+            shard.warnings.append(RecordingWarning(caption["utterance"], item.split, shard.name, key, n, warning))
 
 
 def _check_sizes(members: Mapping[str, bytes], item: Item, form: Format) -> None:
@@ -332,12 +334,12 @@ def _picture(source: PictureSource, form: Format) -> bytes:
         raise _droppable(error, form) from None
 
 
-def _spoken(item: Item, form: Format, dropped: list[Dropped]) -> list[tuple[dict[str, Any], bytes]]:
-    """Description and encoded audio of the usable captions."""
+def _spoken(item: Item, form: Format, dropped: list[Dropped]) -> list[tuple[dict[str, Any], bytes, str | None]]:
+    """Description and encoded audio of the usable captions, and what someone should know of them."""
     spoken = []
     for one in item.captions:
         try:
-            wave = _audio(one.audio, form)
+            recording = _audio(one.audio, form)
         except _BadFile as bad:
             dropped.append(Dropped("caption", one.utterance, item.split, str(bad), captions=1))
             continue
@@ -345,18 +347,19 @@ def _spoken(item: Item, form: Format, dropped: list[Dropped]) -> list[tuple[dict
             "text": one.text,
             "speaker": one.speaker,
             "utterance": one.utterance,
-            "duration": len(wave) / SAMPLE_RATE,
+            "duration": len(recording.wave) / SAMPLE_RATE,
         }
-        spoken.append((described, encode_audio(wave, form.codec)))
+        spoken.append((described, encode_audio(recording.wave, form.codec), recording.warning))
     return spoken
 
 
-def _audio(source: AudioSource, form: Format) -> np.ndarray:
+def _audio(source: AudioSource, form: Format) -> Recording:
     if not isinstance(source, Path):
         samples, rate = source()
-        return resample(mix_down(samples), rate)
+        wave = resample(mix_down(samples), rate)
+        return Recording(wave, level_warning(wave))
     try:
-        return read_audio(source, form.max_seconds)
+        return read_recording(source, form.max_seconds)
     except UserError as error:
         raise _droppable(error, form) from None
 

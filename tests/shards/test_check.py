@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards import manifest, stream
+from shards.audio import Codec
 from shards.check import Health, check_folder, split_rows
 from shards.check_one import MAX_PIXELS, check_shard, task_of
 from shards.errors import UserError
@@ -381,6 +383,28 @@ def test_silence_is_a_warning(tmp_path: Path) -> None:
     items = damage.corpus()
     items[4] = damage.Item("t4", "train", damage.partial(damage.drawn, 4), (quiet,))
     assert_sole(warnings(damage.write(tmp_path / "shards", items)), f"{SHARD}: t4, caption 0: silence")
+
+
+def loud() -> tuple[np.ndarray, int]:
+    return np.tile(np.float32([1.0, -1.0]), (1, 2000)), 16000
+
+
+@pytest.mark.parametrize("decode", [None, 0, 1])
+@pytest.mark.parametrize("codec", ["flac", "opus"])
+def test_recordings_to_listen_to_are_warnings_whether_decoded_or_not(
+    tmp_path: Path, decode: int | None, codec: Codec
+) -> None:
+    items = damage.corpus()
+    for number, source in ((4, damage.silent), (5, loud), (9, damage.silent)):
+        items[number] = replace(items[number], captions=(damage.Caption(f"u{number}", source),))
+    folder = damage.write(tmp_path / "shards", items, codec=codec)
+    found = [str(finding) for finding in check_folder(folder, decode).warnings]
+    assert sorted(line.partition(", caption 0: ")[0] for line in found) == [
+        "test-000000.tar: e0",
+        "train-000001.tar: t4",
+        "train-000001.tar: t5",
+    ]
+    assert sorted(re.findall("silence|clipped", " ".join(found))) == ["clipped", "silence", "silence"]
 
 
 def test_giant_member_and_bounded_memory(folder: Path) -> None:

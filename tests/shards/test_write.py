@@ -327,6 +327,51 @@ def test_a_shard_does_not_depend_on_where_the_corpus_names_its_samples():
     assert plan_shards(moved, "tiny", Format(), {}).plan == plan_shards(ITEMS, "tiny", Format(), {}).plan
 
 
+def doubtful(folder):
+    """Pictures with recordings that are clipped, silent, very quiet, in opposite channels, and fine."""
+    wave = tone()[0][0]
+    recordings = {
+        "loud": (2 * wave.clip(-0.25, 0.25)) * 2,
+        "mute": 0 * wave,
+        "fine": wave,
+        "faint": wave / 200,
+        "opposite": np.stack([wave, -0.9 * wave], axis=1),
+    }
+    items = []
+    for n, (name, samples) in enumerate(recordings.items()):
+        soundfile.write(folder / f"{name}.wav", samples, 16000)
+        items.append(Item(f"p{n}", "train", tiny.photo(folder / f"{n}.jpg"), (Caption(name, folder / f"{name}.wav"),)))
+    return items
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_recordings_to_listen_to_are_counted_and_named(tmp_path, parts):
+    items, out = doubtful(tmp_path), tmp_path / "out"
+    if parts == 1:
+        report = write(items, out, samples_per_shard=1)
+    else:
+        for number in (2, 1):
+            part_of(items, out, number, 2)
+        report = merge_shards(out)
+    assert [(one.utterance, one.sample, one.caption, one.what.partition(":")[0]) for one in report.warnings] == [
+        ("loud", "p0", 0, "clipped"),
+        ("mute", "p1", 0, "silence"),
+        ("faint", "p3", 0, "very quiet"),
+        ("opposite", "p4", 0, "cancelled"),
+    ]
+    assert all(f"{one.sample}.0.flac" in members(out / one.shard) for one in report.warnings)
+    assert load_report(out) == report
+    lines = report.text().splitlines()
+    at = lines.index("nothing dropped")
+    assert lines[at + 1].startswith("stored, but to be listened to: 4 recordings (1 clipped, 1 silence, 1 very quiet")
+    assert lines[at + 2].startswith("  train caption loud: clipped: ")
+    assert (
+        lines[at + 5] == "  train caption opposite: cancelled: the mean of its channels is nearly 0; channel 1 was kept"
+    )
+    kept = members(out / "train-000004.tar")["p4.0.flac"]
+    assert np.abs(soundfile.read(io.BytesIO(kept))[0]).max() == pytest.approx(0.5, abs=0.01)
+
+
 def test_progress_counts_every_picture(tmp_path):
     done = []
     write_shards(ITEMS, tmp_path, "tiny", Format(), {}, progress=done.append)
