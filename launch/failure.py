@@ -1,7 +1,8 @@
 """Which rank of a job failed first, and the end of its log: the others may have failed because of it."""
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import EX_TEMPFAIL
 from pathlib import Path
@@ -13,6 +14,11 @@ _TAIL = 20  # lines of a failed rank's log that are shown
 _MOST = 60  # the same, where a traceback is that long
 _NEAR = 200  # lines from the end, within which a traceback is taken for the reason
 _READ = 2**18  # bytes that are looked at for them
+# SLURM's lines on the end of a step, which say that a rank ended and not why; rank 0's log holds them too.
+_STEP = re.compile(
+    r"srun: (error: \S+ tasks? \S+ |Terminating|Force Terminated|Job step aborted|launch/slurm)"
+    r"|slurmstepd\S*: error: \*\*\* "
+)
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,14 @@ class Failure:
         code: Its exit code; None where it was killed and could leave none.
         lines: The end of its log, from its last traceback where there is one.
         log: All of it.
+        began: Whether it got as far as its status file: what ended it before that is in its log alone.
     """
 
     rank: int
     code: int | None
     lines: list[str]
     log: Path
+    began: bool = True
 
     @property
     def mistake(self) -> str | None:
@@ -42,9 +50,17 @@ class Failure:
         """In words."""
         if self.code == EX_TEMPFAIL:
             return "stopped by a signal, and saved: the same command continues"
+        if not self.began:
+            return self._how_it_could_not_begin()
         if self.code is None:
             return f"rank {self.rank} was killed, or ran out of memory or time"
         return f"rank {self.rank} failed with exit code {self.code}"
+
+    def _how_it_could_not_begin(self) -> str:
+        code = "" if self.code is None else f" with exit code {self.code}"
+        # Of one that was killed the last line may be anything; an exception says why it ended in any case.
+        why = exception_line(self.lines) or ("" if self.code is None else last_line(self.lines))
+        return f"rank {self.rank} ended{code} before it began to train" + (f": {why}" if why else "")
 
 
 def current_restart(folder: Path, ranks: int, begun: int = 0) -> int:
@@ -108,7 +124,9 @@ def failure_of(folder: Path, job_id: str, rank: int, restart: int = 0, logs: Pat
     status = Status(folder, rank).read()
     code = status["exit"] if status and _restart(status) == restart else None
     log = (logs or folder) / f"{job_id}_{rank}_log.err"
-    return Failure(rank, code, last_lines(log), log)
+    lines = last_lines(log)
+    began = status.get("began", True) if status else not lines
+    return Failure(rank, code, lines, log, began)
 
 
 def last_lines(log: Path) -> list[str]:
@@ -125,6 +143,18 @@ def last_lines(log: Path) -> list[str]:
         first = min(begins[-1], max(0, len(lines) - _TAIL))
         return lines[first : first + _MOST]
     return lines[-_TAIL:]
+
+
+def exception_line(lines: Sequence[str]) -> str:
+    """The line that names the exception of the last traceback; empty where there is none."""
+    begins = [number for number, line in enumerate(lines) if line.startswith("Traceback (")]
+    after = lines[begins[-1] + 1 :] if begins else []
+    return next((line for line in after if not line[0].isspace()), "")
+
+
+def last_line(lines: Sequence[str]) -> str:
+    """The last line that is not SLURM's about the end of a step; empty where there is none."""
+    return next((line for line in reversed(lines) if line.strip() and not _STEP.match(line)), "")
 
 
 def _statuses(folder: Path, ranks: int) -> Iterator[tuple[int, dict[str, Any]]]:

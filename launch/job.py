@@ -34,6 +34,7 @@ class Job:
     port: int | None = None  # of the rendezvous on this machine; none: derived from the SLURM job
     gpus: str | None = None  # CUDA_VISIBLE_DEVICES as the user set it, which submitit's local executor overwrites
     directory: str | None = None  # where the command was given: relative paths begin there, also in a container
+    cores: int | None = None  # of the allocation that a job of this machine was started in; none: all that it may use
 
     def __call__(self) -> None:
         """Run this rank to its end."""
@@ -69,8 +70,16 @@ class Job:
             "LOCAL_WORLD_SIZE": str(ranks_here),
             "MASTER_ADDR": "127.0.0.1" if local else environment.hostnames[0],
             "MASTER_PORT": str(self.port if local else 20000 + (int(environment.raw_job_id) + 977 * restart) % 10000),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(_threads(ranks_here)),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(self._threads(ranks_here)),
         }
+
+    def _threads(self, ranks_here: int) -> int:
+        """This rank's share of the cores."""
+        given = os.environ.get("SLURM_CPUS_PER_TASK")
+        if self.port is None and given:
+            return int(given)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(cores, self.cores or cores) // ranks_here)
 
     def _enter(self) -> None:
         if self.directory is not None:
@@ -131,7 +140,8 @@ def train_and_evaluate(config_file: str) -> None:
 class Status:
     """A rank's file beside its log: there while it runs, and with its exit code afterwards.
 
-    It names the incarnation of the job (SLURM's restart count) that it is of.
+    It names the incarnation of the job (SLURM's restart count) that it is of. For a rank that ended before it could
+    write one, the batch script writes it, with `began` false.
     """
 
     folder: Path
@@ -144,10 +154,16 @@ class Status:
 
     def write(self, code: int | None = None) -> None:
         """Say that this process is the rank, and how it ended; one of a former incarnation writes nothing any more."""
-        restart = restart_count(os.environ)
+        self._write({"pid": os.getpid(), "host": platform.node(), "exit": code}, restart_count(os.environ))
+
+    def write_unbegun(self, code: int, restart: int) -> None:
+        """Say for a rank that it ended before it could say so itself."""
+        self._write({"pid": None, "host": "", "exit": code, "began": False}, restart)
+
+    def _write(self, values: dict[str, Any], restart: int) -> None:
         if ((self.read() or {}).get("restart") or 0) > restart:
             return
-        status = {"pid": os.getpid(), "host": platform.node(), "exit": code, "time": time.time(), "restart": restart}
+        status = {**values, "time": time.time(), "restart": restart}
         temporary = self.path.with_suffix(f".{restart}.tmp")
         temporary.write_text(json.dumps(status))
         temporary.replace(self.path)
@@ -158,14 +174,6 @@ class Status:
             return json.loads(self.path.read_text())
         except FileNotFoundError:
             return None
-
-
-def _threads(ranks_here: int) -> int:
-    """This rank's share of the cores."""
-    if given := os.environ.get("SLURM_CPUS_PER_TASK"):
-        return int(given)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks_here)
 
 
 def restart_count(environment: Mapping[str, str]) -> int:

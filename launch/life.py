@@ -4,11 +4,12 @@
 `FOLDER/incarnations.jsonl`, two lines for each incarnation, and ask SLURM to requeue the job where that is of use.
 `python launch/life.py FOLDER guard SHELL` sees to it that the second of them is reached:
 
-    {"restart": 1, "began": ..., "hosts": ["node1"], "job": "17", "began_step": 400}
+    {"restart": 1, "began": ..., "hosts": ["node1"], "job": "17", "began_step": 400, "errors": 3120}
     {"restart": 1, "ended": ..., "code": 75, "requeued": true, "why": "...", "cause": "saved", "step": 600}
 
-Times are Unix times; steps are those of the newest complete checkpoint, -1 for none. A job that SLURM itself starts
-again (its node was lost, an operator asked) is not requeued a second time.
+Times are Unix times; steps are those of the newest complete checkpoint, -1 for none; errors is the size of the script's
+error log, which grows from one incarnation to the next. A job that SLURM itself starts again (its node was lost, an
+operator asked) is not requeued a second time.
 """
 
 import json
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.failure import failure_of, last_line
 from launch.job import LOST, Status, restart_count
 from launch.record import INCARNATIONS, MEMBERS, incarnations
 
@@ -36,6 +38,8 @@ _CRASHES = 3  # requeues in a row of a job whose ranks die without getting furth
 _STOPS = 20  # the same of a job that is asked to stop each time before it got further
 _PATIENCE = 600.0  # seconds that SLURM's controller may take to come back
 _SHARE = 0.6  # of the time from SLURM's TERM to its KILL that is left to the ranks
+_READ = 2**18  # bytes of the script's error log that are looked at
+_EXITED = re.compile(r"^srun: error: \S+ tasks? ([\d,-]+): Exited with exit code (\d+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,14 @@ def setup_lines(folder: Path, python: str, code: Path) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     """Do what a line of the batch script asks for."""
-    folder, what = member(Path(arguments[0]), os.environ), arguments[1]
+    logs, what = Path(arguments[0]), arguments[1]
+    folder = member(logs, os.environ)
     if what == "guard":
         guard(int(arguments[2]))
     elif what == "begin":
-        begin(folder, os.environ)
+        begin(folder, os.environ, logs)
     else:
-        end(folder, int(what), os.environ)
+        end(folder, int(what), os.environ, logs)
 
 
 def member(folder: Path, environment: Mapping[str, str]) -> Path:
@@ -121,8 +126,8 @@ def guard(shell: int) -> None:
     subprocess.run(["pkill", "-KILL", "-x", "-P", str(shell), "srun"])
 
 
-def begin(folder: Path, environment: Mapping[str, str]) -> None:
-    """Write that an incarnation begins; of one that ended without a word, that it did."""
+def begin(folder: Path, environment: Mapping[str, str], logs: Path | None = None) -> None:
+    """Write that an incarnation begins; of one that ended without a word, that it did. Arguments as of `end`."""
     restart, step = restart_count(environment), newest_step(folder)
     if (lives := incarnations(folder)) and lives[-1].ended is None:
         fate = Fate("slurm", False, "ended with its node or by SLURM, which started the job again")
@@ -130,21 +135,24 @@ def begin(folder: Path, environment: Mapping[str, str]) -> None:
     nodes = environment.get("SLURM_JOB_NODELIST", "")
     names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True).stdout.split()
     line = {"restart": restart, "began": time.time(), "hosts": names, "job": job_id(environment), "began_step": step}
-    _append(folder, line)
+    log = _error_log(logs or folder, environment)
+    _append(folder, {**line, "errors": log.stat().st_size if log.is_file() else 0})
 
 
-def end(folder: Path, code: int, environment: Mapping[str, str]) -> None:
+def end(folder: Path, code: int, environment: Mapping[str, str], logs: Path | None = None) -> None:
     """Write how an incarnation ended, and have the job requeued if that is of use.
 
     Args:
         folder: Of the job's logs.
         code: srun's exit code: the greatest of its ranks'.
         environment: Of the batch script.
+        logs: The ranks' output, where that is another folder.
     """
     restart, job = restart_count(environment), job_id(environment)
     seen = look(job)
     exits = rank_exits(folder, restart)
-    fate = decide(code, exits, seen, restart, _without_progress(folder, restart))
+    unbegun = _write_unbegun(folder, code, exits.keys(), environment, logs or folder)
+    fate = decide(code, list(exits.values()), seen, restart, _without_progress(folder, restart), unbegun)
     by_slurm = seen is not None and seen.restarts > restart
     # Written first: with the requeue SLURM ends this process too.
     _write_end(folder, restart, code, fate, fate.requeue or by_slurm)
@@ -157,7 +165,14 @@ def end(folder: Path, code: int, environment: Mapping[str, str]) -> None:
             )
 
 
-def decide(code: int, exits: list[int | None], seen: Seen | None, restart: int, idle: list[str] | None) -> Fate:
+def decide(
+    code: int,
+    exits: list[int | None],
+    seen: Seen | None,
+    restart: int,
+    idle: list[str] | None,
+    unbegun: str | None = None,
+) -> Fate:
     """Say whether a job starts again.
 
     Args:
@@ -166,6 +181,7 @@ def decide(code: int, exits: list[int | None], seen: Seen | None, restart: int, 
         seen: The job in SLURM's eyes; None if the controller does not answer.
         restart: This incarnation's number.
         idle: Causes of the former incarnations since the last that saved something; None if this one did.
+        unbegun: How a rank failed before it began; None where all began, or were killed before that.
     """
     if seen and seen.restarts > restart:
         return Fate("slurm", False, "SLURM starts it again: an operator, a preemption or a lost node")
@@ -173,9 +189,11 @@ def decide(code: int, exits: list[int | None], seen: Seen | None, restart: int, 
         return Fate("done", False, "complete")
     if seen and seen.state != "RUNNING" and seen.reason != "TimeLimit":
         return Fate("cancelled", False, "cancelled: it does not start again")
-    left = [each for each in exits if each is not None] or [code]
-    failures = [each for each in left if each not in (0, LOST, _SAVED, _STALLED) and (each < 128 or each == 130)]
-    if failures:
+    left = [each for each in exits if each is not None]
+    if unbegun and not any(map(_is_error, left)):
+        return Fate("failed", False, f"{unbegun}: it does not start again")
+    left = left or [code]
+    if failures := list(filter(_is_error, left)):
         mistake = 2 in failures
         number = 2 if mistake else failures[0]
         what = "a mistake in the configuration or the data" if mistake else f"a rank failed with exit code {number}"
@@ -187,6 +205,11 @@ def decide(code: int, exits: list[int | None], seen: Seen | None, restart: int, 
     if (idle or []).count(cause) >= most:
         return Fate(cause, False, f"{how}; {most} restarts in a row brought no new checkpoint: it does not start again")
     return Fate(cause, True, f"{how}: it starts again")
+
+
+def _is_error(code: int) -> bool:
+    """Whether a process that left this code failed by itself: not killed or stopped, nor for another rank's sake."""
+    return code not in (0, LOST, _SAVED, _STALLED) and (code < 128 or code == 130)
 
 
 def look(job: str) -> Seen | None:
@@ -234,11 +257,74 @@ def newest_step(folder: Path) -> int:
     return max((int(path.parent.name.removeprefix("step-")) for path in marked), default=-1)
 
 
-def rank_exits(folder: Path, restart: int) -> list[int | None]:
-    """What the ranks of an incarnation left as their exit codes."""
+def rank_exits(folder: Path, restart: int) -> dict[int, int | None]:
+    """What the ranks of an incarnation left as their exit codes, by rank; those that did not begin are not there."""
     ranks = [int(path.stem.removeprefix("rank")) for path in folder.glob("rank*.json")]
-    each = [Status(folder, rank).read() for rank in sorted(ranks)]
-    return [status["exit"] for status in each if status is not None and status.get("restart", 0) == restart]
+    each = {rank: Status(folder, rank).read() for rank in sorted(ranks)}
+    return {
+        rank: status["exit"]
+        for rank, status in each.items()
+        if status is not None and status.get("restart", 0) == restart
+    }
+
+
+def srun_exits(text: str) -> dict[int, int]:
+    """Exit codes of the ranks that ended by themselves, by rank, as srun tells them.
+
+    srun's own code is the greatest of all, so that of the ranks that it ends for the sake of one hides that one's.
+
+    Args:
+        text: What srun wrote, with lines such as "srun: error: node1: tasks 0-1,3: Exited with exit code 1".
+    """
+    codes: dict[int, int] = {}
+    for tasks, code in _EXITED.findall(text):
+        for part in filter(None, tasks.split(",")):
+            first, _, last = part.partition("-")
+            codes |= dict.fromkeys(range(int(first), int(last or first) + 1), int(code))
+    return codes
+
+
+def _write_unbegun(
+    folder: Path, code: int, begun: Collection[int], environment: Mapping[str, str], logs: Path
+) -> str | None:
+    """Write the status of ranks that failed before they could: of a python without the packages, or none at all.
+
+    Returns:
+        How the first of them ended; None where there is none.
+    """
+    restart = restart_count(environment)
+    errors = _errors(folder, restart, _error_log(logs, environment))
+    # 255 is what a container's runtime ends with; of a process that has begun it would be a signal's.
+    failed = {rank: each for rank, each in srun_exits(errors).items() if _is_error(each) or each == 255}
+    unbegun = {rank: failed[rank] for rank in sorted(failed.keys() - begun)}
+    try:
+        for rank, each in unbegun.items():
+            Status(folder, rank).write_unbegun(each, restart)
+    except OSError as error:
+        print(f"{folder}: a rank's status was not written: {error.strerror}", file=sys.stderr)
+    if unbegun:
+        return failure_of(folder, job_id(environment), min(unbegun), restart, logs).how
+    if not begun and _is_error(code):
+        return f"no rank began, srun ended with exit code {code}: {last_line(errors.splitlines())}".removesuffix(": ")
+    return None
+
+
+def _error_log(logs: Path, environment: Mapping[str, str]) -> Path:
+    """Where the batch script's errors go, and with them srun's: rank 0 writes there as well."""
+    return logs / f"{job_id(environment)}_0_log.err"
+
+
+def _errors(folder: Path, restart: int, log: Path) -> str:
+    """What the batch script's error log holds of an incarnation; empty where that is not known."""
+    lives = incarnations(folder)
+    if not lives or lives[-1].restart != restart:
+        return ""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(lives[-1].errors, file.seek(0, os.SEEK_END) - _READ))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _without_progress(folder: Path, restart: int) -> list[str] | None:

@@ -117,6 +117,7 @@ class Incarnation:
         cause: In one: done, saved, killed, failed, mistake, cancelled or slurm.
         began_step: Step of the newest complete checkpoint when it began; -1 for none.
         step: The same at its end; None where that was not written.
+        errors: Bytes that the batch script's error log held when it began.
     """
 
     restart: int
@@ -129,6 +130,7 @@ class Incarnation:
     cause: str = ""
     began_step: int = -1
     step: int | None = None
+    errors: int = 0
 
 
 def incarnations(folder: Path) -> list[Incarnation]:

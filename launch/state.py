@@ -207,7 +207,8 @@ def _ended(lives: list[Incarnation], queued: Queued | None, failure: Failure | N
     last = lives[-1] if lives and lives[-1].ended is not None else None
     stopped = failure is not None and failure.code == os.EX_TEMPFAIL
     cancelled = (last is not None and last.cause == "cancelled") or (queued is not None and queued.state == "CANCELLED")
-    reason = (last and last.why) or (queued and queued.state.lower()) or (failure.how if failure else "")
+    by_slurm = queued.state.lower() if queued and queued.state != "FAILED" else ""  # which the state says already
+    reason = (last and last.why) or by_slurm or (failure.how if failure else "")
     if cancelled:
         return "cancelled", reason, None
     if stopped or (last and last.cause == "saved"):

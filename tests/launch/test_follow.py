@@ -8,7 +8,7 @@ import pytest
 
 from launch.failure import failure_of, first_failure, last_lines
 from launch.follow import Log, Slurm, follow
-from launch.job import LOST
+from launch.job import LOST, Status
 from launch.record import INCARNATIONS
 
 
@@ -134,6 +134,42 @@ def test_a_job_that_vanishes_is_not_waited_for(tmp_path, capsys, monkeypatch):
     code, _ = followed(tmp_path, story, ranks=1)
     assert code == 1
     assert "rank 0 was killed, or ran out of memory or time" in capsys.readouterr().err
+
+
+BROKEN = "Traceback (most recent call last):\n  File \"x.py\", line 1\nModuleNotFoundError: No module named 'numpy'\n"
+STEP_ENDED = """\
+srun: error: node1: task 0: Exited with exit code 1
+slurmstepd-node1: error: *** STEP 5.0 ON node1 CANCELLED AT 2026-01-01T00:00:00 ***
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "how"),
+    [
+        (BROKEN + STEP_ENDED, 1, "rank 0 ended with exit code 1 before it began to train: ModuleNotFoundError: No "
+         "module named 'numpy'"),
+        ("slurmstepd-node1: error: execve(): /no/python: No such file\n" + STEP_ENDED, 2, "rank 0 ended with exit code "
+         "2 before it began to train: slurmstepd-node1: error: execve(): /no/python: No such file"),
+        (BROKEN, None, "rank 0 ended before it began to train: ModuleNotFoundError: No module named 'numpy'"),
+        ("a warning\n", None, "rank 0 ended before it began to train"),
+        ("", None, "rank 0 was killed, or ran out of memory or time"),
+    ],
+)  # fmt: skip
+def test_a_rank_that_could_not_begin_is_told_by_its_log(tmp_path, capsys, monkeypatch, text, code, how):
+    monkeypatch.setattr("launch.follow._LATE", 0.2)
+
+    def story(job, codes):
+        output(tmp_path, text, kind="err")
+        if code is not None:
+            Status(tmp_path, 0).write_unbegun(code, 0)
+            life(tmp_path, restart=0, began=1.0, ended=2.0, code=143, requeued=False, why=how, cause="failed")
+        job.there = False
+
+    ended, _ = followed(tmp_path, story, ranks=1)
+    err = capsys.readouterr().err.splitlines()
+    assert ended == (code or 1)
+    assert err[-1] == f"error: {how}; the whole log is {tmp_path / '5_0_log.err'}"
+    assert err[1:-1] == text.splitlines()
 
 
 def test_a_squeue_that_is_away_at_first_tells_nothing(tmp_path, monkeypatch, capsys):

@@ -85,6 +85,11 @@ def test_place_on_this_machine(tmp_path, monkeypatch):
         "MASTER_PORT": "4242",
         "OMP_NUM_THREADS": "2",
     }
+    assert Job("", str(tmp_path), port=4242, cores=6).place()["OMP_NUM_THREADS"] == "2"
+    assert Job("", str(tmp_path), port=4242, cores=3).place()["OMP_NUM_THREADS"] == "1"
+    assert Job("", str(tmp_path), port=4242, cores=64).place()["OMP_NUM_THREADS"] == "2"
+    os.environ["SLURM_CPUS_PER_TASK"] = "8"  # of the allocation's one task, which all ranks here are
+    assert Job("", str(tmp_path), port=4242, cores=8).place()["OMP_NUM_THREADS"] == "2"
     os.environ["OMP_NUM_THREADS"] = "5"
     assert Job("", str(tmp_path), port=4242).place()["OMP_NUM_THREADS"] == "5"
 

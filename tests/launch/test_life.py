@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.failure import failure_of, first_failure
 from launch.job import LOST, Status
-from launch.life import Seen, begin, decide, end, member, newest_step, setup_lines
+from launch.life import Seen, begin, decide, end, member, newest_step, setup_lines, srun_exits
 from launch.record import incarnations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +60,23 @@ ENDING = Seen("COMPLETING", "None", 0)
 def test_fate(code, exits, seen, idle, cause, requeue):
     fate = decide(code, exits, seen, 0, idle)
     assert (fate.cause, fate.requeue) == (cause, requeue)
+
+
+@pytest.mark.parametrize(
+    ("code", "exits", "seen", "cause"),
+    [
+        (143, [], RUNNING, "failed"),  # srun ended the others, and its code is theirs
+        (143, [75], RUNNING, "failed"),  # another began, and heard srun's TERM
+        (143, [None, LOST], RUNNING, "failed"),
+        (2, [2], RUNNING, "mistake"),  # of a rank that began: it knows more
+        (143, [], ENDING, "cancelled"),
+        (143, [], Seen("COMPLETING", "None", 1), "slurm"),
+    ],
+)
+def test_fate_where_a_rank_failed_before_it_began(code, exits, seen, cause):
+    fate = decide(code, exits, seen, 0, [], "rank 1 ended: why")
+    assert (fate.cause, fate.requeue) == (cause, False)
+    assert cause != "failed" or fate.why == "rank 1 ended: why: it does not start again"
 
 
 @pytest.fixture
@@ -111,6 +129,102 @@ def test_incarnations_are_written_down(tmp_path, scontrol):
     assert (cut["code"], cut["requeued"], cut["cause"]) == (None, True, "slurm")
     assert (last["restart"], last["cause"], last["requeued"]) == (2, "done", False)
     assert newest_step(folder) == 40
+
+
+TRACEBACK = "Traceback (most recent call last):\n  File \"node.py\", line 1\nModuleNotFoundError: No module named 'x'\n"
+TERMINATED = """\
+srun: launch/slurm: _step_signal: Terminating StepId=7.0
+slurmstepd-node3: error: *** STEP 7.0 ON node3 CANCELLED AT 2026-01-01T00:00:00 ***
+srun: error: node4: tasks 2-3: Terminated
+srun: Force Terminated StepId=7.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("told", "codes"),
+    [
+        ("srun: error: node1: task 1: Exited with exit code 1\n" + TERMINATED, {1: 1}),
+        ("noise\nsrun: error: node[1-2]: tasks 0-1,3: Exited with exit code 127\n", {0: 127, 1: 127, 3: 127}),
+        ("srun: error: a: task 0: Exited with exit code 2\nsrun: error: b: task 1: Exited with exit code 1\n",
+         {0: 2, 1: 1}),
+        ("srun: error: node2: task 2: Killed\n" + TERMINATED, {}),
+        ("srun: error: node1: task 0: Out Of Memory\n", {}),
+        ("srun: error: node1: task 0: Segmentation fault (core dumped)\n", {}),
+        ("srun: error: Node failure on node2\nsrun: Job step aborted: Waiting up to 32 seconds\n", {}),
+    ],
+)  # fmt: skip
+def test_what_srun_tells_of_each_rank(told, codes):
+    assert srun_exits(told) == codes
+
+
+@pytest.mark.parametrize(
+    ("told", "rank", "logged", "why"),
+    [
+        ("task 1: Exited with exit code 1", 1, TRACEBACK, "ended with exit code 1 before it began to train: "
+         "ModuleNotFoundError: No module named 'x'"),
+        ("task 0: Exited with exit code 2", 0, "slurmstepd-node3: error: execve(): /no/python: Not found\n",
+         "ended with exit code 2 before it began to train: slurmstepd-node3: error: execve(): /no/python: Not found"),
+        ("tasks 2-3: Exited with exit code 127", 2, "bash: line 1: apptainer: command not found\n",
+         "ended with exit code 127 before it began to train: bash: line 1: apptainer: command not found"),
+        ("task 3: Exited with exit code 255", 3, "FATAL:   could not open image /i.sif\n",
+         "ended with exit code 255 before it began to train: FATAL:   could not open image /i.sif"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("others", [{}, {1: 75, 0: None}], ids=["none began", "others began"])
+def test_a_rank_that_fails_before_it_begins_is_no_reason_to_start_again(
+    tmp_path, scontrol, told, rank, logged, why, others
+):
+    folder = logs(tmp_path)
+    begin(folder, environment())
+    for other, code in others.items():
+        if other != rank:
+            Status(folder, other).write(code)
+    with (folder / f"7_{rank}_log.err").open("a") as file:
+        file.write(logged)
+    with (folder / "7_0_log.err").open("a") as file:
+        file.write(f"srun: error: node3: {told}\n{TERMINATED}")
+    end(folder, 143, environment())
+    [only] = read(folder)
+    assert (only["cause"], only["requeued"]) == ("failed", False)
+    assert only["why"] == f"rank {rank} {why}: it does not start again"
+    failed = first_failure(folder, "7", 4, lambda pid: False, True)
+    assert failed == rank
+    assert failure_of(folder, "7", failed).how == f"rank {rank} {why}"
+
+
+def test_an_earlier_start_is_not_told_again(tmp_path, scontrol):
+    """The log grows: what srun said of another incarnation counts for nothing."""
+    folder = logs(tmp_path)
+    (folder / "7_0_log.err").write_text("srun: error: node3: task 1: Exited with exit code 1\n")
+    begin(folder, environment(1))
+    with (folder / "7_0_log.err").open("a") as file:
+        file.write("srun: error: node3: task 1: Killed\n")
+    end(folder, 143, environment(1))
+    assert (read(folder)[-1]["cause"], read(folder)[-1]["requeued"]) == ("killed", True)
+    assert not (folder / "rank1.json").exists()
+
+
+def test_a_rank_that_began_is_told_by_its_own_status(tmp_path, scontrol, monkeypatch):
+    folder = logs(tmp_path)
+    begin(folder, environment())
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    for rank, code in {0: LOST, 1: None}.items():
+        Status(folder, rank).write(code)
+    told = f"task 0: Exited with exit code {LOST}\nsrun: error: node3: task 1: Exited with exit code 1\n"
+    (folder / "7_0_log.err").write_text(f"srun: error: node3: {told}")
+    end(folder, 143, environment())
+    assert read(folder)[-1]["requeued"] is True
+    assert Status(folder, 1).read()["exit"] is None
+
+
+def test_an_srun_that_cannot_begin_is_told_by_its_own_words(tmp_path, scontrol):
+    folder = logs(tmp_path)
+    begin(folder, environment())
+    (folder / "7_0_log.err").write_text("srun: error: Unable to create step for job 7: Invalid account\n")
+    end(folder, 1, environment())
+    [only] = read(folder)
+    assert only["cause"] == "failed"
+    assert only["why"].startswith("no rank began, srun ended with exit code 1: srun: error: Unable to create step")
 
 
 def test_deaths_without_progress_come_to_an_end(tmp_path, scontrol):
