@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ from toolkit.config import Config, Launch, gpu_count
 
 TOOLS = ("sbatch", "srun", "squeue", "scontrol")
 _BESIDE = 2  # cores of a rank on SLURM, beside those of its loader's workers
+_OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI_", "PMI2_", "PMIX_")
+# What SLURM's commands need to find a cluster and to be let in, and how they print times; all else is a job's.
+_OF_CLIENTS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
+# sbatch tells srun what it was told itself, by --export or SBATCH_EXPORT: NONE would keep from the ranks what the batch
+# script has set for them. A label before each line would hide what the ranks say.
+_OF_SRUN = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SBATCH_EXPORT", "SLURM_LABELIO")
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Asked:
     config: Config  # its section `launch` with the profile's values filled in
     profile: Profile
     ranks_per_node: int
+    cores: int | None = None  # of the allocation that a job of this machine is started in
 
     @property
     def ranks(self) -> int:
@@ -64,11 +71,25 @@ def choose_cluster(launch: Launch) -> str:
 
 
 def leave_job(environment: MutableMapping[str, str]) -> None:
-    """Drop what a job of SLURM has set, where this is run inside of one: sbatch would hand it on to the new job."""
-    if "SLURM_JOB_ID" in environment:
-        for name in list(environment):
-            if name.startswith(("SLURM_", "SUBMITIT_", "PMI")) and name != "SLURM_CONF":
-                del environment[name]
+    """Drop what a job or step of SLURM has set: sbatch would hand it on to a new job, and ranks here would heed it.
+
+    Of a job that was left in part, with some variables unset, the others go too. What a shell sets for srun goes as
+    well: what a job asks of srun is in its profile.
+    """
+    for name in list(environment):
+        if name.startswith(_OF_JOBS) and name not in _OF_CLIENTS:
+            del environment[name]
+
+
+def allocated_cores(environment: Mapping[str, str]) -> int | None:
+    """CPUs on this node of the allocation that this process was started in; None outside of any.
+
+    salloc names those of each node, as "4(x2),2"; sbatch and srun those of the node as well.
+    """
+    for name in ("SLURM_CPUS_ON_NODE", "SLURM_JOB_CPUS_PER_NODE", "SLURM_CPUS_PER_TASK"):
+        if (match := re.match(r"\d+", environment.get(name, ""))) and int(match[0]):
+            return int(match[0])
+    return None
 
 
 def alike(jobs: list[Asked]) -> list[Asked]:
@@ -172,6 +193,7 @@ def setup_lines(profile: Profile, folder: Path, code: Path) -> list[str]:
     return [
         *profile.setup,
         *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.env.items()),
+        f"unset {' '.join(_OF_SRUN)}",
         "export PYTHONSAFEPATH=1",  # else python -m looks for packages in the working directory first
         f"export PYTHONPATH={shlex.quote(str(code))}" + '"${PYTHONPATH:+:$PYTHONPATH}"',
         *life.setup_lines(folder, sys.executable, code),

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch.checks import check_script, data_checks, distinct, job_checks
-from launch.cluster import Asked, alike, choose_cluster, executor, leave_job, ranks_per_node
+from launch.cluster import Asked, alike, allocated_cores, choose_cluster, executor, leave_job, ranks_per_node
 from launch.follow import Local, Running, Slurm, follow
 from launch.job import Job, train_and_evaluate
 from launch.preview import preview, script, to_be_made
@@ -49,9 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
     cluster = choose_cluster(config.launch)
     profile = find_profile(config.launch) if cluster == "slurm" else Profile()
     jobs = [ask(member, cluster, profile, words) for member in members(config, options, words)]
-    if cluster == "slurm":
+    if cluster != "debug":
         leave_job(os.environ)
-        jobs = alike(jobs) if len(jobs) > 1 else jobs
+    if cluster == "slurm" and len(jobs) > 1:
+        jobs = alike(jobs)
     if options.dry_run:
         text, well = preview(jobs, Path(config.run))
         print(text)
@@ -100,7 +101,8 @@ def ask(config: Config, cluster: str, profile: Profile, words: Sequence[str]) ->
     """Complete a job by what the cluster's profile says."""
     given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     config = apply_profile(config, profile, given)
-    return Asked(cluster, config, profile, ranks_per_node(config.launch, cluster))
+    ranks = ranks_per_node(config.launch, cluster)
+    return Asked(cluster, config, profile, ranks, allocated_cores(os.environ) if cluster == "local" else None)
 
 
 def members(config: Config, options: argparse.Namespace, words: list[str]) -> list[Config]:
@@ -294,8 +296,14 @@ def _write_config(asked: Asked) -> Path:
 
 def _work(asked: Asked, file: Path) -> Job:
     port = _free_port() if asked.cluster == "local" else None
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return Job(config=str(file), folder=str(file.parent), port=port, gpus=gpus, directory=os.getcwd())
+    return Job(
+        config=str(file),
+        folder=str(file.parent),
+        port=port,
+        gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        directory=os.getcwd(),
+        cores=asked.cores,
+    )
 
 
 def _record(

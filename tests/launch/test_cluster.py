@@ -11,6 +11,7 @@ import pytest
 from launch.cluster import (
     Asked,
     alike,
+    allocated_cores,
     choose_cluster,
     executor,
     leave_job,
@@ -127,15 +128,51 @@ def test_members_of_an_array_get_what_the_most_demanding_needs():
     assert alike([asked(cpus_per_rank=4), asked()])[0].config.launch.cpus_per_rank == 4
 
 
-def test_a_job_inside_of_a_job_takes_nothing_along():
-    outside = {"HOME": "/h", "SLURM_CONF": "/etc/x", "SBATCH_ACCOUNT": "mine"}
-    inside = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "8", "SLURM_ARRAY_TASK_ID": "3", "SUBMITIT_EXECUTOR": "slurm"}
-    environment = {**outside, **inside}
+OUTSIDE = {"HOME": "/h", "SLURM_CONF": "/etc/x", "SLURM_CLUSTERS": "big", "SBATCH_ACCOUNT": "mine", "SLURMFOO": "no"}
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        {},
+        {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "8", "SLURM_ARRAY_TASK_ID": "3", "SUBMITIT_EXECUTOR": "slurm"},
+        {"SLURM_JOBID": "7", "SLURM_NTASKS": "8", "SLURM_CPU_BIND": "quiet,mask_cpu:0x8", "SRUN_DEBUG": "3"},
+        {"SLURM_MEM_PER_CPU": "8", "SLURM_RESTART_COUNT": "2", "SLURMD_NODENAME": "n1"},
+        {"PMI_RANK": "3", "PMI2_FD": "4", "PMIX_RANK": "3", "PMIX_NAMESPACE": "x"},
+    ],
+    ids=["login", "job", "job number unset", "leftovers", "mpi"],
+)
+def test_a_job_takes_nothing_along_of_the_one_it_was_submitted_in(inside):
+    environment = OUTSIDE | inside
     leave_job(environment)
-    assert environment == outside
-    at_the_login = {**outside, "SLURM_CLUSTERS": "big"}  # a default of the user's
-    leave_job(at_the_login)
-    assert at_the_login == {**outside, "SLURM_CLUSTERS": "big"}
+    assert environment == OUTSIDE
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores"),
+    [
+        ({}, None),
+        ({"SLURM_CONF": "/etc/x"}, None),
+        ({"SLURM_JOB_CPUS_PER_NODE": "6", "SLURM_NTASKS": "6"}, 6),  # salloc -n 6
+        ({"SLURM_JOB_CPUS_PER_NODE": "12(x2),4"}, 12),
+        ({"SLURM_CPUS_ON_NODE": "8", "SLURM_JOB_CPUS_PER_NODE": "16", "SLURM_CPUS_PER_TASK": "2"}, 8),
+        ({"SLURM_CPUS_PER_TASK": "3"}, 3),
+        ({"SLURM_CPUS_ON_NODE": "", "SLURM_CPUS_PER_TASK": "3"}, 3),
+    ],
+)
+def test_cores_of_an_allocation(environment, cores):
+    assert allocated_cores(environment) == cores
+
+
+@pytest.mark.parametrize("name", ["SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SBATCH_EXPORT", "SLURM_LABELIO"])
+@pytest.mark.parametrize("way", ["inherited", "setup", "env"])
+def test_what_would_keep_the_environment_from_the_ranks_does_not_reach_srun(tmp_path, name, way):
+    profile = Profile(setup=[f"export {name}=NONE"] * (way == "setup"), env={name: "NONE"} if way == "env" else {})
+    lines = [line for line in setup_lines(profile, tmp_path, tmp_path) if "life" not in line and "trap" not in line]
+    environment = {**os.environ, name: "NONE"} if way == "inherited" else dict(os.environ)
+    done = subprocess.run(["bash", "-euc", "\n".join([*lines, "env"])], capture_output=True, text=True, env=environment)
+    assert f"PYTHONPATH={tmp_path}" in done.stdout, done.stderr
+    assert f"{name}=" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from launch.follow import Log, first_failure
 from launch.job import Job, Status
 from launch.profiles import Profile
 from launch.snapshot import ROOT, snapshot
-from launch.submit import lengthen, submit, watch
+from launch.submit import _work, lengthen, main, submit, watch
 from shards.errors import UserError
 from toolkit.config import Config
 
@@ -114,7 +114,7 @@ def test_failing_rank_ends_the_others(tmp_path, capfd, kind, code, shown):
 
 def test_interrupt_ends_a_local_job(tmp_path):
     def interrupt():
-        while not (tmp_path / "began1").exists():
+        while not all((tmp_path / f"began{rank}").exists() for rank in range(2)):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -131,6 +131,33 @@ def test_interrupt_ends_a_local_job(tmp_path):
 def run(*arguments, **environment):
     command = [sys.executable, str(ROOT / "launch" / "submit.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize(
+    ("inside", "cores"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_CPUS_PER_NODE": "6", "SLURM_NTASKS": "6"}, 6),
+        ({"SLURM_CPUS_ON_NODE": "4", "SLURM_PROCID": "0", "SLURM_RESTART_COUNT": "2", "PMI_RANK": "0"}, 4),
+        ({}, None),
+    ],
+    ids=["salloc", "left in part", "outside"],
+)
+def test_ranks_here_keep_to_the_allocation_and_know_nothing_else_of_it(tmp_path, monkeypatch, inside, cores):
+    monkeypatch.setattr(os, "environ", {**os.environ, **inside, "SLURM_CONF": "/etc/x"})
+    for name in ("check", "signal.signal"):
+        monkeypatch.setattr(f"launch.submit.{name}", lambda *_: None)
+    seen = []
+
+    def run_one(asked, *_, **__):
+        cores_of_ranks = _work(asked, tmp_path / "config.yaml").cores
+        seen.append((cores_of_ranks, {name for name in os.environ if name.startswith(("SLURM_", "PMI"))}))
+        return 0
+
+    monkeypatch.setattr("launch.submit.run_one", run_one)
+    with pytest.raises(SystemExit) as ended:
+        main(["--cluster", "local", "--run", str(tmp_path / "run")])
+    assert ended.value.code == 0
+    assert seen == [(cores, {"SLURM_CONF"})]
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path):

@@ -1,0 +1,90 @@
+"""Ranks on a real SLURM before they train: what reaches them, and what becomes of a job where one never begins."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import ROOT, Cluster
+
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(600)]
+TWO_RANKS = ("--nodes", 2, "--ranks-per-node", 1, "--cpus-per-rank", 1, "--time", 20)
+SHORT = ("--training.steps", 2, "--evaluation.every", 0, "--final.split", "")
+
+
+def python_of_ranks(folder: Path, text: str) -> Path:
+    """A profile whose ranks run a script of bash in place of their python, "$@" being its arguments."""
+    script = folder / "python.sh"
+    script.write_text(f"#!/bin/bash\npython={shlex.quote(sys.executable)}\n{text}\n")
+    script.chmod(0o755)
+    profile = folder / "profile.yaml"
+    profile.write_text(f"python: {script}\n")
+    return profile
+
+
+def companion(cluster: Cluster, *words: object, expect: int) -> subprocess.CompletedProcess[str]:
+    return cluster.run(sys.executable, ROOT / "launch" / "runs.py", *words, expect=expect)
+
+
+@pytest.mark.parametrize("way", ["option", "variables"])
+def test_ranks_have_their_environment_where_sbatch_exports_none(
+    quiet: Cluster, config, tmp_path, monkeypatch, way
+) -> None:
+    """By --export=NONE of the profile or of an alias; or by a site's variable, with some more of a step's left over."""
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("env: {FROM_PROFILE: x}\n" + "sbatch: {export: NONE}\n" * (way == "option"))
+    if way == "variables":
+        for name, value in {"SBATCH_EXPORT": "NONE", "SLURM_LABELIO": "1", "SLURM_CPU_BIND": "mask_cpu:0x8"}.items():
+            monkeypatch.setenv(name, value)
+    training = quiet.submit(config, tmp_path / "run", *TWO_RANKS, *SHORT, "--profile", profile)
+    assert training.wait_end() == "COMPLETED", training.told()
+    assert [each["cause"] for each in training.incarnations()] == ["done"]
+
+
+def test_a_rank_without_the_packages_ends_the_job_and_is_told(quiet: Cluster, config, tmp_path) -> None:
+    """The other has not begun when srun ends it, and its 143 is srun's exit code."""
+    profile = python_of_ranks(tmp_path, '[ $SLURM_PROCID = 0 ] && exec sleep 60\nexec "$python" -S "$@"')
+    run = tmp_path / "run"
+    training = quiet.submit(config, run, *TWO_RANKS, *SHORT, "--profile", profile)
+    why = "rank 1 ended with exit code 1 before it began to train: ModuleNotFoundError: No module named 'submitit'"
+    log = training.logs / f"{training.job}_1_log.err"
+    told = companion(quiet, "follow", run, expect=1)
+    assert f"job {training.job}: {why}: it does not start again" in told.stdout
+    assert told.stderr.splitlines()[-1] == f"error: {why}; the whole log is {log}"
+    assert training.wait_end() == "FAILED", training.told()
+    [ended] = training.incarnations()
+    assert (ended["cause"], ended["requeued"], ended["code"]) == ("failed", False, 143), training.told()
+    shown = companion(quiet, "status", run, expect=0).stdout
+    assert why in shown
+    assert f"the whole log is {log}" in shown
+
+
+def test_a_python_that_is_not_there_ends_the_job_and_is_told(quiet: Cluster, config, tmp_path) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("python: /no/such/python\n")
+    training = quiet.submit(config, tmp_path / "run", *TWO_RANKS, *SHORT, "--profile", profile)
+    told = companion(quiet, "follow", tmp_path / "run", expect=2).stderr.splitlines()[-1]
+    assert "ended with exit code 2 before it began to train" in told
+    assert "execve(): /no/such/python: No such file or directory" in told
+    assert training.wait_end() == "FAILED", training.told()
+    assert [each["requeued"] for each in training.incarnations()] == [False]
+
+
+def test_a_rank_that_is_killed_before_it_begins_is_started_again(quiet: Cluster, config, tmp_path) -> None:
+    killed = '[ $SLURM_PROCID = 1 ] && [ -z "$SLURM_RESTART_COUNT" ] && kill -KILL $$\nexec "$python" "$@"'
+    profile = python_of_ranks(tmp_path, killed)
+    training = quiet.submit(config, tmp_path / "run", *TWO_RANKS, *SHORT, "--profile", profile)
+    assert training.wait_end() == "COMPLETED", training.told()
+    assert [(each["cause"], each["requeued"]) for each in training.incarnations()] == [
+        ("killed", True),
+        ("done", False),
+    ]
+
+
+def test_tasks_of_srun_that_would_each_train_alone_say_so(quiet: Cluster, config, tmp_path) -> None:
+    train = (sys.executable, ROOT / "toolkit" / "train.py", "--config", config, "--run", tmp_path / "run")
+    done = quiet.run("srun", "--ntasks=2", "--time=5", *train, expect=2)
+    assert done.stderr.count("error: srun started 2 processes without RANK") == 1, done.stderr
+    assert not (tmp_path / "run").exists()
