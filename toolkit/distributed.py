@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.errors import UserError
+from toolkit.launcher import check_alone
 
 T = TypeVar("T")
 
@@ -237,8 +238,12 @@ def initialise() -> tuple[int, int, torch.device]:
 
     Returns:
         Rank, world size and the device of this process.
+
+    Raises:
+        UserError: There are several processes, and nothing says which ranks they are.
     """
     if "RANK" not in os.environ:
+        check_alone(os.environ)
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     local = int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,37 @@
+"""Whether a launcher that says nothing of ranks has started several of this process: each would train alone."""
+
+import sys
+from collections.abc import Mapping
+
+from shards.errors import UserError
+
+# Number of processes, and which of them this one is: of srun, Open MPI, MPICH and Intel MPI, MVAPICH2.
+_STARTERS = {
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "mpiexec": ("PMI_SIZE", "PMI_RANK"),
+    "mpirun_rsh": ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+}
+
+
+def check_alone(environment: Mapping[str, str]) -> None:
+    """Make sure that a process without RANK is the only one.
+
+    Args:
+        environment: Of the process. What a batch script or salloc sets counts for nothing: there it may well be alone.
+
+    Raises:
+        UserError: It is one of several.
+        SystemExit: The same, in all but the first of them: one line is enough.
+    """
+    for starter, (size, rank) in _STARTERS.items():
+        count = environment.get(size, "")
+        if count.isdigit() and int(count) > 1:
+            if environment.get(rank, "0") != "0":
+                sys.exit(UserError.code)
+            raise UserError(
+                f"{starter} started {count} processes without RANK and WORLD_SIZE, and each would run alone: "
+                "start them with python launch/submit.py, or one torchrun a node "
+                "(srun --ntasks-per-node 1 torchrun --nnodes N --nproc_per_node GPUS --rdzv_backend c10d "
+                "--rdzv_endpoint HOST:PORT -- toolkit/train.py ...)"
+            )
