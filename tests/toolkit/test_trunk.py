@@ -496,3 +496,31 @@ def test_a_frozen_projection_stays_clips_own_at_every_stage(shards, tmp_path):  
         torch.testing.assert_close(projection.float(), clip.visual_projection.weight, atol=1e-3, rtol=4e-3)
         assert not written["image.head.project.bias"].any()
         assert all(math.isfinite(each["loss"]) for each in losses(Path(run.run)))
+
+
+def inputs_of(rank, world_size, *runs):
+    found = []
+    for run in runs:
+        train(rank, world_size, run)
+        stored = json.loads((Path(run.run) / "export" / "last" / "config.json").read_text())
+        found.append([stored["speech"].get("waveform_epsilon"), stored["speech"].get("final_norm")])
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_a_run_goes_on_with_its_trunks_used_as_they_were(shards, tmp_path):  # noqa: F811
+    """One of before, too, whose export says nothing of it, and whose pictures were cropped for BLIP-2."""
+    write_trunk("hubert-large", tmp_path / "hubert")
+    write_trunk("blip2-vision", tmp_path / "blip2")
+    run = run_settings(shards, tmp_path / "run", steps=2, stop_after=1)
+    run.model.speech.trunk, run.model.speech.train = str(tmp_path / "hubert"), "none"
+    assert run_ranks(inputs_of, 1, run) == [[[1e-5, False]]]
+    path = tmp_path / "run" / "export" / "last" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["speech"]["waveform_epsilon"], stored["speech"]["final_norm"]
+    path.write_text(json.dumps(stored))
+    run.model.image.architecture, run.model.image.trunk = "blip2", str(tmp_path / "blip2")
+    model = build_model(run.model, resize="crop", exported=stored)
+    assert (model.speech.epsilon, model.speech.final_norm) == (1e-7, True)
+    run.model.image.architecture, run.model.image.trunk = "clip", None
+    assert run_ranks(inputs_of, 1, run) == [[[None, None]]], "the rest of the run was trained otherwise"

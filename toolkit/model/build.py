@@ -1,6 +1,7 @@
 """From the configuration to the model."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from toolkit.model.trunk_inputs import picture_inputs, waveform_epsilon
 
 # SpecAugment's mask is not used: a trunk without it has no parameter that is never trained.
 NO_SPEC_AUGMENT = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+INPUTS = ("waveform_epsilon", "final_norm", "mean", "std")  # what follows from where a trunk comes from
 HUBERT = Kind("HuBERT", "model.speech.trunk", ("hubert",))
 VISION_KINDS = {
     "clip": Kind(
@@ -43,7 +45,10 @@ VISION_KINDS = {
 
 
 def build_model(
-    model: config.Model, contrastive: config.Contrastive | None = None, resize: Resize | None = None
+    model: config.Model,
+    contrastive: config.Contrastive | None = None,
+    resize: Resize | None = None,
+    exported: Mapping[str, Any] | None = None,
 ) -> SpeechImageModel:
     """Build the retrieval model, its trunks loaded or random.
 
@@ -51,6 +56,7 @@ def build_model(
         model: the architecture and where the trunks come from.
         contrastive: its temperature is the model's; None: the defaults.
         resize: how the data makes squares of pictures; None: not to be compared with what the trunk was trained on.
+        exported: config.json of what the run has exported so far: its trunks go on as they were used; None: it is new.
 
     Raises:
         UserError: a trunk cannot be read or is used to other pictures, or a value does not fit.
@@ -65,14 +71,12 @@ def build_model(
     vision_class = VISION[model.image.architecture][0]
     vision_config = vision.config if vision else _trunk_config(vision_class, model.image.config, "model.image.config")
     _check_heads(model, hubert_config, vision_config)
+    speech_inputs = _inputs(exported, "speech", lambda: _speech_inputs(model.speech, hubert_config))
+    image_inputs = _inputs(exported, "image", lambda: _image_inputs(model.image, resize))
     architecture = SpeechImageConfig(
         embed_dim=model.embed_dim,
-        speech={
-            **_own_values(model.speech),
-            **_speech_inputs(model.speech, hubert_config),
-            "trunk": _values(hubert_config) | NO_SPEC_AUGMENT,
-        },
-        image={**_own_values(model.image), **_image_inputs(model.image, resize), "trunk": _values(vision_config)},
+        speech={**_own_values(model.speech), **speech_inputs, "trunk": _values(hubert_config) | NO_SPEC_AUGMENT},
+        image={**_own_values(model.image), **image_inputs, "trunk": _values(vision_config)},
         fusion=dict(vars(model.fusion)),
         contrastive={
             "initial": contrastive.temperature,
@@ -128,6 +132,13 @@ def _load_vision(model: config.Model) -> Any:
             "(model.embed_dim): give the folder of a whole CLIPModel, and its projection_dim"
         )
     return vision
+
+
+def _inputs(exported: Mapping[str, Any] | None, side: str, fresh: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """How a trunk is used: as the run has used it so far, where a value that is not there stands for its default."""
+    if exported is None:
+        return fresh()
+    return {name: value for name, value in exported.get(side, {}).items() if name in INPUTS}
 
 
 def _speech_inputs(speech: config.Speech, hubert: PretrainedConfig) -> dict[str, Any]:

@@ -119,6 +119,18 @@ class Exports:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def exported_config(run: Path) -> dict[str, Any] | None:
+    """Read the config.json of what a run has exported; None: nothing so far."""
+    for name in ("last", "best"):
+        try:
+            said = json.loads((run / "export" / name / "config.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(said, dict):
+            return said
+    return None
+
+
 def _name_precision(path: Path, name: str) -> None:
     """Let config.json name the precision of the weights that were written: transformers names that of the model."""
     if path.is_file():

@@ -28,7 +28,7 @@ from toolkit.training.cached import make_caches
 from toolkit.training.checkpoint import Checkpoints
 from toolkit.training.data import open_order, open_reader
 from toolkit.training.engine import backward, make_engine, whole
-from toolkit.training.export import Exports
+from toolkit.training.export import Exports, exported_config
 from toolkit.training.float32 import ExactTemperature, gather_masters
 from toolkit.training.learner import Draws, Keys, Learner
 from toolkit.training.log import Log
@@ -68,7 +68,8 @@ class Trainer:
         self.training_manifests, self.order = open_order(config, world_size)
 
         torch.manual_seed(config.seed)
-        model = build_model(config.model, config.objectives.contrastive, config.data.resize)
+        before = exported_config(run)
+        model = build_model(config.model, config.objectives.contrastive, config.data.resize, before)
         momentum = config.objectives.momentum
         self.teacher = MomentumEncoder(model, momentum.decay) if momentum.enabled else None
         self.learner = Learner(model, config.objectives, rank, world_size)
