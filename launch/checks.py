@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from launch import limits
 from launch.cluster import Asked, minutes
 from launch.estimate import count, estimate, trunk_values
 from shards.errors import UserError
@@ -17,10 +18,10 @@ from toolkit.config import Config, gpu_count, micro_batch
 from toolkit.config_check import batch_warnings
 from toolkit.run_folder import check_run, to_yaml
 
-# The column of sacctmgr that names an account or a QOS.
-_NAME_OF = {"account": "account", "qos": "name"}
 # Said of a job that no node can ever run, which sbatch itself may take and let wait for ever, or that sbatch refuses.
-_HOPELESS = re.compile("Requested node configuration is not available|Invalid")
+_NO_NODES = "Requested node configuration is not available"  # said of nodes that are down for now, too
+_HOPELESS = re.compile(f"{_NO_NODES}|Invalid")
+_PARTITION = re.compile(r"^#SBATCH --partition=(\S+)$", re.MULTILINE)
 
 
 class Check(NamedTuple):
@@ -58,6 +59,7 @@ def job_checks(asked: Asked) -> list[Check]:
         launch = config.launch
         checks.append(Check("partition", lambda: check_partition(asked)))
         checks += [_known(kind, name) for kind, name in (("account", launch.account), ("qos", launch.qos)) if name]
+        checks.append(Check("limits", lambda: check_limits(asked)))
     return checks
 
 
@@ -233,21 +235,27 @@ def check_partition(asked: Asked) -> str:
     Raises:
         UserError: It is not, or there is no default one; with several named, none of them will do.
     """
-    launch = asked.config.launch
-    partitions = {entry["PartitionName"]: entry for entry in _partitions()}
-    names = [name for name, entry in partitions.items() if entry.get("Default") == "YES"]
-    if launch.partition:
-        names = launch.partition.split(",")
-    known = ", ".join(sorted(partitions))
-    if not names:
-        raise UserError(f"SLURM has no default partition: set --partition to one of {known}")
-    for name in names:
-        if name not in partitions:
-            raise UserError(f"--partition {name}: SLURM has none of that name; there are {known}")
-    problems = [_problem_of(partitions[name], launch.nodes, launch.time) for name in names]
+    launch, known = asked.config.launch, limits.partitions()
+    names = limits.chosen(asked, known)
+    problems = [limits.partition_problem(known[name], asked) for name in names]
     if all(problems):
         raise UserError(f"partition {names[0]} {problems[0]}")
     return f"{names[problems.index(None)]} is up, and takes {launch.nodes} nodes for {launch.time}"
+
+
+def check_limits(asked: Asked) -> str:
+    """Ask SLURM's accounting for limits of QOS, user and account, where SLURM enforces any.
+
+    Raises:
+        UserError: The job is above one, in every partition that it may run in.
+    """
+    if not limits.enforced():
+        return "SLURM enforces none"
+    known = limits.partitions()
+    problems = [limits.limits_problem(known[name], asked) for name in limits.chosen(asked, known)]
+    if all(problems):
+        raise UserError(str(problems[0]))
+    return "those of QOS, user and account leave room for the job"
 
 
 def check_known(kind: str, names: str) -> str:
@@ -260,13 +268,8 @@ def check_known(kind: str, names: str) -> str:
     Raises:
         UserError: It does not know one of them.
     """
-    command = ["sacctmgr", "--noheader", "--parsable2", "--readonly", "list", kind, f"format={_NAME_OF[kind]}"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "not looked at: no accounting"
-    known = sorted({line.strip().lower() for line in answer.stdout.splitlines()} - {""})
-    if answer.returncode or not known:
+    known = limits.names(kind)
+    if not known:
         return "not looked at: no accounting"
     for name in names.split(","):
         if name.strip().lower() not in known:
@@ -289,31 +292,14 @@ def check_script(script: str, only_hopeless: bool = False) -> str:
         file.flush()
         answer = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
     said = " ".join(f"{answer.stdout} {answer.stderr}".replace("sbatch:", " ").split())
-    if answer.returncode and (_HOPELESS.search(said) or not only_hopeless):
-        raise UserError(f"SLURM would not run the job: {said}")
-    return said
+    if answer.returncode == 0:
+        return said
+    away = limits.nodes_away(_PARTITION.findall(script)) if _NO_NODES in said else []
+    if only_hopeless and (away or not _HOPELESS.search(said)):
+        return said
+    now = f" now: {said}; it may once {', '.join(away)} can be used again" if away else f": {said}"
+    raise UserError(f"SLURM would not run the job{now}")
 
 
 def _known(kind: str, name: str) -> Check:
     return Check(kind, lambda: check_known(kind, name))
-
-
-def _partitions() -> list[dict[str, str]]:
-    answer = subprocess.run(["scontrol", "show", "partition", "--oneliner"], capture_output=True, text=True)
-    if answer.returncode:
-        raise UserError(f"SLURM does not answer: {' '.join(answer.stderr.split())}")
-    lines = (line.split() for line in answer.stdout.splitlines() if "PartitionName=" in line)
-    return [dict(word.partition("=")[::2] for word in words if "=" in word) for words in lines]
-
-
-def _problem_of(partition: dict[str, str], nodes: int, time: str) -> str | None:
-    if (state := partition.get("State", "UP")) != "UP":
-        return f"is {state}: choose another with --partition"
-    for key in ("TotalNodes", "MaxNodes"):
-        value = partition.get(key, "UNLIMITED")
-        if value.isdecimal() and int(value) < nodes:
-            return f"gives a job at most {value} nodes, --nodes asks for {nodes}"
-    longest = partition.get("MaxTime", "UNLIMITED")
-    if longest[:1].isdecimal() and minutes(longest) < minutes(time):
-        return f"lets a job run {longest}, --time asks for {time}"
-    return None

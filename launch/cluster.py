@@ -166,10 +166,15 @@ def executor(asked: Asked, folder: Path, code: Path) -> Any:
     return made
 
 
+def cores_per_rank(config: Config) -> int:
+    """Cores that a rank asks SLURM for, if the configuration does not say as many as its loader needs."""
+    return config.launch.cpus_per_rank or config.data.workers + _BESIDE
+
+
 def slurm_parameters(asked: Asked, folder: Path, code: Path) -> dict[str, Any]:
     """What is asked of SLURM, in submitit's names; arguments as of `executor`."""
     launch, profile = asked.config.launch, asked.profile
-    cores = launch.cpus_per_rank or asked.config.data.workers + _BESIDE
+    cores = cores_per_rank(asked.config)
     return {
         "nodes": launch.nodes,
         "cpus_per_task": cores,

@@ -1,5 +1,6 @@
 """What SLURM says of jobs: squeue of those that wait or run, sacct (where there are accounts) of those that ended."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -58,13 +59,24 @@ def _ended(ids: list[str]) -> dict[str, Queued]:
     if shutil.which("sacct") is None:
         return {}
     columns = ["--allocations", "--noheader", "--parsable2", "--format", "JobID,State"]
+    arrays = ",".join(sorted({each.partition("_")[0] for each in ids}))
     found = {}
-    for line in ask(["sacct", *columns, "--jobs", ",".join(ids)]) or []:
-        job, _, state = line.partition("|")
+    for line in ask(["sacct", *columns, "--jobs", arrays]) or []:
+        jobs, _, state = line.partition("|")
         word = re.split(r"[ +]", state)[0]  # "CANCELLED by 1000"
-        if job in ids and word not in ("PENDING", "RUNNING", "REQUEUED", ""):  # accounts lag behind the queue
-            found[job] = Queued(word, "", False)
+        if word not in ("PENDING", "RUNNING", "REQUEUED", ""):  # accounts lag behind the queue
+            found.update({job: Queued(word, "", False) for job in _members(jobs) if job in ids})
     return found
+
+
+def _members(jobs: str) -> list[str]:
+    """A job's number; those of the members of an array that never began, which share a line: 7_[1,4-6%2]."""
+    match = re.fullmatch(r"(\d+)_\[([\d,:-]+)(?:%\d+)?\]", jobs)
+    if match is None:
+        return [jobs]
+    parts = (re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part) for part in match[2].split(","))
+    ranges = (range(int(part[1]), int(part[2] or part[1]) + 1, int(part[3] or 1)) for part in parts if part)
+    return [f"{match[1]}_{index}" for each in ranges for index in each]
 
 
 def job_number(answer: str | bytes) -> str:
@@ -86,7 +98,9 @@ def job_number(answer: str | bytes) -> str:
 def ask(command: list[str]) -> list[str] | None:
     """The lines of what one of SLURM's commands answers; none for a job it does not know; None without an answer."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+        # Lists of members as long as they are, not cut off.
+        environment = {**os.environ, "SLURM_BITSTR_LEN": "0"}
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, env=environment)
     except (OSError, subprocess.TimeoutExpired):
         return None
     unknown = "Invalid job id" in answer.stderr

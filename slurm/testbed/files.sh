@@ -66,10 +66,12 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=$controller
 AccountingStoragePort=16819
 AccountingStoragePass=$dir/run/munge.sock
+# a job needs an account of its user, and one above a limit waits
+AccountingStorageEnforce=associations,limits,qos
 $(gpu AccountingStorageTRES=gres/gpu)
 $(for i in $(seq "$nodes"); do
     echo "NodeName=node$i NodeAddr=$(address "$i") Port=$(port "$i") CPUs=$cpus RealMemory=$memory" \
-        "$(gpu "Gres=gpu:$gpus") State=UNKNOWN"
+        "$(gpu "Gres=gpu:$gpu_type$gpus") State=UNKNOWN"
 done)
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=$grace
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
@@ -78,8 +80,9 @@ END
 : >"$dir/etc/gres.conf"
 if [ "$gpus" != 0 ]; then # a GPU needs a character device: one like /dev/null does
     for i in $(seq 0 $((gpus - 1))); do mknod "$dir/dev/gpu$i" c 1 3; done
-    printf 'AutoDetect=off\nName=gpu File=%s\n' "$dir/dev/gpu[0-$((gpus - 1))]" >"$dir/etc/gres.conf"
-    [ "$gpus" != 1 ] || printf 'AutoDetect=off\nName=gpu File=%s\n' "$dir/dev/gpu0" >"$dir/etc/gres.conf"
+    files="$dir/dev/gpu[0-$((gpus - 1))]"
+    [ "$gpus" != 1 ] || files="$dir/dev/gpu0"
+    printf 'AutoDetect=off\nName=gpu %s File=%s\n' "${gpu_type:+Type=${gpu_type%:}}" "$files" >"$dir/etc/gres.conf"
 fi
 
 cat >"$dir/etc/slurmdbd.conf" <<END

@@ -10,45 +10,79 @@ PartitionName=low AllowAccounts=ALL Default=YES MaxNodes=UNLIMITED MaxTime=UNLIM
 PartitionName=short AllowAccounts=ALL Default=NO MaxNodes=2 MaxTime=01:00:00 State=UP TotalNodes=5 TRES=cpu=20
 PartitionName=broken AllowAccounts=ALL Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=DOWN TotalNodes=5
 """
+# Tables of sacctmgr, with the columns that it has.
+TABLES = {
+    "account": "account\nroot\nspeech\n",
+    "qos": "name|flags|maxwall|maxtresperjob|maxtresperuser|maxtresperaccount|grptres\nnormal||||||\n",
+    "user": "name|defaultaccount\nroot|root\n",
+    "association": "cluster|account|user|partition|parentname|defaultqos|maxwall|maxtresperjob|grptres\n"
+    "testbed|root|||||||\ntestbed|root|root||||||\ntestbed|speech|||root||||\ntestbed|speech|root||||||\n",
+}
 SCRIPTS = {
     "scontrol": """
         case "$*" in
-        "show config") echo "ClusterName             = $STUB_CLUSTER";;
+        "show config")
+            echo "AccountingStorageEnforce = $STUB_ENFORCE"
+            echo "ClusterName             = $STUB_CLUSTER";;
         "show partition --oneliner") cat "$STUB/partitions";;
         *) exit 1;;
         esac
     """,
-    "sacctmgr": """
-        case "$*" in
-        *"list account format=account") printf 'root\\nspeech\\n';;
-        *"list account format="*) printf '\\n\\n';;  # a column that accounts do not have
-        *"list qos format=name") echo normal;;
-        *) exit 1;;
-        esac
+    # Of a column that an entity does not have sacctmgr prints blanks.
+    "sacctmgr": r"""
+        for word; do
+            case $word in
+            account | qos | user | association) entity=$word;;
+            format=*) columns=${word#format=};;
+            *=*) wanted="$wanted $word";;
+            esac
+        done
+        [ -f "$STUB/$entity" ] || exit 1
+        awk -F'|' -v columns="$columns" -v wanted="$wanted" '
+            BEGIN { n = split(columns, names, ","); m = split(wanted, tests, " ") }
+            NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next }
+            {
+                for (i = 1; i <= m; i++) {
+                    split(tests[i], pair, "=")
+                    if (pair[1] in at && tolower($(at[pair[1]])) != tolower(pair[2])) next
+                }
+                line = ""
+                for (i = 1; i <= n; i++) line = line (i > 1 ? "|" : "") (names[i] in at ? $(at[names[i]]) : "")
+                print line
+            }' "$STUB/$entity"
     """,
     "sbatch": """
         if [ "$1" = --test-only ]; then
             cp "$2" "$STUB/tested"
-            echo "sbatch: Job 8 to start at 2026-01-01T00:00:00 using 8 processors on nodes node[1-4]" >&2
+            what="using 8 processors on nodes node[1-4] in partition low"
+            echo "sbatch: Job 8 to start at 2026-01-01T00:00:00 $what" >&2
             exit 0
         fi
         cp "$1" "$STUB/submitted"
         echo "Submitted batch job 7"
     """,
     "srun": "exit 1",
-    "squeue": "exit 0",
+    "squeue": "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",
+    "sinfo": 'for i in 1 2 3 4 5; do echo "node$i|low*|idle"; done',
     "scancel": "exit 0",
 }
 
 
-def fake_slurm(folder: Path, cluster: str = "nowhere") -> dict[str, str]:
+def fake_slurm(folder: Path, cluster: str = "nowhere", enforce: str = "none") -> dict[str, str]:
     """Write the commands; returns the environment in which they are found.
 
     What was submitted or tested lies in the folder as `submitted` and `tested`.
     """
     folder.mkdir()
     (folder / "partitions").write_text(PARTITIONS)
+    for name, table in TABLES.items():
+        (folder / name).write_text(table)
     for name, text in SCRIPTS.items():
         (folder / name).write_text("#!/bin/bash\n" + textwrap.dedent(text))
         (folder / name).chmod(0o755)
-    return {"PATH": f"{folder}:{os.environ['PATH']}", "STUB": str(folder), "STUB_CLUSTER": cluster}
+    return {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "STUB": str(folder),
+        "STUB_CLUSTER": cluster,
+        "STUB_ENFORCE": enforce,
+    }

@@ -2,8 +2,9 @@
 
 import pytest
 
-from launch.slurm_queue import job_number
+from launch.slurm_queue import Queued, find, job_number
 from shards.errors import UserError
+from tests.launch.cluster import fake_slurm
 
 GREETINGS = ["", "Welcome! You have 3 jobs and job 12 waits.\n\n", "2024\n", "*** job 5 costs 100\nsbatch: lua: ok\n"]
 ANSWERS = [
@@ -30,3 +31,18 @@ def test_no_number(answer):
     with pytest.raises(UserError, match="names no job; if squeue --me shows it, end it with scancel") as caught:
         job_number(answer)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("listed", ["7_[0,2-4]", "7_[0,2-4%2]", "7_[0-4:2,3]"])
+def test_members_of_an_array_that_never_began_share_a_line(tmp_path, monkeypatch, listed):
+    for name, value in fake_slurm(tmp_path / "slurm").items():
+        monkeypatch.setenv(name, value)
+    sacct = tmp_path / "slurm" / "sacct"
+    sacct.write_text(f"#!/bin/bash\necho '7_1|COMPLETED'; echo '{listed}|CANCELLED by 0'; echo '8|TIMEOUT'\n")
+    sacct.chmod(0o755)
+    cancelled, gone = Queued("CANCELLED", "", False), Queued("", "", False)
+    found = find(["7_0", "7_1", "7_2", "7_3", "7_4", "7_9", "8"])
+    assert found == {
+        **dict.fromkeys(("7_0", "7_2", "7_3", "7_4"), cancelled),
+        "7_1": Queued("COMPLETED", "", False), "7_9": gone, "8": Queued("TIMEOUT", "", False),
+    }  # fmt: skip

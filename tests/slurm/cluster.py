@@ -18,6 +18,7 @@ from launch.record import incarnations
 ROOT = Path(__file__).resolve().parents[2]
 TESTBED = ROOT / "slurm" / "testbed"
 NODES = 8
+GPUS = "a100:2"  # a node
 TOOLS = ("munged", "slurmctld", "slurmd", "srun", "slurmdbd", "mariadbd", "mariadb", "ip", "unshare", "nsenter")
 PATIENCE = 240.0  # seconds for anything to happen on a machine that has other work
 
@@ -47,7 +48,8 @@ class Cluster:
     folder: Path
 
     def up(self) -> None:
-        self._testbed("up", str(self.folder), "--net", "--nodes", str(NODES), "--cpus", "2", "--silent", "15")
+        sizes = ("--nodes", str(NODES), "--cpus", "2", "--gpus", GPUS)
+        self._testbed("up", str(self.folder), "--net", *sizes, "--silent", "15")
 
     def down(self) -> None:
         self._testbed("down", str(self.folder))

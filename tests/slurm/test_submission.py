@@ -52,7 +52,11 @@ def test_what_slurm_would_refuse_is_said_in_one_line(cluster: Cluster, config: P
         (("--nodes", "50", "--training.batch_size", "50"), "gives a job at most 8 nodes"),
         (("--account", "nobody"), "--account nobody: SLURM knows none of that name"),
         (("--cpus-per-rank", "400"), "SLURM would not run the job: allocation failure: Requested node configuration"),
-        (("--gpus-per-node", "9"), "Invalid generic resource"),
+        (("--gpus-per-node", "9"), "SLURM would not run the job: allocation failure: Requested node configuration"),
+        (
+            ("--gpus-per-node", "h100:1"),
+            "SLURM would not run the job: allocation failure: Requested node configuration",
+        ),
         (("--constraint", "nosuch"), "Invalid feature specification"),
     ):
         done = cluster.run(*command, *wrong, "--no-follow", expect=2)

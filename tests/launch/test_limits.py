@@ -1,0 +1,159 @@
+"""Limits of partitions and accounting, told by stand-ins for SLURM's commands; tests/slurm asks the real ones."""
+
+import getpass
+
+import pytest
+
+from launch import checks, limits
+from launch.cluster import Asked
+from launch.profiles import Profile
+from shards.errors import UserError
+from tests.launch.cluster import fake_slurm
+from toolkit.config import Config, Launch
+
+QOS = """\
+name|flags|maxwall|maxtresperjob|maxtresperuser|maxtresperaccount|grptres
+normal||||||
+short||01:00:00|node=2,mem=4G|||
+users||||cpu=3||
+accounts|||||cpu=5|
+group||||||gres/gpu=3,gres/gpu:a100=2
+lifted|PartitionTimeLimit,PartitionMaxNodes|||||
+part|DenyOnLimit|00:10:00||||
+over|OverPartQOS|2-0||||
+"""
+ASSOCIATIONS = """\
+cluster|account|user|partition|parentname|defaultqos|maxwall|maxtresperjob|grptres
+testbed|root|||||||
+testbed|Speech|||root|short|2-00:00:00|node=3|cpu=8
+testbed|Speech|ME||||2-00:00:00|node=3|
+testbed|Speech|ME|big|||4-00:00:00|node=3|
+testbed|sub|||speech|||node=5|
+testbed|sub|ME|||normal|||
+testbed|sub|another|||normal|00:01:00||
+elsewhere|sub|ME||||00:02:00||
+"""
+PARTITIONS = """\
+PartitionName=low Default=YES MaxNodes=UNLIMITED MinNodes=0 MaxTime=UNLIMITED State=UP TotalNodes=9 QoS=N/A
+PartitionName=big Default=NO MaxNodes=UNLIMITED MinNodes=2 MaxTime=UNLIMITED State=UP TotalNodes=9 QoS=N/A
+PartitionName=short Default=NO MaxNodes=2 MaxTime=01:00:00 State=UP TotalNodes=9 QoS=N/A
+PartitionName=limited Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=UP TotalNodes=9 QoS=part
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A cluster that enforces the limits above; the folder of its stand-ins."""
+    for name, value in fake_slurm(tmp_path / "slurm", "testbed", "associations,limits,qos").items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "slurm"
+    (folder / "qos").write_text(QOS)
+    (folder / "association").write_text(ASSOCIATIONS.replace("ME", getpass.getuser()))
+    (folder / "user").write_text(f"name|defaultaccount\n{getpass.getuser()}|root\nanother|sub\n")
+    (folder / "partitions").write_text(PARTITIONS)
+    return folder
+
+
+def asked(ranks=1, **launch):
+    return Asked("slurm", Config(launch=Launch(**{"time": "10", "cpus_per_rank": 1, **launch})), Profile(), ranks)
+
+
+def look(**launch):
+    checks.check_partition(asked(**launch))
+    return checks.check_limits(asked(**launch))
+
+
+@pytest.mark.parametrize(
+    ("launch", "said"),
+    [
+        ({"qos": "short", "time": "61"}, "QOS short lets a job run 01:00:00, --time asks for 61"),
+        ({"qos": "SHORT", "nodes": 3}, "QOS SHORT gives a job at most node=2, this one asks for 3: set --nodes"),
+        ({"qos": "users", "ranks": 4}, "QOS users gives a user at most cpu=3, this one asks for 4"),
+        ({"qos": "users", "ranks": 2, "cpus_per_rank": 2}, "QOS users gives a user at most cpu=3, this one asks for 4"),
+        ({"qos": "accounts", "nodes": 2, "ranks": 3}, "QOS accounts gives an account at most cpu=5"),
+        ({"qos": "group", "gpus_per_node": 4}, "QOS group gives all jobs at most gres/gpu=3, this one asks for 4"),
+        ({"qos": "group", "nodes": 2, "gpus_per_node": 2}, "gres/gpu=3, this one asks for 4: set --nodes or --gpus-"),
+        ({"qos": "group", "gpus_per_node": "a100:3"}, "QOS group gives all jobs at most gres/gpu:a100=2"),
+        ({"account": "speech", "qos": "normal", "nodes": 4}, "with account speech gives a job at most node=3"),
+        ({"account": "SPEECH", "qos": "normal", "time": "3-0"}, "lets a job run 2-00:00:00, --time asks for 3-0"),
+        ({"account": "speech", "time": "61"}, "QOS short lets a job run 01:00:00"),  # the account's default QOS
+        ({"account": "sub", "nodes": 6}, "account sub gives a job at most node=5"),
+        ({"account": "sub", "nodes": 3, "ranks": 3}, "account speech gives all jobs at most cpu=8"),
+        ({"partition": "limited", "time": "11"}, "QOS part lets a job run 00:10:00"),
+        ({"partition": "big", "nodes": 1}, "partition big gives a job at least 2 nodes, --nodes asks for 1"),
+        ({"partition": "short", "nodes": 3}, "partition short gives a job at most 2 nodes"),
+        ({"partition": "short", "qos": "short", "time": "61"}, "partition short lets a job run 01:00:00"),
+        ({"partition": "short,limited", "time": "61"}, "QOS part lets a job run 00:10:00"),
+    ],
+)
+def test_above_a_limit(slurm, launch, said):
+    if launch.get("partition") == "short,limited":
+        longer = PARTITIONS.replace("MaxTime=01:00:00", "MaxTime=2:00:00").replace("QoS=N/A", "QoS=part")
+        (slurm / "partitions").write_text(longer)
+    with pytest.raises(UserError) as caught:
+        look(**launch)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        {},
+        {"time": "30-0", "nodes": 9, "ranks": 8},
+        {"qos": "short", "nodes": 2, "time": "1:00:00"},
+        {"qos": "group", "gpus_per_node": "a100:2"},
+        {"account": "speech", "nodes": 2},
+        {"account": "speech", "qos": "normal", "partition": "big", "nodes": 2, "time": "3-0"},  # limits of a partition
+        {"account": "sub", "time": "2-0"},
+        {"partition": "limited", "qos": "over", "time": "1-0"},
+        {"partition": "short", "qos": "lifted", "time": "2:00:00", "nodes": 3},
+        {"partition": "limited,low", "time": "20"},
+        {"qos": "short,group", "time": "2:00:00"},  # SLURM chooses among several
+        {"account": "nosuch"},
+    ],
+)
+def test_within_all_limits(slurm, launch):
+    assert look(**launch) == "those of QOS, user and account leave room for the job"
+
+
+@pytest.mark.parametrize("enforce", ["none", "associations", "associations,qos", ""])
+def test_limits_that_are_not_enforced(slurm, monkeypatch, enforce):
+    monkeypatch.setenv("STUB_ENFORCE", enforce)
+    assert look(qos="short", nodes=3) == "SLURM enforces none"
+
+
+@pytest.mark.parametrize(
+    "answer", ["exit 1", "echo 'sacctmgr: error: Connection refused' >&2; exit 1", "echo", "echo '|'"]
+)
+def test_an_accounting_that_says_nothing_refuses_nothing(slurm, answer):
+    (slurm / "sacctmgr").write_text(f"#!/bin/bash\n{answer}\n")
+    assert look(qos="short", nodes=3, account="speech") == "those of QOS, user and account leave room for the job"
+    assert limits.names("account") == limits.names("qos") == []
+    assert checks.check_known("account", "speech") == "not looked at: no accounting"
+
+
+USABLE = "idle mixed allocated completing planned powered_down powering_up idle~ mixed# mixed- allocated+ idle%"
+AWAY = "down down* drained draining drained* unknown idle* maint reserved fail failing idle$ mixed@ inval blocked"
+
+
+@pytest.mark.parametrize("state", [*USABLE.split(), *AWAY.split()])
+def test_nodes_that_no_job_can_have_for_now(slurm, state):
+    sinfo = f"#!/bin/bash\necho 'node1|low*|idle'; echo 'node2|low*|{state}'; echo 'node2|big|{state}'\n"
+    (slurm / "sinfo").write_text(sinfo)
+    assert limits.nodes_away([]) == limits.nodes_away(["big,low"]) == ["node2"] * (state in AWAY.split())
+
+
+def test_a_job_that_waits_for_nodes_is_taken(slurm):
+    script = "#!/bin/bash\n#SBATCH --partition=low\n"
+    refusal = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
+    (slurm / "sbatch").write_text(f"#!/bin/bash\n{refusal}\n")
+    with pytest.raises(UserError, match="SLURM would not run the job: allocation failure: Requested"):
+        checks.check_script(script, only_hopeless=True)
+    (slurm / "sinfo").write_text("#!/bin/bash\necho 'node2|low*|down*'; echo 'node3|low*|drained'\n")
+    checks.check_script(script, only_hopeless=True)
+    with pytest.raises(UserError, match=r"not run the job now: .*; it may once node2, node3 can be used again"):
+        checks.check_script(script)
+    (slurm / "sinfo").write_text("#!/bin/bash\nexit 1\n")
+    with pytest.raises(UserError, match="SLURM would not run the job: "):
+        checks.check_script(script, only_hopeless=True)

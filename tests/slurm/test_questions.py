@@ -1,0 +1,396 @@
+"""Each question that the launcher puts to SLURM, answered by the real one, whose accounts, QOS and limits are set here.
+
+The stand-in of tests/launch answers the same questions in the same form.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import checks, limits
+from launch.cluster import Asked
+from launch.follow import Slurm
+from launch.profiles import Profile, slurm_config
+from launch.sbatch_options import flag, read_options, with_gpus
+from launch.slurm_queue import ask, find, in_queue, job_number
+from shards.errors import UserError
+from tests.launch.cluster import fake_slurm
+from tests.slurm.cluster import GPUS, NODES, Cluster, wait_for
+from toolkit.config import Config, Launch
+
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(300)]
+TOOLS = ("sacctmgr", "scontrol", "squeue", "sacct", "sinfo", "sbatch", "scancel")
+ADDED = """
+add account Speech cluster=testbed
+add account sub parent=speech
+add account Vision cluster=testbed
+add user root account=speech,sub
+add qos Short set MaxWall=01:00:00 MaxTRESPerJob=node=2
+add qos few set GrpTRES=gres/gpu=3
+add qos mine set MaxTRESPerUser=cpu=3
+add qos lifted set flags=PartitionTimeLimit,PartitionMaxNodes
+add qos wide set MaxWall=5-0 MaxTRESPerJob=node=8
+add qos ofpart set MaxWall=00:10:00
+add qos stronger set flags=OverPartQOS MaxWall=03:00:00
+add qos other
+modify user root set qos+=short,few,mine,lifted,wide,stronger
+modify account speech set MaxWall=2-0 MaxTRESPerJob=node=6 GrpTRES=cpu=8
+"""
+PARTITIONS = {
+    "timed": "MaxTime=01:00:00",
+    "small": "MaxNodes=2",
+    "large": "MinNodes=3",
+    "down": "State=DOWN",
+    "drained": "State=DRAIN",
+    "inactive": "State=INACTIVE",
+    "limited": "QoS=ofpart",
+}
+
+
+@pytest.fixture(scope="module")
+def accounts(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster with accounts, QOS, limits and partitions; nothing of them is left afterwards."""
+    for line in ADDED.strip().splitlines():
+        cluster.run("sacctmgr", "--immediate", *line.split())
+    for name, what in PARTITIONS.items():
+        cluster.run("scontrol", "create", f"PartitionName={name}", "Nodes=ALL", *what.split())
+    cluster.run("scontrol", "update", "NodeName=node1", "Features=a100,ib")
+    wait_for(lambda: "wide" in cluster.run("scontrol", "show", "assoc_mgr", "flags=qos").stdout, lambda: "no QOS")
+    yield cluster
+    cluster.run("scancel", "--user=root", "--full")
+    wait_for(lambda: not cluster.run("squeue", "--noheader").stdout, lambda: cluster.run("squeue").stdout)
+    cluster.run("scontrol", "update", "NodeName=node1", "ActiveFeatures=", "AvailableFeatures=")
+    for name in PARTITIONS:
+        cluster.run("scontrol", "delete", f"PartitionName={name}")
+    qos = "short,few,mine,lifted,wide,ofpart,stronger,other"
+    cluster.run("sacctmgr", "--immediate", "delete", "user", "root", "account=sub,speech", expect=None)
+    cluster.run("sacctmgr", "--immediate", "delete", "account", "sub,speech,vision", expect=None)
+    cluster.run("sacctmgr", "--immediate", "delete", "qos", *qos.split(","), expect=None)
+
+
+@pytest.fixture
+def real(accounts: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """SLURM's commands for this process, which is no client of the cluster."""
+    folder = tmp_path / "real"
+    folder.mkdir()
+    for name in TOOLS:
+        (folder / name).write_text(f'#!/bin/sh\nexec {accounts.folder}/bin/in-cluster {shutil.which(name)} "$@"\n')
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return accounts
+
+
+def asked(ranks: int = 1, **launch: object) -> Asked:
+    given = {"time": "10", "cpus_per_rank": 1, **launch}
+    return Asked("slurm", Config(launch=Launch(**given)), Profile(), ranks)  # type: ignore[arg-type]
+
+
+def submit(*arguments: str) -> str:
+    """Submit a job that does nothing, without a look at what it asks for."""
+    command = ["sbatch", *arguments, "--output=/dev/null", "--wrap=true"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return job_number(done.stdout)
+
+
+def test_slurm_is_there_and_says_what_it_enforces(real: Cluster) -> None:
+    config = slurm_config()
+    assert config is not None
+    assert config["ClusterName"] == "testbed"
+    assert config["AccountingStorageEnforce"] == "associations,limits,qos"
+    assert re.fullmatch(r"\d+ sec", config["KillWait"])
+    assert limits.enforced()
+
+
+def test_names_of_accounts_and_qos(real: Cluster) -> None:
+    assert limits.names("account") == ["root", "speech", "sub", "vision"]
+    assert {"normal", "short", "few", "wide"} <= set(limits.names("qos"))
+    for name in ("speech", "SPEECH", "Speech", "Vision", "speech,sub"):
+        assert checks.check_known("account", name) == f"SLURM knows {name}"
+    for name in ("normal", "SHORT", "short,Few"):
+        assert checks.check_known("qos", name) == f"SLURM knows {name}"
+    for kind, name in (("account", "nosuch"), ("account", "speech,nosuch"), ("qos", "nosuch"), ("account", "speec")):
+        with pytest.raises(
+            UserError, match=rf"--{kind} {name.split(',')[-1]}: SLURM knows none of that name; there are"
+        ):
+            checks.check_known(kind, name)
+
+
+@pytest.mark.parametrize(("option", "taken"), [
+    ("--account=SPEECH", True), ("--account=speech", True), ("--account=vision", False), ("--account=nosuch", False),
+    ("--qos=SHORT", True), ("--qos=other", False), ("--qos=nosuch", False), ("--partition=LOW", False),
+])  # fmt: skip
+def test_sbatch_compares_names_the_same_way(real: Cluster, option: str, taken: bool) -> None:
+    script = f"#!/bin/bash\n#SBATCH {option}\ntrue\n"
+    if taken:
+        assert re.match(r"Job \d+ to start at ", checks.check_script(script))
+        return
+    for only_hopeless in (False, True):
+        with pytest.raises(UserError, match=r"SLURM would not run the job: .*[Ii]nvalid"):
+            checks.check_script(script, only_hopeless)
+
+
+# What is asked for, what is said of it, and the reason for which SLURM itself would let the job wait for ever.
+ABOVE = [
+    ({"qos": "short", "time": "2:00:00"}, "QOSMaxWallDurationPerJobLimit",
+     "QOS short lets a job run 01:00:00, --time asks for 2:00:00"),
+    ({"qos": "SHORT", "nodes": 3}, "QOSMaxNodePerJobLimit",
+     "QOS SHORT gives a job at most node=2, this one asks for 3: set --nodes"),
+    ({"qos": "few", "nodes": 2, "gpus_per_node": 2}, "QOSGrpGRES",
+     "QOS few gives all jobs at most gres/gpu=3, this one asks for 4: set --nodes or --gpus-per-node"),
+    ({"qos": "few", "nodes": 2, "gpus_per_node": "a100:2"}, "QOSGrpGRES", "QOS few gives all jobs at most gres/gpu=3"),
+    ({"qos": "mine", "nodes": 4}, "QOSMaxCpuPerUserLimit", "QOS mine gives a user at most cpu=3, this one asks for 4"),
+    ({"account": "speech", "nodes": 7}, "AssocMaxNodePerJobLimit",
+     "user root with account speech gives a job at most node=6, this one asks for 7"),
+    ({"account": "Speech", "time": "3-0"}, "AssocMaxWallDurationPerJobLimit",
+     "user root with account Speech lets a job run 2-00:00:00, --time asks for 3-0"),
+    ({"account": "speech", "nodes": 5, "ranks": 2}, "AssocGrpCpuLimit", "account speech gives all jobs at most cpu=8"),
+    ({"account": "sub", "nodes": 5, "ranks": 2}, "AssocGrpCpuLimit", "account speech gives all jobs at most cpu=8"),
+    ({"partition": "limited", "time": "20"}, "QOSMaxWallDurationPerJobLimit", "QOS ofpart lets a job run 00:10:00"),
+    ({"partition": "timed", "time": "2:00:00"}, "PartitionConfig", "partition timed lets a job run 01:00:00"),
+    ({"partition": "small", "nodes": 3}, "PartitionConfig", "partition small gives a job at most 2 nodes"),
+    ({"partition": "large", "nodes": 2}, "PartitionConfig", "partition large gives a job at least 3 nodes"),
+    ({"partition": "down"}, "PartitionDown", "partition down is DOWN"),
+]  # fmt: skip
+WITHIN = [
+    {},
+    {"nodes": NODES, "ranks": 2},
+    {"qos": "short", "nodes": 2, "time": "1:00:00"},
+    {"qos": "few", "nodes": 1, "gpus_per_node": GPUS},
+    {"account": "speech", "nodes": 6, "time": "2-0"},
+    {"account": "speech", "qos": "wide", "nodes": 7, "time": "3-0"},  # the QOS counts, not the account
+    {"partition": "timed", "qos": "lifted", "time": "2:00:00"},
+    {"partition": "small", "qos": "lifted", "nodes": 3},
+    {"partition": "limited", "qos": "stronger", "time": "20"},
+    {"partition": "timed,low", "time": "2:00:00"},
+    {"partition": "large", "nodes": 3},
+]
+
+
+def options(launch: dict[str, object]) -> list[str]:
+    """What sbatch is asked for."""
+    names = {"ranks": "ntasks-per-node", "gpus_per_node": "gpus-per-node"}
+    words = [f"--{names.get(name, name)}={value}" for name, value in launch.items()]
+    return words + ["--time=10"] * ("time" not in launch)
+
+
+@pytest.mark.parametrize(("launch", "reason", "said"), ABOVE)
+def test_above_a_limit(real: Cluster, launch: dict[str, object], reason: str, said: str) -> None:
+    job = asked(**launch)  # type: ignore[arg-type]
+    with pytest.raises(UserError) as caught:
+        look(job)
+    assert said in str(caught.value)
+    number = submit(*options(launch))
+    try:
+        told = wait_for(lambda: waits(number), lambda: real.run("squeue").stdout, 60)
+        assert told == reason
+    finally:
+        real.run("scancel", number)
+
+
+def look(job: Asked) -> str:
+    checks.check_partition(job)
+    return checks.check_limits(job)
+
+
+def waits(job: str) -> str:
+    """Why a job waits, once SLURM has looked at it."""
+    found = find([job])[job]
+    assert found.state in ("PENDING", ""), f"SLURM runs it: {found}"
+    return found.reason if found.reason not in ("", "Priority", "Resources") else ""
+
+
+@pytest.mark.parametrize("launch", WITHIN)
+def test_within_all_limits(real: Cluster, launch: dict[str, object]) -> None:
+    assert look(asked(**launch)) == "those of QOS, user and account leave room for the job"  # type: ignore[arg-type]
+    number = submit(*options(launch))
+    wait_for(lambda: real.state(number) == "COMPLETED", lambda: real.run("squeue").stdout, 60)
+
+
+@pytest.mark.parametrize("name", ["drained", "inactive", "nosuch"])
+def test_partitions_that_take_no_job(real: Cluster, name: str) -> None:
+    with pytest.raises(UserError, match=r"partition drained is DRAIN|partition inactive is INACTIVE|none of that name"):
+        checks.check_partition(asked(partition=name))
+    with pytest.raises(UserError, match=r"Required partition not available|[Ii]nvalid partition"):
+        checks.check_script(f"#!/bin/bash\n#SBATCH --partition={name}\ntrue\n")
+
+
+@pytest.mark.parametrize(
+    "option", ["--constraint=nosuch", "--gpus-per-node=3", "--gpus-per-node=h100:1", "--cpus-per-task=3"]
+)
+def test_what_no_node_has(real: Cluster, option: str) -> None:
+    with pytest.raises(
+        UserError, match=r"SLURM would not run the job: .*(Requested node configuration|Invalid feature)"
+    ):
+        checks.check_script(f"#!/bin/bash\n#SBATCH {option}\ntrue\n", only_hopeless=True)
+
+
+@pytest.mark.parametrize(
+    "option", ["--constraint=a100&ib", "--gpus-per-node=2", "--gpus-per-node=a100:2", "--gres=gpu:a100:2"]
+)
+def test_what_a_node_has(real: Cluster, option: str) -> None:
+    assert "to start at" in checks.check_script(f"#!/bin/bash\n#SBATCH '{option}'\ntrue\n", only_hopeless=True)
+
+
+def test_nodes_that_are_away_for_now(real: Cluster) -> None:
+    """sbatch --test-only calls a job on them impossible, and sbatch takes it."""
+    assert limits.nodes_away([]) == limits.nodes_away(["low,high"]) == []
+    script = f"#!/bin/bash\n#SBATCH --nodes={NODES}\n#SBATCH --output=/dev/null\ntrue\n"
+    real.run("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test")
+    try:
+        assert limits.nodes_away([]) == limits.nodes_away(["low"]) == limits.nodes_away(["low,high"]) == ["node2"]
+        assert "Requested node configuration is not available" in checks.check_script(script, only_hopeless=True)
+        with pytest.raises(UserError, match=r"would not run the job now: .* it may once node2 can be used again"):
+            checks.check_script(script)
+        job = submit(f"--nodes={NODES}")
+    finally:
+        real.run("scontrol", "update", "NodeName=node2", "State=RESUME")
+    wait_for(lambda: real.state(job) == "COMPLETED", lambda: real.run("squeue").stdout, 60)
+
+
+def test_the_queue_and_the_accounts_of_jobs(real: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    waiting, array = submit("--hold"), submit("--hold", "--array=0-2")
+    found = find([waiting, f"{array}_1", "999999"])
+    assert (found[waiting].state, found[waiting].reason, found[waiting].alive) == ("PENDING", "JobHeldUser", True)
+    assert found[f"{array}_1"].alive
+    assert not found["999999"].alive
+    followed = Slurm(waiting)
+    assert followed.alive()
+    assert f"job {waiting}: PENDING (JobHeldUser)\n" in capsys.readouterr().out
+    real.run("scancel", waiting, f"{array}_1")
+    assert set(in_queue([waiting, f"{array}_0", f"{array}_1"]) or {}) == {f"{array}_0"}
+    followed.asked = -60.0
+    assert not followed.alive()
+    real.run("scancel", array)
+    ended = {waiting, f"{array}_0", f"{array}_2"}  # of the member that was cancelled alone SLURM knows nothing
+    wait_for(lambda: {job for job, each in find(ended).items() if each.state == "CANCELLED"} == ended, lambda: "", 60)
+    assert not any(each.alive for each in find([*ended, f"{array}_1"]).values())
+
+
+@pytest.mark.parametrize("more", [(), ("--parsable",), ("--clusters=testbed",), ("--parsable", "--clusters=testbed")])
+@pytest.mark.parametrize("array", [(), ("--array=0-1",)])
+def test_the_number_of_a_job(real: Cluster, more: tuple[str, ...], array: tuple[str, ...]) -> None:
+    job = submit("--hold", *more, *array)
+    assert job in (ask(["squeue", "--noheader", "--format=%A"]) or [])
+    real.run("scancel", job)
+
+
+@pytest.mark.parametrize(("section", "seen"), [
+    ({}, {"0,1"}), ({"gres": "gpu:2"}, {"0,1"}), ({"gres": "gpu:a100:2"}, {"0,1"}), ({"gpus": 2}, {"0,1"}),
+    ({"gpus": "a100:2"}, {"0,1"}),
+])  # fmt: skip
+def test_each_rank_sees_all_gpus_of_its_node(
+    real: Cluster, tmp_path: Path, section: dict[str, object], seen: set[str]
+) -> None:
+    gpus = with_gpus(read_options(section, "sbatch"), GPUS if "a100" in str(section) else 2, 1)
+    assert visible(real, tmp_path, [flag(*each) for each in gpus.items()]) == seen
+
+
+@pytest.mark.parametrize("option", ["--gpus-per-task=1", "--gpus-per-node=2 --gpu-bind=single:1"])
+def test_options_by_which_a_rank_sees_one_gpu(real: Cluster, tmp_path: Path, option: str) -> None:
+    """Why they are refused: ranks take the GPU of their number."""
+    assert visible(real, tmp_path, [f"#SBATCH {word}" for word in option.split()]) == {"0", "1"}
+
+
+def visible(cluster: Cluster, folder: Path, lines: list[str]) -> set[str]:
+    """CUDA_VISIBLE_DEVICES of the two tasks of a job."""
+    head = ["#!/bin/bash", "#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=2", f"#SBATCH --output={folder}/out", *lines]
+    (folder / "job.sh").write_text("\n".join([*head, "srun printenv CUDA_VISIBLE_DEVICES", ""]))
+    done = subprocess.run(["sbatch", folder / "job.sh"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    job = job_number(done.stdout)
+    wait_for(lambda: cluster.state(job) == "COMPLETED", lambda: (folder / "out").read_text(), 60)
+    return set((folder / "out").read_text().split())
+
+
+def test_values_arrive_as_they_are_written(real: Cluster, tmp_path: Path) -> None:
+    values = {
+        "comment": 'it\'s a #1 "test" $HOME',
+        "mail_type": ["END", "FAIL"],
+        "--mem": "50M",
+        "x": "node1",
+        "hold": True,
+    }
+    lines = [flag(*each) for each in read_options(values, "sbatch").items()]
+    (tmp_path / "job.sh").write_text("\n".join(["#!/bin/bash", *lines, "true", ""]))
+    done = subprocess.run(["sbatch", tmp_path / "job.sh"], capture_output=True, text=True)
+    job = job_number(done.stdout)
+    shown = real.run("scontrol", "show", "job", job).stdout
+    real.run("scancel", job)
+    for part in (
+        'Comment=it\'s a #1 "test" $HOME ',
+        "MailType=END,FAIL",
+        "MinMemoryNode=50M",
+        "ExcNodeList=node1",
+        "JobHeldUser",
+    ):
+        assert part in shown, part
+
+
+QUESTIONS = [
+    "scontrol show config",
+    "scontrol show partition --oneliner",
+    "sacctmgr --noheader --parsable2 --readonly list account format=account",
+    "sacctmgr --noheader --parsable2 --readonly list account format=name",
+    "sacctmgr --noheader --parsable2 --readonly list account format=account,name",
+    "sacctmgr --noheader --parsable2 --readonly list qos format=name",
+    f"sacctmgr --noheader --parsable2 --readonly list qos where name=normal format={','.join(limits._QOS)}",
+    "sacctmgr --noheader --parsable2 --readonly list user where name=root format=defaultaccount",
+    "sacctmgr --noheader --parsable2 --readonly list association where account=speech cluster=testbed "
+    f"format={','.join(limits._ASSOCIATION)}",
+    "sinfo --noheader --Node --format=%N|%P|%T",
+    "squeue --noheader --jobs 999999 --format %T",
+]
+
+
+def shape(question: str, answer: subprocess.CompletedProcess[str]) -> tuple[int, set[object]]:
+    """The form of an answer: its exit code, and of each line the keys, or which of how many columns are blank."""
+    lines = answer.stdout.splitlines()
+    if question == "scontrol show config":
+        return answer.returncode, {line.partition("=")[0].strip() for line in lines if " = " in line}
+    if question.startswith("scontrol"):
+        return answer.returncode, {word.partition("=")[0] for line in lines for word in line.split() if "=" in word}
+    blank = [[not part for part in line.split("|")] for line in lines]
+    always = [all(column) for column in zip(*blank, strict=True)]
+    return answer.returncode, {json.dumps(always[:1]), len(always)}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_stand_in_answers_in_the_same_form(
+    real: Cluster, tmp_path: Path, question: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = subprocess.run(question.split(" "), capture_output=True, text=True)
+    for name, value in fake_slurm(tmp_path / "stand-in", "testbed").items():
+        monkeypatch.setenv(name, value)
+    code, form = shape(question, ours)
+    its_code, its_form = shape(question, subprocess.run(question.split(" "), capture_output=True, text=True))
+    assert its_code == code
+    if question.startswith("scontrol"):
+        assert its_form <= form, "keys that SLURM does not have"
+    else:
+        assert its_form == form
+    assert form or "999999" in question
+
+
+def test_the_stand_in_submits_in_the_same_words(real: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "job.sh"
+    script.write_text("#!/bin/bash\n#SBATCH --output=/dev/null\n#SBATCH --begin=now+1hour\ntrue\n")
+
+    def words() -> list[str]:
+        told = [checks.check_script(script.read_text())]
+        told.append(subprocess.run(["sbatch", script], capture_output=True, text=True).stdout)
+        return [re.sub(r"\d+|node[\[\]\d,-]+", "N", re.sub(r"\S+T\d\S+", "TIME", each)) for each in told]
+
+    ours, since = words(), time.time()
+    job = ask(["squeue", "--noheader", "--format=%A"]) or []
+    real.run("scancel", *job)
+    for name, value in fake_slurm(tmp_path / "stand-in").items():
+        monkeypatch.setenv(name, value)
+    assert words() == ours
+    assert time.time() - since < 60
