@@ -20,6 +20,7 @@
 #SBATCH --wckey=submitit
 
 # setup
+unset SLURM_EXPORT_ENV SRUN_EXPORT_ENV SBATCH_EXPORT SLURM_LABELIO
 export PYTHONSAFEPATH=1
 export PYTHONPATH=FOLDER/run/code/HASH"${PYTHONPATH:+:$PYTHONPATH}"
 end_of_incarnation() { code=$?; kill -KILL $guard 2>/dev/null; PYTHON FOLDER/run/code/HASH/launch/life.py FOLDER/run/logs/TIME $code; exit $code; }
