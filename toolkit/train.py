@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     from toolkit.training.deepspeed_config import deepspeed_config
     from toolkit.training.signals import REQUEUE
     from toolkit.training.trainer import Trainer
+    from toolkit.training.wandb_run import check_wandb
 
     rank, world_size, device = initialise()
     # A mistake in what follows leaves no run folder behind.
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     check_dev(config)
     run = Path(config.run)
+    agree(lambda: check_wandb(config.wandb, run), rank)
     agree(lambda: prepare_run(config), rank)
     trainer = Trainer(config, run, rank, world_size, device)
 

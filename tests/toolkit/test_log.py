@@ -116,7 +116,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_its_wandb_id(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     opened: list[str] = []
-    monkeypatch.setattr("wandb.init", lambda **options: opened.append(options["id"]))
+    monkeypatch.setattr("toolkit.training.wandb_run.WandbRun", lambda options, mode: opened.append(options["id"]))
     settings = config.Config(wandb=config.Wandb(mode="offline"))
     for _ in "12":
         Log(tmp_path, settings, Progress(), 0, 1, torch.device("cpu"))

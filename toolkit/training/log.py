@@ -192,7 +192,7 @@ class Log:
             with self._writing(LOG):
                 self.file.close()
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.finish(4.0 if stop else 20.0)  # who asks to stop will not wait for an upload
 
     def say(self, text: str) -> None:
         """Print a line on rank 0."""
@@ -240,7 +240,7 @@ class Log:
                 self.file.write(json.dumps({"time": time.time(), **record}) + "\n")
                 self.file.flush()
         if self.wandb and "step" in record:
-            self.wandb.log(flat(record), step=record["step"])
+            self.wandb.log(flat(record))
 
     def _line(self, r: dict[str, Any]) -> str:
         parts = [f"step {r['step']:>{len(str(self.config.training.steps))}}/{self.config.training.steps}"]

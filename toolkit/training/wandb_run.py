@@ -1,16 +1,66 @@
-"""The run's record at Weights & Biases."""
+"""The run's record at Weights & Biases: written by a process of its own, online, else offline, else not at all.
 
+A training hands its records to a thread and goes on; the thread hands them to `wandb_process.py`. Where that process
+answers with an error, dies, or does not answer in time, it is killed, and another writes all records of this training
+process offline. Restarts and parts have one id, so that wandb takes them for one run.
+"""
+
+import configparser
+import contextlib
+import json
 import netrc
 import os
+import queue
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
 import uuid
+from collections import deque
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from shards.errors import UserError
 from toolkit import config
+from toolkit.training.background import reason_of, tell
 from toolkit.training.progress import Progress
 
+_INIT = 20.0  # seconds that a server has for its first answer, where WANDB_INIT_TIMEOUT says nothing else
+_START = 60.0  # seconds for a process to import wandb, from a slow file system too
+_LOG = 60.0  # seconds for one record
+_FINISH_OFFLINE = 20.0  # seconds for the end of a record that is written offline
+_HEADER = 7  # bytes of a file of wandb's without a record
+_UNWRITTEN = 120.0  # seconds after which wandb has written the first records of a part to the disk
+_KEPT = 50_000  # newest records kept in memory, to be written once more
+_ROOT = Path(__file__).resolve().parents[2]
+_START_CODE = (
+    "import sys; sys.path[:0] = [sys.argv[2]]; from toolkit.training.wandb_process import main; main(int(sys.argv[1]))"
+)
+_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 
-def open_wandb(settings: config.Wandb, run: Path, progress: Progress) -> Any:
+
+def check_wandb(settings: config.Wandb, run: Path) -> None:
+    """Make sure that a run which is to be recorded online has a key that may be one.
+
+    A run that is continued has been trained for too long to end by this; it goes on offline.
+
+    Args:
+        settings: The configured mode.
+        run: The run folder.
+
+    Raises:
+        UserError: There is no key, or one of a wrong form, and the run holds no checkpoint yet.
+    """
+    mode, problem = _choose(settings)
+    if problem and mode == "online" and not any(run.glob("checkpoints/step-*")):
+        raise UserError(f"{problem}; or set --wandb.mode offline")
+
+
+def open_wandb(settings: config.Wandb, run: Path, progress: Progress) -> "WandbRun | None":
     """Open the run's wandb record, offline where no key is found.
 
     All restarts have one id. It is in the checkpoints, so that a run that goes on in another folder keeps it, and in
@@ -22,35 +72,241 @@ def open_wandb(settings: config.Wandb, run: Path, progress: Progress) -> Any:
         progress: Of the checkpoint that the run goes on from; gets the id.
 
     Returns:
-        What `wandb.init` returns; None where wandb is disabled.
+        The record; None where wandb is disabled.
     """
-    if settings.mode == "disabled":
+    mode, problem = _choose(settings)
+    if mode == "disabled":
         return None
-    import wandb
-
-    mode: Any = settings.mode
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    if problem:
+        tell(f"wandb is offline: {problem}")
+        mode = "offline"
     kept = run / "wandb_id"
     if not progress.wandb_id:
-        progress.wandb_id = kept.read_text() if kept.exists() else uuid.uuid4().hex[:12]
-    kept.write_text(progress.wandb_id)
-    return wandb.init(
-        project=settings.project,
-        name=run.name,
-        id=progress.wandb_id,
-        resume="allow",
-        dir=str(run),
-        mode=mode,
-        settings=wandb.Settings(console="off", silent=True),
-    )
-
-
-def _has_wandb_key() -> bool:
-    """Whether `wandb login` was done here, or the key is in the environment."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            progress.wandb_id = kept.read_text().strip()
+    progress.wandb_id = progress.wandb_id or uuid.uuid4().hex[:12]
     try:
-        return any("wandb" in host for host in netrc.netrc().hosts)
-    except (OSError, netrc.NetrcParseError):
-        return False
+        kept.write_text(progress.wandb_id)
+    except OSError as error:
+        tell(f"{kept} was not written: {reason_of(error)}; training goes on")
+    options = {"project": settings.project, "name": run.resolve().name, "id": progress.wandb_id, "resume": "allow"}
+    return WandbRun(options | {"dir": str(run.resolve())}, mode)
+
+
+class WandbRun:
+    """A run's wandb record as rank 0 sees it: nothing here raises, and only `finish` takes time, a bounded one."""
+
+    def __init__(self, options: dict[str, Any], mode: str) -> None:
+        """Begin to open the record.
+
+        Args:
+            options: Of `wandb.init`.
+            mode: online or offline.
+        """
+        self._options, self._mode = options, mode
+        self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # None: finish
+        self._kept: deque[bytes] = deque(maxlen=_KEPT)
+        self._process: _Process | None = None
+        self._too_slow = ""
+        self._opened = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def log(self, values: dict[str, float]) -> None:
+        """Add a record; its place is its `step`."""
+        self._waiting.put(json.dumps(values).encode())
+
+    def finish(self, seconds: float) -> None:
+        """Finish the record.
+
+        Args:
+            seconds: How long a server may take for that; the record is then written offline, which takes a few more.
+        """
+        self._waiting.put(None)
+        opened = self._opened.wait(seconds / 2)
+        self._thread.join(seconds if opened else 0)
+        process = self._process
+        if self._thread.is_alive() and process and process.mode == "online":
+            self._too_slow = f"its server has not {'taken all that was logged' if opened else 'answered'} so far"
+            process.kill()
+        self._thread.join(_FINISH_OFFLINE)
+        if self._thread.is_alive():
+            tell(f"wandb was not finished within {_FINISH_OFFLINE:.0f} s; log.jsonl has all that was logged")
+            if process := self._process:
+                process.kill()
+
+    def _serve(self) -> None:
+        """Write what comes: as configured, after a failure offline, and after another not at all; in a thread."""
+        reason = ""
+        for mode in (self._mode, "offline"):
+            try:
+                self._write(mode, reason)
+                return
+            except Exception as error:  # whatever it is, the training goes on
+                reason = self._too_slow or getattr(error, "strerror", None) or str(error)
+            finally:
+                if self._process:
+                    self._process.kill()
+            if self._process:
+                self._drop_empty(self._process.folder)
+        tell(f"wandb is off: {reason}; training goes on, and log.jsonl has all that is logged")
+        self._opened.set()
+        while self._waiting.get() is not None:
+            pass
+
+    def _write(self, mode: str, reason: str) -> None:
+        """Write what was kept and what comes, until the record is to be finished.
+
+        Args:
+            mode: online or offline.
+            reason: Why it is no longer the mode configured.
+
+        Raises:
+            RuntimeError, OSError, EOFError: As `_Process.ask` does.
+        """
+        seconds = _init_seconds()
+        settings = {"init_timeout": seconds, "x_stats_pid": os.getpid()}
+        self._process = _Process(mode)
+        options = self._options | {"mode": mode, "settings": settings}
+        for old in Path(self._options["dir"]).glob("wandb/offline-run-*"):
+            self._drop_empty(old, _UNWRITTEN)
+        self._process.open(options, _START + seconds)
+        folder = self._process.folder
+        if Path(self._options["dir"]) not in folder.resolve().parents:
+            tell(f"wandb cannot write to {self._options['dir']}/wandb: its files are in {folder}")
+        self._opened.set()
+        for record in list(self._kept):
+            self._process.ask(record, _LOG)
+        if reason:
+            tell(f"wandb is offline: {reason}; later, `wandb sync {folder.parent}/offline-run-*` uploads it")
+        while (line := self._waiting.get()) is not None:
+            self._kept.append(line)
+            self._process.ask(line, _LOG)
+        self._waiting.put(None)  # for another process, should this one fail now
+        self._process.ask(b'{"finish": true}', 24 * 3600)  # whoever waits for it has a limit
+
+    def _drop_empty(self, folder: Path, age: float = 0.0) -> None:
+        """Remove a part without any record, killed before its first was written: `wandb sync` would end at it.
+
+        Args:
+            folder: Of the part.
+            age: Seconds for which nothing has been written there.
+        """
+        with contextlib.suppress(OSError):
+            state = (folder / f"run-{self._options['id']}.wandb").stat()
+            if state.st_size <= _HEADER and time.time() - state.st_mtime >= age:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Process:
+    """A running `wandb_process.py`.
+
+    Attributes:
+        mode: online or offline.
+        folder: What it writes to.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode, self.folder = mode, Path()
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._child = subprocess.Popen(
+                [sys.executable, "-c", _START_CODE, str(theirs.fileno()), str(_ROOT)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._answers = self._socket.makefile("rb")
+
+    def open(self, options: dict[str, Any], seconds: float) -> None:
+        """Open the record with some options of `wandb.init`; raises as `ask` does."""
+        self.folder = Path(self.ask(json.dumps(options).encode(), seconds)["folder"]).parent
+
+    def ask(self, line: bytes, seconds: float) -> dict[str, str]:
+        """Send a line and wait for the answer.
+
+        Raises:
+            RuntimeError: It is an error.
+            OSError: None has come in time.
+            EOFError: The process has ended.
+        """
+        self._socket.settimeout(seconds)
+        try:
+            self._socket.sendall(line + b"\n")
+            answer = self._answers.readline()
+        except TimeoutError:
+            raise TimeoutError(f"its process has not answered within {seconds:.0f} s") from None
+        if not answer:
+            raise EOFError("its process has ended")
+        values: dict[str, str] = json.loads(answer)
+        if "error" in values:
+            raise RuntimeError(values["error"])
+        return values
+
+    def kill(self) -> None:
+        """End the process at once; wandb's own service ends with it."""
+        self._child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(1)
+
+
+def _init_seconds() -> float:
+    """Seconds that wandb may take to open a record online."""
+    with contextlib.suppress(KeyError, ValueError):
+        return max(1.0, min(600.0, float(os.environ["WANDB_INIT_TIMEOUT"])))
+    return _INIT
+
+
+def _choose(settings: config.Wandb) -> tuple[str, str]:
+    """The mode, and in one line what is wrong with it or with its key; empty: nothing."""
+    mode, said = settings.mode, os.environ.get("WANDB_MODE", "").strip().lower()
+    name = "wandb.mode"
+    if mode == "auto" and said:
+        if said not in _MODES:
+            return "offline", f"WANDB_MODE is {said!r}; expected online, offline or disabled"
+        mode, name = _MODES[said], "WANDB_MODE"  # type: ignore[assignment]
+    key, source = _find_key()
+    if mode == "auto":
+        mode = "offline" if key is None else "online"
+    if mode != "online":
+        return mode, ""
+    if key is None:
+        return mode, f"{name} is online, and there is no key: run `wandb login`, or set WANDB_API_KEY"
+    return mode, _wrong_form(key, source)
+
+
+def _wrong_form(key: str, source: str) -> str:
+    """What wandb itself would refuse in a key without asking a server; empty: nothing."""
+    secret = key.split("-", 1)[-1]
+    if key and (re.fullmatch(r"[\w-]{40,}", secret) or re.fullmatch(r"([\w-]+\.){2}[\w-]+", key)):
+        return ""
+    return f"{source} holds no wandb key: it has {len(key)} characters, a key has 40 or more; run `wandb login`"
+
+
+def _find_key() -> tuple[str | None, str]:
+    """The key that wandb will use, and where it stands; None: there is none."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key.strip(), "WANDB_API_KEY"
+    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return "a.b.c", "WANDB_IDENTITY_TOKEN_FILE"  # exchanged for one by wandb
+    host = urlsplit(_server()).netloc
+    for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
+        with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            hosts = netrc.netrc(os.path.expanduser(name)).hosts
+            for each in [host, *(other for other in hosts if "wandb" in other or "forge.coreweave" in other)]:
+                if each in hosts:
+                    return hosts[each][2], name
+    return None, ""
+
+
+def _server() -> str:
+    """Address of the server, as `wandb login --host` or the environment have set it."""
+    if url := os.environ.get("WANDB_BASE_URL"):
+        return url
+    folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
+    read = configparser.ConfigParser()
+    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
+        read.read(os.path.expanduser(f"{folder}/settings"))
+    return read.get("default", "base_url", fallback="https://api.wandb.ai")
