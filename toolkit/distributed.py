@@ -242,8 +242,8 @@ def initialise() -> tuple[int, int, torch.device]:
     Raises:
         UserError: There are several processes, and nothing says which ranks they are.
     """
+    check_alone(os.environ)
     if "RANK" not in os.environ:
-        check_alone(os.environ)
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     local = int(os.environ.get("LOCAL_RANK", "0"))

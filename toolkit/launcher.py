@@ -15,7 +15,7 @@ _STARTERS = {
 
 
 def check_alone(environment: Mapping[str, str]) -> None:
-    """Make sure that a process without RANK is the only one.
+    """Make sure that a process without RANK is the only one; one with it knows of the others.
 
     Args:
         environment: Of the process. What a batch script or salloc sets counts for nothing: there it may well be alone.
@@ -24,6 +24,8 @@ def check_alone(environment: Mapping[str, str]) -> None:
         UserError: It is one of several.
         SystemExit: The same, in all but the first of them: one line is enough.
     """
+    if "RANK" in environment:
+        return
     for starter, (size, rank) in _STARTERS.items():
         count = environment.get(size, "")
         if count.isdigit() and int(count) > 1:

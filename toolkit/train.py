@@ -11,6 +11,7 @@ from shards.errors import UserError, run_main
 from toolkit.config import Config
 from toolkit.config_check import batch_warnings
 from toolkit.config_loader import Parser, parse
+from toolkit.launcher import check_alone
 from toolkit.run_folder import keep_configuration, prepare_run
 
 
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--profile {options.profile}: expected 1 or more steps")
     if options.ranks is not None:
         raise UserError("--ranks is an option of --dry-run; a training has as many as it is launched with")
+
+    check_alone(os.environ)  # a moment's work, before all of them import torch
 
     from toolkit.distributed import agree, initialise
     from toolkit.training.data import check_dev, open_order

@@ -29,6 +29,7 @@ def test_several_are_refused_in_one_line(starter, size, rank):
         check_alone({size: "4", rank: "2"})
     assert ended.value.code == 2
     check_alone({size: "1", rank: "0"})
+    check_alone({size: "4", rank: "2", "RANK": "2", "WORLD_SIZE": "4"})
 
 
 @pytest.mark.parametrize(
