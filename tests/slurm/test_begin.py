@@ -28,19 +28,16 @@ def companion(cluster: Cluster, *words: object, expect: int) -> subprocess.Compl
     return cluster.run(sys.executable, ROOT / "launch" / "runs.py", *words, expect=expect)
 
 
-@pytest.mark.parametrize("way", ["option", "variables"])
-def test_ranks_have_their_environment_where_sbatch_exports_none(
-    quiet: Cluster, config, tmp_path, monkeypatch, way
-) -> None:
-    """By --export=NONE of the profile or of an alias; or by a site's variable, with some more of a step's left over."""
-    profile = tmp_path / "profile.yaml"
-    profile.write_text("env: {FROM_PROFILE: x}\n" + "sbatch: {export: NONE}\n" * (way == "option"))
-    if way == "variables":
-        for name, value in {"SBATCH_EXPORT": "NONE", "SLURM_LABELIO": "1", "SLURM_CPU_BIND": "mask_cpu:0x8"}.items():
-            monkeypatch.setenv(name, value)
+def test_ranks_have_their_environment_where_sbatch_exports_none(quiet: Cluster, config, tmp_path, monkeypatch) -> None:
+    """By the profile, an alias or a site's variable: srun is told the same. A step has left something, too."""
+    profile = python_of_ranks(tmp_path, '[ "$FROM_PROFILE" = x ] || exit 9\nexec "$python" "$@"')
+    profile.write_text(profile.read_text() + "env: {FROM_PROFILE: x}\nsbatch: {export: NONE}\n")
+    for name, value in {"SBATCH_EXPORT": "NONE", "SLURM_LABELIO": "1", "SLURM_CPU_BIND": "mask_cpu:0x8"}.items():
+        monkeypatch.setenv(name, value)
     training = quiet.submit(config, tmp_path / "run", *TWO_RANKS, *SHORT, "--profile", profile)
     assert training.wait_end() == "COMPLETED", training.told()
     assert [each["cause"] for each in training.incarnations()] == ["done"]
+    assert not (training.logs / f"{training.job}_0_log.out").read_text().startswith("0: ")
 
 
 def test_a_rank_without_the_packages_ends_the_job_and_is_told(quiet: Cluster, config, tmp_path) -> None:
