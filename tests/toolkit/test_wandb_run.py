@@ -35,7 +35,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "60")
     (tmp_path / "home").mkdir()
     (tmp_path / "run").mkdir()
 
@@ -78,12 +78,14 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def finished(record: WandbRun, seconds: float = 4.0, limit: float = 25.0) -> float:
+def finished(record: WandbRun, seconds: float = 4.0) -> None:
     begin = time.monotonic()
     record.finish(seconds)
-    took = time.monotonic() - begin
-    assert took < limit
-    return took
+    assert time.monotonic() - begin < 1.5 * seconds + 25
+
+
+def wait_until_open(record: WandbRun) -> None:
+    wait_until(record._opened.is_set)
 
 
 def sync(run: Path, *more: str) -> None:
@@ -106,6 +108,7 @@ def steps(server: WandbServer, run: Path) -> list[int]:
 def test_online_it_is_with_the_server_when_the_training_ends(server, told, tmp_path) -> None:
     record = opened(tmp_path / "run")
     write(record, 1, 2, 3)
+    wait_until_open(record)
     finished(record, 20.0)
     assert steps(server, tmp_path / "run") == [1, 2, 3]
     assert told == []
@@ -115,8 +118,9 @@ def test_online_it_is_with_the_server_when_the_training_ends(server, told, tmp_p
     ("mode", "short"),
     [*((mode, False) for mode in ("refuse", "deny", "fail", "hang", "garble")), ("refuse", True), ("hang", True)],
 )
-def test_a_server_that_does_not_answer_at_the_start(server, told, tmp_path, mode, short) -> None:
+def test_a_server_that_does_not_answer_at_the_start(server, told, tmp_path, monkeypatch, mode, short) -> None:
     """Found out under way, or when a short training has ended first."""
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "60" if short else "2")
     run, server.mode = tmp_path / "run", mode
     if mode == "refuse":
         server.close()
@@ -134,7 +138,7 @@ def test_a_server_that_does_not_answer_at_the_start(server, told, tmp_path, mode
 def test_a_server_that_is_lost_under_way(server, told, tmp_path, mode, monkeypatch) -> None:
     run, record = tmp_path / "run", opened(tmp_path / "run")
     write(record, 1, 2)
-    wait_until(record._opened.is_set)
+    wait_until_open(record)
     server.mode = mode
     if mode == "refuse":
         server.close()
@@ -171,7 +175,7 @@ def test_a_process_of_wandb_that_dies_or_hangs(server, told, tmp_path, monkeypat
     monkeypatch.setattr(wandb_run, "_LOG", 2.0)
     run, record = tmp_path / "run", opened(tmp_path / "run", mode)
     write(record, 1, 2)
-    wait_until(record._opened.is_set)
+    wait_until_open(record)
     assert record._process
     process = record._process._child.pid
     (service,) = children(process)
@@ -179,7 +183,7 @@ def test_a_process_of_wandb_that_dies_or_hangs(server, told, tmp_path, monkeypat
     os.kill(process if "process" in what else service, number)
     write(record, 3, 4)
     try:
-        finished(record, 6.0, limit=40)
+        finished(record, 6.0)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(service, signal.SIGKILL)
@@ -204,7 +208,7 @@ def record_on_a_full_disk(run: Path) -> None:
     record = opened(run, "offline")
     for step in range(300):
         write(record, step)
-    finished(record, limit=50)
+    finished(record)
 
 
 def in_a_process(function: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -232,7 +236,7 @@ def test_an_identity_that_cannot_be_kept(told, tmp_path) -> None:
 
 def test_a_training_that_is_killed_leaves_all_that_it_has_logged(server, tmp_path) -> None:
     code = (
-        "record = opened(Path(sys.argv[1]), 'offline'); write(record, 1, 2); wait_until(record._opened.is_set);"
+        "record = opened(Path(sys.argv[1]), 'offline'); write(record, 1, 2); wait_until_open(record);"
         "write(record, 3); time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert in_a_process(code, tmp_path / "run").returncode == -signal.SIGKILL
@@ -252,13 +256,15 @@ def test_parts_online_and_offline_are_one_run(server, told, tmp_path, parts) -> 
     for number, mode in enumerate(parts.split()):
         record = opened(run, mode)
         write(record, 2 * number, 2 * number + 1)
+        wait_until_open(record)
         finished(record, 20.0)
     sync(run)
     assert sorted(steps(server, run)) == expected
     assert told == []
 
 
-def test_a_server_that_hangs_costs_the_training_of_ranks_nothing(server, shards, tmp_path) -> None:
+def test_a_server_that_hangs_costs_the_training_of_ranks_nothing(server, shards, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
     server.mode = "hang"
     settings = test_trainer.settings(shards, tmp_path / "run", batch_size=4, steps=3, log_every=1)
     settings.wandb.mode = "auto"
