@@ -120,7 +120,11 @@ class Matching:
     """SIM, the fine alignment."""
 
     weight: float = 1.0  # 0: off
-    negatives: Literal["local", "global"] = "global"  # drawn from all ranks' batches, or (local) from this rank's
+    negatives: Literal["local", "global"] = "global"  # drawn from all ranks' pairs, or (local) from this rank's
+    queue: int = (
+        0  # pairs of earlier batches, over all ranks, that negatives are drawn from, too; their tokens are kept
+    )
+    queue_on: Literal["device", "host"] = "device"  # where: host takes the CPU's page-locked memory
 
 
 @dataclass

@@ -37,7 +37,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     "0 or more": (
         lambda value: value >= 0,
         """seed data.workers data.max_faults data.max_faults_in_a_row model.speech.head_layers model.image.head_layers
-        objectives.contrastive.weight
+        objectives.contrastive.weight objectives.matching.queue
         objectives.contrastive.queue objectives.contrastive.alpha_ramp objectives.matching.weight
         objectives.denoising.weight training.min_lr training.warmup training.weight_decay training.clip
         training.watchdog evaluation.every evaluation.rerank final.rerank launch.ranks_per_node launch.cpus_per_rank

@@ -142,7 +142,7 @@ class Requests:
             return self.lengths[batch]
         return int(self._read()[:, self.index.numel() + batch].max())
 
-    def fetch(self, batch: int, tensor: Tensor) -> Tensor:
+    def fetch(self, batch: int, tensor: Tensor, constant: Tensor | None = None) -> Tensor:
         """Fetch the wanted rows.
 
         Differentiable: the gradient of a row goes back to its owner, summed over all that asked for it.
@@ -150,21 +150,24 @@ class Requests:
         Args:
             batch: Which of the K.
             tensor: [B, ...], of equal shape and dtype on all ranks.
+            constant: [C, ...], rows behind those of `tensor` that take no gradient, here or in the CPU's memory; rank
+                o then owns the global rows from o * (B + C) on.
 
         Returns:
             [n, ...], the rows in the order of the index.
         """
         if self.world_size == 1:
-            return tensor.index_select(0, self.index[batch])
-        plan = self._plan(batch, tensor)
-        arrived = _Exchange.apply(tensor.index_select(0, plan.rows), plan.sent, plan.received)  # by owner
+            return _select(tensor, constant, self.index[batch], None)
+        plan = self._plan(batch, tensor.shape[0] + (0 if constant is None else constant.shape[0]), tensor.device)
+        rows = _select(tensor, constant, plan.rows, plan.host_rows)
+        arrived = _Exchange.apply(rows, plan.sent, plan.received)  # by owner
         return arrived.index_select(0, plan.place)
 
-    def _plan(self, batch: int, tensor: Tensor) -> "_Plan":
-        rows, count = tensor.shape[0], self.index.shape[1]
+    def _plan(self, batch: int, rows: int, device: torch.device) -> "_Plan":
+        count = self.index.shape[1]
         if (batch, rows) not in self._plans:
             wanted = self._read()[:, batch * count : (batch + 1) * count]  # [asking rank, n]
-            self._plans[batch, rows] = _plan(wanted, rows, self.rank, tensor.device)
+            self._plans[batch, rows] = _plan(wanted, rows, self.rank, device)
         return self._plans[batch, rows]
 
     def _read(self) -> Tensor:
@@ -180,6 +183,7 @@ class _Plan:
     sent: list[int]
     received: list[int]
     rows: Tensor
+    host_rows: Tensor
     place: Tensor
 
 
@@ -192,7 +196,21 @@ def _plan(wanted: Tensor, rows: int, rank: int, device: torch.device) -> _Plan:
     place = owner[rank].argsort(stable=True).argsort()
     if device.type == "cuda":
         asked, place = asked.pin_memory(), place.pin_memory()  # so that the copies need no wait
-    return _Plan(sent, received, asked.to(device, non_blocking=True), place.to(device, non_blocking=True))
+    return _Plan(sent, received, asked.to(device, non_blocking=True), asked, place.to(device, non_blocking=True))
+
+
+def _select(tensor: Tensor, constant: Tensor | None, rows: Tensor, host_rows: Tensor | None) -> Tensor:
+    """Rows [n, ...] of a tensor [B, ...] and of the constant rows behind it, which may be in the CPU's memory."""
+    if constant is None or not len(constant):
+        return tensor.index_select(0, rows)
+    first = len(tensor)
+    if constant.device != tensor.device:
+        picked = (rows.cpu() if host_rows is None else host_rows).sub(first).clamp(min=0)
+        behind = constant.index_select(0, picked).to(tensor.device, non_blocking=True)
+    else:
+        behind = constant.index_select(0, rows.sub(first).clamp(min=0))
+    within = (rows < first).view(-1, *[1] * (tensor.ndim - 1))
+    return torch.where(within, tensor.index_select(0, rows.clamp(max=first - 1)), behind)
 
 
 class _Gather(torch.autograd.Function):

@@ -101,10 +101,31 @@ def matching_loss(positive: Tensor, negative_image: Tensor, negative_speech: Ten
         Scalar, the sum over 3B.
     """
     logits = torch.cat([positive, negative_image, negative_speech])
-    rows = positive.shape[0]
-    match = torch.arange(3 * rows, device=logits.device) < rows
-    counted = torch.cat([torch.ones_like(valid[0]), valid.flatten()])
+    match, counted = _labels(valid)
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits, match.long(), reduction="none")
-        return torch.where(counted, losses, 0).sum() / (3 * rows)
+        return torch.where(counted, losses, 0).sum() / len(losses)
+
+
+@torch.no_grad()
+def matching_accuracy(positive: Tensor, negative_image: Tensor, negative_speech: Tensor, valid: Tensor) -> Tensor:
+    """Share of the pairs that are told right, with matching and other pairs weighted alike: chance is 0.5.
+
+    Args:
+        positive: As for `matching_loss`.
+        negative_image: Alike.
+        negative_speech: Alike.
+        valid: Alike.
+    """
+    right = torch.cat([positive.argmax(-1) == 1, negative_image.argmax(-1) == 0, negative_speech.argmax(-1) == 0])
+    match, counted = _labels(valid)
+    kinds = [match, ~match & counted]
+    return torch.stack([(right & kind).sum() / kind.sum().clamp(min=1) for kind in kinds]).mean()
+
+
+def _labels(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each of 3B pairs matches, and whether it counts."""
+    rows = valid.shape[1]
+    match = torch.arange(3 * rows, device=valid.device) < rows
+    return match, torch.cat([torch.ones_like(valid[0]), valid.flatten()])

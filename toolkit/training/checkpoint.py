@@ -3,7 +3,8 @@
     RUN/checkpoints/step-00000600/
         fragments-00003.safetensors   what rank 3 held of float32 weights and Adam's moments (see `fragments.py`);
                                       and of the momentum average; under ZeRO 0 all of it, from rank 0
-        shared.safetensors            queue, buffers
+        tokens-00003.safetensors      token sequences of SIM's queue that rank 3 holds, where there is one
+        shared.safetensors            SIC's queue, buffers
         progress.json                 how far the run is, what it trains on, every file with size and checksum
     RUN/checkpoints/.step-...         one that is being written
 
@@ -14,6 +15,7 @@ import atexit
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import threading
 import uuid
@@ -25,7 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from shards.errors import UserError
@@ -38,12 +40,13 @@ from toolkit.training.checkpoint_files import FileInfo, HostCopies, Pieces, keye
 from toolkit.training.fragments import applied_steps, fragments, rewritten
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.progress import FORMAT, MARKER, SHARED, Progress, Saved, read_marker
-from toolkit.training.queue import EmbeddingQueue
+from toolkit.training.queue import EmbeddingQueue, TokenQueue
 from toolkit.training.slices import Slice
 
 T = TypeVar("T")
 
 _LOOK_EVERY = 0.2  # seconds between rank 0's looks for the other ranks' receipts
+_TOKENS = re.compile(r"tokens-\d{5}\.safetensors")
 _LINGER = 30.0  # seconds that a process which ends without `finish` leaves to a save under way
 
 
@@ -99,7 +102,14 @@ class Checkpoints:
         self._damaged: set[Path] = set()
         self.fence: Callable[[], None] = lambda: None
 
-    def save(self, engine: Any, teacher: MomentumEncoder | None, queue: EmbeddingQueue, progress: Progress) -> None:
+    def save(
+        self,
+        engine: Any,
+        teacher: MomentumEncoder | None,
+        queue: EmbeddingQueue,
+        token_queue: TokenQueue | None,
+        progress: Progress,
+    ) -> None:
         """Copy everything that the run needs to continue, and have it written; every rank calls this.
 
         Takes as long as the copy to the CPU's memory, on a GPU not even that: the copy is in the device's queue before
@@ -115,6 +125,8 @@ class Checkpoints:
         if self.rank == 0 or engine.zero_optimization_stage():
             held = [*fragments(engine), *(teacher.held() if teacher else ())]
         tensors = {_fragments(self.rank): {k: v for each in held for k, v in keyed(each).items()}}
+        if token_queue:
+            tensors[_tokens(self.rank)] = token_queue.state(self._place(token_queue))
         if self.rank == 0:
             tensors[SHARED] = _shared(engine.module, queue)
         copies = {name: self._copies.copy(name, values) for name, values in tensors.items() if values}
@@ -166,12 +178,18 @@ class Checkpoints:
         """Wait for all that is still being written; every rank calls this before the run ends or leaves."""
         self.settle()
 
-    def resume(self, engine: Any, teacher: MomentumEncoder | None, queue: EmbeddingQueue) -> Progress:
+    def resume(
+        self,
+        engine: Any,
+        teacher: MomentumEncoder | None,
+        queue: EmbeddingQueue,
+        token_queue: TokenQueue | None = None,
+    ) -> Progress:
         """Load the newest complete checkpoint into the parts given; without one, start at step 0.
 
         Every rank calls this and reads what it needs. A damaged checkpoint is passed over with a line. Where another
-        run's is on other data, its weights and Adam's moments are where this run begins, at step 0: the keys in its
-        queue are of other pictures.
+        run's is on other data, its weights and Adam's moments are where this run begins, at step 0: the pairs in its
+        queues are of other pictures.
 
         Raises:
             UserError: The data set of this run changed, the checkpoint is of another model, all that are there are
@@ -189,7 +207,8 @@ class Checkpoints:
                         f"--training.resume {self.source}: {folder} has {step} steps, and --training.steps "
                         f"{self.steps} leaves none to train: raise --training.steps above {step}"
                     )
-                self._load(saved, engine, teacher, queue if own or same_data else None)
+                queues = (queue, token_queue) if own or same_data else (None, None)
+                self._load(saved, engine, teacher, *queues)
                 if own:
                     return dataclasses.replace(saved.progress, restarts=saved.progress.restarts + 1)
                 anew = "" if same_data else ", whose data are others, at step 0"
@@ -222,7 +241,7 @@ class Checkpoints:
         written = []
         for name, values in tensors.items():
             try:
-                written.append(write_tensors(folder / name, values, {} if name == SHARED else shapes))
+                written.append(write_tensors(folder / name, values, shapes if name == _fragments(self.rank) else {}))
             except OSError:
                 (folder / name).unlink(missing_ok=True)  # room for those who write the log
                 raise
@@ -283,10 +302,19 @@ class Checkpoints:
         dist.all_gather_object(found, problems)
         return next((problem for problems in found for problem in problems), None)
 
-    def _load(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None, queue: EmbeddingQueue | None) -> None:
+    def _load(
+        self,
+        saved: Saved,
+        engine: Any,
+        teacher: MomentumEncoder | None,
+        queue: EmbeddingQueue | None,
+        token_queue: TokenQueue | None,
+    ) -> None:
         def prepare() -> Pieces:
             pieces = self._open(saved, engine, teacher)
             _load_shared(saved.folder / SHARED, engine.module, queue)
+            if token_queue:
+                self._load_tokens(saved, token_queue)
             return pieces
 
         # What can fail comes first: in what follows the ranks exchange weights and need one another.
@@ -299,6 +327,24 @@ class Checkpoints:
                 for average in averages:
                     pieces.read_into(average)
 
+    def _load_tokens(self, saved: Saved, queue: TokenQueue) -> None:
+        """Read SIM's queue; a checkpoint without one that fits leaves it empty, with a line."""
+        names = sorted(info.name for info in saved.files if _TOKENS.fullmatch(info.name))
+        try:
+            if queue.world_size < self.world_size:  # each rank has a queue of its own
+                if len(names) != self.world_size:
+                    raise ValueError(f"it has {len(names)}, each of one rank's own pairs")
+                names = [names[self.rank]]
+            if not names:
+                raise ValueError("it has none")
+            queue.load([safe_open(saved.folder / name, "pt").get_slice for name in names], self._place(queue))
+        except (ValueError, SafetensorError) as error:
+            self._say(f"objectives.matching.queue begins empty: the one of {saved.folder} does not fit: {error}")
+
+    def _place(self, queue: TokenQueue) -> int:
+        """This rank's place in a token queue, which may be of its own pairs only."""
+        return self.rank if queue.world_size == self.world_size else 0
+
     def _open(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None) -> Pieces:
         """Make sure that a checkpoint is of this run and holds all that this rank needs."""
         if saved.data != self.data and saved.folder.parent == self.folder:
@@ -309,7 +355,9 @@ class Checkpoints:
         if saved.config != self.config:
             self._say(f"checkpoint {saved.folder} was written with another configuration than this run's")
         own = _fragments(self.rank)
-        names = sorted((info.name for info in saved.files if info.name != SHARED), key=lambda name: name != own)
+        names = sorted(
+            (info.name for info in saved.files if info.name.startswith("fragments-")), key=lambda name: name != own
+        )
         pieces = Pieces(saved.folder / name for name in names)
         for part in (*fragments(engine), *(teacher.held() if teacher else ())):
             pieces.check(part)
@@ -384,6 +432,10 @@ def _name(step: int) -> str:
 
 def _fragments(rank: int) -> str:
     return f"fragments-{rank:05d}.safetensors"
+
+
+def _tokens(rank: int) -> str:
+    return f"tokens-{rank:05d}.safetensors"
 
 
 def _receipt(rank: int | str) -> str:

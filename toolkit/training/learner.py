@@ -20,10 +20,10 @@ from toolkit.model.fusion import Denoiser
 from toolkit.model.retrieval import SpeechImageModel
 from toolkit.objectives.contrastive import contrastive_loss
 from toolkit.objectives.denoising import add_noise, denoising_loss
-from toolkit.objectives.matching import Negatives, draw_negatives, matching_loss
+from toolkit.objectives.matching import Negatives, draw_negatives, matching_accuracy, matching_loss
 from toolkit.objectives.row_random import RowRandom
 from toolkit.training.momentum import MomentumEncoder
-from toolkit.training.queue import EmbeddingQueue
+from toolkit.training.queue import EmbeddingQueue, TokenQueue
 from toolkit.training.spans import spanned
 
 
@@ -34,6 +34,15 @@ class Keys:
     speech: Tensor
     image: Tensor
     ids: Tensor
+
+
+@dataclass
+class Pairs:
+    """What the queues take of a micro-batch: keys of all ranks, and the encoded pairs of this one."""
+
+    keys: Keys
+    speech: Encoded | None = None
+    image: Encoded | None = None
 
 
 @dataclass
@@ -97,7 +106,9 @@ class Learner(nn.Module):
         alpha: float,
         draws: Draws,
         cache: Cache | None = None,
-    ) -> tuple[dict[str, Tensor], Keys]:
+        tokens: TokenQueue | None = None,
+        controls: bool = False,
+    ) -> tuple[dict[str, Tensor], Pairs]:
         """Compute the losses of one micro-batch.
 
         Args:
@@ -107,10 +118,12 @@ class Learner(nn.Module):
             alpha: Weight of the teacher's soft targets.
             draws: Randomness of negatives and noise.
             cache: SIC's part, where it was computed on the whole accumulated batch already.
+            tokens: Pairs of earlier batches that SIM draws negatives from, too.
+            controls: Also measure SIM and CMD with the tokens of another pair in place of the right ones: what does
+                not get worse by that does not look at them.
 
         Returns:
-            Scalars by name, of which `loss` is minimised and the rest are detached, and the micro-batch's keys of all
-            ranks for the queue.
+            Scalars by name, of which `loss` is minimised and the rest are detached, and what the queues take.
         """
         features = self._frozen(batch)
         speech, image = self._encode(*features)
@@ -126,20 +139,21 @@ class Learner(nn.Module):
             own = (speech.vector, image.vector)
             losses = {"contrastive": self.contrast(*own, keys, queue, batch.ids, temperature, alpha)}
         if self.objectives.matching.weight:
-            negatives = self._draw(speech, image, keys, batch.ids, temperature.detach(), draws.negatives)
-            requests = self._request(negatives, speech, image)
+            negatives = self._draw(speech, image, keys, batch.ids, temperature.detach(), draws.negatives, tokens)
+            requests = self._request(negatives, speech, image, tokens)
         denoised: dict[str, Tensor] = {}
         if denoising.weight:  # between request and fetch of the negatives: it hides the wait for them
             clean = (speech, image) if denoising.target == "own" else (clean_speech, clean_image)
-            denoised = self._denoising(speech, image, *clean, batch.ids, draws.noise)
+            denoised = self._denoising(speech, image, *clean, batch.ids, draws.noise, controls)
         if self.objectives.matching.weight:
-            losses["matching"] = self._matching(speech, image, negatives, requests)
+            losses |= self._matching(speech, image, negatives, requests, tokens, controls)
         losses |= denoised
 
         weights = {name: getattr(self.objectives, name).weight for name in ("contrastive", "matching", "denoising")}
         loss = torch.stack([weights[name] * losses[name] for name in weights if name in losses]).sum()
         values = {name: value.detach() for name, value in losses.items()}
-        return {"loss": loss, **values, "temperature": temperature.detach()}, keys
+        pairs = Pairs(keys, *((speech.detach(), image.detach()) if tokens else ()))
+        return {"loss": loss, **values, "temperature": temperature.detach()}, pairs
 
     def vectors(self, batch: Batch, teacher: MomentumEncoder | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Vectors [B, D] of a micro-batch: speech, image, and the teacher's or without one the same again."""
@@ -190,36 +204,64 @@ class Learner(nn.Module):
 
     @spanned("SIM")
     def _draw(
-        self, speech: Encoded, image: Encoded, keys: Keys, ids: Tensor, temperature: Tensor, uniforms: Tensor
+        self,
+        speech: Encoded,
+        image: Encoded,
+        keys: Keys,
+        ids: Tensor,
+        temperature: Tensor,
+        uniforms: Tensor,
+        tokens: TokenQueue | None,
     ) -> Negatives:
-        """Draw hard negatives from the batch of all ranks or of this one."""
+        """Draw hard negatives from the batch of all ranks or of this one, and from the pairs in the queue."""
         own = slice(self.rank * len(ids), (self.rank + 1) * len(ids))
         of = slice(None) if self.objectives.matching.negatives == "global" else own
+        parts = [Keys(keys.speech[of].detach(), keys.image[of].detach(), keys.ids[of])]
+        if tokens:
+            parts.append(Keys(tokens.keys.speech, tokens.keys.image, tokens.keys.ids))
         return draw_negatives(
             speech.vector.detach(),
             image.vector.detach(),
-            keys.speech[of].detach(),
-            keys.image[of].detach(),
+            torch.cat([part.speech for part in parts]),
+            torch.cat([part.image for part in parts]),
             ids,
-            keys.ids[of],
+            torch.cat([part.ids for part in parts]),
             temperature,
             uniforms,
         )
 
     @spanned("SIM")
-    def _request(self, negatives: Negatives, speech: Encoded, image: Encoded) -> Requests:
+    def _request(self, negatives: Negatives, speech: Encoded, image: Encoded, tokens: TokenQueue | None) -> Requests:
         """Ask for the rows of the negatives: pictures first, then speech."""
         index = torch.stack([negatives.image, negatives.speech])
         lengths = [image.tokens.shape[1], speech.tokens.shape[1]]
+        if tokens:
+            index, lengths[1] = tokens.global_rows(index), max(lengths[1], tokens.length)
         local = self.objectives.matching.negatives == "local"
         return Requests(index, lengths, *((0, 1) if local else (self.rank, self.world_size)))
 
     @spanned("SIM")
-    def _matching(self, speech: Encoded, image: Encoded, negatives: Negatives, requests: Requests) -> Tensor:
-        wrong_image, wrong_speech = _fetch(image, requests, 0), _fetch(speech, requests, 1)
-        logits = self.model.match(_stack(speech, speech, wrong_speech), _stack(image, wrong_image, image))
-        right, other_image, other_speech = logits.chunk(3)
-        return matching_loss(right, other_image, other_speech, negatives.valid)
+    def _matching(
+        self,
+        speech: Encoded,
+        image: Encoded,
+        negatives: Negatives,
+        requests: Requests,
+        tokens: TokenQueue | None,
+        controls: bool,
+    ) -> dict[str, Tensor]:
+        """Tell matching pairs from those with the negatives; as a control with the tokens of another picture."""
+        wrong_image, wrong_speech = _fetch(image, requests, 0, tokens), _fetch(speech, requests, 1, tokens)
+        spoken, shown = _stack(speech, speech, wrong_speech), _stack(image, wrong_image, image)
+        logits = self.model.match(spoken, shown).chunk(3)
+        losses = {"matching": matching_loss(*logits, negatives.valid)}
+        if controls and len(speech.mask) > 1:
+            with torch.no_grad():
+                swapped = self.model.match(spoken, shown[_neighbours(shown.mask)]).chunk(3)
+            losses["matching_control"] = matching_loss(*swapped, negatives.valid)
+            losses["matching_accuracy"] = matching_accuracy(*logits, negatives.valid)
+            losses["matching_control_accuracy"] = matching_accuracy(*swapped, negatives.valid)
+        return losses
 
     @spanned("CMD")
     def _denoising(
@@ -230,22 +272,27 @@ class Learner(nn.Module):
         clean_image: Encoded,
         ids: Tensor,
         random: RowRandom,
+        controls: bool,
     ) -> dict[str, Tensor]:
-        """Rebuild each noised side with the other's help, and without it to show what the help is worth."""
+        """Rebuild each noised side by attending to the other; as a control to another pair's."""
         sides = {"image": (image, speech, clean_image), "speech": (speech, image, clean_speech)}
         c = self.objectives.denoising
-        helped: list[Tensor] = []
-        alone: list[Tensor] = []
+        rebuilt: list[Tensor] = []
+        swapped: list[Tensor] = []
         for side, denoiser in self.denoisers.items():
             student, other, clean = sides[side]
             span = c.span if side == "speech" else 1  # frames change together, patches one by one
             noised = add_noise(student.tokens, student.mask, ids, c.noise, c.ratio, span, c.snr_db, random, c.donors)
             positions = noised.positions if c.positions == "noised" else student.mask
             truth = (clean.tokens.detach(), positions, student.mask, c.loss, c.token_temperature)
-            helped.append(denoising_loss(denoiser(noised.tokens, student.mask, other.tokens, other.mask), *truth))
-            with torch.no_grad():
-                alone.append(denoising_loss(denoiser(noised.tokens, student.mask, None), *truth))
-        return {"denoising": torch.stack(helped).mean(), "denoising_withheld": torch.stack(alone).mean()}
+            rebuilt.append(denoising_loss(denoiser(noised.tokens, student.mask, other.tokens, other.mask), *truth))
+            if controls and len(ids) > 1:
+                with torch.no_grad():
+                    wrong = other[_neighbours(other.mask)]
+                    tokens = denoiser(noised.tokens, student.mask, wrong.tokens, wrong.mask)
+                    swapped.append(denoising_loss(tokens, *truth))
+        losses = {"denoising": torch.stack(rebuilt).mean()}
+        return losses | ({"denoising_control": torch.stack(swapped).mean()} if swapped else {})
 
 
 def _denoiser(model: SpeechImageModel, side: str, layers: int) -> Denoiser:
@@ -260,14 +307,23 @@ def _cleaned(teacher: MomentumEncoder, speech: tuple[Features, ...], image: Feat
     return teacher(speech, image)
 
 
-def _fetch(encoded: Encoded, requests: Requests, batch: int) -> Encoded:
-    """Fetch the rows of the (global) batch that were asked for: one exchange for the tokens, one for the rest."""
-    missing = requests.longest(batch) - encoded.tokens.shape[1]
-    mask = nn.functional.pad(encoded.mask, (0, missing))
-    tokens = requests.fetch(batch, nn.functional.pad(encoded.tokens, (0, 0, 0, missing)))
-    rest = requests.fetch(batch, torch.cat([encoded.vector, mask.to(encoded.vector.dtype)], dim=1))
-    width = encoded.vector.shape[1]
-    return Encoded(rest[:, :width], tokens, rest[:, width:].bool())
+def _fetch(encoded: Encoded, requests: Requests, batch: int, queue: TokenQueue | None) -> Encoded:
+    """Fetch the rows that were asked for, of the (global) batch 0: pictures or 1: speech and of the queue behind it."""
+    length = requests.longest(batch)
+    missing = length - encoded.tokens.shape[1]
+    tokens, mask = nn.functional.pad(encoded.tokens, (0, 0, 0, missing)), nn.functional.pad(encoded.mask, (0, missing))
+    earlier = queue.tokens(length) if queue else None
+    if batch == 0:
+        fetched = requests.fetch(0, tokens, earlier[2] if earlier else None)
+        return Encoded(encoded.vector, fetched, mask.new_ones(fetched.shape[:2]))
+    fetched = requests.fetch(1, tokens, earlier[0] if earlier else None)
+    return Encoded(encoded.vector, fetched, requests.fetch(1, mask.byte(), earlier[1] if earlier else None).bool())
+
+
+def _neighbours(mask: Tensor) -> Tensor:
+    """Rows 1, 0, 3, 2, ...: for each row another of its pair, whatever the number of ranks; of an odd end the first."""
+    rows = torch.arange(len(mask), device=mask.device) ^ 1
+    return torch.where(rows < len(mask), rows, 0)
 
 
 def _stack(*parts: Encoded) -> Encoded:

@@ -30,6 +30,8 @@ from toolkit.training.work import Amount
 T = TypeVar("T")
 
 LOG = "log.jsonl"
+# Measured at the last step of an interval only: what SIM and CMD get with the tokens of another pair.
+CONTROLS = ("matching_control", "matching_accuracy", "matching_control_accuracy", "denoising_control")
 
 
 class Log:
@@ -43,6 +45,7 @@ class Log:
         self.first = progress.step
         self.names: list[str] = []
         self.sums: Tensor | None = None
+        self.controls: dict[str, Tensor] = {}
         self.steps = self.applied = self.faults = 0
         self.work = Amount()  # of this rank, in the interval
         self.began = self.interval_began = time.perf_counter()
@@ -97,6 +100,8 @@ class Log:
         self.lr = lr
         self.steps += 1
         if losses is not None:
+            self.controls = {name: losses[name] for name in losses if name in CONTROLS}
+            losses = {name: losses[name] for name in losses if name not in CONTROLS}
             values = torch.stack([value.detach().float() for value in losses.values()])
             self.names = list(losses)
             self.sums = values if self.sums is None else self.sums + values
@@ -121,13 +126,15 @@ class Log:
         sums = torch.zeros(0, device=self.device) if self.sums is None else self.sums
         done = self.work
         own = [self.faults, done.seconds, done.tokens, done.total() / 1e12, *self._memory_by_rank()]
-        totals = torch.cat([sums, sums.new_tensor(own)])
+        last = [value.detach().float() for value in self.controls.values()]
+        totals = torch.cat([sums, *(value.view(1) for value in last), sums.new_tensor(own)])
         dist.all_reduce(totals)
         values = totals.tolist()
-        means = values[: len(sums)]
-        faults, seconds, tokens, tera, *memory = values[len(sums) :]
+        means, controls = values[: len(sums)], values[len(sums) : len(sums) + len(last)]
+        faults, seconds, tokens, tera, *memory = values[len(sums) + len(last) :]
         count = self.applied * self.world_size
         losses = {name: value / count for name, value in zip(self.names, means, strict=True)} if count else {}
+        losses |= {name: value / self.world_size for name, value in zip(self.controls, controls, strict=True)}
         now = time.perf_counter()
         elapsed = max(1e-9, now - self.interval_began - self.interval_paused)
         progress.seconds = self.before + now - self.began
@@ -148,6 +155,7 @@ class Log:
         self._write(record)
         self.say(self._line(record))
         self.sums, self.steps, self.applied, self.faults, self.work = None, 0, 0, 0, Amount()
+        self.controls = {}
         self.waited = self.interval_paused = 0.0
         self.interval_began = now
 
@@ -247,9 +255,9 @@ class Log:
         if "loss" in r:
             parts.append(f"loss {r['loss']:.3f}  sic {r['contrastive']:.3f}")
         if "matching" in r:
-            parts.append(f"sim {r['matching']:.3f}")
+            parts.append(f"sim {r['matching']:.3f}" + _control(r, "matching_control"))
         if "denoising" in r:
-            parts.append(f"cmd {r['denoising']:.3f} (alone {r['denoising_withheld']:.3f})")
+            parts.append(f"cmd {r['denoising']:.3f}" + _control(r, "denoising_control"))
         if "temperature" in r:
             parts.append(f"tau {r['temperature']:.3f}")
         parts.append(f"lr {r['lr']:.1e}  {r['pairs_per_second']:.0f} pairs/s")
@@ -289,6 +297,11 @@ def _git_state(root: Path) -> dict[str, str | None]:
         return dict(json.loads(root.with_name(f"{root.name}.json").read_text())["git"])
     except (OSError, ValueError, KeyError, TypeError):
         return git_state(root)
+
+
+def _control(record: dict[str, Any], name: str) -> str:
+    """The loss with the tokens of another pair, if it was measured."""
+    return f" (other {record[name]:.3f})" if name in record else ""
 
 
 def _mean_recall(recall: dict[str, Any]) -> float | None:

@@ -12,7 +12,7 @@ from toolkit.training.checkpoint_files import FileInfo
 FORMAT = 2
 MARKER = "progress.json"
 SHARED = "shared.safetensors"
-_FILE = re.compile(r"(shared|fragments-\d{5})\.safetensors")  # the only files of a checkpoint that are opened
+_FILE = re.compile(r"(shared|(fragments|tokens)-\d{5})\.safetensors")  # the only files of a checkpoint that are opened
 
 
 @dataclass

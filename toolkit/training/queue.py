@@ -1,9 +1,20 @@
-"""The queue: vectors of earlier batches as further keys of SIC (MoCo, arXiv 1911.05722; ALBEF, arXiv 2107.07651)."""
+"""Queues: pairs of earlier batches, as keys of SIC and as hard negatives of SIM.
+
+SIC's queue holds vectors (MoCo, arXiv 1911.05722; ALBEF, arXiv 2107.07651). SIM's holds token sequences as well: hard
+negatives are mined in the queue by the contrastive similarities (arXiv 2408.13119).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from toolkit.model.encoded import Encoded
 from toolkit.objectives.contrastive import EMPTY
+
+_KEYS = ("speech", "image", "ids")
+_TOKENS = ("speech", "speech_mask", "image")
 
 
 class EmbeddingQueue(nn.Module):
@@ -55,3 +66,143 @@ class EmbeddingQueue(nn.Module):
         for ring, rows in ((self.speech, speech), (self.image, image), (self.ids, ids)):
             ring.index_copy_(0, slots, rows[pushed - kept :].to(ring.dtype))
         self.pointer.add_(pushed).remainder_(self.size)
+
+
+class TokenQueue:
+    """Token sequences of the newest pairs: hard negatives of SIM beyond the batch.
+
+    A ring of blocks, one for each global micro-batch of W * B pairs. The keys are the same on all ranks; the tokens of
+    a pair stay on the rank that encoded it, without gradient, and travel only when they are drawn. With the batch as
+    block 0, pair i of rank r in block k is
+
+        candidate  k * W * B + r * B + i              what draws are made among
+        global row r * (1 + K) * B + k * B + i        what a row exchange asks for
+
+    Attributes:
+        keys: Vectors and identities of the K * W * B pairs.
+        speech: [K, B, L, H] frames of this rank's pairs, in the model's precision.
+        speech_mask: uint8 [K, B, L], 1 on real frames.
+        image: [K, B, P, H] patches.
+        lengths: Frames up to which each block of this rank was padded.
+        block: The block that is written next; once the ring is full it holds the oldest pairs.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        rows: int,
+        world_size: int,
+        embed_dim: int,
+        speech_shape: Sequence[int],
+        image_shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        on_host: bool = False,
+    ) -> None:
+        """Make an empty queue.
+
+        Args:
+            size: Pairs kept over all ranks, rounded down to whole micro-batches; 0 keeps none.
+            rows: B, pairs of a rank in a micro-batch.
+            world_size: W, number of ranks; 1 where negatives are drawn from this rank's own pairs only.
+            embed_dim: Length of the vectors.
+            speech_shape: Frames of the longest caption, and their size.
+            image_shape: Patches, and their size.
+            dtype: Of the tokens.
+            device: Where the model computes.
+            on_host: Keep the tokens in the CPU's page-locked memory; drawn rows are copied to the device.
+        """
+        self.blocks, self.rows, self.world_size = size // (rows * world_size), rows, world_size
+        self.keys = EmbeddingQueue(self.blocks * rows * world_size, embed_dim).to(device)
+        pinned = on_host and torch.device(device).type == "cuda"
+        where = {"device": "cpu" if on_host else device, "pin_memory": pinned}
+        self.speech = torch.zeros(self.blocks, rows, *speech_shape, dtype=dtype, **where)
+        self.speech_mask = torch.zeros(self.blocks, rows, speech_shape[0], dtype=torch.uint8, **where)
+        self.image = torch.zeros(self.blocks, rows, *image_shape, dtype=dtype, **where)
+        self.lengths = [0] * self.blocks
+        self.block = 0
+        self._written = torch.cuda.Event() if pinned else None
+
+    @property
+    def length(self) -> int:
+        """Frames of the longest of this rank's blocks."""
+        return max(self.lengths, default=0)
+
+    @torch.no_grad()
+    def push(self, speech: Encoded, image: Encoded, speech_keys: Tensor, image_keys: Tensor, ids: Tensor) -> None:
+        """Write a micro-batch over the oldest one, without waiting for the device.
+
+        Args:
+            speech: This rank's B utterances.
+            image: Their pictures.
+            speech_keys: [W * B, D] vectors of all ranks' pairs.
+            image_keys: [W * B, D].
+            ids: int64 [W * B].
+        """
+        if not self.blocks:
+            return
+        length = speech.tokens.shape[1]
+        self.speech[self.block, :, :length].copy_(speech.tokens, non_blocking=True)
+        self.speech_mask[self.block].zero_()
+        self.speech_mask[self.block, :, :length].copy_(speech.mask, non_blocking=True)
+        self.image[self.block].copy_(image.tokens, non_blocking=True)
+        if self._written:
+            self._written.record()
+        self.keys.push(speech_keys, image_keys, ids)
+        self.lengths[self.block] = length
+        self.block = (self.block + 1) % self.blocks
+
+    def global_rows(self, candidates: Tensor) -> Tensor:
+        """Global rows of candidates, int64 of any shape; with `world_size` 1 those of rank 0 in a world of one."""
+        block, place = candidates // (self.world_size * self.rows), candidates % (self.world_size * self.rows)
+        return (place // self.rows) * (1 + self.blocks) * self.rows + block * self.rows + place % self.rows
+
+    def state(self, rank: int) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the pairs of one rank."""
+        own = slice(rank * self.rows, (rank + 1) * self.rows)
+        keys = {name: getattr(self.keys, name).unflatten(0, (self.blocks, -1))[:, own] for name in _KEYS}
+        return {
+            **{f"{name}_keys": rows.contiguous() for name, rows in keys.items()},
+            **{name: getattr(self, name) for name in _TOKENS},
+            "lengths": torch.tensor(self.lengths),
+            "block": torch.tensor([self.block]),
+        }
+
+    @torch.no_grad()
+    def load(self, states: Sequence[Callable[[str], Any]], rank: int) -> None:
+        """Take over the state of a queue of as many pairs, saved by any number of ranks.
+
+        Args:
+            states: Of each rank that saved, by rank: gives a tensor of its `state` by name, to be read in slices.
+            rank: This rank.
+
+        Raises:
+            ValueError: The queue has another size, or its micro-batches another.
+        """
+        pairs = self.rows * self.world_size
+        shape = [self.blocks, pairs // len(states)]
+        if any(list(state("ids_keys").get_shape()) != shape for state in states):
+            raise ValueError(f"it is not of {self.blocks} micro-batches of {pairs} pairs")
+        for name in _KEYS:
+            every = torch.cat([state(f"{name}_keys")[:] for state in states], dim=1)
+            getattr(self.keys, name).copy_(every.flatten(0, 1))
+        self.block = int(states[0]("block")[:])
+        self.keys.pointer.fill_(self.block * pairs)
+        lengths = torch.zeros(self.blocks, dtype=torch.int64)
+        for number, state in enumerate(states):  # its rows of a global micro-batch begin at number * shape[1]
+            first, last = max(rank * self.rows, number * shape[1]), min((rank + 1) * self.rows, (number + 1) * shape[1])
+            if first < last:
+                ours, theirs = (slice(first - at, last - at) for at in (rank * self.rows, number * shape[1]))
+                for name in _TOKENS:
+                    getattr(self, name)[:, ours].copy_(state(name)[:, theirs])
+                lengths = torch.maximum(lengths, state("lengths")[:])
+        self.lengths = lengths.tolist()
+
+    def tokens(self, length: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Rows behind the batch's in a row exchange: frames [K * B, length, H], their mask, patches; None: none."""
+        if not self.blocks:
+            return None
+        if self._written:
+            self._written.synchronize()
+        speech, mask = self.speech[:, :, :length], self.speech_mask[:, :, :length]
+        return speech.flatten(0, 1), mask.flatten(0, 1), self.image.flatten(0, 1)

@@ -29,9 +29,14 @@ _CHARTS = (
         {
             "contrastive": "SIC",
             "matching": "SIM",
+            "matching_control": "SIM with another pair's tokens",
             "denoising": "CMD",
-            "denoising_withheld": "CMD without the other modality",
+            "denoising_control": "CMD with another pair's tokens",
         },
+    ),
+    (
+        "SIM: share of pairs told right",
+        {"matching_accuracy": "right tokens", "matching_control_accuracy": "another pair's tokens"},
     ),
     ("Temperature", {"temperature": "temperature"}),
     (

@@ -5,10 +5,12 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shards.audio import SAMPLE_RATE
 from shards.errors import UserError
 from shards.manifest import load as load_manifest
 from shards.order import part_of
@@ -30,15 +32,15 @@ from toolkit.training.data import open_order, open_reader
 from toolkit.training.engine import backward, make_engine, whole
 from toolkit.training.export import Exports, exported_config
 from toolkit.training.float32 import ExactTemperature, gather_masters
-from toolkit.training.learner import Draws, Keys, Learner
+from toolkit.training.learner import Draws, Learner, Pairs
 from toolkit.training.log import Log
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.progress import Progress
-from toolkit.training.queue import EmbeddingQueue
+from toolkit.training.queue import EmbeddingQueue, TokenQueue
 from toolkit.training.signals import StopSignals
 from toolkit.training.spans import span
 from toolkit.training.watchdog import Watchdog
-from toolkit.training.work import Work
+from toolkit.training.work import Work, count_frames, count_patches
 
 
 class Trainer:
@@ -86,13 +88,14 @@ class Trainer:
             )
             self.first_bad = FirstBadModule(watched)
         self.queue = EmbeddingQueue(config.objectives.contrastive.queue, config.model.embed_dim).to(device)
+        self.tokens = self._make_token_queue()
 
         data = [manifest.hash for manifest in self.training_manifests]
         self.checkpoints = Checkpoints(run, config, data, rank, world_size)
         self.exports = Exports(run, config, self.manifest.arguments)
         self.exports.fence = self.lease.check
         self.checkpoints.fence = self._before_complete
-        self.progress = self.checkpoints.resume(self.engine, self.teacher, self.queue)
+        self.progress = self.checkpoints.resume(self.engine, self.teacher, self.queue, self.tokens)
         self.exact_temperature = ExactTemperature(self.engine, model.temperature, world_size)
         self.exact_temperature.refresh()
         self._see_best()
@@ -155,15 +158,15 @@ class Trainer:
             The losses and scalars of the step's last micro-batch, on the device.
         """
         self._set_lr(self.lr(step))
-        collected: list[Keys] = []
+        collected: list[Pairs] = []
         if self.first_bad:
             self.first_bad.begin()
-        for losses, keys in self._micro_losses(step, batches):
+        for losses, pairs in self._micro_losses(step, batches):
             with span("backward"):
                 backward(self.engine, losses["loss"])
             with span("optimizer"):
                 self.engine.step()
-            collected.append(keys)
+            collected.append(pairs)
         if self.engine.was_step_applied():
             self.progress.skipped_in_a_row = 0
             self.exact_temperature.refresh()
@@ -213,7 +216,7 @@ class Trainer:
         """Save a checkpoint and export the model as it is now, behind the training; every rank takes part."""
         self._fence()
         with self.watchdog.paused(), self.log.paused("saving"):
-            self.checkpoints.save(self.engine, self.teacher, self.queue, self.progress)
+            self.checkpoints.save(self.engine, self.teacher, self.queue, self.tokens, self.progress)
             self.export("last")
 
     def export(self, name: str) -> None:
@@ -235,9 +238,11 @@ class Trainer:
         del self.engine
         gc.collect()
 
-    def _micro_losses(self, step: int, batches: Iterator[Batch]) -> Iterator[tuple[dict[str, Tensor], Keys]]:
-        """Yield the losses and keys of a step's micro-batches, each to be followed by its backward pass."""
+    def _micro_losses(self, step: int, batches: Iterator[Batch]) -> Iterator[tuple[dict[str, Tensor], Pairs]]:
+        """Yield the losses and encoded pairs of a step's micro-batches, each to be followed by its backward pass."""
         count, others = self.config.training.accumulation, (self.teacher, self.queue, self.alpha(step))
+        logged = (step + 1) % self.config.training.log_every == 0
+        further = {"tokens": self.tokens, "controls": logged}
 
         def take() -> Batch:
             batch = self.log.waiting(lambda: self._next(batches)).to(self.device)
@@ -252,17 +257,40 @@ class Trainer:
             held = [take() for _ in range(count)]
             caches = make_caches(self.learner, held, draws, *others)
             for micro, (batch, cache) in enumerate(zip(held, caches, strict=True)):
-                yield self.engine(batch, *others, draws(micro), cache)
+                yield self.engine(batch, *others, draws(micro), cache, **further)
         else:
             for micro in range(count):
-                yield self.engine(take(), *others, draws(micro))
+                yield self.engine(take(), *others, draws(micro), **further)
 
-    def _follow(self, step: int, collected: list[Keys]) -> None:
-        """After an applied step: the teacher follows, and the queue takes the step's keys."""
+    def _follow(self, step: int, collected: list[Pairs]) -> None:
+        """After an applied step: the teacher follows, and the queues take the step's pairs."""
         if self.teacher:
             self.teacher.update()
-        for keys in collected if step >= self.config.objectives.contrastive.queue_from else ():
-            self.queue.push(keys.speech.detach(), keys.image.detach(), keys.ids)
+        for pairs in collected if step >= self.config.objectives.contrastive.queue_from else ():
+            keys = pairs.keys.speech.detach(), pairs.keys.image.detach(), pairs.keys.ids
+            self.queue.push(*keys)
+            if self.tokens and pairs.speech and pairs.image:
+                own = slice(self.rank * self.micro_batch, (self.rank + 1) * self.micro_batch)
+                of = own if self.tokens.world_size < self.world_size else slice(None)
+                self.tokens.push(pairs.speech, pairs.image, *(each[of] for each in keys))
+
+    def _make_token_queue(self) -> TokenQueue | None:
+        """The queue of SIM's negatives; None where they come from the batch alone."""
+        config, model, matching = self.config, self.learner.model, self.config.objectives.matching
+        if not (matching.weight and matching.queue):
+            return None
+        longest = np.array([int(config.data.max_seconds * SAMPLE_RATE)])
+        return TokenQueue(
+            matching.queue,
+            self.micro_batch,
+            self.world_size if matching.negatives == "global" else 1,
+            config.model.embed_dim,
+            (int(count_frames(model.speech, longest)[0]), model.speech.token_dim),
+            (count_patches(model.image, config.data.image_size), model.image.token_dim),
+            torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+            self.device,
+            matching.queue_on == "host",
+        )
 
     def _see_best(self) -> None:
         """The best so far is the one on the disk: an export may have failed, or have been taken away."""

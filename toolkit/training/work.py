@@ -2,9 +2,9 @@ r"""How much work a micro-batch is: speech, tokens, and the model's floating-poi
 
 Model FLOPs are counted as is usual for utilisation (PaLM, arXiv 2204.02311, appendix B): two for each multiply-add of
 matrix products, convolutions and attention; what is trained counts three times, forward once and backward twice; what
-is frozen, the teacher, and CMD without the other modality count once. They are what the model needs, not what a step
-happens to do: padding counts nothing (each utterance at its own length), nor does recomputation (activation
-checkpointing, the first pass of cached steps).
+is frozen and the teacher count once. They are what the model needs, not what a step happens to do: padding counts
+nothing (each utterance at its own length), nor do recomputation (activation checkpointing, the first pass of cached
+steps) and the controls of a logged step.
 """
 
 from dataclasses import dataclass, field
@@ -116,8 +116,7 @@ class Work:
                 assert isinstance(denoiser, Denoiser)
                 own, other = (frames, patches) if side == "speech" else (np.full(rows, patches), frames)
                 predict = 2.0 * own * denoiser.predict.in_features * denoiser.predict.out_features
-                helped, alone = (fusion_flops(denoiser.fusion, own, context) + predict for context in (other, 0))
-                parts["CMD"] += float((TRAINED * helped + alone).sum())
+                parts["CMD"] += TRAINED * float((fusion_flops(denoiser.fusion, own, other) + predict).sum())
         return {part: flops for part, flops in parts.items() if flops}
 
 
