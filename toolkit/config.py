@@ -77,9 +77,7 @@ class Fusion:
     heads: int = 12
     pool: int = 2  # neighbouring speech frames averaged into one query
     dropout: float = 0.1
-    agreement: bool = (
-        False  # the class token begins with the product of the two global vectors; learns sooner from scratch
-    )
+    late_interaction: int = 0  # size of a space where frames meet patches; the class token begins with it; 0: none
 
 
 @dataclass
@@ -125,6 +123,8 @@ class Matching:
         0  # pairs of earlier batches, over all ranks, that negatives are drawn from, too; their tokens are kept
     )
     queue_on: Literal["device", "host"] = "device"  # where: host takes the CPU's page-locked memory
+    late_weight: float = 0.0  # of a contrastive loss on the late interaction of all pairs of a group
+    late_group: int = 8  # neighbours in the global batch that it compares; no rank's micro-batch should cut them
 
 
 @dataclass
@@ -193,7 +193,7 @@ class Evaluation:
     batch_size: int = 64  # pictures, or captions up to data.max_seconds; of longer ones fewer
     max_seconds: float = 60.0  # longer captions are cut to their start; the exported model's processor does the same
     rerank: int = 0  # candidates that SIM re-scores a query during training's evaluations; 0: coarse only
-    fuse: Literal["matching", "sum"] = "sum"  # re-ranked score: matching alone (ALBEF) or matching + contrastive (BLIP)
+    fuse: Literal["fitted", "sum", "matching"] = "fitted"  # cosine + logit, as fits dev or 1:1 (BLIP); logit (ALBEF)
 
 
 @dataclass

@@ -40,13 +40,15 @@ def _shown(value: Any) -> str:
 
 
 def _comments(source: str) -> dict[tuple[str, str], str]:
-    """The comment on the line of each annotated field, by class and field."""
+    """The first comment on the lines of each annotated field, by class and field."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     by_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     return {
-        (node.name, field.target.id): by_line[field.lineno]
+        (node.name, field.target.id): by_line[found[0]]
         for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef)
         for field in node.body
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.lineno in by_line
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and (found := [line for line in range(field.lineno, (field.end_lineno or 0) + 1) if line in by_line])
     }

@@ -18,6 +18,7 @@ from toolkit.run_folder import load_run
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
+    from toolkit.evaluation.encode import Process
     from toolkit.model.retrieval import SpeechImageModel
 
 RECALL, GALLERY = "recall.json", "retrieved.png"
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     model = load_model(export)
     model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
     process = Process(rank, world_size, device, show_progress=rank == 0)
+    if k and config.evaluation.fuse == "fitted" and model.config.match_weight is None:
+        fit_match_weight(model, config, k, process)
     found = retrieve(model, manifest, split, config, k, process)
     if rank == 0:
         report = found.report | {"shards": config.data.shards, "checkpoint": export.name, "step": read_step(export)}
@@ -88,6 +91,22 @@ def read_arguments(arguments: list[str]) -> tuple[Config, str, int, str | None]:
         print("not re-ranked: this run trained no matching head (objectives.matching.weight 0)", file=sys.stderr)
         k = 0
     return config, options.split or config.final.split or "test", k, options.checkpoint
+
+
+def fit_match_weight(model: "SpeechImageModel", config: Config, k: int, process: "Process") -> None:
+    """Fit the weight of the match score on the run's own dev split, for a model that was exported without one.
+
+    Raises:
+        UserError: The run's shards or their dev split are not there.
+    """
+    from shards.manifest import load
+    from toolkit.evaluation.run import retrieve
+
+    own = load_run(config.run)
+    manifest = load(own.data.shards)
+    if process.rank == 0:
+        print(f"fitting the weight of the match score on {own.data.dev}: the model was exported without one")
+    retrieve(model, manifest, own.data.dev, own, k, process, fit=True)
 
 
 def find_export(run: Path, checkpoint: str | None) -> Path:

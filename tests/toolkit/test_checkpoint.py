@@ -29,7 +29,7 @@ from toolkit import config
 
 shards = test_trainer.shards
 STEPS = 4
-LOSSES = ("step", "loss", "contrastive", "matching", "denoising", "denoising_withheld", "temperature", "lr")
+LOSSES = ("step", "loss", "contrastive", "matching", "denoising", "denoising_control", "temperature", "lr")
 
 
 def marker(folder: Path, **changed: Any) -> Path:

@@ -1,5 +1,6 @@
 """A micro-batch's losses: what depends on what."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,32 +13,83 @@ from tests.tiny import tiny_model
 from toolkit import config
 from toolkit import distributed as across_ranks
 from toolkit.model.build import build_model
+from toolkit.model.encoded import Encoded
 from toolkit.objectives.row_random import RowRandom
 from toolkit.training.learner import Draws, Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
 
 
-def losses(learner: Learner, images: torch.Tensor, waveforms: torch.Tensor) -> dict[str, float]:
+def learner_of(**objectives: Any) -> Learner:
+    torch.manual_seed(0)
+    made = config.Objectives(momentum=config.Momentum(enabled=False), **objectives)
+    model = tiny_model()
+    model.fusion.late_interaction = 8
+    return Learner(build_model(model), made, rank=0, world_size=1)
+
+
+def losses(
+    learner: Learner, images: torch.Tensor, waveforms: torch.Tensor, order: list[int] | None = None
+) -> dict[str, float]:
     rows = len(images)
     batch = Batch(images, waveforms, torch.full((rows,), waveforms.shape[1]), torch.arange(rows))
     draws = Draws(torch.full((2, rows), 0.5), RowRandom(0, torch.arange(rows)))
-    found, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws)
+    found, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, controls=True)
     return {name: value.item() for name, value in found.items()}
 
 
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.randn(4, 9000)
+
+
+NEIGHBOURS = [1, 0, 3, 2]
+
+
 @pytest.mark.parametrize("side", ["image", "speech"])
-def test_the_withheld_loss_does_not_see_the_other_modality(side: str) -> None:
-    torch.manual_seed(0)
-    denoising = config.Denoising(side=side, target="own", layers=1)
-    objectives = config.Objectives(denoising=denoising, momentum=config.Momentum(enabled=False))
-    learner = Learner(build_model(tiny_model()), objectives, rank=0, world_size=1)
-    images, others = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)
-    waves, voices = torch.randn(2, 4, 9000)
-    before = losses(learner, images, waves)
-    after = losses(learner, images, voices) if side == "image" else losses(learner, others, waves)
-    assert after["denoising_withheld"] == before["denoising_withheld"]
-    assert after["denoising"] != before["denoising"], "the other modality is not looked at"
+def test_the_control_of_denoising_attends_to_the_neighbours_tokens(side: str) -> None:
+    learner = learner_of(denoising=config.Denoising(side=side, target="own", layers=1, noise="mask"))
+    images, waves = pairs()
+    right = losses(learner, images, waves)
+    swapped = (
+        losses(learner, images, waves[NEIGHBOURS]) if side == "image" else losses(learner, images[NEIGHBOURS], waves)
+    )
+    assert right["denoising_control"] == pytest.approx(swapped["denoising"], rel=1e-5)
+    assert right["denoising_control"] != pytest.approx(right["denoising"], rel=1e-5), "the other modality is not used"
+
+
+def test_a_denoiser_that_ignores_the_other_modality_has_a_control_like_its_loss() -> None:
+    learner = learner_of(denoising=config.Denoising(target="own", layers=1))
+    for layer in learner.denoisers["image"].fusion.layers:
+        torch.nn.init.zeros_(layer.cross_attention.output.weight)
+    found = losses(learner, *pairs())
+    assert found["denoising_control"] == pytest.approx(found["denoising"], abs=1e-7)
+
+
+def test_matching_and_its_control_read_tokens_and_nothing_else() -> None:
+    learner = learner_of(denoising=config.Denoising(weight=0))
+    found = losses(learner, *pairs())
+    assert found["matching_control"] != pytest.approx(found["matching"], rel=1e-5)
+    assert 0 <= found["matching_control_accuracy"] <= 1
+    match, seen = learner.model.match, []
+
+    def without_vectors(speech: Encoded, image: Encoded) -> torch.Tensor:
+        seen.append(len(speech.tokens))
+        nothing = torch.full_like(speech.vector, torch.nan), torch.full_like(image.vector, torch.nan)
+        return match(replace(speech, vector=nothing[0]), replace(image, vector=nothing[1]))
+
+    learner.model.match = without_vectors
+    assert losses(learner, *pairs()) == found
+    assert seen == [12, 12]
+
+
+def test_controls_are_measured_only_when_asked_for() -> None:
+    learner = learner_of()
+    images, waves = pairs()
+    batch = Batch(images, waves, torch.full((4,), 9000), torch.arange(4))
+    draws = Draws(torch.full((2, 4), 0.5), RowRandom(0, torch.arange(4)))
+    found, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws)
+    assert set(found) == {"loss", "contrastive", "matching", "denoising", "temperature"}
 
 
 def collectives(rank: int, world_size: int, objectives: config.Objectives) -> list[str]:
@@ -62,17 +114,17 @@ def collectives(rank: int, world_size: int, objectives: config.Objectives) -> li
     lengths, ids = torch.full((rows,), samples), torch.arange(rows) + rows * rank + 2**40
     batch = Batch(torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8), torch.randn(rows, samples), lengths, ids)
     draws = Draws(torch.full((2, rows), 0.5), RowRandom(0, torch.arange(rows)))
-    _, keys = learner(batch, teacher, EmbeddingQueue(4, 16), 0.0, draws)
-    assert keys.ids.tolist() == [2**40 + row for row in range(rows * world_size)]
+    _, found = learner(batch, teacher, EmbeddingQueue(4, 16), 0.0, draws)
+    assert found.keys.ids.tolist() == [2**40 + row for row in range(rows * world_size)]
     return seen
 
 
 @pytest.mark.parametrize("teacher", [True, False])
-def test_keys_and_identities_travel_in_one_collective_and_negatives_in_five(teacher: bool) -> None:
+def test_keys_and_identities_travel_in_one_collective_and_negatives_in_four(teacher: bool) -> None:
     momentum = config.Momentum(enabled=teacher)
     near = config.Matching(negatives="local")
     local = config.Objectives(momentum=momentum, matching=near, denoising=config.Denoising(weight=0))
     assert run_ranks(collectives, 2, local) == [["all_gather"]] * 2
     everywhere = config.Objectives(momentum=momentum)
-    fetched = ["all_gather", "all_gather", *["all_to_all_single"] * 4]
+    fetched = ["all_gather", "all_gather", *["all_to_all_single"] * 3]
     assert run_ranks(collectives, 2, everywhere) == [fetched] * 2

@@ -54,6 +54,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(shards: Path, run: Path, **training: Any) -> config.Config:
     model = tiny_model()
+    model.fusion.late_interaction = 8
     training = {
         "steps": 4,
         "batch_size": 8,
@@ -69,7 +70,7 @@ def settings(shards: Path, run: Path, **training: Any) -> config.Config:
         model=model,
         objectives=config.Objectives(
             contrastive=config.Contrastive(queue=12, alpha_ramp=2),
-            matching=config.Matching(negatives="global"),
+            matching=config.Matching(negatives="global", queue=16, late_weight=0.5, late_group=2),
             denoising=config.Denoising(layers=1, side="both"),
             momentum=config.Momentum(decay=0.9),
         ),
@@ -95,7 +96,7 @@ def train(rank: int, world_size: int, *runs: config.Config) -> None:
 
 def losses(run: Path) -> list[dict[str, float]]:
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    names = ("step", "loss", "contrastive", "matching", "denoising", "denoising_withheld", "temperature")
+    names = ("step", "loss", "contrastive", "matching", "denoising", "denoising_control", "temperature")
     return [{name: r[name] for name in names if name in r} for r in records if "loss" in r]
 
 
@@ -200,15 +201,16 @@ def test_learning_rate_and_alpha_follow_their_schedules() -> None:
 def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
     import torch
 
-    from toolkit.training.learner import Keys
+    from toolkit.training.learner import Keys, Pairs
     from toolkit.training.queue import EmbeddingQueue
     from toolkit.training.trainer import Trainer
 
     whole = config.Config()
     whole.objectives.contrastive.queue_from = 3
-    trainer = SimpleNamespace(config=whole, teacher=None, queue=EmbeddingQueue(8, 2))
+    trainer = SimpleNamespace(config=whole, teacher=None, queue=EmbeddingQueue(8, 2), tokens=None)
     for step in range(5):
-        Trainer._follow(trainer, step, [Keys(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([step]))])
+        keys = Keys(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([step]))
+        Trainer._follow(trainer, step, [Pairs(keys)])
     assert sorted(trainer.queue.ids[trainer.queue.ids >= 0].tolist()) == [3, 4]
 
 

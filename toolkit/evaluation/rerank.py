@@ -1,17 +1,24 @@
 """Re-ranking: SIM's matching score reorders the best k answers of SIC, in both directions.
 
-The new score of a candidate is the match logit (`matching`; ALBEF: itm_head(...)[:, 1]), or the match logit plus the
-cosine of the global vectors, without temperature (`sum`; BLIP: score + topk_sim). Only the best k change places; the
-rest stay behind them in SIC's order. Where equal cosines meet at the border of the best k, position decides who is a
-candidate.
+The new score of a candidate is, by `evaluation.fuse`,
+
+    fitted      cosine + w * match logit, with the weight w that fits dev best; kept in the exported model
+    sum         match logit + cosine of the global vectors, without temperature (BLIP: score + topk_sim)
+    matching    match logit (ALBEF: itm_head(...)[:, 1])
+
+Only the best k change places; the rest stay behind them in SIC's order. Where equal cosines meet at the border of the
+best k, position decides who is a candidate.
 """
 
+import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from shards.errors import UserError
 from toolkit import config
 from toolkit.evaluation.encode import Encodings, Process, progress
 from toolkit.evaluation.recall import Ranking, Standing, add_up, stand
@@ -30,6 +37,7 @@ def rerank(
     k: int,
     evaluation: config.Evaluation,
     process: Process,
+    fit: bool = False,
 ) -> tuple[Ranking, Ranking, float]:
     """Reorder both directions' best k; a pair that is a candidate in both is matched once.
 
@@ -42,6 +50,7 @@ def rerank(
         k: Candidates a query.
         evaluation: `fuse` chooses the score.
         process: This process.
+        fit: Fit the weight of the match logit to these answers first, into the model's configuration.
 
     Returns:
         Both directions reordered, and the seconds that one rank takes for one query.
@@ -54,12 +63,18 @@ def rerank(
     backward = captions * size + queries[:, None]
     numbers = torch.unique(torch.cat([forward.flatten(), backward.flatten()]))
     pairs = torch.stack([numbers // size, numbers % size], dim=1)
-    scores = score_pairs(model, encodings, pairs, evaluation, process)
-
+    logits, similarity = match_pairs(model, encodings, pairs, process), cosines(encodings, pairs).cpu()
+    places = [torch.searchsorted(numbers, wanted) for wanted in (forward, backward)]
     owner = encodings.picture
-    found = (scores[torch.searchsorted(numbers, wanted)] for wanted in (forward, backward))
-    spoken = reorder(speech_to_image, next(found), owner[: len(pictures), None] == pictures)
-    shown = reorder(image_to_speech, next(found), queries[:, None] == owner[captions])
+    right = [owner[: len(pictures), None] == pictures, queries[:, None] == owner[captions]]
+    if fit:
+        model.config.match_weight = fit_weight(
+            [(similarity[p], logits[p], r) for p, r in zip(places, right, strict=True)]
+        )
+    scores = join(model, similarity, logits, evaluation)
+
+    spoken = reorder(speech_to_image, scores[places[0]], right[0])
+    shown = reorder(image_to_speech, scores[places[1]], right[1])
     seconds = (time.monotonic() - started) * process.world_size / (len(forward) + len(backward))
     return spoken, shown, seconds
 
@@ -86,10 +101,69 @@ def reorder(ranking: Ranking, scores: Tensor, right: Tensor) -> Ranking:
     return Ranking(standing, candidates)
 
 
+def fit_weight(directions: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
+    r"""The weight w of match logits m beside cosines c that fits right answers best.
+
+    With y(q) the right answers among the candidates of query q, a and b maximise
+
+    .. math:: \sum_q \log \frac{\sum_{n \in y(q)} \exp(a c_{qn} + b m_{qn})}{\sum_n \exp(a c_{qn} + b m_{qn})}
+
+    over the queries with right and wrong candidates, and w = b / a; 0 where match logits are of no help.
+
+    Args:
+        directions: Cosines [Q, k], match logits [Q, k] and right answers bool [Q, k] of each direction.
+    """
+    log_a, b = torch.tensor(2.0, dtype=torch.float64, requires_grad=True), torch.zeros((), dtype=torch.float64)
+    b.requires_grad_()
+    optimizer = torch.optim.LBFGS([log_a, b], max_iter=100, line_search_fn="strong_wolfe")
+    rows = [(c.double(), m.double(), r) for c, m, r in directions]
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        count = 0
+        for cosine, logit, right in rows:
+            usable = right.any(1) & ~right.all(1)
+            scores = (log_a.exp() * cosine + b * logit)[usable]
+            likelihood = scores.masked_fill(~right[usable], -torch.inf).logsumexp(1) - scores.logsumexp(1)
+            total, count = total - likelihood.sum(), count + len(scores)
+        mean = total / max(count, 1) + 1e-6 * (log_a.square() + b.square())  # finite where all is told apart
+        mean.backward()
+        return mean
+
+    optimizer.step(loss)
+    weight = (b / log_a.exp()).item()
+    return max(weight, 0.0) if math.isfinite(weight) else 0.0
+
+
+def join(model: "SpeechImageModel", similarity: Tensor, logits: Tensor, evaluation: config.Evaluation) -> Tensor:
+    """The scores [M] of pairs by their cosines and match logits [M].
+
+    Raises:
+        UserError: `fuse` is fitted, and the model's weight is not.
+    """
+    if evaluation.fuse == "matching":
+        return logits
+    if evaluation.fuse == "sum":
+        return similarity + logits
+    weight = model.config.match_weight
+    if weight is None:
+        raise UserError(
+            "this model holds no fitted weight of its match score: evaluate with --evaluation.fuse sum or matching"
+        )
+    return similarity + weight * logits
+
+
 def score_pairs(
     model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, evaluation: config.Evaluation, process: Process
 ) -> Tensor:
-    """Score pairs with the fusion encoder, each on the rank that has the caption's tokens.
+    """Score pairs int64 [M, 2] of caption and picture as re-ranking does: float32 [M] on the CPU."""
+    logits = match_pairs(model, encodings, pairs, process)
+    return join(model, cosines(encodings, pairs).cpu(), logits, evaluation)
+
+
+def match_pairs(model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, process: Process) -> Tensor:
+    """Match logits of pairs by the fusion encoder, each on the rank that has the caption's tokens.
 
     Every rank makes the same number of model calls, as ZeRO-3 demands.
 
@@ -97,7 +171,6 @@ def score_pairs(
         model: In evaluation mode.
         encodings: With tokens.
         pairs: int64 [M, 2], positions of caption and picture; the same on all ranks.
-        evaluation: `fuse` chooses the score.
         process: This process.
 
     Returns:
@@ -117,10 +190,7 @@ def score_pairs(
             scores[rows.to(device)] = logits
         else:  # no pair is left for this rank: one that counts for nothing
             _match(model, encodings, 0, *torch.zeros(2, 1, dtype=torch.int64))
-    add_up(scores, ranks)
-    if evaluation.fuse == "sum":
-        scores += cosines(encodings, pairs)
-    return scores.cpu()
+    return add_up(scores, ranks).cpu()
 
 
 def cosines(encodings: Encodings, pairs: Tensor) -> Tensor:

@@ -36,7 +36,13 @@ class Retrieval:
 
 @torch.no_grad()
 def retrieve(
-    model: "SpeechImageModel", manifest: Manifest, split: str, config: Config, rerank: int, process: Process
+    model: "SpeechImageModel",
+    manifest: Manifest,
+    split: str,
+    config: Config,
+    rerank: int,
+    process: Process,
+    fit: bool = False,
 ) -> Retrieval:
     """Measure recall of a split; every rank calls this and gets the same.
 
@@ -47,12 +53,13 @@ def retrieve(
         config: Sections data and evaluation count.
         rerank: Candidates that the fusion encoder scores for each query; 0: coarse recall only.
         process: This process's place among the ranks, and its device.
+        fit: Fit the weight of the match score to this split, into the model's configuration: for dev.
 
     Returns:
         The rankings, and a report in per cent, with None for what was not measured:
         {"split", "pictures", "captions", "max_seconds",
         "coarse": {"speech_to_image": {"R@1", "R@5", "R@10"}, "image_to_speech": the same, "mean_R@1"},
-        "reranked": as coarse, with "k", "fuse" and "seconds_per_query", which one rank takes,
+        "reranked": as coarse, with "k", "fuse", "match_weight" and "seconds_per_query" of one rank,
         "twins": {"coarse", "matching" (by the score that re-ranks), "questions", "kinds": {kind: {"coarse",
         "matching"}}}}.
 
@@ -68,7 +75,7 @@ def retrieve(
     size = {"pictures": len(found.samples), "captions": len(found.captions)}
     found.report = {"split": split, **size, "max_seconds": config.evaluation.max_seconds, **found.report}
     if rerank:
-        _rerank(found, model, encodings, rerank, config, process)
+        _rerank(found, model, encodings, rerank, config, process, fit)
     if len(everything) > len(samples):
         found.report["twins"] = _twins(manifest, model, encodings, rerank > 0, config, process)
     model.train(training)
@@ -91,12 +98,20 @@ def _coarse(encodings: Encodings, count: int, k: int, process: Process) -> Retri
 
 
 def _rerank(
-    found: Retrieval, model: "SpeechImageModel", encodings: Encodings, k: int, config: Config, process: Process
+    found: Retrieval,
+    model: "SpeechImageModel",
+    encodings: Encodings,
+    k: int,
+    config: Config,
+    process: Process,
+    fit: bool,
 ) -> None:
     coarse = found.speech_to_image, found.image_to_speech
-    *both, seconds = rerank_both(model, encodings, *coarse, found.queries, k, config.evaluation, process)
+    *both, seconds = rerank_both(model, encodings, *coarse, found.queries, k, config.evaluation, process, fit)
     found.speech_to_image, found.image_to_speech = both
-    details = {"k": k, "fuse": config.evaluation.fuse, "seconds_per_query": round(seconds, 6)}
+    fuse = config.evaluation.fuse
+    weight = {"match_weight": model.config.match_weight} if fuse == "fitted" else {}
+    details = {"k": k, "fuse": fuse, **weight, "seconds_per_query": round(seconds, 6)}
     found.report["reranked"] = summarise(*both) | details
 
 

@@ -10,8 +10,6 @@ Source: the largest similarity of each token is ColBERT's (arXiv 2004.12832) and
 patches, FILIP's (arXiv 2111.07783, equation 4); that a token's weight is learned is DRL's (arXiv 2203.07111).
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +32,6 @@ class LateInteraction(nn.Module):
         self.image = nn.Linear(image_dim, embed_dim)
         self.speech_weight = nn.Linear(speech_dim, 1)
         self.image_weight = nn.Linear(image_dim, 1)
-        self.log_temperature = nn.Parameter(torch.tensor([math.log(0.07)]))
         for linear in (self.speech_weight, self.image_weight):
             nn.init.zeros_(linear.weight)
 
@@ -65,10 +62,6 @@ class LateInteraction(nn.Module):
         by_frame = (similarity.amax(3) * frame_weights[:, None]).sum(2)
         similarity = similarity.masked_fill(~speech.mask[:, None, :, None], -1.0)
         return (by_frame + (similarity.amax(2) * patch_weights).sum(2)) / 2
-
-    def temperature(self) -> Tensor:
-        """Of the softmax over similarities, a float32 scalar in [0.01, 0.5]."""
-        return self.log_temperature.float().exp().clamp(0.01, 0.5).squeeze(0)
 
     def _project(self, speech: Encoded, image: Encoded) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Unit frames [B, L, D] and their weights [B, L], unit patches [C, P, D] and their weights [C, P]."""

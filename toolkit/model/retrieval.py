@@ -19,9 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shards.errors import UserError
 from toolkit.model.encoded import Encoded, Features
 from toolkit.model.fusion import FusionEncoder
 from toolkit.model.image import ImageEncoder
+from toolkit.model.late_interaction import LateInteraction
 from toolkit.model.speech import SpeechEncoder
 from toolkit.model.trunk import Kind, quiet, read_weights
 
@@ -37,8 +39,9 @@ class SpeechImageConfig(PretrainedConfig):
         speech: HubertConfig values under "trunk"; train, head_layers, head_heads, dropout.
         image: architecture ("clip" or "blip2"); the values of its vision configuration under "trunk"; the rest as for
             speech.
-        fusion: width, layers, heads, pool, dropout.
+        fusion: width, layers, heads, pool, dropout, late_interaction.
         contrastive: initial, minimum and maximum temperature, and whether it is learned.
+        match_weight: weight of the match logit beside the cosine in re-ranking, fitted on dev; None: not fitted.
     """
 
     model_type = "speech_image"
@@ -50,6 +53,7 @@ class SpeechImageConfig(PretrainedConfig):
         image: dict[str, Any] | None = None,
         fusion: dict[str, Any] | None = None,
         contrastive: dict[str, Any] | None = None,
+        match_weight: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.embed_dim = embed_dim
@@ -57,6 +61,7 @@ class SpeechImageConfig(PretrainedConfig):
         self.image = image or {}
         self.fusion = fusion or {}
         self.contrastive = contrastive or {}
+        self.match_weight = match_weight
         super().__init__(**kwargs)
 
 
@@ -114,8 +119,15 @@ class SpeechImageModel(PreTrainedModel):
         # Before transformers 5 a CLIPVisionModel is a shell around its `vision_model`.
         self.image = ImageEncoder(getattr(vision, "vision_model", vision), config.embed_dim, **image)
         fusion = dict(config.fusion)
-        summary_dim = config.embed_dim if fusion.pop("agreement", False) else 0
-        self.fusion = FusionEncoder(self.speech.token_dim, self.image.token_dim, **fusion, summary_dim=summary_dim)
+        if fusion.pop("agreement", False):
+            raise UserError(
+                "this model's match score reads the global vectors (fusion.agreement), which it can only repeat: "
+                "train it anew, or evaluate it with the version that wrote it"
+            )
+        compared = fusion.pop("late_interaction", 0)
+        widths = self.speech.token_dim, self.image.token_dim
+        self.late_interaction = LateInteraction(*widths, compared) if compared else None
+        self.fusion = FusionEncoder(*widths, **fusion, summary_dim=2 * compared)
         self.match_head = nn.Linear(self.fusion.width, 2)
         self.temperature = Temperature(**config.contrastive)
         self.post_init()
@@ -178,10 +190,15 @@ class SpeechImageModel(PreTrainedModel):
         return self.image(self.image.frozen(images))
 
     def match(self, speech: Encoded, image: Encoded) -> Tensor:
-        """Logits [B, 2], float32, of whether utterance and picture of a row belong together (index 1: they do)."""
-        # Unit vectors' products are of the order of 1 / D.
-        agreement = speech.vector * image.vector * speech.vector.shape[1]
-        fused = self.fusion(speech.tokens, speech.mask, image.tokens, summary=agreement)
+        """Logits [B, 2], float32, of whether utterance and picture of a row belong together (index 1: they do).
+
+        They are a function of the tokens alone: what the global vectors tell is SIC's part.
+        """
+        summary = None
+        if self.late_interaction is not None:
+            products = self.late_interaction(speech, image)
+            summary = products * (products.shape[1] // 2)  # unit vectors' products are of the order of 1 / D
+        fused = self.fusion(speech.tokens, speech.mask, image.tokens, summary=summary)
         return self.match_head(fused[:, 0]).float()
 
     def forward(self, images: Tensor, waveforms: Tensor, lengths: Tensor) -> tuple[Encoded, Encoded]:
@@ -200,5 +217,7 @@ def teacher_of(model: SpeechImageModel) -> SpeechImageModel:
         if not any(parameter.requires_grad for parameter in module.parameters()):
             shared += module.buffers(recurse=False)
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
-    memo |= {id(part): nn.Identity() for part in (model.fusion, model.match_head)}
+    for part in (model.fusion, model.match_head, model.late_interaction):
+        if part is not None:
+            memo[id(part)] = nn.Identity()
     return copy.deepcopy(model, memo).eval().requires_grad_(False)

@@ -17,10 +17,16 @@ from toolkit import config
 from toolkit.distributed import Requests, gather_packed
 from toolkit.model.encoded import Encoded, Features
 from toolkit.model.fusion import Denoiser
-from toolkit.model.retrieval import SpeechImageModel
+from toolkit.model.retrieval import SpeechImageModel, Temperature
 from toolkit.objectives.contrastive import contrastive_loss
 from toolkit.objectives.denoising import add_noise, denoising_loss
-from toolkit.objectives.matching import Negatives, draw_negatives, matching_accuracy, matching_loss
+from toolkit.objectives.matching import (
+    Negatives,
+    draw_negatives,
+    late_interaction_loss,
+    matching_accuracy,
+    matching_loss,
+)
 from toolkit.objectives.row_random import RowRandom
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
@@ -93,6 +99,7 @@ class Learner(nn.Module):
         self.model = model
         self.objectives = objectives
         self.rank, self.world_size = rank, world_size
+        self.late_temperature = Temperature(minimum=0.01) if objectives.matching.late_weight else None
         self.denoisers = nn.ModuleDict()
         if objectives.denoising.weight:
             sides = ["image", "speech"] if objectives.denoising.side == "both" else [objectives.denoising.side]
@@ -147,9 +154,12 @@ class Learner(nn.Module):
             denoised = self._denoising(speech, image, *clean, batch.ids, draws.noise, controls)
         if self.objectives.matching.weight:
             losses |= self._matching(speech, image, negatives, requests, tokens, controls)
+            if self.objectives.matching.late_weight:
+                losses["late"] = self._late(speech, image, batch.ids)
         losses |= denoised
 
         weights = {name: getattr(self.objectives, name).weight for name in ("contrastive", "matching", "denoising")}
+        weights["late"] = self.objectives.matching.late_weight
         loss = torch.stack([weights[name] * losses[name] for name in weights if name in losses]).sum()
         values = {name: value.detach() for name, value in losses.items()}
         pairs = Pairs(keys, *((speech.detach(), image.detach()) if tokens else ()))
@@ -262,6 +272,19 @@ class Learner(nn.Module):
             losses["matching_accuracy"] = matching_accuracy(*logits, negatives.valid)
             losses["matching_control_accuracy"] = matching_accuracy(*swapped, negatives.valid)
         return losses
+
+    @spanned("SIM")
+    def _late(self, speech: Encoded, image: Encoded, ids: Tensor) -> Tensor:
+        """Contrast the late interactions of all pairs of a group, group by group."""
+        late = self.model.late_interaction
+        assert late is not None
+        assert self.late_temperature is not None
+        temperature = self.late_temperature()
+        losses = []
+        for first in range(0, len(ids), self.objectives.matching.late_group):
+            rows = slice(first, first + self.objectives.matching.late_group)
+            losses.append(late_interaction_loss(late.all_pairs(speech[rows], image[rows]), ids[rows], temperature))
+        return torch.cat(losses).mean()
 
     @spanned("CMD")
     def _denoising(

@@ -28,6 +28,7 @@ class Progress:
         seconds: Training time so far, over all restarts.
         restarts: How often the run was continued and then got as far as a checkpoint.
         wandb_id: Of the run's wandb record; empty where there is none.
+        match_weight: Of the match logit in re-ranking, as fitted on dev last; -1 before.
     """
 
     step: int = 0
@@ -38,6 +39,7 @@ class Progress:
     seconds: float = 0.0
     restarts: int = 0
     wandb_id: str = ""
+    match_weight: float = -1.0
 
 
 @dataclass(frozen=True)

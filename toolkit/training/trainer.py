@@ -198,7 +198,9 @@ class Trainer:
             self.learner.eval()
             process = Process(self.rank, self.world_size, self.device)
             dev = self.config.data.dev
-            found = retrieve(self.learner.model, self.manifest, dev, self.config, e.rerank, process)
+            found = retrieve(self.learner.model, self.manifest, dev, self.config, e.rerank, process, fit=True)
+            if found.report["reranked"]:
+                self.progress.match_weight = found.report["reranked"].get("match_weight", -1.0)
             recall = found.report
             self.learner.train()
             self._fence()  # minutes later
