@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.model.encoded import Encoded
-
 
 class LateInteraction(nn.Module):
     """Token-level similarity of utterances and pictures.
@@ -35,19 +33,20 @@ class LateInteraction(nn.Module):
         for linear in (self.speech_weight, self.image_weight):
             nn.init.zeros_(linear.weight)
 
-    def forward(self, speech: Encoded, image: Encoded) -> Tensor:
+    def forward(self, frames: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
         """Compare the utterance and the picture of each row.
 
         Args:
-            speech: B utterances of L frames.
-            image: B pictures of P patches.
+            frames: [B, L, Hs].
+            mask: bool [B, L], True on real frames.
+            patches: [B, P, Hi].
 
         Returns:
             [B, 2 * D]: each frame times the patch that is most like it, then each patch times its frame, both averaged
             by the tokens' weights. The similarity is half the sum of a row.
         """
-        frames, frame_weights, patches, patch_weights = self._project(speech, image)
-        similarity = (frames @ patches.mT).masked_fill(~speech.mask[..., None], -1.0)  # [B, L, P]
+        frames, frame_weights, patches, patch_weights = self._project(frames, mask, patches)
+        similarity = (frames @ patches.mT).masked_fill(~mask[..., None], -1.0)  # [B, L, P]
         nearest_patch, nearest_frame = similarity.argmax(2), similarity.argmax(1)
         shown = patches.gather(1, nearest_patch[..., None].expand(-1, -1, patches.shape[2]))
         spoken = frames.gather(1, nearest_frame[..., None].expand(-1, -1, frames.shape[2]))
@@ -55,21 +54,18 @@ class LateInteraction(nn.Module):
         by_patch = (patch_weights[:, None] @ (patches * spoken))[:, 0]
         return torch.cat([by_frame, by_patch], dim=1)
 
-    def all_pairs(self, speech: Encoded, image: Encoded) -> Tensor:
-        """Similarities [B, C] of B utterances with C pictures."""
-        frames, frame_weights, patches, patch_weights = self._project(speech, image)
+    def all_pairs(self, frames: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
+        """Similarities [B, C] of B utterances with C pictures: frames [B, L, Hs], their mask, patches [C, P, Hi]."""
+        frames, frame_weights, patches, patch_weights = self._project(frames, mask, patches)
         similarity = torch.einsum("btd,cpd->bctp", frames, patches)
         by_frame = (similarity.amax(3) * frame_weights[:, None]).sum(2)
-        similarity = similarity.masked_fill(~speech.mask[:, None, :, None], -1.0)
+        similarity = similarity.masked_fill(~mask[:, None, :, None], -1.0)
         return (by_frame + (similarity.amax(2) * patch_weights).sum(2)) / 2
 
-    def _project(self, speech: Encoded, image: Encoded) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(self, frames: Tensor, mask: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Unit frames [B, L, D] and their weights [B, L], unit patches [C, P, D] and their weights [C, P]."""
-        lowest = torch.finfo(speech.tokens.dtype).min
-        frame_weights = self.speech_weight(speech.tokens).squeeze(-1).masked_fill(~speech.mask, lowest).softmax(1)
-        patch_weights = self.image_weight(image.tokens).squeeze(-1).softmax(1)
-        frames, patches = (
-            F.normalize(project(tokens), dim=-1)
-            for project, tokens in ((self.speech, speech.tokens), (self.image, image.tokens))
-        )
+        lowest = torch.finfo(frames.dtype).min
+        frame_weights = self.speech_weight(frames).squeeze(-1).masked_fill(~mask, lowest).softmax(1)
+        patch_weights = self.image_weight(patches).squeeze(-1).softmax(1)
+        frames, patches = F.normalize(self.speech(frames), dim=-1), F.normalize(self.image(patches), dim=-1)
         return frames, frame_weights, patches, patch_weights

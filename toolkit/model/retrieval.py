@@ -196,7 +196,7 @@ class SpeechImageModel(PreTrainedModel):
         """
         summary = None
         if self.late_interaction is not None:
-            products = self.late_interaction(speech, image)
+            products = self.late_interaction(speech.tokens, speech.mask, image.tokens)
             summary = products * (products.shape[1] // 2)  # unit vectors' products are of the order of 1 / D
         fused = self.fusion(speech.tokens, speech.mask, image.tokens, summary=summary)
         return self.match_head(fused[:, 0]).float()

@@ -283,7 +283,8 @@ class Learner(nn.Module):
         losses = []
         for first in range(0, len(ids), self.objectives.matching.late_group):
             rows = slice(first, first + self.objectives.matching.late_group)
-            losses.append(late_interaction_loss(late.all_pairs(speech[rows], image[rows]), ids[rows], temperature))
+            similarity = late.all_pairs(speech.tokens[rows], speech.mask[rows], image.tokens[rows])
+            losses.append(late_interaction_loss(similarity, ids[rows], temperature))
         return torch.cat(losses).mean()
 
     @spanned("CMD")
