@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards.audio import SAMPLE_RATE
 from toolkit.config import Config, Image, Model, Speech
 
+CONV_STRIDE = [5, 2, 2, 2, 2, 2, 2]  # of HuBERT's convolutions
 THIRDS, GRID = 3, 16  # places that a head without layers pools
 # What transformers takes where a configuration is silent.
 HUBERT = {
@@ -96,15 +98,32 @@ def estimate(config: Config, counts: Counts, ranks: int) -> Memory:
     if averages:
         teacher = averages / sharded + (width * counts.encoders if own_masters else 0)
     queue = config.objectives.contrastive.queue * (2 * 4 * config.model.embed_dim + 8)
+    keys, tokens = _token_queue(config, width)
+    on_device = tokens / ranks if config.objectives.matching.queue_on == "device" else 0
     return Memory(
         weights=width * counts.total / (ranks if stage == 3 else 1),
         gradients=width * counts.trained / (ranks if stage >= 2 else 1),
         optimizer=(4 * own_masters + 8) * counts.trained / sharded,
         teacher=teacher,
-        queue=queue,
-        checkpoint=12 * counts.trained + averages + queue,
+        queue=queue + keys + on_device,
+        checkpoint=12 * counts.trained + averages + queue + keys + tokens,
         export=width * counts.total,
     )
+
+
+def _token_queue(config: Config, width: int) -> tuple[int, int]:
+    """Bytes of the keys of SIM's queue, which every rank has, and of its tokens, which the ranks share."""
+    matching, micro = config.objectives.matching, config.training.batch_size // config.training.accumulation
+    speech, image = trunk_values(config.model.speech), trunk_values(config.model.image)
+    if not (matching.weight and matching.queue and speech and image):
+        return 0, 0
+    frames = int(config.data.max_seconds * SAMPLE_RATE)
+    for kernel, stride in zip(speech["conv_kernel"], speech.get("conv_stride", CONV_STRIDE), strict=False):
+        frames = (frames - kernel) // stride + 1
+    patches = (config.data.image_size // image["patch_size"]) ** 2
+    pairs = matching.queue // micro * micro
+    tokens = width * (frames * speech["hidden_size"] + patches * image["hidden_size"]) + frames
+    return pairs * (2 * 4 * config.model.embed_dim + 8), pairs * tokens
 
 
 def trunk_values(encoder: Speech | Image) -> dict[str, Any] | None:
@@ -176,8 +195,7 @@ def _fusion_and_denoisers(config: Config, widths: dict[str, int]) -> Sizes:
     fusion, denoising = config.model.fusion, config.objectives.denoising
     matching = _fusion(widths["speech"], widths["image"], fusion.width, fusion.layers) + fusion.width
     if compared := fusion.late_interaction:
-        matching += sum(_linear(width, compared) + _linear(width, 1) for width in widths.values())
-        matching += _linear(2 * compared, fusion.width)
+        matching += sum(_linear(width, compared) + _linear(width, 1) for width in widths.values()) + 1
     sizes = [(matching + _linear(fusion.width, 2), True)]
     if config.objectives.matching.late_weight:
         sizes.append((1, True))  # its temperature

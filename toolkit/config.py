@@ -77,7 +77,9 @@ class Fusion:
     heads: int = 12
     pool: int = 2  # neighbouring speech frames averaged into one query
     dropout: float = 0.1
-    late_interaction: int = 0  # size of a space where frames meet patches; the class token begins with it; 0: none
+    late_interaction: int = (
+        0  # size of the space where frames are compared with patches, as a part of the match score; 0: none
+    )
 
 
 @dataclass

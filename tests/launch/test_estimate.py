@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import Blip2VisionConfig, CLIPVisionConfig, HubertConfig
@@ -13,6 +14,8 @@ from tests.tiny import tiny_model
 from toolkit.config import Config, Image, Speech
 from toolkit.model.build import build_model
 from toolkit.training.learner import Learner
+from toolkit.training.queue import TokenQueue
+from toolkit.training.work import count_frames, count_patches
 
 
 def built(config):
@@ -34,7 +37,8 @@ def variants():
     config = Config(model=tiny_model())
     config.model.speech.config |= {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
     config.model.speech.train, config.model.speech.head_layers, config.model.speech.pool = "1", 0, "thirds"
-    config.model.image.pool, config.model.fusion.agreement = "grid", True
+    config.model.image.pool, config.model.fusion.late_interaction = "grid", 8
+    config.objectives.matching.late_weight = 1.0
     config.objectives.denoising.side = "both"
     config.objectives.contrastive.learn_temperature = False
     yield "other choices", config
@@ -103,6 +107,26 @@ def test_memory_by_stage():
     assert taken[0].rank > taken[1].rank > taken[2].rank > taken[3].rank
     config.training.precision, config.training.zero = "fp32", 0
     assert estimate(config, counts, 4).optimizer == 8 * counts.trained
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_token_queue_takes_what_is_counted(precision):
+    config = Config(model=tiny_model())
+    config.data.image_size, config.data.max_seconds, config.training.precision = 32, 0.8, precision
+    config.training.batch_size, config.objectives.matching.queue = 8, 20  # two micro-batches of 8
+    counts, ranks = count(config), 2
+    without = Config(model=config.model, training=config.training, data=config.data)
+    there, not_there = estimate(config, counts, ranks), estimate(without, counts, ranks)
+    model = build_model(config.model)
+    shapes = [(int(count_frames(model.speech, np.array([12800]))[0]), 32), (count_patches(model.image, 32), 32)]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    queue = TokenQueue(20, 4, ranks, config.model.embed_dim, *shapes, dtype)
+    keys = sum(getattr(queue.keys, name).nbytes for name in ("speech", "image", "ids"))
+    tokens = queue.speech.nbytes + queue.speech_mask.nbytes + queue.image.nbytes
+    assert there.queue - not_there.queue == keys + tokens
+    assert there.checkpoint - not_there.checkpoint == keys + ranks * tokens
+    config.objectives.matching.queue_on = "host"
+    assert estimate(config, counts, ranks).queue - not_there.queue == keys
 
 
 def test_no_torch():

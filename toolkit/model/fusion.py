@@ -49,7 +49,6 @@ class FusionEncoder(nn.Module):
         dropout: of attention and feed-forward.
         pool: neighbouring queries averaged into one.
         output: "cls": only a class token, put before the queries, is returned; "tokens": all queries.
-        summary_dim: size of a summary of the pair that is added to the class token; 0: none.
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class FusionEncoder(nn.Module):
         dropout: float,
         pool: int = 1,
         output: Literal["cls", "tokens"] = "cls",
-        summary_dim: int = 0,
     ) -> None:
         super().__init__()
         self.width = width
@@ -70,7 +68,6 @@ class FusionEncoder(nn.Module):
         self.query_input = nn.Sequential(nn.Linear(query_dim, width), nn.LayerNorm(width))
         self.context_input = nn.Sequential(nn.Linear(context_dim, width), nn.LayerNorm(width))
         self.class_token = ClassToken(width) if output == "cls" else None
-        self.summary_input = nn.Linear(summary_dim, width) if summary_dim else None
         self.layers = nn.ModuleList(FusionLayer(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
@@ -80,7 +77,6 @@ class FusionEncoder(nn.Module):
         query_mask: Tensor | None,
         context: Tensor | None,
         context_mask: Tensor | None = None,
-        summary: Tensor | None = None,
     ) -> Tensor:
         """Fuse.
 
@@ -89,7 +85,6 @@ class FusionEncoder(nn.Module):
             query_mask: bool [B, L], True on real tokens; None: all are.
             context: [B, P, Hc]; None: cross-attention is left out.
             context_mask: bool [B, P]; None: all tokens are real.
-            summary: [B, S], where the encoder was made for one.
 
         Returns:
             [B, 1, width] for output "cls", [B, ceil(L / pool), width] for "tokens".
@@ -100,9 +95,6 @@ class FusionEncoder(nn.Module):
             context = self._with_positions(self.context_input(context))
         if self.class_token is not None:
             x, mask = self.class_token(x, mask)
-        if self.summary_input is not None and summary is not None:
-            first = x[:, :1] + self.summary_input(summary.to(x.dtype))[:, None]
-            x = torch.cat([first, x[:, 1:]], dim=1)
         for depth, layer in enumerate(self.layers, start=1):
             first_only = self.class_token is not None and depth == len(self.layers)
             x = layer(x, mask, context, context_mask, first_only)

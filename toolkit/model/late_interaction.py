@@ -30,6 +30,7 @@ class LateInteraction(nn.Module):
         self.image = nn.Linear(image_dim, embed_dim)
         self.speech_weight = nn.Linear(speech_dim, 1)
         self.image_weight = nn.Linear(image_dim, 1)
+        self.scale = nn.Parameter(torch.tensor([10.0]))  # of the similarity in a match logit
         for linear in (self.speech_weight, self.image_weight):
             nn.init.zeros_(linear.weight)
 
@@ -42,17 +43,13 @@ class LateInteraction(nn.Module):
             patches: [B, P, Hi].
 
         Returns:
-            [B, 2 * D]: each frame times the patch that is most like it, then each patch times its frame, both averaged
-            by the tokens' weights. The similarity is half the sum of a row.
+            Similarities [B], in [-1, 1].
         """
         frames, frame_weights, patches, patch_weights = self._project(frames, mask, patches)
-        similarity = (frames @ patches.mT).masked_fill(~mask[..., None], -1.0)  # [B, L, P]
-        nearest_patch, nearest_frame = similarity.argmax(2), similarity.argmax(1)
-        shown = patches.gather(1, nearest_patch[..., None].expand(-1, -1, patches.shape[2]))
-        spoken = frames.gather(1, nearest_frame[..., None].expand(-1, -1, frames.shape[2]))
-        by_frame = (frame_weights[:, None] @ (frames * shown))[:, 0]
-        by_patch = (patch_weights[:, None] @ (patches * spoken))[:, 0]
-        return torch.cat([by_frame, by_patch], dim=1)
+        similarity = frames @ patches.mT  # [B, L, P]
+        by_frame = (similarity.amax(2) * frame_weights).sum(1)
+        by_patch = (similarity.masked_fill(~mask[..., None], -1.0).amax(1) * patch_weights).sum(1)
+        return (by_frame + by_patch) / 2
 
     def all_pairs(self, frames: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
         """Similarities [B, C] of B utterances with C pictures: frames [B, L, Hs], their mask, patches [C, P, Hi]."""

@@ -127,7 +127,7 @@ class SpeechImageModel(PreTrainedModel):
         compared = fusion.pop("late_interaction", 0)
         widths = self.speech.token_dim, self.image.token_dim
         self.late_interaction = LateInteraction(*widths, compared) if compared else None
-        self.fusion = FusionEncoder(*widths, **fusion, summary_dim=2 * compared)
+        self.fusion = FusionEncoder(*widths, **fusion)
         self.match_head = nn.Linear(self.fusion.width, 2)
         self.temperature = Temperature(**config.contrastive)
         self.post_init()
@@ -194,12 +194,13 @@ class SpeechImageModel(PreTrainedModel):
 
         They are a function of the tokens alone: what the global vectors tell is SIC's part.
         """
-        summary = None
+        fused = self.fusion(speech.tokens, speech.mask, image.tokens)
+        logits = self.match_head(fused[:, 0]).float()
         if self.late_interaction is not None:
-            products = self.late_interaction(speech.tokens, speech.mask, image.tokens)
-            summary = products * (products.shape[1] // 2)  # unit vectors' products are of the order of 1 / D
-        fused = self.fusion(speech.tokens, speech.mask, image.tokens, summary=summary)
-        return self.match_head(fused[:, 0]).float()
+            similarity = self.late_interaction(speech.tokens, speech.mask, image.tokens)
+            scaled = (self.late_interaction.scale * similarity).float()
+            logits = logits + torch.stack([-scaled, scaled], dim=1) / 2
+        return logits
 
     def forward(self, images: Tensor, waveforms: Tensor, lengths: Tensor) -> tuple[Encoded, Encoded]:
         """Encode utterances and pictures: speech, image."""
