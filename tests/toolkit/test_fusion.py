@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from toolkit.model.fusion import Denoiser, FusionEncoder, pool_tokens, sinusoids
+from toolkit.model.layers import Attention
 
 WIDTH, HEADS = 32, 4
 
@@ -135,3 +136,19 @@ def test_denoiser_gives_tokens_back_and_uses_the_context(dtype):
     for name, parameter in denoiser.named_parameters():
         assert parameter.grad is not None, name
     assert denoiser(queries, query_mask, None).shape == queries.shape
+
+
+def test_attention_begins_as_torchs_does():
+    torch.manual_seed(0)
+    width = 256
+    mine, theirs = Attention(width, 4, 0.0), nn.MultiheadAttention(width, 4)
+    pairs = [
+        (torch.cat([mine.query.weight, mine.key_value.weight]), theirs.in_proj_weight),
+        (mine.output.weight, theirs.out_proj.weight),
+    ]
+    for ours, torchs in pairs:
+        assert ours.shape == torchs.shape
+        assert ours.std().item() == pytest.approx(torchs.std().item(), rel=0.01)
+        assert ours.abs().max().item() == pytest.approx(torchs.abs().max().item(), rel=0.01)
+    for linear in (mine.query, mine.key_value, mine.output):
+        assert not linear.bias.any()

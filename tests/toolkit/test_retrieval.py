@@ -188,14 +188,32 @@ def test_temperature_is_learned_and_clamped():
     assert temperature().item() == pytest.approx(0.07)
     temperature().backward()
     assert temperature.log_temperature.grad.item() == pytest.approx(0.07)
-    for value, clamped in ((-20.0, 0.001), (3.0, 0.5)):
+    for value, clamped, inwards in ((-20.0, 0.001, -1), (3.0, 0.5, 1)):
         with torch.no_grad():
             temperature.log_temperature.fill_(value)
-        temperature.log_temperature.grad = None
         assert temperature().item() == pytest.approx(clamped)
-        temperature().backward()
-        assert temperature.log_temperature.grad.item() == pytest.approx(clamped), "it could not come back"
+        for direction, gradient in ((inwards, inwards * clamped), (-inwards, 0)):
+            temperature.log_temperature.grad = None
+            (direction * temperature()).backward()
+            assert temperature.log_temperature.grad.item() == pytest.approx(gradient), "it could not come back"
     assert not Temperature(learned=False).log_temperature.requires_grad
+
+
+@pytest.mark.parametrize("outwards", [1, -1], ids=["low", "high"])
+def test_temperature_does_not_drift_beyond_its_bounds(outwards):
+    temperature = Temperature(0.02, 0.01, 0.04)
+    optimizer = torch.optim.AdamW(temperature.parameters(), lr=1e-2, weight_decay=0.0)
+
+    def step(direction: int) -> float:
+        optimizer.zero_grad()
+        (direction * temperature()).backward()
+        optimizer.step()
+        return temperature().item()
+
+    reached = [step(outwards) for _ in range(1000)][-1]
+    assert reached == pytest.approx(0.01 if outwards == 1 else 0.04, rel=1e-3)
+    returning = [step(-outwards) for _ in range(40)]
+    assert abs(returning[-1] - reached) / reached > 0.05, "it had drifted off while it was clamped"
 
 
 def test_temperature_comes_from_the_configuration(tmp_path):

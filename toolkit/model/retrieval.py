@@ -82,10 +82,18 @@ class Temperature(nn.Module):
         self.exact: Tensor | None = None
 
     def forward(self) -> Tensor:
-        """The temperature, a float32 scalar; its gradient passes the clamp, so that it can come back from a bound."""
-        log = self.log_temperature.float()
+        """The temperature, a float32 scalar.
+
+        At a bound it takes no gradient that would push it further out, so that it does not drift off while it is
+        clamped; one that brings it back passes.
+        """
+        log = self.log_temperature.float().clone()
+        value = (log if self.exact is None else self.exact).detach().exp()
+        low, high = value <= self.minimum, value >= self.maximum
+        if log.requires_grad:  # descent moves against the gradient
+            log.register_hook(lambda grad: grad.masked_fill((low & (grad > 0)) | (high & (grad < 0)), 0))
         log = log if self.exact is None else self.exact + (log - log.detach())
-        clamped = log.detach().exp().clamp(self.minimum, self.maximum)
+        clamped = value.clamp(self.minimum, self.maximum)
         return (clamped * (log - log.detach()).exp()).squeeze(0)
 
 
