@@ -91,7 +91,7 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
         UserError: The shards are not there, or do not fit the batch and the ranks.
     """
     from shards.plan import plan
-    from toolkit.training.data import check_dev, open_order
+    from toolkit.training.data import check_dev, open_order, shared_pictures
 
     launch = config.launch
     if ranks is None:
@@ -100,7 +100,7 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
         raise UserError(f"--ranks is {ranks}; expected 1 or more")
     manifests, order = open_order(config, ranks)
     check_dev(config)
-    for line in batch_warnings(config, ranks):
+    for line in (*batch_warnings(config, ranks), *shared_pictures(manifests, config.data.train)):
         print(f"warning: {line}", file=sys.stderr)
     return plan(
         order,

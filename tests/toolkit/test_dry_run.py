@@ -57,6 +57,18 @@ def test_number_of_ranks(
     assert "each of 1 node:" in ranks("--ranks", "1", **{"launch.nodes": 2})
 
 
+def test_pictures_that_two_data_sets_of_a_mixture_share_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = damage.write(tmp_path / "other")
+    shared = len(load(folder).rows("train"))
+    main([*arguments(folder, tmp_path / "run", **{"data.mixture": f"{{{folder}: 1, {other}: 1}}"}), "--dry-run"])
+    told = capsys.readouterr().err
+    assert f"warning: {shared} image ids of train are in {folder} and in {other}" in told
+    main([*arguments(folder, tmp_path / "run"), "--dry-run"])
+    assert "image ids" not in capsys.readouterr().err
+
+
 def test_without_evaluation_no_dev_is_needed(folder: Path, tmp_path: Path) -> None:
     config, _ = train.parse(arguments(folder, tmp_path, **{"data.dev": "val", "evaluation.every": 0}), train.Parser())
     assert train.dry_run(config, 1)

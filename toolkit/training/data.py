@@ -2,6 +2,10 @@
 
 import math
 import os
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
 
 from shards.cache import Cache
 from shards.errors import UserError
@@ -35,6 +39,23 @@ def open_order(config: Config, world_size: int = 1) -> tuple[list[Manifest], Ord
     )
     part_of(order.batch_size, 0, config.training.accumulation, 0, world_size, order.lanes)  # or it does not divide
     return manifests, order
+
+
+def shared_pictures(manifests: Sequence[Manifest], split: str) -> list[str]:
+    """A line for each two data sets of a mixture whose training pictures share image ids.
+
+    The identity of a picture is its data set and its place in it, so one that is in two data sets is a negative of
+    itself in SIC and SIM.
+    """
+    lines = []
+    for one, other in combinations(manifests, 2):
+        count = len(np.intersect1d(one.image_id[one.rows(split)], other.image_id[other.rows(split)]))
+        if count:
+            lines.append(
+                f"{count:,} image ids of {split} are in {one.place} and in {other.place}: if they are the same "
+                "pictures, each is taken for a negative of itself; leave one of them out of a data set"
+            )
+    return lines
 
 
 def check_dev(config: Config) -> None:

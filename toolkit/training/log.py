@@ -21,6 +21,7 @@ from toolkit.config import Config
 from toolkit.config_check import batch_warnings
 from toolkit.run_folder import git_state
 from toolkit.training.background import tell
+from toolkit.training.data import shared_pictures
 from toolkit.training.progress import Progress
 from toolkit.training.report import NAME, flat, write_report
 from toolkit.training.signals import REQUEUE
@@ -72,7 +73,7 @@ class Log:
             f"({self.device.type}, {c.training.precision}, ZeRO {c.training.zero}), {trained / 1e6:.1f} M of "
             f"{total / 1e6:.1f} M parameters trained, steps {self.first} to {c.training.steps}"
         )
-        for line in batch_warnings(c, self.world_size):
+        for line in (*batch_warnings(c, self.world_size), *shared_pictures(trainer.training_manifests, c.data.train)):
             self.say(f"warning: {line}")
         if self.first:
             self.say(f"continued from the checkpoint at step {self.first}")
