@@ -24,8 +24,8 @@ def train(rank: int, world_size: int, run: config.Config, killed: bool) -> None:
 
     real, Exports = trainer.retrieve, export.Exports
 
-    def retrieve(*args: Any) -> Any:
-        found = real(*args)
+    def retrieve(*args: Any, **options: Any) -> Any:
+        found = real(*args, **options)
         found.report["coarse"]["mean_R@1"] = SCORES[evaluated.pop(0)]
         return found
 

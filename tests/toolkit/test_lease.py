@@ -60,8 +60,8 @@ def evaluate_as_a_ghost(rank: int, world_size: int, run: config.Config) -> str:
 
     real = trainer.retrieve
 
-    def retrieve(*args: Any) -> Any:
-        found = real(*args)
+    def retrieve(*args: Any, **options: Any) -> Any:
+        found = real(*args, **options)
         if rank == 0:
             taken_by_another_host(Path(run.run))
         return found

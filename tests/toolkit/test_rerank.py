@@ -1,13 +1,17 @@
 """Re-ranking against loops: which pairs are matched, on which rank, and how the best k change places."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from shards.errors import UserError
 from tests.distributed import run_ranks
 from toolkit import config
 from toolkit.evaluation.encode import Encodings, Process, Tokens
 from toolkit.evaluation.recall import Ranking, Standing, rank_answers, recall_at
-from toolkit.evaluation.rerank import reorder, rerank, score_pairs
+from toolkit.evaluation.rerank import fit_weight, join, reorder, rerank, score_pairs
 from toolkit.model.encoded import Encoded
 
 OWNER = torch.repeat_interleave(torch.arange(9), torch.tensor([1, 3, 2, 1, 4, 1, 2, 2, 1]))
@@ -139,3 +143,52 @@ def test_scores_of_single_pairs_and_the_need_for_tokens():
     encodings.tokens = None
     with pytest.raises(ValueError, match="without tokens"):
         score_pairs(Matcher(), encodings, pairs, config.Evaluation(), process)
+
+
+def candidates(seed: int, queries: int, help_of_logits: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cosines that tell a little, and match logits that tell so much more; some queries have no right candidate."""
+    generator = torch.Generator().manual_seed(seed)
+    right = torch.rand(queries, 8, generator=generator) < 0.15
+    cosine = 0.1 * right + 0.1 * torch.randn(queries, 8, generator=generator)
+    logits = help_of_logits * right + torch.randn(queries, 8, generator=generator)
+    return cosine, logits, right
+
+
+def likelihood(directions: list, a: float, b: float) -> float:
+    """Mean log-likelihood of the right answers, by loops."""
+    logs = []
+    for cosine, logits, right in directions:
+        for c, m, r in zip(cosine.tolist(), logits.tolist(), right.tolist(), strict=True):
+            if any(r) and not all(r):
+                scores = [math.exp(a * x + b * y) for x, y in zip(c, m, strict=True)]
+                logs.append(math.log(sum(s for s, ok in zip(scores, r, strict=True) if ok) / sum(scores)))
+    return sum(logs) / len(logs)
+
+
+def test_the_fitted_weight_is_the_most_likely_one():
+    directions = [candidates(0, 60, 1.5), candidates(1, 40, 1.0)]
+    weight = fit_weight(directions)
+    best = max(
+        ((a, b) for a in range(2, 25) for b in torch.arange(0, 3, 0.1).tolist()),
+        key=lambda w: likelihood(directions, *w),
+    )
+    assert weight == pytest.approx(best[1] / best[0], rel=0.15)
+
+
+def test_match_logits_that_do_not_help_get_no_weight():
+    cosine, logits, right = candidates(2, 400, -0.5)
+    assert fit_weight([(cosine, logits, right)]) == 0.0
+    nothing = torch.zeros(3, 8, dtype=torch.bool)
+    assert fit_weight([(cosine[:3], logits[:3], nothing)]) == 0.0
+    perfect = torch.zeros(50, 8, dtype=torch.bool)
+    perfect[:, 0] = True
+    assert 0 < fit_weight([(0.1 * perfect + 0.01 * cosine[:50], 5.0 * perfect, perfect)]) < float("inf")
+
+
+def test_a_fitted_score_needs_its_weight():
+    model = SimpleNamespace(config=SimpleNamespace(match_weight=None))
+    cosine, logits = torch.tensor([0.5, 0.2]), torch.tensor([1.0, 4.0])
+    with pytest.raises(UserError, match=r"no fitted weight .* --evaluation.fuse sum or matching"):
+        join(model, cosine, logits, config.Evaluation(fuse="fitted"))
+    model.config.match_weight = 0.25
+    assert join(model, cosine, logits, config.Evaluation(fuse="fitted")).tolist() == pytest.approx([0.75, 1.2])

@@ -246,7 +246,7 @@ def test_best_is_the_best_on_dev_so_far(monkeypatch: pytest.MonkeyPatch) -> None
 
     scores = iter([10.0, 5.0, 20.0, 20.0, 30.0, 25.0])
 
-    def retrieved(*_: Any) -> SimpleNamespace:
+    def retrieved(*_: Any, **__: Any) -> SimpleNamespace:
         return SimpleNamespace(report={"coarse": {"mean_R@1": next(scores)}, "reranked": None})
 
     monkeypatch.setattr(module, "retrieve", retrieved)
