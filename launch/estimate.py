@@ -195,7 +195,7 @@ def _fusion_and_denoisers(config: Config, widths: dict[str, int]) -> Sizes:
     fusion, denoising = config.model.fusion, config.objectives.denoising
     matching = _fusion(widths["speech"], widths["image"], fusion.width, fusion.layers) + fusion.width
     if compared := fusion.late_interaction:
-        matching += sum(_linear(width, compared) + _linear(width, 1) for width in widths.values()) + 1
+        matching += sum(_linear(width, compared) + width for width in widths.values()) + 1
     sizes = [(matching + _linear(fusion.width, 2), True)]
     if config.objectives.matching.late_weight:
         sizes.append((1, True))  # its temperature

@@ -28,8 +28,8 @@ class LateInteraction(nn.Module):
         super().__init__()
         self.speech = nn.Linear(speech_dim, embed_dim)
         self.image = nn.Linear(image_dim, embed_dim)
-        self.speech_weight = nn.Linear(speech_dim, 1)
-        self.image_weight = nn.Linear(image_dim, 1)
+        self.speech_weight = nn.Linear(speech_dim, 1, bias=False)
+        self.image_weight = nn.Linear(image_dim, 1, bias=False)
         self.scale = nn.Parameter(torch.tensor([10.0]))  # of the similarity in a match logit
         for linear in (self.speech_weight, self.image_weight):
             nn.init.zeros_(linear.weight)
