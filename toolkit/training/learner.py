@@ -263,14 +263,15 @@ class Learner(nn.Module):
         """Tell matching pairs from those with the negatives; as a control with the tokens of another picture."""
         wrong_image, wrong_speech = _fetch(image, requests, 0, tokens), _fetch(speech, requests, 1, tokens)
         spoken, shown = _stack(speech, speech, wrong_speech), _stack(image, wrong_image, image)
-        logits = self.model.match(spoken, shown).chunk(3)
-        losses = {"matching": matching_loss(*logits, negatives.valid)}
+        right, other_image, other_speech = self.model.match(spoken, shown).chunk(3)
+        losses = {"matching": matching_loss(right, other_image, other_speech, negatives.valid)}
         if controls and len(speech.mask) > 1:
+            accuracy = matching_accuracy(right, other_image, other_speech, negatives.valid)
             with torch.no_grad():
-                swapped = self.model.match(spoken, shown[_neighbours(shown.mask)]).chunk(3)
-            losses["matching_control"] = matching_loss(*swapped, negatives.valid)
-            losses["matching_accuracy"] = matching_accuracy(*logits, negatives.valid)
-            losses["matching_control_accuracy"] = matching_accuracy(*swapped, negatives.valid)
+                right, other_image, other_speech = self.model.match(spoken, shown[_neighbours(shown.mask)]).chunk(3)
+            losses["matching_control"] = matching_loss(right, other_image, other_speech, negatives.valid)
+            losses["matching_accuracy"] = accuracy
+            losses["matching_control_accuracy"] = matching_accuracy(right, other_image, other_speech, negatives.valid)
         return losses
 
     @spanned("SIM")

@@ -115,10 +115,13 @@ class TokenQueue:
         self.blocks, self.rows, self.world_size = size // (rows * world_size), rows, world_size
         self.keys = EmbeddingQueue(self.blocks * rows * world_size, embed_dim).to(device)
         pinned = on_host and torch.device(device).type == "cuda"
-        where = {"device": "cpu" if on_host else device, "pin_memory": pinned}
-        self.speech = torch.zeros(self.blocks, rows, *speech_shape, dtype=dtype, **where)
-        self.speech_mask = torch.zeros(self.blocks, rows, speech_shape[0], dtype=torch.uint8, **where)
-        self.image = torch.zeros(self.blocks, rows, *image_shape, dtype=dtype, **where)
+
+        def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            where = "cpu" if on_host else device
+            return torch.zeros(self.blocks, rows, *shape, dtype=of, device=where, pin_memory=pinned)
+
+        self.speech, self.image = empty(*speech_shape), empty(*image_shape)
+        self.speech_mask = empty(speech_shape[0], of=torch.uint8)
         self.lengths = [0] * self.blocks
         self.block = 0
         self._written = torch.cuda.Event() if pinned else None
