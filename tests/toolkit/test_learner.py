@@ -83,6 +83,22 @@ def test_matching_and_its_control_read_tokens_and_nothing_else() -> None:
     assert seen == [12, 12]
 
 
+def test_controls_leave_the_losses_and_their_dropout_alone() -> None:
+    learner = learner_of(denoising=config.Denoising(target="own", layers=1))
+    for module in learner.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    images, waves = pairs()
+    batch = Batch(images, waves, torch.full((4,), 9000), torch.arange(4))
+    draws = Draws(torch.full((2, 4), 0.5), RowRandom(0, torch.arange(4)))
+    found = []
+    for controls in (False, True):
+        torch.manual_seed(3)
+        losses, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, controls=controls)
+        found.append({name: losses[name].item() for name in ("contrastive", "matching", "denoising")})
+    assert found[0] == found[1]
+
+
 def test_controls_are_measured_only_when_asked_for() -> None:
     learner = learner_of()
     images, waves = pairs()

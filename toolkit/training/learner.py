@@ -7,6 +7,8 @@ SIM  fusion of matching pairs and of hard negatives drawn by SIC's similarities
 CMD  noised tokens of one modality rebuilt by attending to the other
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -267,7 +269,7 @@ class Learner(nn.Module):
         losses = {"matching": matching_loss(right, other_image, other_speech, negatives.valid)}
         if controls and len(speech.mask) > 1:
             accuracy = matching_accuracy(right, other_image, other_speech, negatives.valid)
-            with torch.no_grad():
+            with _aside(shown.mask.device):
                 right, other_image, other_speech = self.model.match(spoken, shown[_neighbours(shown.mask)]).chunk(3)
             losses["matching_control"] = matching_loss(right, other_image, other_speech, negatives.valid)
             losses["matching_accuracy"] = accuracy
@@ -312,7 +314,7 @@ class Learner(nn.Module):
             truth = (clean.tokens.detach(), positions, student.mask, c.loss, c.token_temperature)
             rebuilt.append(denoising_loss(denoiser(noised.tokens, student.mask, other.tokens, other.mask), *truth))
             if controls and len(ids) > 1:
-                with torch.no_grad():
+                with _aside(other.mask.device):
                     wrong = other[_neighbours(other.mask)]
                     tokens = denoiser(noised.tokens, student.mask, wrong.tokens, wrong.mask)
                     swapped.append(denoising_loss(tokens, *truth))
@@ -343,6 +345,13 @@ def _fetch(encoded: Encoded, requests: Requests, batch: int, queue: TokenQueue |
         return Encoded(encoded.vector, fetched, mask.new_ones(fetched.shape[:2]))
     fetched = requests.fetch(1, tokens, earlier[0] if earlier else None)
     return Encoded(encoded.vector, fetched, requests.fetch(1, mask.byte(), earlier[1] if earlier else None).bool())
+
+
+@contextlib.contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """Compute without gradient, and leave the dropout of what follows as it would be."""
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 def _neighbours(mask: Tensor) -> Tensor:
