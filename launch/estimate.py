@@ -194,11 +194,7 @@ def _image(model: Model, trunk: dict[str, Any]) -> Sizes:
 def _fusion_and_denoisers(config: Config, widths: dict[str, int]) -> Sizes:
     fusion, denoising = config.model.fusion, config.objectives.denoising
     matching = _fusion(widths["speech"], widths["image"], fusion.width, fusion.layers) + fusion.width
-    if compared := fusion.late_interaction:
-        matching += sum(_linear(width, compared) + width for width in widths.values()) + 1
     sizes = [(matching + _linear(fusion.width, 2), True)]
-    if config.objectives.matching.late_weight:
-        sizes.append((1, True))  # its temperature
     sides = {"both": ["image", "speech"]}.get(denoising.side, [denoising.side]) if denoising.weight else []
     for side in sides:
         other = "image" if side == "speech" else "speech"

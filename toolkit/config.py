@@ -77,9 +77,6 @@ class Fusion:
     heads: int = 12
     pool: int = 2  # neighbouring speech frames averaged into one query
     dropout: float = 0.1
-    late_interaction: int = (
-        0  # size of the space where frames are compared with patches, as a part of the match score; 0: none
-    )
 
 
 @dataclass
@@ -125,8 +122,6 @@ class Matching:
         0  # pairs of earlier batches, over all ranks, that negatives are drawn from, too; their tokens are kept
     )
     queue_on: Literal["device", "host"] = "device"  # where: host takes the CPU's page-locked memory
-    late_weight: float = 0.0  # of a contrastive loss on the late interaction of all pairs of a group
-    late_group: int = 8  # neighbours in the global batch that it compares; no rank's micro-batch should cut them
 
 
 @dataclass

@@ -27,8 +27,7 @@ def check(config: Config) -> None:
 _RANGES: dict[str, tuple[Any, str]] = {
     "1 or more": (
         lambda value: value >= 1,
-        """data.image_size data.window data.lanes objectives.matching.late_group
-        model.embed_dim model.fusion.width model.fusion.layers
+        """data.image_size data.window data.lanes model.embed_dim model.fusion.width model.fusion.layers
         model.fusion.heads model.fusion.pool model.speech.head_heads model.image.head_heads objectives.denoising.span
         objectives.denoising.donors objectives.denoising.layers
         training.steps training.batch_size training.accumulation training.log_every
@@ -38,8 +37,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     "0 or more": (
         lambda value: value >= 0,
         """seed data.workers data.max_faults data.max_faults_in_a_row model.speech.head_layers model.image.head_layers
-        objectives.contrastive.weight objectives.matching.queue objectives.matching.late_weight
-        model.fusion.late_interaction
+        objectives.contrastive.weight objectives.matching.queue
         objectives.contrastive.queue objectives.contrastive.alpha_ramp objectives.matching.weight
         objectives.denoising.weight training.min_lr training.warmup training.weight_decay training.clip
         training.watchdog evaluation.every evaluation.rerank final.rerank launch.ranks_per_node launch.cpus_per_rank
@@ -85,11 +83,6 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
             not contrastive.min_temperature <= contrastive.temperature <= contrastive.max_temperature,
             f"--objectives.contrastive.temperature {contrastive.temperature} is not between min_temperature "
             f"{contrastive.min_temperature} and max_temperature {contrastive.max_temperature}",
-        ),
-        (
-            matching.late_weight > 0 and not (fusion.late_interaction and matching.weight),
-            f"--objectives.matching.late_weight {matching.late_weight} needs --model.fusion.late_interaction and "
-            "--objectives.matching.weight above 0",
         ),
         (
             contrastive.alpha > 0 and not teacher,

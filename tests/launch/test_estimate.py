@@ -37,8 +37,7 @@ def variants():
     config = Config(model=tiny_model())
     config.model.speech.config |= {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
     config.model.speech.train, config.model.speech.head_layers, config.model.speech.pool = "1", 0, "thirds"
-    config.model.image.pool, config.model.fusion.late_interaction = "grid", 8
-    config.objectives.matching.late_weight = 1.0
+    config.model.image.pool = "grid"
     config.objectives.denoising.side = "both"
     config.objectives.contrastive.learn_temperature = False
     yield "other choices", config

@@ -23,9 +23,7 @@ from toolkit.training.queue import EmbeddingQueue
 def learner_of(**objectives: Any) -> Learner:
     torch.manual_seed(0)
     made = config.Objectives(momentum=config.Momentum(enabled=False), **objectives)
-    model = tiny_model()
-    model.fusion.late_interaction = 8
-    return Learner(build_model(model), made, rank=0, world_size=1)
+    return Learner(build_model(tiny_model()), made, rank=0, world_size=1)
 
 
 def losses(

@@ -39,14 +39,12 @@ def micro_batch(step: int, rank: int, world_size: int) -> tuple[Batch, Draws]:
 
 def make_learner(rank: int, world_size: int) -> tuple[Learner, TokenQueue]:
     torch.manual_seed(0)
-    model = tiny_model()
-    model.fusion.late_interaction = 8
     objectives = config.Objectives(
         matching=config.Matching(queue=SIZE),
         denoising=config.Denoising(weight=0),
         momentum=config.Momentum(enabled=False),
     )
-    learner = Learner(build_model(model), objectives, rank, world_size)
+    learner = Learner(build_model(tiny_model()), objectives, rank, world_size)
     queue = TokenQueue(SIZE, PAIRS // world_size, world_size, 16, (FRAMES, 32), (16, 32))
     return learner, queue
 

@@ -54,7 +54,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(shards: Path, run: Path, **training: Any) -> config.Config:
     model = tiny_model()
-    model.fusion.late_interaction = 8
     training = {
         "steps": 4,
         "batch_size": 8,
@@ -70,7 +69,7 @@ def settings(shards: Path, run: Path, **training: Any) -> config.Config:
         model=model,
         objectives=config.Objectives(
             contrastive=config.Contrastive(queue=12, alpha_ramp=2),
-            matching=config.Matching(negatives="global", queue=16, late_weight=0.5, late_group=2),
+            matching=config.Matching(negatives="global", queue=16),
             denoising=config.Denoising(layers=1, side="both"),
             momentum=config.Momentum(decay=0.9),
         ),

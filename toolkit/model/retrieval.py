@@ -23,7 +23,6 @@ from shards.errors import UserError
 from toolkit.model.encoded import Encoded, Features
 from toolkit.model.fusion import FusionEncoder
 from toolkit.model.image import ImageEncoder
-from toolkit.model.late_interaction import LateInteraction
 from toolkit.model.speech import SpeechEncoder
 from toolkit.model.trunk import Kind, quiet, read_weights
 
@@ -39,7 +38,7 @@ class SpeechImageConfig(PretrainedConfig):
         speech: HubertConfig values under "trunk"; train, head_layers, head_heads, dropout.
         image: architecture ("clip" or "blip2"); the values of its vision configuration under "trunk"; the rest as for
             speech.
-        fusion: width, layers, heads, pool, dropout, late_interaction.
+        fusion: width, layers, heads, pool, dropout.
         contrastive: initial, minimum and maximum temperature, and whether it is learned.
         match_weight: weight of the match logit beside the cosine in re-ranking, fitted on dev; None: not fitted.
     """
@@ -132,10 +131,7 @@ class SpeechImageModel(PreTrainedModel):
                 "this model's match score reads the global vectors (fusion.agreement), which it can only repeat: "
                 "train it anew, or evaluate it with the version that wrote it"
             )
-        compared = fusion.pop("late_interaction", 0)
-        widths = self.speech.token_dim, self.image.token_dim
-        self.late_interaction = LateInteraction(*widths, compared) if compared else None
-        self.fusion = FusionEncoder(*widths, **fusion)
+        self.fusion = FusionEncoder(self.speech.token_dim, self.image.token_dim, **fusion)
         self.match_head = nn.Linear(self.fusion.width, 2)
         self.temperature = Temperature(**config.contrastive)
         self.post_init()
@@ -203,12 +199,7 @@ class SpeechImageModel(PreTrainedModel):
         They are a function of the tokens alone: what the global vectors tell is SIC's part.
         """
         fused = self.fusion(speech.tokens, speech.mask, image.tokens)
-        logits = self.match_head(fused[:, 0]).float()
-        if self.late_interaction is not None:
-            similarity = self.late_interaction(speech.tokens, speech.mask, image.tokens)
-            scaled = (self.late_interaction.scale * similarity).float()
-            logits = logits + torch.stack([-scaled, scaled], dim=1) / 2
-        return logits
+        return self.match_head(fused[:, 0]).float()
 
     def forward(self, images: Tensor, waveforms: Tensor, lengths: Tensor) -> tuple[Encoded, Encoded]:
         """Encode utterances and pictures: speech, image."""
@@ -226,7 +217,5 @@ def teacher_of(model: SpeechImageModel) -> SpeechImageModel:
         if not any(parameter.requires_grad for parameter in module.parameters()):
             shared += module.buffers(recurse=False)
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
-    for part in (model.fusion, model.match_head, model.late_interaction):
-        if part is not None:
-            memo[id(part)] = nn.Identity()
+    memo |= {id(part): nn.Identity() for part in (model.fusion, model.match_head)}
     return copy.deepcopy(model, memo).eval().requires_grad_(False)

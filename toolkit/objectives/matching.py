@@ -124,28 +124,6 @@ def matching_accuracy(positive: Tensor, negative_image: Tensor, negative_speech:
     return torch.stack([(right & kind).sum() / kind.sum().clamp(min=1) for kind in kinds]).mean()
 
 
-def late_interaction_loss(similarity: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:
-    r"""Contrastive loss on the token-level similarities of all pairs of a group, in both directions.
-
-    With the similarities :math:`S_{ij}` of utterance i and picture j, and y even over the pictures of one identity:
-
-    .. math:: L_i = \frac{1}{2} [ H(y_i, softmax_j(S_{ij} / \tau)) + H(y_i, softmax_j(S_{ji} / \tau)) ]
-
-    Args:
-        similarity: [B, B].
-        ids: int64 [B] picture identities.
-        temperature: Scalar.
-
-    Returns:
-        [B], float32 or wider.
-    """
-    with torch.autocast(similarity.device.type, enabled=False):
-        logits = similarity.to(torch.promote_types(similarity.dtype, torch.float32)) / temperature
-        same = (ids[:, None] == ids).to(logits.dtype)
-        targets = same / same.sum(1, keepdim=True)
-        return -(targets * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1) / 2
-
-
 def _labels(valid: Tensor) -> tuple[Tensor, Tensor]:
     """Whether each of 3B pairs matches, and whether it counts."""
     rows = valid.shape[1]

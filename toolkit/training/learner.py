@@ -19,16 +19,10 @@ from toolkit import config
 from toolkit.distributed import Requests, gather_packed
 from toolkit.model.encoded import Encoded, Features
 from toolkit.model.fusion import Denoiser
-from toolkit.model.retrieval import SpeechImageModel, Temperature
+from toolkit.model.retrieval import SpeechImageModel
 from toolkit.objectives.contrastive import contrastive_loss
 from toolkit.objectives.denoising import add_noise, denoising_loss
-from toolkit.objectives.matching import (
-    Negatives,
-    draw_negatives,
-    late_interaction_loss,
-    matching_accuracy,
-    matching_loss,
-)
+from toolkit.objectives.matching import Negatives, draw_negatives, matching_accuracy, matching_loss
 from toolkit.objectives.row_random import RowRandom
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
@@ -101,7 +95,6 @@ class Learner(nn.Module):
         self.model = model
         self.objectives = objectives
         self.rank, self.world_size = rank, world_size
-        self.late_temperature = Temperature(minimum=0.01) if objectives.matching.late_weight else None
         self.denoisers = nn.ModuleDict()
         if objectives.denoising.weight:
             sides = ["image", "speech"] if objectives.denoising.side == "both" else [objectives.denoising.side]
@@ -156,12 +149,9 @@ class Learner(nn.Module):
             denoised = self._denoising(speech, image, *clean, batch.ids, draws.noise, controls)
         if self.objectives.matching.weight:
             losses |= self._matching(speech, image, negatives, requests, tokens, controls)
-            if self.objectives.matching.late_weight:
-                losses["late"] = self._late(speech, image, batch.ids)
         losses |= denoised
 
         weights = {name: getattr(self.objectives, name).weight for name in ("contrastive", "matching", "denoising")}
-        weights["late"] = self.objectives.matching.late_weight
         loss = torch.stack([weights[name] * losses[name] for name in weights if name in losses]).sum()
         values = {name: value.detach() for name, value in losses.items()}
         pairs = Pairs(keys, *((speech.detach(), image.detach()) if tokens else ()))
@@ -275,20 +265,6 @@ class Learner(nn.Module):
             losses["matching_accuracy"] = accuracy
             losses["matching_control_accuracy"] = matching_accuracy(right, other_image, other_speech, negatives.valid)
         return losses
-
-    @spanned("SIM")
-    def _late(self, speech: Encoded, image: Encoded, ids: Tensor) -> Tensor:
-        """Contrast the late interactions of all pairs of a group, group by group."""
-        late = self.model.late_interaction
-        assert late is not None
-        assert self.late_temperature is not None
-        temperature = self.late_temperature()
-        losses = []
-        for first in range(0, len(ids), self.objectives.matching.late_group):
-            rows = slice(first, first + self.objectives.matching.late_group)
-            similarity = late.all_pairs(speech.tokens[rows], speech.mask[rows], image.tokens[rows])
-            losses.append(late_interaction_loss(similarity, ids[rows], temperature))
-        return torch.cat(losses).mean()
 
     @spanned("CMD")
     def _denoising(
