@@ -6,7 +6,7 @@ gradients, W of trained weights, E of these in the teacher's working copy:
 
     here     keys       (N - 1) B (8 D + 8)                 one gather of both vectors and identities, in float32
              requests   (N - 1) (16 B + 16)                 one gather of the rows wanted and of the longest sequences
-             negatives  q B [(S + P) b + vectors, masks]    the rows asked for, and the gradients of those tokens that
+             negatives  q B [(S + P) b + masks]             the rows asked for, and the gradients of those tokens that
                         + q B (those with gradient) b       have one; q = (N - 1) B / (N B - 1) of them are elsewhere
              gradients  2 (N - 1) / N G                     all-reduce: DeepSpeed's way at stages 0, 1 and 2
              weights    (N - 1) / N W                       stages 1 and 2: gather of what each rank has updated
@@ -34,7 +34,7 @@ class Sizes:
         dim: Length of a vector, D.
         speech: Numbers in the speech tokens of a pair, padded to the longest of all ranks, S.
         image: Numbers in the image tokens of a pair, P.
-        positions: Tokens of both, whose masks travel.
+        frames: Of an utterance; a mask of a byte each travels.
         trained: Parameters trained.
         averaged: Of these, those that the teacher follows.
         number: Bytes of a number of tokens, gradients and weights, b.
@@ -47,7 +47,7 @@ class Sizes:
     dim: int
     speech: int
     image: int
-    positions: int
+    frames: int
     trained: int
     averaged: int
     number: int = 4
@@ -74,9 +74,8 @@ def ours(n: int, sizes: Sizes) -> dict[str, Part]:
     """The project's step on n ranks with negatives from all of them."""
     share, b = (n - 1) / n, sizes.batch
     elsewhere = (n - 1) * b / (n * b - 1)
-    vectors = 4 * (2 * sizes.dim + sizes.positions)
-    row = (sizes.speech + sizes.image + sizes.with_gradient) * sizes.number + vectors
-    exchanges = 4 + sizes.image_gradient + sizes.speech_gradient
+    row = (sizes.speech + sizes.image + sizes.with_gradient) * sizes.number + sizes.frames
+    exchanges = 3 + sizes.image_gradient + sizes.speech_gradient
     parts = {
         "keys": Part((n - 1) * b * (8 * sizes.dim + 8), 1),
         "requests": Part((n - 1) * (16 * b + 16), 1),

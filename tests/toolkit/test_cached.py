@@ -63,10 +63,10 @@ def step(rank: int, world_size: int, teacher: bool, count: int) -> tuple[list[fl
     caches = make_caches(setting.learner, micros, lambda _: None, *others) if count > 1 else [None]
     found, ids = [], []
     for micro, cache in zip(micros, caches, strict=True):
-        losses, keys = setting.learner(micro, *others, draws(len(micro.ids)), cache)
+        losses, pairs = setting.learner(micro, *others, draws(len(micro.ids)), cache)
         (losses["loss"] / count).backward()
         found.append(float(losses["contrastive"]))
-        ids.append(keys.ids.view(world_size, -1))
+        ids.append(pairs.keys.ids.view(world_size, -1))
     assert torch.cat(ids, dim=1).flatten().tolist() == IDS.tolist(), "each key once, with its own micro-batch"
     gradients = {name: p.grad for name, p in setting.learner.named_parameters() if p.grad is not None}
     for gradient in gradients.values() if world_size > 1 else ():
