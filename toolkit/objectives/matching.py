@@ -1,6 +1,7 @@
 r"""SIM, speech-image matching: the fine alignment by the fusion encoder, on hard negatives.
 
-Speech i draws a wrong image m among the keys of other pictures, :math:`id_m \ne id_i`; image i draws its speech alike:
+Speech i draws a wrong image m among the keys of other pictures, :math:`id_m \ne id_i`, of the batch of all ranks and of
+the queue of earlier pairs; image i draws its speech alike:
 
 .. math:: P(m | i) \propto \exp(s_i \cdot v'_m / \tau)
 
@@ -8,9 +9,9 @@ The fusion encoder tells matching pairs from these, with n(i) the draw, p its so
 
 .. math:: L = \frac{1}{3B} \sum_i [ H(1, p(s_i, v_i)) + H(0, p(s_i, v_{n(i)})) + H(0, p(s_{n(i)}, v_i)) ]
 
-Source: matching, and negatives mined by the contrastive similarities, are arXiv 2408.13119's SIM. The softmax as their
-distribution and one positive with two negatives a row are our reading, after ALBEF (arXiv 2107.07651, equation 4,
-section 3.2 and code).
+Source: matching, and negatives mined by the contrastive similarities in the queue, are arXiv 2408.13119's SIM. How far
+back the queue reaches (`objectives.matching.queue`), the softmax as their distribution and one positive with two
+negatives a row are our reading, after ALBEF (arXiv 2107.07651, equation 4, section 3.2 and code).
 """
 
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def draw_negatives(
     Args:
         speech: [B, D] vectors of this rank's rows.
         image: [B, D] alike.
-        speech_keys: [N, D] vectors to draw from: this rank's batch or all ranks'.
+        speech_keys: [N, D] vectors to draw from: this rank's batch or all ranks', then the queue's.
         image_keys: [N, D] alike.
         ids: int64 [B] picture identities of the rows.
         key_ids: int64 [N]; -1 is never drawn.

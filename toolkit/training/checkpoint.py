@@ -15,7 +15,6 @@ import atexit
 import contextlib
 import dataclasses
 import json
-import re
 import shutil
 import threading
 import uuid
@@ -27,8 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from shards.errors import UserError
 from shards.manifest import atomic, sync_folder
@@ -37,6 +35,7 @@ from toolkit.distributed import agree, agree_all
 from toolkit.run_folder import fingerprint
 from toolkit.training.background import background, outcome_of, reason_of, tell
 from toolkit.training.checkpoint_files import FileInfo, HostCopies, Pieces, keyed, problem_of, write_tensors
+from toolkit.training.checkpoint_queues import load_shared, load_token_queue, place_in, shared_state, token_file
 from toolkit.training.fragments import applied_steps, fragments, rewritten
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.progress import FORMAT, MARKER, SHARED, Progress, Saved, read_marker
@@ -46,7 +45,6 @@ from toolkit.training.slices import Slice
 T = TypeVar("T")
 
 _LOOK_EVERY = 0.2  # seconds between rank 0's looks for the other ranks' receipts
-_TOKENS = re.compile(r"tokens-\d{5}\.safetensors")
 _LINGER = 30.0  # seconds that a process which ends without `finish` leaves to a save under way
 
 
@@ -126,9 +124,9 @@ class Checkpoints:
             held = [*fragments(engine), *(teacher.held() if teacher else ())]
         tensors = {_fragments(self.rank): {k: v for each in held for k, v in keyed(each).items()}}
         if token_queue:
-            tensors[_tokens(self.rank)] = token_queue.state(self._place(token_queue))
+            tensors[token_file(self.rank)] = token_queue.state(place_in(token_queue, self.rank, self.world_size))
         if self.rank == 0:
-            tensors[SHARED] = _shared(engine.module, queue)
+            tensors[SHARED] = shared_state(engine.module, queue)
         copies = {name: self._copies.copy(name, values) for name, values in tensors.items() if values}
         ready = torch.cuda.Event(blocking=True) if torch.cuda.is_available() else None
         if ready:
@@ -312,9 +310,9 @@ class Checkpoints:
     ) -> None:
         def prepare() -> Pieces:
             pieces = self._open(saved, engine, teacher)
-            _load_shared(saved.folder / SHARED, engine.module, queue)
-            if token_queue:
-                self._load_tokens(saved, token_queue)
+            load_shared(saved.folder / SHARED, engine.module, queue)
+            if token_queue and (reason := load_token_queue(saved, token_queue, self.rank, self.world_size)):
+                self._say(f"objectives.matching.queue begins empty: the one of {saved.folder} does not fit: {reason}")
             return pieces
 
         # What can fail comes first: in what follows the ranks exchange weights and need one another.
@@ -326,24 +324,6 @@ class Checkpoints:
             with teacher.rewritten() as averages:
                 for average in averages:
                     pieces.read_into(average)
-
-    def _load_tokens(self, saved: Saved, queue: TokenQueue) -> None:
-        """Read SIM's queue; a checkpoint without one that fits leaves it empty, with a line."""
-        names = sorted(info.name for info in saved.files if _TOKENS.fullmatch(info.name))
-        try:
-            if queue.world_size < self.world_size:  # each rank has a queue of its own
-                if len(names) != self.world_size:
-                    raise ValueError(f"it has {len(names)}, each of one rank's own pairs")
-                names = [names[self.rank]]
-            if not names:
-                raise ValueError("it has none")
-            queue.load([safe_open(saved.folder / name, "pt").get_slice for name in names], self._place(queue))
-        except (ValueError, SafetensorError) as error:
-            self._say(f"objectives.matching.queue begins empty: the one of {saved.folder} does not fit: {error}")
-
-    def _place(self, queue: TokenQueue) -> int:
-        """This rank's place in a token queue, which may be of its own pairs only."""
-        return self.rank if queue.world_size == self.world_size else 0
 
     def _open(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None) -> Pieces:
         """Make sure that a checkpoint is of this run and holds all that this rank needs."""
@@ -393,33 +373,6 @@ def _checkpoints_at(path: Path) -> list[Path]:
     return found
 
 
-def _shared(module: nn.Module, queue: EmbeddingQueue) -> dict[str, Tensor]:
-    """What is the same on all ranks."""
-    parts = {"queue": queue.state_dict(), "buffer": _buffers(module)}
-    return {f"{part}:{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
-
-
-def _load_shared(path: Path, module: nn.Module, queue: EmbeddingQueue | None) -> None:
-    parts: dict[str, dict[str, Tensor]] = {"queue": {}, "buffer": {}}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  not a mapping
-            part, _, name = key.partition(":")
-            parts.setdefault(part, {})[name] = file.get_tensor(key)
-    try:
-        if queue is not None:
-            queue.load_state_dict(parts["queue"])
-        for name, buffer in _buffers(module).items():
-            buffer.copy_(parts["buffer"][name])
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not fit queue or model ({reason}): it is of another model") from None
-
-
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    kept = module.state_dict().keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
-
-
 def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):
         (folder / MARKER).unlink(missing_ok=True)  # first: what is half removed is not complete
@@ -432,10 +385,6 @@ def _name(step: int) -> str:
 
 def _fragments(rank: int) -> str:
     return f"fragments-{rank:05d}.safetensors"
-
-
-def _tokens(rank: int) -> str:
-    return f"tokens-{rank:05d}.safetensors"
 
 
 def _receipt(rank: int | str) -> str:

@@ -1,0 +1,77 @@
+"""What a checkpoint holds beside weights and moments: the queues, and buffers of the model."""
+
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from shards.errors import UserError
+from toolkit.training.progress import Saved
+from toolkit.training.queue import EmbeddingQueue, TokenQueue
+
+_TOKENS = re.compile(r"tokens-\d{5}\.safetensors")
+
+
+def shared_state(module: nn.Module, queue: EmbeddingQueue) -> dict[str, Tensor]:
+    """What is the same on all ranks: SIC's queue and the model's buffers."""
+    parts = {"queue": queue.state_dict(), "buffer": _buffers(module)}
+    return {f"{part}:{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
+
+
+def load_shared(path: Path, module: nn.Module, queue: EmbeddingQueue | None) -> None:
+    """Take over what `shared_state` gave.
+
+    Raises:
+        UserError: It does not fit the queue or the model.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"queue": {}, "buffer": {}}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  not a mapping
+            part, _, name = key.partition(":")
+            parts.setdefault(part, {})[name] = file.get_tensor(key)
+    try:
+        if queue is not None:
+            queue.load_state_dict(parts["queue"])
+        for name, buffer in _buffers(module).items():
+            buffer.copy_(parts["buffer"][name])
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit queue or model ({reason}): it is of another model") from None
+
+
+def token_file(rank: int) -> str:
+    """Name of the file with the pairs of SIM's queue that a rank holds."""
+    return f"tokens-{rank:05d}.safetensors"
+
+
+def place_in(queue: TokenQueue, rank: int, world_size: int) -> int:
+    """A rank's place in a token queue, which may be of its own pairs only."""
+    return rank if queue.world_size == world_size else 0
+
+
+def load_token_queue(saved: Saved, queue: TokenQueue, rank: int, world_size: int) -> str | None:
+    """Take over SIM's queue from a checkpoint of any number of ranks.
+
+    Returns:
+        None, or why it is not taken over; the queue is empty then.
+    """
+    names = sorted(info.name for info in saved.files if _TOKENS.fullmatch(info.name))
+    try:
+        if queue.world_size < world_size:  # each rank has a queue of its own
+            if len(names) != world_size:
+                return f"it has {len(names)}, each of one rank's own pairs"
+            names = [names[rank]]
+        if not names:
+            return "it has none"
+        queue.load(
+            [safe_open(saved.folder / name, "pt").get_slice for name in names], place_in(queue, rank, world_size)
+        )
+    except (ValueError, SafetensorError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    kept = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
