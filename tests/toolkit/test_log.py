@@ -21,6 +21,7 @@ from toolkit.training.progress import Progress
 from toolkit.training.work import Amount
 
 shards = test_trainer.shards
+CPU = torch.device("cpu")
 
 
 def intervals(rank: int, world_size: int, run: Path) -> None:
@@ -45,6 +46,31 @@ def test_an_interval_tells_tokens_speech_and_operations_of_all_ranks(tmp_path: P
         assert record["tokens_per_second"] * elapsed == pytest.approx(30 * 3 * times)
         assert record["audio_per_second"] * elapsed == pytest.approx(2 * 3 * times)
         assert record["tflops"] * elapsed == pytest.approx(4e-3 * 3 * times / 2), "of a rank"
+
+
+def controls(rank: int, world_size: int, run: Path) -> None:
+    """Two intervals of two steps; the last step of the first has a control, greater on rank 1."""
+    log = Log(run, config.Config(wandb=config.Wandb(mode="disabled")), progress := Progress(), rank, world_size, CPU)
+    for step in range(1, 5):
+        losses = {"loss": 1.0, "contrastive": 1.0, "matching": float(step)}
+        losses |= {"matching_control": 5.0 + rank} if step == 2 else {}
+        log.step({name: torch.tensor(value) for name, value in losses.items()}, 1e-3)
+        progress.step = step
+        if step % 2 == 0:
+            log.flush(progress)
+
+
+def test_a_control_is_of_the_intervals_last_step_and_the_mean_of_the_ranks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(controls, 2, tmp_path)
+    first, second = read_records(tmp_path / "log.jsonl")
+    assert (first["matching"], first["matching_control"]) == (1.5, 5.5)
+    assert second["matching"] == 3.5
+    assert "matching_control" not in second
+    printed = capfd.readouterr().out
+    assert "sim 1.500 (other 5.500)" in printed
+    assert "sim 3.500  " in printed
 
 
 def log_on_a_full_disk(rank: int, world_size: int, run: Path) -> None:

@@ -199,6 +199,24 @@ def test_temperature_is_learned_and_clamped():
     assert not Temperature(learned=False).log_temperature.requires_grad
 
 
+def test_an_export_whose_match_score_reads_the_global_vectors_is_refused(tmp_path):
+    model = build_model(tiny_model())
+    model.config.fusion["agreement"] = False  # as earlier exports without it say
+    model.save_pretrained(tmp_path)
+    assert SpeechImageModel.from_pretrained(tmp_path).config.match_weight is None
+    model.config.fusion["agreement"] = True
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"match score reads the global vectors \(fusion.agreement\)"):
+        SpeechImageModel.from_pretrained(tmp_path)
+
+
+def test_the_fitted_weight_is_kept_with_the_model(tmp_path):
+    model = build_model(tiny_model())
+    model.config.match_weight = 0.125
+    model.save_pretrained(tmp_path)
+    assert SpeechImageModel.from_pretrained(tmp_path).config.match_weight == 0.125
+
+
 @pytest.mark.parametrize("outwards", [1, -1], ids=["low", "high"])
 def test_temperature_does_not_drift_beyond_its_bounds(outwards):
     temperature = Temperature(0.02, 0.01, 0.04)
