@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.audio import SAMPLE_RATE
 from toolkit.config import Config, Image, Model, Speech
 
 CONV_STRIDE = [5, 2, 2, 2, 2, 2, 2]  # of HuBERT's convolutions
@@ -113,6 +112,8 @@ def estimate(config: Config, counts: Counts, ranks: int) -> Memory:
 
 def _token_queue(config: Config, width: int) -> tuple[int, int]:
     """Bytes of the keys of SIM's queue, which every rank has, and of its tokens, which the ranks share."""
+    from shards.audio import SAMPLE_RATE
+
     matching, micro = config.objectives.matching, config.training.batch_size // config.training.accumulation
     speech, image = trunk_values(config.model.speech), trunk_values(config.model.image)
     if not (matching.weight and matching.queue and speech and image):

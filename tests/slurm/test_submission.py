@@ -45,7 +45,7 @@ def test_the_job_is_what_the_dry_run_showed(cluster: Cluster, config: Path, tmp_
     assert written.strip() == script.replace("/logs/TIME", f"/logs/{last.folder.name}").strip()
 
 
-def test_what_slurm_would_refuse_is_said_in_one_line(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+def test_what_slurm_would_refuse_is_said_in_one_line(quiet: Cluster, config: Path, tmp_path: Path) -> None:
     command = (*SUBMIT, "--config", config, "--run", tmp_path / "run", "--ranks-per-node", "1", "--name", "refused")
     for wrong, said in (
         (("--partition", "nosuch"), "--partition nosuch: SLURM has none of that name; there are high, low"),
@@ -59,12 +59,12 @@ def test_what_slurm_would_refuse_is_said_in_one_line(cluster: Cluster, config: P
         ),
         (("--constraint", "nosuch"), "Invalid feature specification"),
     ):
-        done = cluster.run(*command, *wrong, "--no-follow", expect=2)
+        done = quiet.run(*command, *wrong, "--no-follow", expect=2)
         assert said in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
-    shown = cluster.run(*command, "--cpus-per-rank", "400", "--dry-run", expect=2).stdout
+    shown = quiet.run(*command, "--cpus-per-rank", "400", "--dry-run", expect=2).stdout
     assert re.search(r"FAILED +sbatch --test-only: SLURM would not run the job", shown), shown
-    assert not cluster.run("squeue", "--noheader", "--name", "refused").stdout
+    assert not quiet.run("squeue", "--noheader", "--name", "refused").stdout
 
 
 def test_a_sweep_of_six_two_at_a_time_of_which_one_fails(quiet: Cluster, config: Path, tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ class Checkpoints:
         engine: Any,
         teacher: MomentumEncoder | None,
         queue: EmbeddingQueue,
-        token_queue: TokenQueue | None,
         progress: Progress,
+        token_queue: TokenQueue | None = None,
     ) -> None:
         """Copy everything that the run needs to continue, and have it written; every rank calls this.
 

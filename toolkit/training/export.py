@@ -65,7 +65,8 @@ class Exports:
                 model's; then all is written in float32. None: the model as it is.
         """
         self._settle(name)
-        model.config.match_weight = progress.match_weight if progress.match_weight >= 0 else None
+        if progress.match_weight >= 0:
+            model.config.match_weight = progress.match_weight
         state = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
         if masters is not None:
             state = {

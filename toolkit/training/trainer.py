@@ -218,7 +218,7 @@ class Trainer:
         """Save a checkpoint and export the model as it is now, behind the training; every rank takes part."""
         self._fence()
         with self.watchdog.paused(), self.log.paused("saving"):
-            self.checkpoints.save(self.engine, self.teacher, self.queue, self.tokens, self.progress)
+            self.checkpoints.save(self.engine, self.teacher, self.queue, self.progress, self.tokens)
             self.export("last")
 
     def export(self, name: str) -> None:
