@@ -79,14 +79,21 @@ def test_a_recording_with_zeros_for_bytes_is_refused(container: str, subtype: st
     refusal(whole[:at] + bytes(1000) + whole[at + 1000 :])
 
 
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize(("container", "subtype"), [*SAYS_HOW_MUCH, ("MP3", None)])
-def test_the_message_tells_how_much_is_there(container: str, subtype: str | None, channels: int) -> None:
+def writes(container: str, subtype: str | None, channels: int = 1, rate: int = RATE) -> bool:
+    """Whether this libsndfile writes it, and reads as many channels again."""
     try:
-        whole = encoded(speech(4.0, channels=channels), container, subtype)
-        read_audio(whole, 30)
-    except (soundfile.SoundFileError, UserError):
-        pytest.skip("has one channel")
+        data = encoded(speech(0.1, rate, channels), container, subtype, rate)
+        return soundfile.info(io.BytesIO(data)).channels == channels
+    except (soundfile.SoundFileError, ValueError):
+        return False
+
+
+KINDS = [(*one, channels) for one in (*SAYS_HOW_MUCH, ("MP3", None)) for channels in (1, 2) if writes(*one, channels)]
+
+
+@pytest.mark.parametrize(("container", "subtype", "channels"), KINDS)
+def test_the_message_tells_how_much_is_there(container: str, subtype: str | None, channels: int) -> None:
+    whole = encoded(speech(4.0, channels=channels), container, subtype)
     line = refusal(whole[: len(whole) // 2])
     assert re.search(r"truncated: its header promises (4\.[01]|3\.9) s, the file holds (2\.[01]|1\.9) s: fetch", line)
 
@@ -113,7 +120,8 @@ def subtypes() -> Iterator[tuple[str, str]]:
     for container in soundfile.available_formats():
         for subtype in soundfile.available_subtypes(container):
             # RAW has no header, SD2 a second file; libsndfile reads no SDS from memory, and no DWVW at all.
-            if container not in ("RAW", "SD2", "SDS") and not subtype.startswith("DWVW"):
+            readable = container not in ("RAW", "SD2", "SDS") and not subtype.startswith("DWVW")
+            if readable and any(writes(container, subtype, 1, rate) for rate in (8000, 16000, 44100)):
                 yield container, subtype
 
 
@@ -131,8 +139,7 @@ def test_whole_recordings_of_all_containers_are_accepted(container: str, subtype
             continue  # not with so many channels, or not at this rate
         written += 1
         assert len(read_audio(data, 30)) > 0.9 * frames * 16000 / rate or container in ("WVE", "XI", "HTK")
-    if not written:
-        pytest.skip("this libsndfile does not write it")
+    assert written
 
 
 @pytest.mark.parametrize("bitrate_mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
