@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,25 @@ def test_a_kill_before_the_best_is_on_the_disk_does_not_lose_it(shards: Path, tm
         shutil.rmtree(tmp_path / f"run/checkpoints/step-0000000{step}")
     run_ranks(train, 1, run, False, timeout=90)
     assert exported(tmp_path / "run") == 3 == marked(tmp_path / "run")["best_step"]
+
+
+def test_a_checkpoint_waits_for_an_export_that_the_training_waits_for_too(tmp_path: Path) -> None:
+    from toolkit.training.export import Exports
+
+    exports, under_way = Exports.__new__(Exports), Future()
+    exports.run, exports._under_way = tmp_path, {"best": under_way}
+    training = threading.Thread(target=exports.best, daemon=True)  # as an evaluation begins
+    training.start()
+    time.sleep(0.1)
+    checkpoint = threading.Thread(target=exports.wait, args=("best",), daemon=True)
+    checkpoint.start()
+    checkpoint.join(0.2)
+    assert checkpoint.is_alive(), "it would be complete before the best model is on the disk"
+    under_way.set_result(None)
+    for thread in (training, checkpoint):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert not exports._under_way
 
 
 def exported(run: Path) -> int:

@@ -96,10 +96,15 @@ class Exports:
             return -1.0, 0
 
     def _settle(self, name: str) -> None:
-        """Wait for an export under way and forget it; a failure is one line."""
-        export = self._under_way.pop(name, None)
-        if export and isinstance(reason := outcome_of(export), str):
-            tell(f"the model was not written to {self.run / 'export' / name}: {reason}; training goes on")
+        """Wait for an export under way and forget it; a failure is one line.
+
+        Forgotten last: the thread that completes a checkpoint may still have to wait for it.
+        """
+        if export := self._under_way.get(name):
+            reason = outcome_of(export)
+            del self._under_way[name]
+            if isinstance(reason, str):
+                tell(f"the model was not written to {self.run / 'export' / name}: {reason}; training goes on")
 
     def _write(self, model: SpeechImageModel, state: dict[str, Tensor], name: str, progress: dict[str, Any]) -> None:
         target = self.run / "export" / name
