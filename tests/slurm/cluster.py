@@ -75,6 +75,13 @@ class Cluster:
         shown = self.run("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N", "--partition=low").stdout
         return len(shown.split()) == NODES
 
+    def resume(self) -> None:
+        """Take back into use what SLURM has drained or called down, as after a process that it could not end."""
+        states = "--states=drain,drained,draining,down,fail"
+        shown = self.run("sinfo", "--noheader", "--Node", states, "--format=%N", "--partition=low").stdout
+        for name in set(shown.split()):
+            self.run("scontrol", "update", f"NodeName={name}", "State=RESUME", expect=None)
+
     def state(self, job: str) -> str:
         """What accounting says of a job."""
         shown = self.run("sacct", "-X", "--noheader", "--parsable2", "--jobs", job, "--format=State").stdout

@@ -36,6 +36,7 @@ def cluster() -> Iterator[Cluster]:
 def quiet(cluster: Cluster) -> Cluster:
     """The cluster with nothing running on it and all nodes there."""
     cluster.run("scancel", "--user=root", "--full")
+    cluster.resume()
     wait_for(cluster.idle, lambda: cluster.run("sinfo", "-R").stdout)
     return cluster
 

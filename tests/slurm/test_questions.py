@@ -77,6 +77,7 @@ def accounts(cluster: Cluster) -> Iterator[Cluster]:
 @pytest.fixture
 def real(accounts: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """SLURM's commands for this process, which is no client of the cluster, once all nodes answer."""
+    accounts.resume()
     wait_for(accounts.idle, lambda: accounts.run("sinfo", "-R").stdout)
     folder = tmp_path / "real"
     folder.mkdir()
