@@ -41,7 +41,7 @@ def test_ranks_have_their_environment_where_sbatch_exports_none(quiet: Cluster, 
 
 
 def test_a_rank_without_the_packages_ends_the_job_and_is_told(quiet: Cluster, config, tmp_path) -> None:
-    """The other has not begun when srun ends it, and its 143 is srun's exit code."""
+    """The other has not begun when srun ends it, and its signal is srun's exit code."""
     profile = python_of_ranks(tmp_path, '[ $SLURM_PROCID = 0 ] && exec sleep 60\nexec "$python" -S "$@"')
     run = tmp_path / "run"
     training = quiet.submit(config, run, *TWO_RANKS, *SHORT, "--profile", profile)
@@ -52,7 +52,8 @@ def test_a_rank_without_the_packages_ends_the_job_and_is_told(quiet: Cluster, co
     assert told.stderr.splitlines()[-1] == f"error: {why}; the whole log is {log}"
     assert training.wait_end() == "FAILED", training.told()
     [ended] = training.incarnations()
-    assert (ended["cause"], ended["requeued"], ended["code"]) == ("failed", False, 143), training.told()
+    assert (ended["cause"], ended["requeued"]) == ("failed", False), training.told()
+    assert ended["code"] in (137, 143), "srun's: of a rank that it ended, by TERM or by KILL"
     shown = companion(quiet, "status", run, expect=0).stdout
     assert why in shown
     assert f"the whole log is {log}" in shown
