@@ -72,8 +72,9 @@ class Cluster:
         subprocess.run([self.folder / "bin" / "controller", action], check=True, timeout=60)
 
     def idle(self) -> bool:
-        shown = self.run("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N", "--partition=low").stdout
-        return len(shown.split()) == NODES
+        """Whether all nodes answer and have nothing to do: not "idle*", and not drained."""
+        shown = self.run("sinfo", "--noheader", "--Node", "--format=%T", "--partition=low").stdout
+        return shown.split() == ["idle"] * NODES
 
     def resume(self) -> None:
         """Take back into use what SLURM has drained or called down, as after a process that it could not end."""
