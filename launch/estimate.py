@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,8 @@ def _image(model: Model, trunk: dict[str, Any]) -> Sizes:
     below, clip = frozen is None, image.architecture == "clip"
     patch = trunk["patch_size"]
     places = (trunk["image_size"] // patch) ** 2 + 1
-    embeddings = width + 3 * patch * patch * width + places * width + (0 if clip else width)
+    projection = 3 * patch * patch * width + (0 if clip else width)
+    embeddings = width + places * width + (_stem(width, patch) if image.stem == "convolutions" else projection)
     layer = _layer(width, trunk["intermediate_size"]) - (0 if clip or trunk["qkv_bias"] else 3 * width)
     return [
         (embeddings + (2 * width if clip else 0), below),
@@ -190,6 +192,13 @@ def _image(model: Model, trunk: dict[str, Any]) -> Sizes:
         (2 * width, frozen != layers),
         (_head(width, model.embed_dim, image.head_layers, GRID if image.pool == "grid" else 1), True),
     ]
+
+
+def _stem(width: int, patch: int) -> int:
+    """Convolutions of 3 x 3 that halve the side and double the width, all but the last with a norm."""
+    steps = max(patch.bit_length() - 1, 1)
+    widths = [3, *(width >> (steps - 1 - step) for step in range(steps))]
+    return sum(9 * narrow * wide for narrow, wide in pairwise(widths)) + 2 * sum(widths[1:-1])
 
 
 def _fusion_and_denoisers(config: Config, widths: dict[str, int]) -> Sizes:

@@ -58,6 +58,9 @@ class Image:
     architecture: Literal["clip", "blip2"] = "clip"
     trunk: str | None = None  # folder or hub id, of a CLIPModel with its projection; none: random weights from `config`
     config: dict[str, Any] = field(default_factory=dict)  # CLIPVisionConfig or Blip2VisionConfig values
+    stem: Literal["patches", "convolutions"] = (
+        "patches"  # what embeds patches: the trunk's projection, or, from random weights, convolutions of stride 2
+    )
     train: str = "none"
     head_layers: int = 0
     pool: Literal["class", "mean", "grid"] = (

@@ -106,6 +106,16 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
             "--model.image.freeze_projection true keeps the projection of a CLIP trunk's class token: it needs "
             "--model.image.trunk, architecture clip, pool class and head_layers 0",
         ),
+        (
+            image.stem == "convolutions" and image.trunk is not None,
+            "--model.image.stem convolutions would replace the patch projection that --model.image.trunk was trained "
+            "with: set it to patches, or train from random weights",
+        ),
+        (
+            image.stem == "convolutions" and image.train != "all",
+            f"--model.image.train {image.train} would leave the stem's random weights as they are: set it to all, or "
+            "--model.image.stem to patches",
+        ),
         (training.min_lr > training.lr, f"--training.min_lr {training.min_lr} is above --training.lr {training.lr}"),
         (len(training.betas) != 2, f"--training.betas is {training.betas}; expected two numbers"),
         (

@@ -45,6 +45,10 @@ def variants():
     config.model.image.architecture, config.model.image.head_layers = "blip2", 2
     config.objectives.denoising.weight = 0
     yield "blip2", config
+    for architecture in ("clip", "blip2"):
+        config = Config(model=tiny_model())
+        config.model.image.architecture, config.model.image.stem = architecture, "convolutions"
+        yield f"stem, {architecture}", config
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPImageProcessor
 
 from shards.errors import UserError
 from tests.tiny import VIT
-from toolkit.model.image import ImageEncoder
+from toolkit.model.image import ConvolutionalStem, ImageEncoder
 
 TRUNKS = {"clip": (CLIPVisionConfig, CLIPVisionModel), "blip2": (Blip2VisionConfig, Blip2VisionModel)}
 
@@ -122,3 +122,38 @@ def test_a_grid_is_the_mean_of_each_cells_patches(size):
         vector = F.normalize(encoder.head.project(means.flatten(1)), dim=-1)
     assert encoder.head.project.in_features == 16 * VIT["hidden_size"]
     torch.testing.assert_close(encoded.vector, vector, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["clip", "blip2"])
+def test_a_stem_takes_the_place_of_the_patch_projection(architecture):
+    trunk = make_trunk(architecture)
+    trunk = getattr(trunk, "vision_model", trunk)
+    encoder = ImageEncoder(trunk, 16, "all", 0, 4, 0.0, stem="convolutions").eval()
+    stem = trunk.embeddings.patch_embedding
+    assert isinstance(stem, ConvolutionalStem)
+    pictures = make_pictures()
+    encoded = encoder(encoder.frozen(pictures))
+    assert encoded.tokens.shape == (3, (32 // VIT["patch_size"]) ** 2, VIT["hidden_size"])
+    encoded.tokens.sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in stem.parameters())
+    # A picture is embedded the same whatever it is batched with.
+    torch.testing.assert_close(encoder(encoder.frozen(pictures[1:2])).tokens, encoded.tokens[1:2], atol=1e-5, rtol=0)
+
+
+def test_a_stem_is_convolutions_that_halve_the_side():
+    stem, pixels = ConvolutionalStem(16, 8), torch.randn(2, 3, 32, 32)
+    x = F.conv2d(pixels, stem[0].weight, stride=2, padding=1)
+    x = F.gelu((x - x.mean((1, 2, 3), keepdim=True)) / (x.var((1, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt())
+    x = F.conv2d(x, stem[3].weight, stride=2, padding=1)
+    x = F.gelu((x - x.mean((1, 2, 3), keepdim=True)) / (x.var((1, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt())
+    x = F.conv2d(x, stem[6].weight, stride=2, padding=1)
+    assert [stem[place].weight.shape[0] for place in (0, 3, 6)] == [4, 8, 16]
+    torch.testing.assert_close(stem(pixels), x)
+    with pytest.raises(UserError, match="bf16"):
+        stem(pixels.bfloat16())
+
+
+@pytest.mark.parametrize(("width", "patch_size"), [(16, 12), (16, 1), (18, 8)])
+def test_a_stem_that_does_not_halve_is_refused(width, patch_size):
+    with pytest.raises(UserError, match="power of 2"):
+        ConvolutionalStem(width, patch_size)

@@ -60,6 +60,14 @@ def counted(function: Any) -> tuple[Any, int]:
         return function(), counter.get_total_flops()
 
 
+def test_flops_of_a_stem_are_those_that_torch_counts() -> None:
+    settings = whole("all", 0)
+    settings.model.image.stem = "convolutions"
+    image = made(settings)[0].model.image
+    pictures = batch(SAMPLES).images
+    assert work.image_flops(image, PATCHES) == (0, counted(lambda: image(image.frozen(pictures)))[1])
+
+
 @pytest.mark.parametrize("train", ["none", "1", "all"])
 @pytest.mark.parametrize("head_layers", [0, 1])
 def test_flops_of_the_parts_are_those_that_torch_counts(train: str, head_layers: int) -> None:

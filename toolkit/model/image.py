@@ -1,6 +1,7 @@
-"""Image encoder: CLIP or BLIP-2 vision trunk, head."""
+"""Image encoder: CLIP or BLIP-2 vision trunk, with its patch projection or a convolutional stem, and head."""
 
 import inspect
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shards.errors import UserError
 from toolkit.model.encoded import Encoded, Features
 from toolkit.model.layers import FrozenLinear, Head
 from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
@@ -17,6 +19,52 @@ from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 GRID = 4  # cells a side that the patches are pooled in
+
+
+class ConvolutionalStem(nn.Sequential):
+    """Patch embedding by convolutions of 3 x 3 with stride 2, which halve the side and double the width.
+
+    In place of a trunk's linear projection of patches; from random weights it finds shapes much sooner.
+
+    Source: arXiv 2106.14881, with a norm over each picture, whatever it is batched with, in place of batch norm.
+
+    Args:
+        width: H, of a patch embedding.
+        patch_size: pixels a side, a power of 2.
+
+    Raises:
+        UserError: the patch size is no power of 2, or the width is too small for it.
+    """
+
+    def __init__(self, width: int, patch_size: int) -> None:
+        steps = patch_size.bit_length() - 1
+        if steps < 1 or patch_size != 2**steps or width % 2 ** (steps - 1):
+            raise UserError(
+                f"model.image.stem convolutions halves the side {steps} times: patch_size {patch_size} has to be a "
+                f"power of 2, at least 2, and hidden_size {width} a multiple of half of it"
+            )
+        widths = [3, *(width >> (steps - 1 - step) for step in range(steps))]
+        modules: list[nn.Module] = []
+        for step, (narrow, wide) in enumerate(itertools.pairwise(widths), start=1):
+            last = step == steps
+            modules.append(nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1, bias=False))
+            modules += [] if last else [nn.GroupNorm(1, wide), nn.GELU()]
+        super().__init__(*modules)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the first convolution: a trunk brings pixels to its type."""
+        return self.get_parameter("0.weight")
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Embed pixels [B, 3, S, S]: [B, H, S / patch_size, S / patch_size].
+
+        Raises:
+            UserError: bfloat16 on a CPU, where narrow convolutions can be computed wrongly.
+        """
+        if pixels.dtype == torch.bfloat16 and pixels.device.type == "cpu":
+            raise UserError("--model.image.stem convolutions cannot be computed in bf16 on CPUs: take fp32")
+        return super().forward(pixels)
 
 
 class ImageEncoder(PartlyFrozen):
@@ -36,6 +84,7 @@ class ImageEncoder(PartlyFrozen):
         freeze_projection: what projects the vector is never trained; it is to be set by `begin_projection`.
         mean: of red, green and blue, subtracted from values in [0, 1] before the trunk sees them.
         std: what they are divided by then.
+        stem: "patches": the trunk's own projection of patches; "convolutions": a `ConvolutionalStem` in its place.
     """
 
     trunk: Any
@@ -52,9 +101,12 @@ class ImageEncoder(PartlyFrozen):
         freeze_projection: bool = False,
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
+        stem: str = "patches",
     ) -> None:
         super().__init__()
         self.trunk, self.pool = trunk, pool
+        if stem == "convolutions":
+            self.trunk.embeddings.patch_embedding = ConvolutionalStem(self.token_dim, self.trunk.config.patch_size)
         self.mean, self.std = mean, std
         layers = self.trunk.encoder.layers
         trained = trained_layers(train, len(layers), "model.image.train")

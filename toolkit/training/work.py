@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from shards.audio import SAMPLE_RATE
 from shards.stream import Batch
 from toolkit.config import Config, micro_batch
 from toolkit.model.fusion import Denoiser, FusionEncoder
-from toolkit.model.image import ImageEncoder
+from toolkit.model.image import ConvolutionalStem, ImageEncoder
 from toolkit.model.layers import Head
 from toolkit.model.speech import SpeechEncoder
 from toolkit.training.learner import Learner
@@ -156,10 +157,19 @@ def speech_flops(encoder: SpeechEncoder, lengths: np.ndarray) -> tuple[float, fl
 def image_flops(encoder: ImageEncoder, patches: int) -> tuple[float, float]:
     """FLOPs of one forward pass over a picture: of what is frozen, of what is trained."""
     config = encoder.trunk.config
-    embedding = 2.0 * patches * config.hidden_size * 3 * config.patch_size**2
+    embedding = _patch_embedding(encoder, patches)
     layers, each = len(encoder.trunk.encoder.layers), float(_layer(config, patches + 1))
     frozen = 0.0 if encoder.frozen_layers is None else embedding + encoder.frozen_layers * each
     return frozen, embedding + layers * each - frozen + float(_head(encoder.head, patches))
+
+
+def _patch_embedding(encoder: ImageEncoder, patches: int) -> float:
+    stem, config = encoder.trunk.embeddings.patch_embedding, encoder.trunk.config
+    if not isinstance(stem, ConvolutionalStem):
+        return 2.0 * patches * config.hidden_size * 3 * config.patch_size**2
+    convolutions = [module for module in stem if isinstance(module, nn.Conv2d)]
+    places = [patches * 4**above for above in reversed(range(len(convolutions)))]
+    return sum(2.0 * count * module.weight.numel() for count, module in zip(places, convolutions, strict=True))
 
 
 def fusion_flops(encoder: FusionEncoder, queries: Any, context: Any) -> Any:
