@@ -149,6 +149,7 @@ class Denoising:
 class Objectives:
     """What is minimised: contrastive + matching + denoising, each times its weight."""
 
+    coarse_steps: int = 0  # steps at the start with SIC alone, on the batch's own vectors: without teacher and queues
     contrastive: Contrastive = field(default_factory=Contrastive)
     matching: Matching = field(default_factory=Matching)
     denoising: Denoising = field(default_factory=Denoising)

@@ -37,6 +37,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     "0 or more": (
         lambda value: value >= 0,
         """seed data.workers data.max_faults data.max_faults_in_a_row model.speech.head_layers model.image.head_layers
+        objectives.coarse_steps
         objectives.contrastive.weight objectives.matching.queue
         objectives.contrastive.queue objectives.contrastive.alpha_ramp objectives.matching.weight
         objectives.denoising.weight training.min_lr training.warmup training.weight_decay training.clip
@@ -134,7 +135,7 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
 
 
 def batch_warnings(config: Config, world_size: int) -> list[str]:
-    """What an objective loses by the size of a rank's micro-batch; nothing else would show it.
+    """What an objective loses by the number of steps or a rank's micro-batch; nothing else would show it.
 
     Args:
         config: The configuration.
@@ -152,6 +153,11 @@ def batch_warnings(config: Config, world_size: int) -> list[str]:
     pairs = f"{micro} pair{'s' * (micro > 1)} a rank and micro-batch"
     raise_it = "raise --training.batch_size, or lower the number of ranks or --training.accumulation"
     found = []
+    if (matching.weight or denoising.weight) and objectives.coarse_steps >= config.training.steps:
+        found.append(
+            f"--objectives.coarse_steps {objectives.coarse_steps}: all of {config.training.steps} steps train SIC "
+            "alone; lower it, or raise --training.steps"
+        )
     if matching.weight > 0 and candidates == 1:
         other = "" if world_size == 1 else ", or set --objectives.matching.negatives global"
         found.append(

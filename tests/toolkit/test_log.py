@@ -68,6 +68,22 @@ def test_a_control_is_of_the_intervals_last_step_and_the_mean_of_the_ranks(tmp_p
     assert "matching_control" not in second
 
 
+def begun_within(rank: int, world_size: int, run: Path) -> None:
+    """An interval of three steps, in the last two of which SIM takes part."""
+    log = Log(run, config.Config(wandb=config.Wandb(mode="disabled")), progress := Progress(), rank, world_size, CPU)
+    for step in range(1, 4):
+        losses = {"loss": float(step), "contrastive": 1.0} | ({"matching": 10.0 * step + rank} if step > 1 else {})
+        log.step({name: torch.tensor(value) for name, value in losses.items()}, 1e-3)
+        progress.step = step
+    log.flush(progress)
+
+
+def test_a_loss_that_begins_within_an_interval_is_averaged_over_its_own_steps(tmp_path: Path) -> None:
+    run_ranks(begun_within, 2, tmp_path)
+    (record,) = read_records(tmp_path / "log.jsonl")
+    assert (record["loss"], record["matching"]) == (2.0, 25.5)
+
+
 def log_on_a_full_disk(rank: int, world_size: int, run: Path) -> None:
     """Nothing more can be written, then it can again."""
     settings = config.Config(wandb=config.Wandb(mode="disabled"))

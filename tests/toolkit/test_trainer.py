@@ -54,6 +54,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(shards: Path, run: Path, **training: Any) -> config.Config:
     model = tiny_model()
+    model.image.stem = "convolutions"
     training = {
         "steps": 4,
         "batch_size": 8,
@@ -68,6 +69,7 @@ def settings(shards: Path, run: Path, **training: Any) -> config.Config:
         data=config.Data(shards=str(shards), image_size=32, max_seconds=0.8, workers=0, window=2),
         model=model,
         objectives=config.Objectives(
+            coarse_steps=1,
             contrastive=config.Contrastive(queue=12, alpha_ramp=2),
             matching=config.Matching(negatives="global", queue=16),
             denoising=config.Denoising(layers=1, side="both"),
@@ -151,6 +153,43 @@ def test_stopped_and_continued_equals_unbroken(shards: Path, tmp_path: Path) -> 
         assert progress["restarts"] == 1
 
 
+def coarse_run(rank: int, world_size: int, run: config.Config) -> dict[str, Any]:
+    """Train, and give how far the teacher is from the student, and which weights have moved."""
+    import torch
+
+    from toolkit.run_folder import prepare_run
+    from toolkit.training.trainer import Trainer
+
+    prepare_run(run)
+    trainer = Trainer(run, Path(run.run), rank, world_size, device_of(rank))
+    before = {name: p.detach().clone() for name, p in trainer.learner.named_parameters()}
+    trainer.train()
+    assert trainer.teacher
+    trainer.teacher.settle()
+    pairs = zip(trainer.teacher.working, trainer.teacher.student, strict=True)
+    distance = max(float((working - student.detach()).abs().max()) for working, student in pairs)
+    moved = {n.split(".")[1] for n, p in trainer.learner.named_parameters() if not torch.equal(p.detach(), before[n])}
+    found = {"distance": distance, "moved": moved, "keys": int((trainer.queue.ids >= 0).sum())}
+    trainer.close()
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_coarse_steps_train_sic_alone_and_leave_the_teacher_at_the_student(shards: Path, tmp_path: Path) -> None:
+    alone = settings(shards, tmp_path / "alone", steps=3, weight_decay=0.0)
+    alone.objectives.coarse_steps = 3
+    found = run_ranks(coarse_run, 1, alone, timeout=50)[0]
+    assert found == {"distance": 0.0, "moved": {"speech", "image", "temperature"}, "keys": 0}
+    assert not any("matching" in record or "denoising" in record for record in losses(tmp_path / "alone"))
+    mixed = settings(shards, tmp_path / "mixed", steps=3)
+    mixed.objectives.coarse_steps = 2
+    found = run_ranks(coarse_run, 1, mixed, timeout=50)[0]
+    assert found["distance"] > 0
+    assert {"fusion", "match_head", "image", "speech"} <= found["moved"]
+    assert found["keys"] == 8
+    assert ["matching" in record for record in losses(tmp_path / "mixed")] == [False, False, True]
+
+
 def complete_run(rank: int, world_size: int, run: config.Config) -> dict[str, Any] | None:
     """Train with evaluation and wandb, then read the exported model back."""
     import torch
@@ -221,9 +260,9 @@ def updates(rank: int, world_size: int, run: config.Config) -> list[int]:
     now, found = [], []
     update, take = MomentumEncoder.update, Trainer.train_step
 
-    def noted_update(self: MomentumEncoder) -> None:
+    def noted_update(self: MomentumEncoder, decay: float | None = None) -> None:
         found.append(now[-1])
-        update(self)
+        update(self, decay)
 
     def noted_step(self: Trainer, step: int, batches: Any) -> Any:
         now.append(step)

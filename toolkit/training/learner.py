@@ -110,6 +110,7 @@ class Learner(nn.Module):
         cache: Cache | None = None,
         tokens: TokenQueue | None = None,
         controls: bool = False,
+        coarse: bool = False,
     ) -> tuple[dict[str, Tensor], Pairs]:
         """Compute the losses of one micro-batch.
 
@@ -123,6 +124,7 @@ class Learner(nn.Module):
             tokens: Pairs of earlier batches that SIM draws negatives from, too.
             controls: Also measure SIM and CMD with the tokens of another pair in place of the right ones: what does
                 not get worse by that does not look at them.
+            coarse: SIC alone.
 
         Returns:
             Scalars by name, of which `loss` is minimised and the rest are detached, and what the queues take.
@@ -130,7 +132,8 @@ class Learner(nn.Module):
         features = self._frozen(batch)
         speech, image = self._encode(*features)
         denoising = self.objectives.denoising
-        cleaned = teacher and (cache is None or (denoising.weight and denoising.target == "teacher"))
+        match, denoise = self.objectives.matching.weight and not coarse, denoising.weight and not coarse
+        cleaned = teacher and (cache is None or (denoise and denoising.target == "teacher"))
         clean_speech, clean_image = _cleaned(teacher, *features) if teacher and cleaned else (speech, image)
         temperature = self.model.temperature()
         if cache:
@@ -140,14 +143,14 @@ class Learner(nn.Module):
             keys = self.keys(clean_speech.vector, clean_image.vector, batch.ids, differentiable=teacher is None)
             own = (speech.vector, image.vector)
             losses = {"contrastive": self.contrast(*own, keys, queue, batch.ids, temperature, alpha)}
-        if self.objectives.matching.weight:
+        if match:
             negatives = self._draw(speech, image, keys, batch.ids, temperature.detach(), draws.negatives, tokens)
             requests = self._request(negatives, speech, image, tokens)
         denoised: dict[str, Tensor] = {}
-        if denoising.weight:  # between request and fetch of the negatives: it hides the wait for them
+        if denoise:  # between request and fetch of the negatives: it hides the wait for them
             clean = (speech, image) if denoising.target == "own" else (clean_speech, clean_image)
             denoised = self._denoising(speech, image, *clean, batch.ids, draws.noise, controls)
-        if self.objectives.matching.weight:
+        if match:
             losses |= self._matching(speech, image, negatives, requests, tokens, controls)
         losses |= denoised
 

@@ -1,6 +1,7 @@
 """What a run tells: one readable line an interval, `log.jsonl` with everything, wandb; all from the same records."""
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -44,10 +45,10 @@ class Log:
         self.run, self.config, self.rank, self.world_size = run, config, rank, world_size
         self.device = device
         self.first = progress.step
-        self.names: list[str] = []
-        self.sums: Tensor | None = None
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # by the names of the scalars, which can change with the step
+        self.counts: dict[str, int] = {}
         self.controls: dict[str, Tensor] = {}
-        self.steps = self.applied = self.faults = 0
+        self.steps = self.faults = 0
         self.work = Amount()  # of this rank, in the interval
         self.began = self.interval_began = time.perf_counter()
         self.before = progress.seconds
@@ -104,9 +105,9 @@ class Log:
             self.controls = {name: losses[name] for name in losses if name in CONTROLS}
             losses = {name: losses[name] for name in losses if name not in CONTROLS}
             values = torch.stack([value.detach().float() for value in losses.values()])
-            self.names = list(losses)
-            self.sums = values if self.sums is None else self.sums + values
-            self.applied += 1
+            names = tuple(losses)
+            self.sums[names] = self.sums[names] + values if names in self.sums else values
+            self.counts |= {name: self.counts.get(name, 0) + 1 for name in names}
 
     def skipped(self, progress: Progress, bad_modules: str | None) -> None:
         """Write that the step was skipped, and of several in a row say it once.
@@ -121,10 +122,10 @@ class Log:
             self.say(f"step {progress.step + 1} skipped: loss or gradient not finite{where}")
 
     def flush(self, progress: Progress) -> None:
-        """Average the interval over its applied steps and the ranks, and write it."""
+        """Average each scalar over the interval's applied steps that have it and over the ranks, and write it."""
         if self.steps == 0:
             return
-        sums = torch.zeros(0, device=self.device) if self.sums is None else self.sums
+        sums = torch.cat([torch.zeros(0, device=self.device), *self.sums.values()])
         done = self.work
         own = [self.faults, done.seconds, done.tokens, done.total() / 1e12, *self._memory_by_rank()]
         last = [value.detach().float() for value in self.controls.values()]
@@ -133,8 +134,9 @@ class Log:
         values = totals.tolist()
         means, controls = values[: len(sums)], values[len(sums) : len(sums) + len(last)]
         faults, seconds, tokens, tera, *memory = values[len(sums) + len(last) :]
-        count = self.applied * self.world_size
-        losses = {name: value / count for name, value in zip(self.names, means, strict=True)} if count else {}
+        losses = dict.fromkeys(self.counts, 0.0)
+        for name, value in zip(itertools.chain(*self.sums), means, strict=True):
+            losses[name] += value / (self.counts[name] * self.world_size)
         losses |= {name: value / self.world_size for name, value in zip(self.controls, controls, strict=True)}
         now = time.perf_counter()
         elapsed = max(1e-9, now - self.interval_began - self.interval_paused)
@@ -155,8 +157,8 @@ class Log:
         }
         self._write(record)
         self.say(self._line(record))
-        self.sums, self.steps, self.applied, self.faults, self.work = None, 0, 0, 0, Amount()
-        self.controls = {}
+        self.steps, self.faults, self.work = 0, 0, Amount()
+        self.sums, self.counts, self.controls = {}, {}, {}
         self.waited = self.interval_paused = 0.0
         self.interval_began = now
 

@@ -104,14 +104,18 @@ class MomentumEncoder:
         return self
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, decay: float | None = None) -> None:
         """Move the average towards the student's present weights, and begin to renew the working copy.
 
         The first forward pass from here waits for that.
+
+        Args:
+            decay: m of this update alone; 0 makes the average the student's weights.
         """
+        decay = self.decay if decay is None else decay
         self.settle()
         masters = [cut.master if cut.master.dtype == torch.float32 else cut.master.float() for cut in self._cuts]
-        torch._foreach_lerp_(self.average, masters, 1.0 - self.decay)
+        torch._foreach_lerp_(self.average, masters, 1.0 - decay)
         self._refresh()
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ recomputation) over the time of the steps and the peak of the device.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -197,7 +198,9 @@ def _make(folder: Path) -> None:
 def _run(trainer: Trainer, steps: int, trace: Path) -> "_Timed":
     """Warm up, time, trace."""
     lengths: list[tuple[int, ...]] = []
-    batches = _noted(trainer.stream(range(WARM_UP + steps + TRACED)), lengths)
+    first = trainer.config.objectives.coarse_steps  # from there all losses are computed
+    warm, timed_steps, traced = _ranges(first, WARM_UP, steps, TRACED)
+    batches = _noted(trainer.stream(range(warm.start, traced.stop)), lengths)
 
     def take(numbers: range, recorder: Recorder | None = None) -> None:
         for step in numbers:
@@ -209,17 +212,23 @@ def _run(trainer: Trainer, steps: int, trace: Path) -> "_Timed":
                 raise UserError("the profile was stopped by a signal before it was complete")
 
     with trainer.watchdog:
-        take(range(WARM_UP))
+        take(warm)
         trainer.log.work = Amount()
         lengths.clear()
         with Recorder(trainer.device) as recorder:
-            take(range(WARM_UP, WARM_UP + steps), recorder)
+            take(timed_steps, recorder)
         work, timed = trainer.log.work, lengths.copy()
         trainer.log.work = Amount()  # what follows is traced, not timed
-        collectives = _traced(trainer.device, trace, lambda: take(range(WARM_UP + steps, WARM_UP + steps + TRACED)))
+        collectives = _traced(trainer.device, trace, lambda: take(traced))
     groups = trainer.config.model.speech.groups
     padded = sum(padded_length(each, groups) for each in timed) / SAMPLE_RATE
     return _Timed(recorder.seconds(), work, padded, collectives)
+
+
+def _ranges(first: int, *lengths: int) -> list[range]:
+    """Ranges of such lengths, one behind the other."""
+    ends = list(itertools.accumulate(lengths, initial=first))
+    return [range(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def _noted(batches: Iterator[Batch], lengths: list[tuple[int, ...]]) -> Iterator[Batch]:

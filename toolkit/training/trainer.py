@@ -187,6 +187,8 @@ class Trainer:
     def alpha(self, step: int) -> float:
         """Weight of the soft targets at a step: a linear ramp from 0 (ALBEF)."""
         c = self.config.objectives.contrastive
+        if _is_coarse(self.config, step):
+            return 0.0
         return c.alpha * min(1.0, step / c.alpha_ramp) if c.alpha_ramp else c.alpha
 
     def evaluate(self) -> None:
@@ -242,14 +244,15 @@ class Trainer:
 
     def _micro_losses(self, step: int, batches: Iterator[Batch]) -> Iterator[tuple[dict[str, Tensor], Pairs]]:
         """Yield the losses and encoded pairs of a step's micro-batches, each to be followed by its backward pass."""
-        count, others = self.config.training.accumulation, (self.teacher, self.queue, self.alpha(step))
+        count, coarse = self.config.training.accumulation, _is_coarse(self.config, step)
+        others = (None if coarse else self.teacher, self.queue, self.alpha(step))
         logged = (step + 1) % self.config.training.log_every == 0
-        further = {"tokens": self.tokens, "controls": logged}
+        further = {"tokens": None if coarse else self.tokens, "controls": logged, "coarse": coarse}
 
         def take() -> Batch:
             batch = self.log.waiting(lambda: self._next(batches)).to(self.device)
             self.log.faults += len(batch.faults)
-            self.log.work.add(self.work.of(batch))
+            self.log.work.add(self.work.of(batch, coarse))
             return batch
 
         def draws(micro: int) -> Draws:
@@ -266,9 +269,11 @@ class Trainer:
 
     def _follow(self, step: int, collected: list[Pairs]) -> None:
         """After an applied step: the teacher follows, and the queues take the step's pairs."""
+        coarse = _is_coarse(self.config, step)
         if self.teacher:
-            self.teacher.update()
-        for pairs in collected if step >= self.config.objectives.contrastive.queue_from else ():
+            self.teacher.update(0.0 if coarse else None)  # it begins as the student is when the other losses begin
+        filled = step >= self.config.objectives.contrastive.queue_from and not coarse
+        for pairs in collected if filled else ():
             keys = pairs.keys.speech.detach(), pairs.keys.image.detach(), pairs.keys.ids
             self.queue.push(*keys)
             if self.tokens and pairs.speech and pairs.image:
@@ -389,6 +394,11 @@ class Trainer:
     def _set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+
+
+def _is_coarse(config: Config, step: int) -> bool:
+    """Whether a step is one of the first, which train SIC alone."""
+    return step < config.objectives.coarse_steps
 
 
 def _seed(seed: int, number: int, stream: int) -> int:

@@ -77,22 +77,23 @@ class Work:
         together = config.training.accumulation if config.training.cached else 1
         self.keys = world_size * micro_batch(config, world_size) * together + config.objectives.contrastive.queue
 
-    def of(self, batch: Batch) -> Amount:
-        """Count a micro-batch of this rank."""
+    def of(self, batch: Batch, coarse: bool = False) -> Amount:
+        """Count a micro-batch of this rank; `coarse`: for SIC alone."""
         width = batch.waveforms.shape[1]
         lengths = np.array(batch.host_lengths or [width] * len(batch.ids), dtype=np.int64)
         frames = count_frames(self.learner.model.speech, lengths)
         patches = count_patches(self.learner.model.image, batch.images.shape[-1])
         seconds = float(lengths.sum()) / SAMPLE_RATE
-        flops = self.flops(lengths, patches)
+        flops = self.flops(lengths, patches, coarse)
         return Amount(len(lengths), seconds, int(frames.sum()), patches * len(lengths), flops)
 
-    def flops(self, lengths: np.ndarray, patches: int) -> dict[str, float]:
+    def flops(self, lengths: np.ndarray, patches: int, coarse: bool = False) -> dict[str, float]:
         """Model FLOPs by part of the step.
 
         Args:
             lengths: int64 [B], samples of the utterances.
             patches: Of a picture.
+            coarse: For SIC alone.
         """
         model, objectives = self.learner.model, self.objectives
         rows, frames = len(lengths), count_frames(model.speech, lengths)
@@ -100,18 +101,19 @@ class Work:
         frozen_image, image = image_flops(model.image, patches)
         trained = speech + rows * image
         similarities = 2 * 2.0 * rows * self.keys * model.config.embed_dim
-        targets = bool(objectives.momentum.enabled and objectives.contrastive.alpha)
+        teacher = objectives.momentum.enabled and not coarse
+        targets = bool(teacher and objectives.contrastive.alpha)
         parts = {
             "frozen trunks": frozen_speech + rows * frozen_image,
             "encoders": TRAINED * trained,
-            "teacher": trained * objectives.momentum.enabled,
+            "teacher": trained * teacher,
             "SIC": similarities * (TRAINED + targets),
         }
-        if objectives.matching.weight:
+        if objectives.matching.weight and not coarse:
             pooled = -(-frames // model.fusion.pool)
             once = float(fusion_flops(model.fusion, pooled, patches).sum()) + rows * 2.0 * model.fusion.width * 2
             parts["SIM"] = TRAINED * 3 * once  # the right pair, another picture, another utterance
-        if objectives.denoising.weight:
+        if objectives.denoising.weight and not coarse:
             parts["CMD"] = 0.0
             for side, denoiser in self.learner.denoisers.items():
                 assert isinstance(denoiser, Denoiser)
