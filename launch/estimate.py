@@ -195,9 +195,8 @@ def _image(model: Model, trunk: dict[str, Any]) -> Sizes:
 
 
 def _stem(width: int, patch: int) -> int:
-    """Convolutions of 3 x 3 that halve the side and double the width, all but the last with a norm."""
-    steps = max(patch.bit_length() - 1, 1)
-    widths = [3, *(width >> (steps - 1 - step) for step in range(steps))]
+    """Convolutions of 3 x 3, whose width doubles from a quarter up to the trunk's; all but the last have a norm."""
+    widths = [3, *(min(width >> 2 << step, width) for step in range(patch.bit_length() - 2)), width]
     return sum(9 * narrow * wide for narrow, wide in pairwise(widths)) + 2 * sum(widths[1:-1])
 
 

@@ -89,6 +89,7 @@ class Bench:
             "webdataset_best": lambda: others.webdataset_best(self.urls, *same),
             "mosaicml_streaming": lambda: others.mosaicml_streaming(self.folder / "mds", self.manifest, *same),
             "lhotse_shar": lambda: others.lhotse_shar(self.folder / "shar", self.manifest, *same),
+            "spdl": lambda: others.spdl(self.manifest, *same),
         }
 
     def limit(self, passes: int) -> float:
@@ -123,6 +124,7 @@ class Bench:
             "webdataset_best": (1.1, "samples/s against webdataset that decodes only what is chosen"),
             "mosaicml_streaming": (1.0, "samples/s against mosaicml-streaming"),
             "lhotse_shar": (1.0, "samples/s against lhotse's Shar"),
+            "spdl": (1.0, "samples/s against SPDL's pipeline of threads around the same codecs"),
             "limit": (0.9, "samples/s against processes that only decode, from memory"),
         }
         contenders = {name: open_ for name, open_ in self.loaders(passes).items() if name in {"ours", *wanted}}
@@ -285,7 +287,7 @@ def say(line: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}, load {os.getloadavg()[0]:.1f}] {line}", file=sys.stderr, flush=True)
 
 
-RATES = ("webdataset_docs", "webdataset_best", "mosaicml_streaming", "lhotse_shar", "limit")
+RATES = ("webdataset_docs", "webdataset_best", "mosaicml_streaming", "lhotse_shar", "spdl", "limit")
 FIGURES = (*RATES, "first_batch", "resume", "make_shards")
 
 

@@ -178,6 +178,42 @@ def _write_shar(folder: Path, manifest: Manifest) -> None:
     (folder / "done").touch()
 
 
+class _Shuffled:
+    """Rows of the manifest in a new order for each of the passes."""
+
+    def __init__(self, pictures: int, passes: int) -> None:
+        self.pictures, self.passes = pictures, passes
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(self.passes):
+            yield from random.sample(range(self.pictures), self.pictures)
+
+
+class _Decode:
+    """A row's picture and one of its captions, read from the shards."""
+
+    def __init__(self, manifest: Manifest, size: int) -> None:
+        self.manifest, self.reader, self.size = manifest, Reader(manifest), size
+
+    def __call__(self, row: int) -> tuple[np.ndarray, np.ndarray, int]:
+        caption = random.choice(self.manifest.captions(row))
+        return decode_picture(self.reader.picture(row), self.size), decode_audio(self.reader.audio(caption)), row
+
+
+def spdl(manifest: Manifest, size: int, batch: int, workers: int, passes: int) -> Iterator[Batch]:
+    """SPDL's pipeline of threads around these codecs, in one process beside the training, as its guide advises.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    from spdl.pipeline import PipelineBuilder, run_pipeline_in_subprocess
+
+    pipeline = PipelineBuilder().add_source(_Shuffled(len(manifest.key), passes))
+    pipeline = pipeline.pipe(_Decode(manifest, size), concurrency=workers).aggregate(batch, drop_last=True)
+    pipeline = pipeline.pipe(_collate).add_sink(AHEAD)
+    return iter(run_pipeline_in_subprocess(pipeline.get_config(), num_threads=workers + 1))
+
+
 def webdataset_writer(items: list[Item], folder: Path, jobs: int) -> None:
     """Write items by webdataset's ShardWriter, fed by a pool of processes that convert them as make_shards does."""
     import multiprocessing

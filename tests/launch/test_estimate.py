@@ -49,6 +49,9 @@ def variants():
         config = Config(model=tiny_model())
         config.model.image.architecture, config.model.image.stem = architecture, "convolutions"
         yield f"stem, {architecture}", config
+    config = Config(model=tiny_model())
+    config.model.image.stem, config.model.image.config["patch_size"] = "convolutions", 16
+    yield "stem, patch 16", config
 
 
 @pytest.mark.parametrize(

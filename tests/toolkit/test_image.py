@@ -153,6 +153,15 @@ def test_a_stem_is_convolutions_that_halve_the_side():
         stem(pixels.bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("patch_size", "widths"), [(2, [16]), (4, [4, 16]), (8, [4, 8, 16]), (16, [4, 8, 16, 16]), (32, [4, 8, 16, 16, 16])]
+)
+def test_the_width_of_a_stem_doubles_up_to_the_trunks(patch_size, widths):
+    stem = ConvolutionalStem(16, patch_size)
+    assert [module.out_channels for module in stem if isinstance(module, torch.nn.Conv2d)] == widths
+    assert stem(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 64 // patch_size, 64 // patch_size)
+
+
 @pytest.mark.parametrize(("width", "patch_size"), [(16, 12), (16, 1), (18, 8)])
 def test_a_stem_that_does_not_halve_is_refused(width, patch_size):
     with pytest.raises(UserError, match="power of 2"):

@@ -50,7 +50,12 @@ def stand(scores: Tensor, right: Tensor) -> Standing:
 
 
 def recall_at(standing: Standing, k: int) -> float:
-    """Recall at k in per cent: the expected share of queries with a right answer among the first k.
+    """Recall at k in per cent: the expected share of queries with a right answer among the first k."""
+    return 100.0 * hits_at(standing, k).mean().item()
+
+
+def hits_at(standing: Standing, k: int) -> Tensor:
+    """Probability of each query that a right answer is among the first k, float64 [Q].
 
     With s = k - ahead places left for `tied` wrong and `right` right answers in random order, all s are wrong with
     probability prod_{j<s} (tied - j) / (tied + right - j).
@@ -60,7 +65,7 @@ def recall_at(standing: Standing, k: int) -> float:
         wrong = (standing.tied - place).clamp(min=0).double()
         taken = standing.ahead + place < k
         miss = torch.where(taken, miss * wrong / (wrong + standing.right), miss)
-    return 100.0 * (1.0 - miss.mean().item())
+    return 1.0 - miss
 
 
 def rank_answers(

@@ -22,7 +22,7 @@ GRID = 4  # cells a side that the patches are pooled in
 
 
 class ConvolutionalStem(nn.Sequential):
-    """Patch embedding by convolutions of 3 x 3 with stride 2, which halve the side and double the width.
+    """Patch embedding by convolutions of 3 x 3 with stride 2; the width doubles from a quarter of H up to H.
 
     In place of a trunk's linear projection of patches; from random weights it finds shapes much sooner.
 
@@ -38,18 +38,17 @@ class ConvolutionalStem(nn.Sequential):
 
     def __init__(self, width: int, patch_size: int) -> None:
         steps = patch_size.bit_length() - 1
-        if steps < 1 or patch_size != 2**steps or width % 2 ** (steps - 1):
+        if steps < 1 or patch_size != 2**steps or width % 4:
             raise UserError(
-                f"model.image.stem convolutions halves the side {steps} times: patch_size {patch_size} has to be a "
-                f"power of 2, at least 2, and hidden_size {width} a multiple of half of it"
+                f"model.image.stem convolutions halves the side of a picture time and again: patch_size {patch_size} "
+                f"has to be a power of 2, at least 2, and hidden_size {width} a multiple of 4"
             )
-        widths = [3, *(width >> (steps - 1 - step) for step in range(steps))]
+        widths = [3, *(min(width >> 2 << step, width) for step in range(steps - 1)), width]
         modules: list[nn.Module] = []
-        for step, (narrow, wide) in enumerate(itertools.pairwise(widths), start=1):
-            last = step == steps
-            modules.append(nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1, bias=False))
-            modules += [] if last else [nn.GroupNorm(1, wide), nn.GELU()]
-        super().__init__(*modules)
+        for narrow, wide in itertools.pairwise(widths):
+            convolution = nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1, bias=False)
+            modules += [convolution, nn.GroupNorm(1, wide), nn.GELU()]
+        super().__init__(*modules[:-2])  # the last is as linear as the projection that it stands for
 
     @property
     def weight(self) -> Tensor:
