@@ -233,5 +233,10 @@ def _job(recorded: "Recorded") -> "Local | Slurm":
     return Local(Controller(submission.job, recorded.folder), recorded.folder, submission.ranks)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run as a command: a user's mistake is one line, and an exit code."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -331,5 +331,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run as a command: a user's mistake is one line, and an exit code."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    cli()

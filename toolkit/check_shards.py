@@ -97,5 +97,10 @@ def _progress_bar(options: Any) -> Iterator["Progress"]:
         yield bar.update
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run as a command: a user's mistake is one line, and an exit code."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    cli()

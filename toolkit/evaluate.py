@@ -229,5 +229,10 @@ def table(report: dict[str, Any], corpus: str) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run as a command: a user's mistake is one line, and an exit code."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    cli()

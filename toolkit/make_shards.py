@@ -308,9 +308,14 @@ def _end_in_order(number: int, frame: Any) -> NoReturn:
     sys.exit(128 + number)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run as a command: a user's mistake is one line, and an exit code."""
     # SIGTERM, a scheduler's way to stop a job, is to leave nothing half-written, as Ctrl-C does.
     signal.signal(signal.SIGTERM, _end_in_order)
     # Each process resamples on one core; read before torch is imported, here and in the processes started from here.
     os.environ["OMP_NUM_THREADS"] = "1"
     run_main(main)
+
+
+if __name__ == "__main__":
+    cli()

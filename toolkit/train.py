@@ -114,5 +114,10 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
     ).text()
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run as a command: a user's mistake is one line, and an exit code."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,3 +1,6 @@
+import os
+import stat
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -271,3 +274,13 @@ def test_values_that_do_not_fit_are_refused(edit, message):
     edit(model)
     with pytest.raises(UserError, match=message):
         build_model(model)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_saved_weights_are_readable_as_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        build().save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()} == {mode}

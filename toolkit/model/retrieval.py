@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,11 @@ class SpeechImageModel(PreTrainedModel):
         return model
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:  # type: ignore[override]
-        """Write `config.json` and `model.safetensors`: all that `from_pretrained` needs."""
+        """Write `config.json` and `model.safetensors`: all that `from_pretrained` needs, readable as the umask says."""
         with quiet():
             super().save_pretrained(folder, **options)
+        for weights in Path(folder).glob("*.safetensors"):  # safetensors writes them for the user alone
+            shutil.copymode(Path(folder) / "config.json", weights)
 
     def freeze(self) -> None:
         """Take what the configuration freezes out of training."""
