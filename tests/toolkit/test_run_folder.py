@@ -45,14 +45,14 @@ def test_run_folder_of_another_configuration(tmp_path):
         "--training.zero", "3", "--data.shards", "elsewhere",
     ]  # fmt: skip
     check_run(load_config(["--run", run, *free]))
-    other = load_config(["--run", run, "--training.lr", "0.5", "--model.image.config.patch_size", "16"])
+    other = load_config(["--run", run, "--training.lr", "0.5", "--model.image.config.patch_size", "8"])
     same = fingerprint(load_config(["--run", run]))
     assert fingerprint(load_config(["--run", run, *free])) == same
     assert fingerprint(other) != same
     with pytest.raises(UserError) as error:
         prepare_run(other)
     assert str(error.value) == (
-        f"{run} holds another run: model.image.config.patch_size 8 there, 16 here; training.lr 0.001 there, 0.5 here: "
+        f"{run} holds another run: model.image.config.patch_size 16 there, 8 here; training.lr 0.001 there, 0.5 here: "
         "name another folder with --run DIR"
     )
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before

@@ -54,7 +54,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(shards: Path, run: Path, **training: Any) -> config.Config:
     model = tiny_model()
-    model.image.stem = "convolutions"
     training = {
         "steps": 4,
         "batch_size": 8,
@@ -64,12 +63,13 @@ def settings(shards: Path, run: Path, **training: Any) -> config.Config:
         "zero": 0,
         "log_every": 1,
     } | training
+    if training["precision"] == "fp32":  # in bf16 a CPU refuses a stem
+        model.image.stem = "convolutions"
     return config.Config(
         run=str(run),
         data=config.Data(shards=str(shards), image_size=32, max_seconds=0.8, workers=0, window=2),
         model=model,
         objectives=config.Objectives(
-            coarse_steps=1,
             contrastive=config.Contrastive(queue=12, alpha_ramp=2),
             matching=config.Matching(negatives="global", queue=16),
             denoising=config.Denoising(layers=1, side="both"),
@@ -110,6 +110,8 @@ def assert_same(one: list[dict[str, float]], other: list[dict[str, float]], tole
 @pytest.mark.timeout(240)
 def test_every_zero_stage_trains_with_the_same_losses(shards: Path, tmp_path: Path) -> None:
     runs = [settings(shards, tmp_path / str(zero), zero=zero) for zero in range(4)]
+    for each in runs:
+        each.objectives.coarse_steps = 1
     run_ranks(train, 2, *runs, timeout=200)
     reference = losses(tmp_path / "0")
     assert reference[0]["loss"] != pytest.approx(reference[3]["loss"], rel=1e-3), "nothing was learned"
@@ -121,6 +123,7 @@ def test_every_zero_stage_trains_with_the_same_losses(shards: Path, tmp_path: Pa
 def test_ranks_leave_twenty_steps_losses_and_weights_alone(shards: Path, tmp_path: Path) -> None:
     def run(ranks: int) -> config.Config:
         made = settings(shards, tmp_path / str(ranks), steps=20)
+        made.objectives.coarse_steps = 2
         made.objectives.denoising.donors = 2  # rows of a rank where there are four
         return made
 
@@ -146,6 +149,8 @@ def test_stopped_and_continued_equals_unbroken(shards: Path, tmp_path: Path) -> 
         for zero in (0, 2)
         for _ in "12"
     ]
+    for each in (*unbroken, *halves):
+        each.objectives.coarse_steps = 1
     run_ranks(train, 2, *unbroken, *halves, timeout=200)
     for zero in (0, 2):
         assert_same(losses(tmp_path / f"halves{zero}"), losses(tmp_path / f"unbroken{zero}"), 0)
