@@ -8,6 +8,7 @@ import torch
 from shards.errors import UserError
 from toolkit.config import Config
 from toolkit.config_check import batch_warnings
+from toolkit.config_loader import load_config
 from toolkit.objectives.denoising import add_noise
 from toolkit.objectives.row_random import RowRandom
 
@@ -77,3 +78,21 @@ def test_noise_is_the_same_on_any_number_of_ranks_where_nothing_is_said(batch, r
         for line in batch_warnings(config(batch, donors=donors), ranks):
             if mend := re.search(r"set it to (\d+)$", line):
                 assert torch.equal(noised(batch, ranks, int(mend[1])), noised(batch, 1, int(mend[1])))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model.image.trunk", "openai/clip-vit-base-patch32"], "model.image.trunk was trained"),
+        (["--model.image.train", "2"], "would leave the stem's random weights"),
+    ],
+)
+def test_a_stem_needs_a_trunk_that_is_trained_from_random_weights(arguments, said):
+    with pytest.raises(UserError, match=said):
+        load_config(["--config", "quickstart", *arguments])
+
+
+def test_steps_that_are_all_coarse_are_named():
+    made = load_config(["--config", "quickstart", "--training.steps", "60"])
+    assert any("--objectives.coarse_steps 950: all of 60 steps" in line for line in batch_warnings(made, 2))
+    assert not batch_warnings(load_config(["--config", "quickstart"]), 2)
