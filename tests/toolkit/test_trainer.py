@@ -1,6 +1,7 @@
 """The trainer under DeepSpeed and gloo: the same numbers at every ZeRO stage, world size and after a restart."""
 
 import json
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -195,6 +196,23 @@ def test_coarse_steps_train_sic_alone_and_leave_the_teacher_at_the_student(shard
     assert ["matching" in record for record in losses(tmp_path / "mixed")] == [False, False, True]
 
 
+@pytest.mark.timeout(120)
+def test_coarse_steps_decay_unused_weights_alike_at_every_zero_stage(shards: Path, tmp_path: Path) -> None:
+    from toolkit.model.build import build_model
+    from toolkit.training.trainer import Trainer
+
+    runs = [settings(shards, tmp_path / str(zero), zero=zero, lr=0.1, weight_decay=0.5) for zero in range(4)]
+    for each in runs:
+        each.objectives.coarse_steps = 4
+    run_ranks(train, 1, *runs, timeout=100)
+    heads = [load_file(tmp_path / f"{zero}/export/last/model.safetensors")["match_head.weight"] for zero in range(4)]
+    torch.manual_seed(runs[0].seed)
+    begun = build_model(runs[0].model, runs[0].objectives.contrastive).match_head.weight
+    rates = [Trainer.lr(SimpleNamespace(config=runs[0]), step) for step in range(4)]
+    for head in heads:
+        torch.testing.assert_close(head, begun.detach() * math.prod(1 - 0.5 * rate for rate in rates))
+
+
 def complete_run(rank: int, world_size: int, run: config.Config) -> dict[str, Any] | None:
     """Train with evaluation and wandb, then read the exported model back."""
     import torch
@@ -239,6 +257,8 @@ def test_learning_rate_and_alpha_follow_their_schedules() -> None:
     rates = [Trainer.lr(trainer, step) for step in (0, 4, 9, 10, 60, 110)]
     assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.55, 0.1])
     assert [Trainer.alpha(trainer, step) for step in (0, 10, 20, 90)] == pytest.approx([0.0, 0.2, 0.4, 0.4])
+    whole.objectives.coarse_steps = 20  # there is no teacher yet
+    assert [Trainer.alpha(trainer, step) for step in (10, 19, 20, 90)] == pytest.approx([0.0, 0.0, 0.4, 0.4])
 
 
 def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
