@@ -98,7 +98,7 @@ def _progress_bar(options: Any) -> Iterator["Progress"]:
 
 
 def cli() -> None:
-    """Run as a command: a user's mistake is one line, and an exit code."""
+    """Entry point of the console command: print a `UserError` as one line, and exit with its code."""
     run_main(main)
 
 

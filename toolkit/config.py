@@ -110,7 +110,7 @@ class Contrastive:
     min_temperature: float = 0.001
     max_temperature: float = 0.5
     queue: int = 65536  # keys kept of earlier batches; 0: none
-    queue_from: int = 0  # step from which keys are kept; from random weights the early ones are stale at once
+    queue_from: int = 0  # step from which keys are kept; while the weights change fast, earlier keys are stale
     alpha: float = 0.4  # weight of the teacher's soft targets
     alpha_ramp: int = 1000  # steps over which alpha grows from 0
 

@@ -230,7 +230,7 @@ def table(report: dict[str, Any], corpus: str) -> str:
 
 
 def cli() -> None:
-    """Run as a command: a user's mistake is one line, and an exit code."""
+    """Entry point of the console command: print a `UserError` as one line, and exit with its code."""
     run_main(main)
 
 

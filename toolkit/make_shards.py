@@ -309,7 +309,7 @@ def _end_in_order(number: int, frame: Any) -> NoReturn:
 
 
 def cli() -> None:
-    """Run as a command: a user's mistake is one line, and an exit code."""
+    """Entry point of the console command: print a `UserError` as one line, and exit with its code."""
     # SIGTERM, a scheduler's way to stop a job, is to leave nothing half-written, as Ctrl-C does.
     signal.signal(signal.SIGTERM, _end_in_order)
     # Each process resamples on one core; read before torch is imported, here and in the processes started from here.

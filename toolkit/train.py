@@ -115,7 +115,7 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
 
 
 def cli() -> None:
-    """Run as a command: a user's mistake is one line, and an exit code."""
+    """Entry point of the console command: print a `UserError` as one line, and exit with its code."""
     run_main(main)
 
 

@@ -26,7 +26,7 @@ class ConvolutionalStem(nn.Sequential):
 
     In place of a trunk's linear projection of patches; from random weights it finds shapes much sooner.
 
-    Source: arXiv 2106.14881, with a norm over each picture, whatever it is batched with, in place of batch norm.
+    Source: arXiv 2106.14881, with group norm of one group (over each picture by itself) in place of batch norm.
 
     Args:
         width: H, of a patch embedding.
@@ -40,19 +40,19 @@ class ConvolutionalStem(nn.Sequential):
         steps = patch_size.bit_length() - 1
         if steps < 1 or patch_size != 2**steps or width % 4:
             raise UserError(
-                f"model.image.stem convolutions halves the side of a picture time and again: patch_size {patch_size} "
-                f"has to be a power of 2, at least 2, and hidden_size {width} a multiple of 4"
+                f"model.image.stem convolutions needs a patch_size that is a power of 2, at least 2, and a hidden_size "
+                f"that is a multiple of 4: they are {patch_size} and {width}"
             )
         widths = [3, *(min(width >> 2 << step, width) for step in range(steps - 1)), width]
         modules: list[nn.Module] = []
         for narrow, wide in itertools.pairwise(widths):
             convolution = nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1, bias=False)
             modules += [convolution, nn.GroupNorm(1, wide), nn.GELU()]
-        super().__init__(*modules[:-2])  # the last is as linear as the projection that it stands for
+        super().__init__(*modules[:-2])  # no norm or activation after the last: the projection has none
 
     @property
     def weight(self) -> Tensor:
-        """Of the first convolution: a trunk brings pixels to its type."""
+        """Weight of the first convolution: trunks cast the pixels to its dtype."""
         return self.get_parameter("0.weight")
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def _skip_bad_step(optimizer: Any, *_: Any) -> None:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
-        if parameter.grad is None:  # not used in this step: the other stages decay its weights all the same
+        if parameter.grad is None:  # unused in this step: as in stages 1 to 3, weight decay still applies
             parameter.grad = torch.zeros_like(parameter)
     norms = torch._foreach_norm([p.grad for p in parameters])
     optimizer.overflow = not bool(torch.stack(norms).isfinite().all())

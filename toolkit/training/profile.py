@@ -2,7 +2,8 @@
 
 Some steps warm up, some are timed with nothing in their way (see `spans.py`), and a few more are traced by torch's
 profiler, which slows them. The steps are those of the real trainer on the real data, in the folder RUN/profile with
-weights as they begin: the run itself is neither continued nor touched, and may be under way.
+weights as they begin: the run itself is neither continued nor touched, and may be under way. Steps of SIC alone
+(`objectives.coarse_steps`) are passed over.
 
     RUN/profile/profile.json        the figures that are printed
     RUN/profile/trace-rank0.json    of each rank, for chrome://tracing or ui.perfetto.dev

@@ -271,7 +271,7 @@ class Trainer:
         """After an applied step: the teacher follows, and the queues take the step's pairs."""
         coarse = _is_coarse(self.config, step)
         if self.teacher:
-            self.teacher.update(0.0 if coarse else None)  # it begins as the student is when the other losses begin
+            self.teacher.update(0.0 if coarse else None)  # equal to the student until the other losses begin
         filled = step >= self.config.objectives.contrastive.queue_from and not coarse
         for pairs in collected if filled else ():
             keys = pairs.keys.speech.detach(), pairs.keys.image.detach(), pairs.keys.ids
