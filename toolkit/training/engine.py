@@ -56,11 +56,8 @@ def _skip_bad_step(optimizer: Any, *_: Any) -> None:
     Its own optimizers do the same, and also read the norm of the reduced gradients on the host, once a step: whether to
     skip decides what is run next. The gradients are reduced, so all ranks see the same.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
-        if parameter.grad is None:  # unused in this step: as in stages 1 to 3, weight decay still applies
-            parameter.grad = torch.zeros_like(parameter)
-    norms = torch._foreach_norm([p.grad for p in parameters])
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = torch._foreach_norm([p.grad for p in parameters]) if parameters else [torch.zeros(())]
     optimizer.overflow = not bool(torch.stack(norms).isfinite().all())
     if optimizer.overflow:
         for parameter in parameters:
