@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch import life
 from launch.profiles import Profile, slurm_config
-from launch.sbatch_options import beside, with_gpus
-from launch.slurm_queue import job_number
+from launch.slurm import requeue
+from launch.slurm.client import job_number
+from launch.slurm.sbatch_options import beside, with_gpus
 from shards.errors import UserError
-from toolkit.config import Config, Launch, gpu_count
+from toolkit.config.schema import Config, Launch, gpu_count
 
 TOOLS = ("sbatch", "srun", "squeue", "scontrol")
 _BESIDE = 2  # cores of a rank on SLURM, beside those of its loader's workers
@@ -201,7 +201,7 @@ def setup_lines(profile: Profile, folder: Path, code: Path) -> list[str]:
         f"unset {' '.join(_OF_SRUN)}",
         "export PYTHONSAFEPATH=1",  # else python -m looks for packages in the working directory first
         f"export PYTHONPATH={shlex.quote(str(code))}" + '"${PYTHONPATH:+:$PYTHONPATH}"',
-        *life.setup_lines(folder, sys.executable, code),
+        *requeue.setup_lines(folder, sys.executable, code),
     ]
 
 

@@ -127,7 +127,7 @@ def train_and_evaluate(config_file: str) -> None:
         UserError: Whatever training and evaluation refuse.
     """
     from toolkit import evaluate, train
-    from toolkit.config_loader import load_config
+    from toolkit.config.load import load_config
 
     arguments = ["--config", config_file]
     config = load_config(arguments)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from launch.sbatch_options import asked_gpus, check_srun, read_options
+from launch.slurm.sbatch_options import asked_gpus, check_srun, read_options
 from shards.errors import UserError
-from toolkit.config import GPUS, Config, Launch
-from toolkit.config_loader import describe, nearest, read_yaml, typed
+from toolkit.config.load import describe, nearest, read_yaml, typed
+from toolkit.config.schema import GPUS, Config, Launch
 
 PROFILES = Path(__file__).resolve().parents[1] / "slurm" / "profiles"
 # Keys of the section `launch` that a profile may fill in.

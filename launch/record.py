@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.json_lines import read_records
+from shards.files import read_records
 
 SUBMISSION, INCARNATIONS = "submission.json", "incarnations.jsonl"
 MEMBERS = "members.json"  # of a job array: each member's own log folder by its place; there before the job is

@@ -20,9 +20,9 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
 from shards.errors import Parser, UserError, run_main
 
 if TYPE_CHECKING:
-    from launch.follow import Local, Slurm
     from launch.record import Recorded
-    from launch.state import RunState
+    from launch.status.follow import Local, Slurm
+    from launch.status.state import RunState
 
 _GRACE = 120.0  # seconds that the ranks of this machine have to save when they are cancelled
 _EVERY = 5.0  # seconds between two looks at the members of a sweep
@@ -68,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def status(folders: Sequence[Path], as_json: bool = False) -> None:
     """Print how runs stand."""
-    from launch.state import find_runs, look
-    from launch.tables import status_table, status_values
+    from launch.status.state import find_runs, look
+    from launch.status.tables import status_table, status_values
 
     runs = list(dict.fromkeys(run for folder in folders for run in find_runs(folder)))
     states = look(runs)
@@ -78,7 +78,7 @@ def status(folders: Sequence[Path], as_json: bool = False) -> None:
 
 def table(grid: Path, as_json: bool = False) -> None:
     """Print the results of a sweep as far as they are there."""
-    from launch.tables import result_table, result_values
+    from launch.status.tables import result_table, result_values
 
     states = member_states(grid)
     if as_json:
@@ -94,7 +94,7 @@ def member_states(grid: Path) -> "list[RunState]":
         UserError: The folder holds no runs.
     """
     from launch.record import newest
-    from launch.state import find_runs, look
+    from launch.status.state import find_runs, look
 
     last = newest(grid)
     if last and last.submission.members:
@@ -109,7 +109,7 @@ def follow(run: Path) -> int:
     Returns:
         The run's exit code; of a sweep 0, or 1 if a member failed.
     """
-    from launch.follow import follow as follow_job
+    from launch.status.follow import follow as follow_job
 
     recorded = _recorded(run)
     if recorded.submission.members:
@@ -118,8 +118,8 @@ def follow(run: Path) -> int:
 
 
 def _follow_members(grid: Path) -> int:
-    from launch.state import ENDED
-    from launch.tables import result_table
+    from launch.status.state import ENDED
+    from launch.status.tables import result_table
 
     told: dict[Path, str] = {}
     while True:
@@ -140,8 +140,8 @@ def cancel(run: Path) -> None:
     Raises:
         UserError: Nothing runs, or it runs where it cannot be reached from here.
     """
-    from launch.follow import Local
-    from launch.state import ENDED
+    from launch.status.follow import Local
+    from launch.status.state import ENDED
 
     recorded = _recorded(run)
     job = _job(recorded)
@@ -201,7 +201,7 @@ def _alone(config: Path) -> list[str]:
 
     What the launch section says is given as words, so that no profile fills it in anew.
     """
-    from toolkit.config_loader import read_yaml
+    from toolkit.config.load import read_yaml
 
     asked = read_yaml(config).get("launch") or {}
     words = [f"--launch.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in asked.items()]
@@ -223,7 +223,7 @@ def _job(recorded: "Recorded") -> "Local | Slurm":
     Raises:
         UserError: It is another machine's.
     """
-    from launch.follow import Controller, Local, Slurm
+    from launch.status.follow import Controller, Local, Slurm
 
     submission = recorded.submission
     if submission.cluster == "slurm":

@@ -79,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: An option or the cluster does not fit.
         SystemExit: With 0 once the shards are there, else the exit code of the part that failed first.
     """
-    from launch.cluster import choose_cluster, leave_job
+    from launch.executor import choose_cluster, leave_job
     from launch.snapshot import ROOT
-    from toolkit.config import Launch
+    from toolkit.config.schema import Launch
 
     options, words = build_parser().parse_known_args(arguments)
     if not 1 <= options.parts <= _MOST:
@@ -178,7 +178,7 @@ def scripts(options: Namespace, words: Sequence[str], taken: Namespace, folder: 
         folder: For logs.
         code: Holds the packages that the nodes run.
     """
-    from launch.sbatch_options import beside, flag
+    from launch.slurm.sbatch_options import beside, flag
 
     jobs = taken.jobs if any(word.partition("=")[0] == "--jobs" for word in words) else _JOBS
     limit = f"%{options.array}" if options.array else ""
@@ -201,10 +201,10 @@ def scripts(options: Namespace, words: Sequence[str], taken: Namespace, folder: 
 
 def _asked(options: Namespace) -> tuple[dict[str, Any], list[str], str]:
     """What both jobs ask of SLURM, the lines before their command, and their python, by options and profile."""
-    from launch.cluster import minutes
+    from launch.executor import minutes
     from launch.profiles import apply_profile, find_profile
-    from launch.sbatch_options import with_gpus
-    from toolkit.config import Config, Launch
+    from launch.slurm.sbatch_options import with_gpus
+    from toolkit.config.schema import Config, Launch
 
     names = ("profile", "partition", "account", "qos", "constraint", "time")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -230,7 +230,7 @@ def follow(made: Scripts, parts: str, merge: str) -> int:
     Returns:
         0, or the exit code of the first that failed.
     """
-    from launch.slurm_queue import find
+    from launch.slurm.client import find
 
     names = [str(number) for number in range(1, made.count + 1)]
     told, gone_at = "", None
@@ -284,7 +284,7 @@ def _sbatch(script: str, path: Path, options: Sequence[str] = ()) -> str:
         UserError: SLURM refuses it.
     """
     path.write_text(script, encoding="utf-8")
-    from launch.slurm_queue import job_number
+    from launch.slurm.client import job_number
 
     answer = subprocess.run(["sbatch", "--parsable", *options, str(path)], capture_output=True, text=True)
     if answer.returncode:

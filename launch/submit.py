@@ -16,18 +16,18 @@ from types import FrameType
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.checks import check_script, data_checks, distinct, job_checks
-from launch.cluster import Asked, alike, allocated_cores, choose_cluster, executor, leave_job, ranks_per_node
-from launch.follow import Local, Running, Slurm, follow
+from launch.executor import Asked, alike, allocated_cores, choose_cluster, executor, leave_job, ranks_per_node
 from launch.job import Job, train_and_evaluate
-from launch.preview import preview, script, to_be_made
+from launch.preflight.checks import check_script, data_checks, distinct, job_checks
+from launch.preflight.preview import preview, script, to_be_made
 from launch.profiles import Profile, apply_profile, find_profile
 from launch.record import MEMBERS, Submission
 from launch.snapshot import ROOT, snapshot
-from launch.state import check_idle
+from launch.status.follow import Local, Running, Slurm, follow
+from launch.status.state import check_idle
 from shards.errors import UserError, run_main
-from toolkit.config import Config
-from toolkit.config_loader import Parser, parse
+from toolkit.config.load import Parser, parse
+from toolkit.config.schema import Config
 from toolkit.run_folder import to_yaml
 
 SHORT = (
@@ -113,7 +113,7 @@ def members(config: Config, options: argparse.Namespace, words: list[str]) -> li
     """
     if not (options.grid or options.sweep):
         return [config]
-    from launch.grid import expand
+    from launch.sweep import expand
 
     name, found = config.launch.name or Path(config.run).name, []
     for member in expand(options.grid or {}, options.sweep):

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from shards.errors import UserError
-from toolkit.config import Config
-from toolkit.config_loader import describe, nearest, parse_value, read_yaml, typed
+from toolkit.config.load import describe, nearest, parse_value, read_yaml, typed
+from toolkit.config.schema import Config
 
 _SECTIONS = ("name", "base", "list", "grid")
 _RESERVED = ("code", "logs")  # folders that the grid's own folder holds beside those of its members

@@ -1,5 +1,5 @@
 """Shards: speech-image pairs written once as WebDataset tars, read back in an exact order. Knows nothing of models."""
 
-from shards import torchaudio_on_cpu
+from shards.media import torchaudio_on_cpu
 
 torchaudio_on_cpu.install()

@@ -19,7 +19,8 @@ class UserError(Exception):
 class TransientError(UserError):
     """What may go well if it is tried again: a disk that did not answer, a process that the system has killed.
 
-    The exit code is a stalled run's (see `toolkit/training/watchdog.py`): a job on a cluster starts again.
+    The exit code is a stalled run's (see `toolkit/training/fault_tolerance/watchdog.py`): a job on a cluster starts
+    again.
     """
 
     code = 70

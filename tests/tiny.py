@@ -1,6 +1,6 @@
 """Small configurations for tests."""
 
-from toolkit import config
+from toolkit.config import schema as config
 
 HUBERT = {
     "hidden_size": 32,

@@ -18,7 +18,7 @@ if __name__ in ("__main__", "__mp_main__"):
 from shards.errors import Parser, UserError, run_main
 
 if TYPE_CHECKING:
-    from shards.pool import Progress
+    from shards.worker_pool import Progress
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
 
     # Late, since the doctor brings in what --help need not wait for.
-    from shards.check import check_folder
-    from shards.plan import advise
+    from shards.checking.check import check_folder
+    from shards.reading.dry_run import advise
 
     with _progress_bar(options) as progress:
         health = check_folder(options.folder, options.decode, options.jobs, progress)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         print("\n".join([health.text(), *advice]))
     if options.html:
-        from shards.page import write_page
+        from shards.checking.page import write_page
 
         try:
             write_page(options.html, health, advice)

@@ -7,12 +7,12 @@ from itertools import combinations
 
 import numpy as np
 
-from shards.cache import Cache
 from shards.errors import UserError
 from shards.manifest import Manifest, load
-from shards.order import Order, order_of, part_of
-from shards.reader import Reader
-from toolkit.config import Config, Data
+from shards.reading.cache import Cache
+from shards.reading.order import Order, order_of, part_of
+from shards.reading.reader import Reader
+from toolkit.config.schema import Config, Data
 
 
 def open_order(config: Config, world_size: int = 1) -> tuple[list[Manifest], Order]:

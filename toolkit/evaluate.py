@@ -12,8 +12,8 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.errors import UserError, run_main
-from toolkit.config import Config
-from toolkit.config_loader import SAVED, Parser, parse
+from toolkit.config.load import SAVED, Parser, parse
+from toolkit.config.schema import Config
 from toolkit.run_folder import load_run
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     from toolkit.distributed import initialise
     from toolkit.evaluation.encode import Process
     from toolkit.evaluation.gallery import save_gallery
-    from toolkit.evaluation.run import retrieve
+    from toolkit.evaluation.retrieve import retrieve
 
     rank, world_size, device = initialise()
     model = load_model(export)
@@ -100,7 +100,7 @@ def fit_match_weight(model: "SpeechImageModel", config: Config, k: int, process:
         UserError: The run's shards or their dev split are not there.
     """
     from shards.manifest import load
-    from toolkit.evaluation.run import retrieve
+    from toolkit.evaluation.retrieve import retrieve
 
     own = load_run(config.run)
     manifest = load(own.data.shards)
@@ -165,7 +165,7 @@ def result_suffix(config: Config, manifest: "Manifest", split: str, k: int, expo
 
 def _is_own_data(own: Config, config: Config, manifest: "Manifest") -> bool:
     """Whether shards are the run's own, wherever they lie: by the checksum that its checkpoints know, or by name."""
-    from toolkit.training.progress import MARKER, read_marker
+    from toolkit.training.checkpointing.progress import MARKER, read_marker
 
     markers = sorted(Path(config.run).glob(f"checkpoints/step-*/{MARKER}"), reverse=True)
     for path in [] if own.data.mixture else markers:

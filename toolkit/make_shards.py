@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.audio import MAX_SECONDS
 from shards.corpora import CORPORA, Corpus, load, module
 from shards.corpora.lists import ListFile, noted_lists
 from shards.errors import Parser, UserError, run_main
+from shards.media.audio import MAX_SECONDS
 
 if TYPE_CHECKING:
-    from shards.pool import Progress
     from shards.report import Report
-    from shards.write import Format
+    from shards.worker_pool import Progress
+    from shards.writing.writer import Format
 
 _LINE_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 _NOT_CONTENT = ("out", "jobs", "part", "restart", "dry_run")  # arguments that do not change what the shards hold
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Late, since the writer brings in what --help need not wait for.
     from shards.report import Report
-    from shards.write import Format, going_on, outlook
+    from shards.writing.writer import Format, going_on, outlook
 
     form = Format(
         options.samples_per_shard,
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _write_all(
     corpus: Corpus, lists: Sequence[ListFile], form: "Format", content: dict[str, Any], options: argparse.Namespace
 ) -> None:
-    from shards.write import write_shards
+    from shards.writing.writer import write_shards
 
     start = time.monotonic()
     with _progress_bar(len(corpus.items)) as progress:
@@ -172,8 +172,8 @@ def _write_all(
 def _write_part(
     corpus: Corpus, lists: Sequence[ListFile], form: "Format", content: dict[str, Any], options: argparse.Namespace
 ) -> None:
-    from shards.folder import Part
-    from shards.write import plan_shards, write_part
+    from shards.writing.folder_lock import Part
+    from shards.writing.writer import plan_shards, write_part
 
     part = Part(*options.part)
     start = time.monotonic()
@@ -187,7 +187,7 @@ def _write_part(
 
 def _merge(out: Path) -> None:
     """Finish a folder of parts."""
-    from shards.write import merge_shards
+    from shards.writing.writer import merge_shards
 
     if os.path.exists(out / "manifest.json"):
         _print_finished(out, "")
@@ -245,7 +245,7 @@ def _other_shards(out: Path, made: Any, content: Any, names: Sequence[str], chan
 
 def _look_at_corpus(options: argparse.Namespace) -> tuple[str, str]:
     """How the corpus differs from what the finished folder was made from, and what of that is not known."""
-    from shards.sources import compare, compare_lists, load_sources
+    from shards.writing.sources import compare, compare_lists, load_sources
 
     unknown = "whether it changed since is not known"
     try:
@@ -270,8 +270,8 @@ def _look_at_corpus(options: argparse.Namespace) -> tuple[str, str]:
 
 
 def _print_finished(out: Path, how: str) -> None:
-    from shards.folder import tidy
     from shards.report import load_report
+    from shards.writing.folder_lock import tidy
 
     tidy(out)
     print(f"{out}: finished already{how}")

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from shards.errors import UserError
-from toolkit.config import Config
-from toolkit.config_loader import FLOAT, SAVED, apply_yaml
+from toolkit.config.load import FLOAT, SAVED, apply_yaml
+from toolkit.config.schema import Config
 
 # What may differ when a run is continued: it changes nothing of what is learned. A checkpoint knows its data by their
 # checksums, wherever they lie.
@@ -36,7 +36,7 @@ def prepare_run(config: Config) -> Path:
     Raises:
         UserError: The folder holds another run, is in use, or cannot be written.
     """
-    from toolkit.training import lease  # brings numpy, which --help need not wait for
+    from toolkit.training.fault_tolerance import lease  # brings numpy, which --help need not wait for
 
     check_run(config)
     folder = Path(config.run)

@@ -8,9 +8,9 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.errors import UserError, run_main
-from toolkit.config import Config
-from toolkit.config_check import batch_warnings
-from toolkit.config_loader import Parser, parse
+from toolkit.config.load import Parser, parse
+from toolkit.config.schema import Config
+from toolkit.config.validate import batch_warnings
 from toolkit.launcher import check_alone
 from toolkit.run_folder import keep_configuration, prepare_run
 
@@ -46,19 +46,19 @@ def main(arguments: list[str] | None = None) -> None:
 
     check_alone(os.environ)  # a moment's work, before all of them import torch
 
+    from toolkit.data import check_dev, open_order
     from toolkit.distributed import agree, initialise
-    from toolkit.training.data import check_dev, open_order
-    from toolkit.training.deepspeed_config import deepspeed_config
-    from toolkit.training.signals import REQUEUE
+    from toolkit.training.fault_tolerance.signals import REQUEUE
+    from toolkit.training.metrics.wandb_run import check_wandb
     from toolkit.training.trainer import Trainer
-    from toolkit.training.wandb_run import check_wandb
+    from toolkit.training.zero.settings import deepspeed_config
 
     rank, world_size, device = initialise()
     # A mistake in what follows leaves no run folder behind.
     deepspeed_config(config, world_size)
     open_order(config, world_size)
     if options.profile:
-        from toolkit.training.profile import profile_training
+        from toolkit.training.metrics.profile import profile_training
 
         profile_training(config, rank, world_size, device, options.profile)
         return
@@ -90,8 +90,8 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
     Raises:
         UserError: The shards are not there, or do not fit the batch and the ranks.
     """
-    from shards.plan import plan
-    from toolkit.training.data import check_dev, open_order, shared_pictures
+    from shards.reading.dry_run import plan
+    from toolkit.data import check_dev, open_order, shared_pictures
 
     launch = config.launch
     if ranks is None:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from launch import limits
-from launch.cluster import Asked, minutes
-from launch.estimate import count, estimate, trunk_values
+from launch.executor import Asked, minutes
+from launch.preflight import limits
+from launch.preflight.estimate import count, estimate, trunk_values
 from shards.errors import UserError
-from toolkit.config import Config, gpu_count, micro_batch
-from toolkit.config_check import batch_warnings
+from toolkit.config.schema import Config, gpu_count, micro_batch
+from toolkit.config.validate import batch_warnings
 from toolkit.run_folder import check_run, to_yaml
 
 # Said of a job that no node can ever run, which sbatch itself may take and let wait for ever, or that sbatch refuses.
@@ -161,11 +161,11 @@ def check_deepspeed(config: Config, ranks: int) -> str:
         UserError: It does not take a key or a value.
     """
     code = (
-        "import sys; from shards.errors import run_main; from toolkit.config_loader import load_config;"
-        "from toolkit.training.deepspeed_config import deepspeed_config;"
+        "import sys; from shards.errors import run_main; from toolkit.config.load import load_config;"
+        "from toolkit.training.zero.settings import deepspeed_config;"
         "run_main(lambda: deepspeed_config(load_config(sys.argv[1:3]), int(sys.argv[3])) and None)"
     )
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(to_yaml(config), encoding="utf-8")
@@ -223,7 +223,7 @@ def check_order(config: Config, ranks: int) -> str:
     Raises:
         UserError: Batch, ranks, lanes and shards do not fit one another.
     """
-    from toolkit.training.data import open_order
+    from toolkit.data import open_order
 
     _, order = open_order(config, ranks)
     return f"{order.steps_per_pass:,.2f} steps a pass"

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import Config, Image, Model, Speech
+from toolkit.config.schema import Config, Image, Model, Speech
 
 CONV_STRIDE = [5, 2, 2, 2, 2, 2, 2]  # of HuBERT's convolutions
 THIRDS, GRID = 3, 16  # places that a head without layers pools
@@ -113,7 +113,7 @@ def estimate(config: Config, counts: Counts, ranks: int) -> Memory:
 
 def _token_queue(config: Config, width: int) -> tuple[int, int]:
     """Bytes of the keys of SIM's queue, which every rank has, and of its tokens, which the ranks share."""
-    from shards.audio import SAMPLE_RATE
+    from shards.media.audio import SAMPLE_RATE
 
     matching, micro = config.objectives.matching, config.training.batch_size // config.training.accumulation
     speech, image = trunk_values(config.model.speech), trunk_values(config.model.image)

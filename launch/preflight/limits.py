@@ -9,11 +9,11 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from launch.cluster import Asked, cores_per_rank, minutes
+from launch.executor import Asked, cores_per_rank, minutes
 from launch.profiles import slurm_config
-from launch.slurm_queue import ask
+from launch.slurm.client import ask
 from shards.errors import UserError
-from toolkit.config import gpu_count
+from toolkit.config.schema import gpu_count
 
 _SACCTMGR = ("sacctmgr", "--noheader", "--parsable2", "--readonly", "list")
 _QOS = ("name", "flags", "maxwall", "maxtresperjob", "maxtresperuser", "maxtresperaccount", "grptres")

@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from launch.checks import Check, check_script, data_checks, disk, distinct, job_checks
-from launch.cluster import Asked, executor
-from launch.estimate import count, estimate
+from launch.executor import Asked, executor
+from launch.preflight.checks import Check, check_script, data_checks, disk, distinct, job_checks
+from launch.preflight.estimate import count, estimate
 from launch.snapshot import ROOT, place, read_code
-from launch.state import check_idle
+from launch.status.state import check_idle
 from shards.errors import UserError
 from shards.remote import is_url
-from toolkit.config import Config
+from toolkit.config.schema import Config
 
 
 def preview(jobs: list[Asked], folder: Path) -> tuple[str, bool]:
@@ -73,7 +73,7 @@ def steps(asked: Asked) -> list[str]:
 
 def sizes(asked: Asked) -> list[str]:
     """Expected memory and disk."""
-    from shards.plan import bytes_text
+    from shards.reading.dry_run import bytes_text
 
     config = asked.config
     counts = count(config)

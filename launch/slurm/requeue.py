@@ -1,8 +1,9 @@
 """A job between its incarnations: what its batch script does before and after the ranks, and whether it starts again.
 
-`python launch/life.py FOLDER begin` and `python launch/life.py FOLDER CODE` are lines of the batch script. They write
-`FOLDER/incarnations.jsonl`, two lines for each incarnation, and ask SLURM to requeue the job where that is of use.
-`python launch/life.py FOLDER guard SHELL` sees to it that the second of them is reached:
+`python launch/slurm/requeue.py FOLDER begin` and `python launch/slurm/requeue.py FOLDER CODE` are lines of the batch
+script. They write `FOLDER/incarnations.jsonl`, two lines for each incarnation, and ask SLURM to requeue the job where
+that is of use.
+`python launch/slurm/requeue.py FOLDER guard SHELL` sees to it that the second of them is reached:
 
     {"restart": 1, "began": ..., "hosts": ["node1"], "job": "17", "began_step": 400, "errors": 3120}
     {"restart": 1, "ended": ..., "code": 75, "requeued": true, "why": "...", "cause": "saved", "step": 600}
@@ -26,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # the script's own folder is not a place to import from
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from launch.failure import failure_of, last_line
 from launch.job import LOST, Status, restart_count
 from launch.record import INCARNATIONS, MEMBERS, incarnations
+from launch.status.failure import failure_of, last_line
 
 _SAVED = os.EX_TEMPFAIL
-_STALLED = 70  # toolkit.training.watchdog.STALLED, which this script, far from torch, does not import
+_STALLED = 70  # toolkit.training.fault_tolerance.watchdog.STALLED, which this script, far from torch, does not import
 _CRASHES = 3  # requeues in a row of a job whose ranks die without getting further
 _STOPS = 20  # the same of a job that is asked to stop each time before it got further
 _PATIENCE = 600.0  # seconds that SLURM's controller may take to come back
@@ -82,7 +83,7 @@ def setup_lines(folder: Path, python: str, code: Path) -> list[str]:
         python: The interpreter.
         code: The packages that the job runs.
     """
-    call = shlex.join([python, str(code / "launch" / "life.py"), str(folder)])
+    call = shlex.join([python, str(code / "launch" / "slurm" / "requeue.py"), str(folder)])
     return [
         f"end_of_incarnation() {{ code=$?; kill -KILL $guard 2>/dev/null; {call} $code; exit $code; }}",
         f"{call} guard $$ & guard=$!; disown",

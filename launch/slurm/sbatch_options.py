@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shards.errors import UserError
-from toolkit.config import GPUS, gpu_count
+from toolkit.config.schema import GPUS, gpu_count
 
 # By full name without leading dashes: true for an option without a value, None to leave out one that is set otherwise.
 Options = dict[str, str | bool | None]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from launch.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 from launch.job import Status
 from launch.record import Incarnation, ended_for_good, incarnations
-from launch.slurm_queue import ask
+from launch.slurm.client import ask
+from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 
 __all__ = ["Controller", "Local", "Log", "Running", "Slurm", "first_failure", "follow"]
 

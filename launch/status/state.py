@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.failure import Failure, current_restart, exit_codes, failure_of, first_failure
-from launch.follow import Controller
 from launch.job import Status
 from launch.record import Incarnation, Recorded, ended_for_good, incarnations, newest, restarts
-from launch.slurm_queue import Queued, find, in_queue
+from launch.slurm.client import Queued, find, in_queue
+from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
+from launch.status.follow import Controller
 from shards.errors import UserError
-from toolkit.config_loader import SAVED, read_yaml
+from toolkit.config.load import SAVED, read_yaml
 
 LOG, RECALL = "log.jsonl", "recall.json"
 _NOT_RUNS = ("checkpoints", "code", "export", "logs", "profile", "wandb")  # folders of a run that hold none

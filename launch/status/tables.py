@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.state import RunState, age
+from launch.status.state import RunState, age
 
 _WAYS = ("speech_to_image", "image_to_speech")
 

@@ -1,0 +1,1 @@
+"""Checking shards: their bytes, structure, media and duplicates, with a page of examples."""

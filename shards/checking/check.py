@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from shards.check_one import Found, Task, check_shard, task_of
-from shards.duplicates import find_duplicates, gather_digests
+from shards.checking.check_shard import Found, Task, check_shard, task_of
+from shards.checking.duplicates import find_duplicates, gather_digests
+from shards.checking.finding import Finding, shortened
 from shards.errors import UserError
-from shards.finding import Finding, shortened
-from shards.folder import UNFINISHED
 from shards.listing import listed
 from shards.manifest import INDEX, MANIFEST, Manifest, file_sha256, load, stored_problem
-from shards.pool import Progress, run_tasks
 from shards.report import REPORT, load_report
-from shards.sources import SOURCES, sources_problem
+from shards.worker_pool import Progress, run_tasks
+from shards.writing.folder_lock import UNFINISHED
+from shards.writing.sources import SOURCES, sources_problem
 
 
 @dataclass

@@ -13,17 +13,17 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from shards.audio import CODECS, MAX_SECONDS, SAMPLE_RATE
-from shards.duplicates import Digests, text
+from shards.checking.duplicates import Digests, text
+from shards.checking.finding import NAMED
+from shards.checking.tar import DamagedTar, Member, TarScan
 from shards.errors import UserError
-from shards.finding import NAMED
 from shards.manifest import Manifest, ShardInfo
-from shards.picture import MAX_STORED_PIXELS as MAX_PIXELS
-from shards.picture import decode_picture
-from shards.pool import Progress
-from shards.reader import MAX_MEMBER, MAX_META
-from shards.signal_level import LevelMeter
-from shards.tar import DamagedTar, Member, TarScan
+from shards.media.audio import CODECS, MAX_SECONDS, SAMPLE_RATE
+from shards.media.picture import MAX_STORED_PIXELS as MAX_PIXELS
+from shards.media.picture import decode_picture
+from shards.media.signal_level import LevelMeter
+from shards.reading.reader import MAX_MEMBER, MAX_META
+from shards.worker_pool import Progress
 
 _SIDE = 224  # pixels a picture is decoded to, as training does
 _TOLERANCE = 0.05  # seconds between what the index says and what is there

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.finding import Finding, shortened
+from shards.checking.finding import Finding, shortened
 from shards.manifest import Manifest
-from shards.reader import MAX_META
+from shards.reading.reader import MAX_META
 
 DIGEST = 16  # bytes that stand for a picture, a recording or an utterance id
 _AGAIN = "each counts as a query of its own"

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from shards.audio import SAMPLE_RATE
-from shards.check import Health, split_rows
-from shards.check_one import problem_of_picture, problem_of_recording, text
+from shards.checking.check import Health, split_rows
+from shards.checking.check_shard import problem_of_picture, problem_of_recording, text
 from shards.errors import UserError
 from shards.manifest import Manifest, atomic
-from shards.reader import MAX_META
+from shards.media.audio import SAMPLE_RATE
+from shards.reading.reader import MAX_META
 
 SHOWN = 24  # samples
 _LARGEST = 2 << 20  # bytes of a picture or recording that is shown

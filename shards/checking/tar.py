@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from shards.reader import MAX_MEMBER
+from shards.reading.reader import MAX_MEMBER
 
 _BLOCK = 1 << 20
 _KINDS = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from shards.corpora.lists import note_list
 from shards.errors import UserError
-from shards.media_type import describe_content
+from shards.media.media_type import describe_content
 
 _AS_UTF8 = "save it as UTF-8 (spreadsheets call it CSV UTF-8)"
 _WORKBOOKS = (b"PK\3\4", b"\xd0\xcf\x11\xe0")  # of Excel, LibreOffice and others

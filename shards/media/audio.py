@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from shards.containers import bytes_behind_nothing, find_spans, samples_extent
-from shards.content import Content, DamagedRecording, Span
 from shards.errors import UserError
-from shards.media_type import describe_content, read_head
-from shards.ogg import with_serial_zero
-from shards.signal_level import ChannelMixer, LevelMeter, check_audible, check_peak, peak_of
+from shards.media.containers import bytes_behind_nothing, find_spans, samples_extent
+from shards.media.media_type import describe_content, read_head
+from shards.media.ogg import with_serial_zero
+from shards.media.random_access import Content, DamagedRecording, Span
+from shards.media.signal_level import ChannelMixer, LevelMeter, check_audible, check_peak, peak_of
 
 SAMPLE_RATE = 16000
 Codec = Literal["flac", "wav", "opus"]
@@ -61,7 +61,7 @@ def read_audio(source: Path | bytes, max_seconds: float) -> np.ndarray:
     Raises:
         UserError: No such file, empty, not decodable, truncated by what its container says, too long or of no known
             length, not finite, of a rate that is no speech's, or of a scale that is no audio's (see
-            `shards/signal_level.py`).
+            `shards/media/signal_level.py`).
     """
     return read_recording(source, max_seconds).wave
 

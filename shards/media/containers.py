@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from shards import mpeg, ogg
-from shards.content import Content, Span, skip_id3
+from shards.media import mpeg, ogg
+from shards.media.random_access import Content, Span, skip_id3
 
 # What is written where the length is not known yet: 0x7FFFFFFF, 0xFFFFFFFF, or somewhat less. SoX has the least.
 _STREAMED = 0x7E000000

@@ -8,7 +8,7 @@ its length from the first frame's, and stops there: such a file is given a heade
 import struct
 from dataclasses import dataclass
 
-from shards.content import Content, Span, skip_id3
+from shards.media.random_access import Content, Span, skip_id3
 
 _RATES = ((11025, 12000, 8000), None, (22050, 24000, 16000), (44100, 48000, 32000))  # Hz, by version
 _KBITS = {  # by whether it is MPEG-1, and by layer

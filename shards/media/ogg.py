@@ -7,7 +7,7 @@ the stream's serial number at 14, the page's number in the stream at 18, the che
 import struct
 import zlib
 
-from shards.content import Content, DamagedRecording, Span
+from shards.media.random_access import Content, DamagedRecording, Span
 
 _HEADER = 27
 _FIRST, _LAST = 2, 4  # flags of a stream's first and last page

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import UserError
-from shards.media_type import describe_content, read_head
-from shards.metadata import upright, without_metadata
-from shards.pixel_depth import to_rgb
+from shards.media.media_type import describe_content, read_head
+from shards.media.picture_metadata import upright, without_metadata
+from shards.media.pixel_depth import to_rgb
 
 Resize = Literal["crop", "squash"]  # how a picture becomes a square
 
@@ -75,7 +75,7 @@ def read_picture(source: Path | Image.Image, short_side: int, quality: int) -> b
     """JPEG bytes of a picture: upright by its EXIF orientation, RGB, its short side shrunk to `short_side` pixels.
 
     Smaller pictures keep their size. Deep pictures are scaled and transparent ones shown on white (see
-    `shards/pixel_depth.py`). Only pixels are stored: no EXIF, no comment, no colour profile.
+    `shards/media/pixel_depth.py`). Only pixels are stored: no EXIF, no comment, no colour profile.
 
     Raises:
         UserError: no such file, empty, not decodable, too many pixels, or too many left for a shard.

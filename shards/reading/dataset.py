@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from shards.audio import SAMPLE_RATE, decode_audio
 from shards.errors import TransientError, UserError
-from shards.faults import BadSample, Fault, FaultCounter, distinct
-from shards.order import Order, Selection, part_of
-from shards.picture import MAX_STORED_PIXELS as MAX_PIXELS
-from shards.picture import Resize, decode_picture
-from shards.reader import Reader
-from shards.slots import Layout, Parcel, Slots, bytes_of
+from shards.media.audio import SAMPLE_RATE, decode_audio
+from shards.media.picture import MAX_STORED_PIXELS as MAX_PIXELS
+from shards.media.picture import Resize, decode_picture
+from shards.reading.bad_samples import BadSample, Fault, FaultCounter, distinct
+from shards.reading.order import Order, Selection, part_of
+from shards.reading.reader import Reader
+from shards.reading.shared_buffers import Layout, Parcel, Slots, bytes_of
 
 AHEAD = 4  # batches that a worker makes before they are asked for
 _POLL = 2.0  # seconds between looks at whether the workers live

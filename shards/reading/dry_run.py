@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.lengths import padded_length
+from shards.length_groups import padded_length
 from shards.manifest import Manifest
-from shards.order import Order, Source, part_of
+from shards.reading.order import Order, Source, part_of
 
 BATCHES = 200  # looked at, at most
 _MICROS = 5000  # micro-batches of them, about; to group one by length takes a fifth of a millisecond

@@ -1,4 +1,4 @@
-"""The pictures of one source in one lane, pass after pass; `shards.order` makes global batches of them.
+"""The pictures of one source in one lane, pass after pass; `shards.reading.order` makes global batches of them.
 
     shards of the lane           0 2 4 6 8
     shuffled, cut into windows   4 0 | 8 2 | 6                whole shards: reads stay within a window

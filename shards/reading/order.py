@@ -9,7 +9,8 @@
     rank r    takes what `part_of` names
 
 Nothing here knows how many ranks or workers there are, so global batch t is the same on any cluster, and how far each
-source is at step t is arithmetic, so beginning there costs the same as beginning at 0. `shards.passes` has the shuffle.
+source is at step t is arithmetic, so beginning there costs the same as beginning at 0. `shards.reading.epochs` has the
+shuffle.
 """
 
 import heapq
@@ -24,7 +25,7 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.passes import Passes, Share, Source
+from shards.reading.epochs import Passes, Share, Source
 
 
 class Selection(NamedTuple):

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shards.cache import Cache
 from shards.errors import TransientError, UserError
-from shards.faults import BadSample
 from shards.manifest import Manifest, ShardInfo
+from shards.reading.bad_samples import BadSample
+from shards.reading.cache import Cache
 from shards.remote import Remote
 
 MAX_MEMBER = 64 << 20  # bytes; a larger picture or caption is refused

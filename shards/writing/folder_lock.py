@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from shards.errors import UserError
 from shards.manifest import INDEX, MANIFEST, load, sync_folder
-from shards.record import Plan, load_plan
 from shards.report import REPORT
-from shards.sources import SOURCES, compare_lists
+from shards.writing.shard_record import Plan, load_plan
+from shards.writing.sources import SOURCES, compare_lists
 
 UNFINISHED = ".unfinished"
 _TURNSTILE = "lock"

@@ -8,10 +8,10 @@ import numpy as np
 
 from shards import manifest
 from shards.errors import UserError
-from shards.folder import UNFINISHED, sweep
-from shards.record import Plan, Record, gather, load_record
 from shards.report import Report
-from shards.sources import compare_files, save_sources
+from shards.writing.folder_lock import UNFINISHED, sweep
+from shards.writing.shard_record import Plan, Record, gather, load_record
+from shards.writing.sources import compare_files, save_sources
 
 _NAMED = 5  # missing shards that a message shows
 

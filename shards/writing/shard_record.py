@@ -17,7 +17,7 @@ from shards.corpora.item import Item
 from shards.corpora.lists import ListFile
 from shards.manifest import COLUMNS, FORMAT, ShardInfo, atomic
 from shards.report import Counts, Dropped, RecordingWarning, Report
-from shards.sources import SourceFile, Sources
+from shards.writing.sources import SourceFile, Sources
 
 PLAN = "plan.json"
 # A shard in which nothing was bad is the same with and without it, so that a run may go on with the other choice.

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from shards import manifest
-from shards.audio import SAMPLE_RATE, Codec, Recording, encode_audio, mix_down, read_recording, resample
 from shards.corpora.item import AudioSource, Item, PictureSource, check_items
 from shards.corpora.lists import ListFile
 from shards.errors import UserError
-from shards.folder import UNFINISHED, WHOLE, Part, claimed, finished
-from shards.merge import close_folder
-from shards.picture import read_picture
-from shards.pool import Progress, run_tasks
-from shards.reader import MAX_MEMBER, MAX_META
-from shards.record import Plan, Record, Sample, files_digest, lists_digest, load_plan, load_record
+from shards.media.audio import SAMPLE_RATE, Codec, Recording, encode_audio, mix_down, read_recording, resample
+from shards.media.picture import read_picture
+from shards.media.signal_level import level_warning
+from shards.reading.reader import MAX_MEMBER, MAX_META
 from shards.report import Dropped, Outlook, RecordingWarning, Report, outlook_text
-from shards.signal_level import level_warning
-from shards.sources import SourceFile, by_split, crc32, files_of, stamp
+from shards.worker_pool import Progress, run_tasks
+from shards.writing.folder_lock import UNFINISHED, WHOLE, Part, claimed, finished
+from shards.writing.merge import close_folder
+from shards.writing.shard_record import Plan, Record, Sample, files_digest, lists_digest, load_plan, load_record
+from shards.writing.sources import SourceFile, by_split, crc32, files_of, stamp
 
 _KEY_LENGTH = 80  # a member's name has 100 bytes in a ustar header
 _TRIED = 8  # samples a split that are encoded for an estimate

@@ -37,7 +37,7 @@ def count_ours(rank: int, ranks: int, zero: int) -> tuple[dict[str, float], dict
     counted.watch()
     from training import frozen_model, make_batch, open_trainer
 
-    from toolkit import config
+    from toolkit.config import schema as config
 
     configuration = config.Config(model=frozen_model(32, 2))
     configuration.objectives.matching.negatives = "global"

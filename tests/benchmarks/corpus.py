@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from shards import manifest
-from shards.audio import SAMPLE_RATE, encode_audio
 from shards.corpora.item import Caption, Item
-from shards.write import Format, write_shards
+from shards.media.audio import SAMPLE_RATE, encode_audio
+from shards.writing.writer import Format, write_shards
 
 CAPTIONS = 5  # of each picture
 EPOCH = 113_000  # pictures: SpokenCOCO's training split

@@ -70,7 +70,7 @@ def measure(run: Path) -> Result:
     from toolkit.evaluate import find_export, load_model
     from toolkit.evaluation.encode import Process
     from toolkit.evaluation.recall import hits_at
-    from toolkit.evaluation.run import retrieve
+    from toolkit.evaluation.retrieve import retrieve
     from toolkit.run_folder import load_run
 
     config = load_run(run)

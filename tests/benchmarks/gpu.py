@@ -5,7 +5,7 @@
 It trains the configuration with trunks of the true sizes but random weights (HuBERT-large and CLIP ViT-L/14 for
 flickr8k), on noise in shards of its own, through `toolkit/train.py --profile`, a process a GPU. The batch a rank is
 doubled until the memory is full. Utilisation is of the model's FLOPs against the data sheet's peak (see
-`toolkit/training/profile.py`). Without a GPU it refuses, but for `--tiny`, which shows on a CPU that it works.
+`toolkit/training/metrics/profile.py`). Without a GPU it refuses, but for `--tiny`, which shows on a CPU that it works.
 """
 
 import argparse
@@ -24,11 +24,11 @@ import corpus
 import yaml
 from table import Figure, tell
 
-from launch.cluster import count_gpus
-from launch.estimate import KNOWN
+from launch.executor import count_gpus
+from launch.preflight.estimate import KNOWN
 from tests.tiny import HUBERT, VIT
-from toolkit.config import Config
-from toolkit.config_loader import CONFIGS, apply_yaml
+from toolkit.config.load import CONFIGS, apply_yaml
+from toolkit.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = 1024

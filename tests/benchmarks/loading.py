@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from table import Figure, tell
 
 if TYPE_CHECKING:
-    from shards.stream import Batch
+    from shards.reading.dataset import Batch
 
 SIZE, BATCH = 224, 64
 ORIGINALS, TIMES = 256, 12  # pictures that are written, and how often: enough to outweigh the start of the processes
@@ -59,9 +59,9 @@ class Bench:
     def ours(self, folder: Path, begin: float, passes: float, workers: int) -> "Iterator[Batch]":
         """This project's stream from the beginning of a run or part of a pass later, opened from nothing."""
         from shards.manifest import load
-        from shards.order import order_of
-        from shards.reader import Reader
-        from shards.stream import open_stream
+        from shards.reading.dataset import open_stream
+        from shards.reading.order import order_of
+        from shards.reading.reader import Reader
 
         manifest = load(folder)
         order = order_of(manifest, "train", BATCH, seed=SEED)
@@ -94,7 +94,7 @@ class Bench:
 
     def limit(self, passes: int) -> float:
         """Samples a second of processes that only decode, from memory."""
-        from shards.reader import Reader
+        from shards.reading.reader import Reader
 
         reader = Reader(self.manifest)
         pairs = [
@@ -147,9 +147,9 @@ class Bench:
         """See that the first batches hold what they ought to, value by value."""
         import numpy as np
 
-        from shards.audio import decode_audio
-        from shards.picture import decode_picture
-        from shards.reader import Reader
+        from shards.media.audio import decode_audio
+        from shards.media.picture import decode_picture
+        from shards.reading.reader import Reader
 
         reader = Reader(self.manifest)
         for batch in itertools.islice(batches, 2):
@@ -214,7 +214,7 @@ class Bench:
         import corpus
         import others
 
-        from shards.write import Format, write_shards
+        from shards.writing.writer import Format, write_shards
 
         say("originals")
         items = corpus.make_originals(self.folder / "originals", ORIGINALS, TIMES)
@@ -271,8 +271,8 @@ def rate(open_: "Callable[[], Iterator[Batch]]") -> float:
 
 def decode_all(pairs: list[tuple[bytes, bytes]], passes: int, gate: Any) -> None:
     """Decode pictures and captions over and over."""
-    from shards.audio import decode_audio
-    from shards.picture import decode_picture
+    from shards.media.audio import decode_audio
+    from shards.media.picture import decode_picture
 
     decode_picture(pairs[0][0], SIZE), decode_audio(pairs[0][1])  # what is imported late is imported now
     gate.wait()

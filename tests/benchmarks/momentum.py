@@ -25,7 +25,7 @@ from table import Figure, tell
 
 from tests.distributed import run_ranks
 from tests.tiny import HUBERT, VIT
-from toolkit import config
+from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.model.retrieval import SpeechImageModel
 from toolkit.training.learner import Learner
@@ -75,7 +75,7 @@ def one_rank(model: SpeechImageModel, repeats: int) -> tuple[float, float]:
 
 def of_rank(rank: int, world_size: int, hidden: int, layers: int, repeats: int) -> tuple[int, float]:
     """Elements that this rank averages under ZeRO 1, and the least processor seconds of the averaging alone."""
-    from toolkit.training.engine import make_engine
+    from toolkit.training.zero.engine import make_engine
 
     model = student(hidden, layers)
     teacher = MomentumEncoder(model, DECAY)

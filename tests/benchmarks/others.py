@@ -1,7 +1,7 @@
 """The same pictures and captions through other loaders, each as its documentation has it unless a function says more.
 
 Each function gives an iterator of batches whose `images`, `waveforms`, `lengths` and `ids` are those of
-`shards.stream.Batch`: the codecs are this project's (`decode_picture`, `decode_audio`), and so is the padding.
+`shards.reading.dataset.Batch`: the codecs are this project's (`decode_picture`, `decode_audio`), and so is the padding.
 """
 
 import io
@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from corpus import CAPTIONS, PER_SHARD
 
-from shards.audio import SAMPLE_RATE, decode_audio
 from shards.corpora.item import Item
 from shards.manifest import Manifest
-from shards.picture import decode_picture, read_picture
-from shards.reader import Reader
-from shards.stream import Batch
+from shards.media.audio import SAMPLE_RATE, decode_audio
+from shards.media.picture import decode_picture, read_picture
+from shards.reading.dataset import Batch
+from shards.reading.reader import Reader
 
 BUFFER = 1000  # samples that are shuffled together
-AHEAD = 4  # batches that a worker makes in advance, as in `shards.stream`
+AHEAD = 4  # batches that a worker makes in advance, as in `shards.reading.dataset`
 
 
 def webdataset_docs(urls: list[str], size: int, batch: int, workers: int, passes: int) -> Iterator[Batch]:
@@ -232,7 +232,7 @@ def webdataset_writer(items: list[Item], folder: Path, jobs: int) -> None:
 
 
 def _convert(item: Item) -> dict[str, Any]:
-    from shards.audio import encode_audio, read_audio
+    from shards.media.audio import encode_audio, read_audio
 
     waves = [read_audio(caption.audio, 30.0) for caption in item.captions]  # type: ignore[arg-type]
     described = [

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from training import durations
 from transformers import HubertConfig, HubertModel
 
-from shards.audio import SAMPLE_RATE
-from toolkit import config
-from toolkit.model.encoded import Encoded
+from shards.media.audio import SAMPLE_RATE
+from toolkit.config import schema as config
+from toolkit.model.outputs import Encoded
 from toolkit.model.speech import SpeechEncoder
 
 CUTS = (8, 15)  # seconds

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shards.stream import Batch
-from toolkit import config
+from shards.reading.dataset import Batch
+from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.model.encoded import Encoded
+from toolkit.model.outputs import Encoded
 from toolkit.objectives.denoising import add_noise, denoising_loss
 from toolkit.objectives.matching import draw_negatives
 from toolkit.training.learner import Draws, Learner

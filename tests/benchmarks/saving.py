@@ -25,7 +25,7 @@ import torch
 from table import Figure, tell
 from training import frozen_model, make_batch, open_trainer
 
-from toolkit import config
+from toolkit.config import schema as config
 from toolkit.training.trainer import Trainer
 
 IMAGE_SIZE, LONGEST = 56, 0.5

@@ -25,7 +25,7 @@ from plain_step import PlainStep
 from table import Figure, tell
 from training import frozen_model, make_batch, open_trainer
 
-from toolkit import config
+from toolkit.config import schema as config
 from toolkit.training.queue import EmbeddingQueue
 from toolkit.training.trainer import Trainer
 

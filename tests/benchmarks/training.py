@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shards.audio import SAMPLE_RATE
 from shards.corpora.item import Caption, Item
-from shards.stream import Batch
-from shards.write import Format, write_shards
-from toolkit import config
+from shards.media.audio import SAMPLE_RATE
+from shards.reading.dataset import Batch
+from shards.writing.writer import Format, write_shards
+from toolkit.config import schema as config
 from toolkit.distributed import initialise
 from toolkit.training.trainer import Trainer
 

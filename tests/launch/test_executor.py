@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.cluster import (
+from launch.executor import (
     Asked,
     alike,
     allocated_cores,
@@ -23,7 +23,7 @@ from launch.cluster import (
 from launch.profiles import Profile
 from shards.errors import UserError
 from tests.launch.cluster import fake_slurm
-from toolkit.config import Config, Launch
+from toolkit.config.schema import Config, Launch
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_setup_lines_are_a_sound_script(tmp_path):
     """Run by bash, with paths and values that need quoting."""
     folder = tmp_path / "a folder"
     profile = Profile(setup=["export FROM_SETUP=$HOME"], env={"VALUE": "a b $HOME", "NUMBER": 3})
-    lines = [line for line in setup_lines(profile, folder, folder) if "life" not in line and "trap" not in line]
+    lines = [line for line in setup_lines(profile, folder, folder) if "requeue.py" not in line and "trap" not in line]
     show = 'printf "%s\\n" "$PYTHONPATH" "$VALUE" "$NUMBER" "$FROM_SETUP"'
     environment = {**os.environ, "HOME": "/home/me", "PYTHONPATH": "/mine"}
     done = subprocess.run(["bash", "-euc", "\n".join([*lines, show])], capture_output=True, text=True, env=environment)
@@ -168,7 +168,9 @@ def test_cores_of_an_allocation(environment, cores):
 @pytest.mark.parametrize("way", ["inherited", "setup", "env"])
 def test_what_would_keep_the_environment_from_the_ranks_does_not_reach_srun(tmp_path, name, way):
     profile = Profile(setup=[f"export {name}=NONE"] * (way == "setup"), env={name: "NONE"} if way == "env" else {})
-    lines = [line for line in setup_lines(profile, tmp_path, tmp_path) if "life" not in line and "trap" not in line]
+    lines = [
+        line for line in setup_lines(profile, tmp_path, tmp_path) if "requeue.py" not in line and "trap" not in line
+    ]
     environment = {**os.environ, name: "NONE"} if way == "inherited" else dict(os.environ)
     done = subprocess.run(["bash", "-euc", "\n".join([*lines, "env"])], capture_output=True, text=True, env=environment)
     assert f"PYTHONPATH={tmp_path}" in done.stdout, done.stderr
@@ -190,4 +192,6 @@ def test_which_python_the_ranks_run(tmp_path, monkeypatch, profile, before):
     made = executor(asked(profile), tmp_path, tmp_path)._executor
     script = made._make_submission_file_text(made._submitit_command_str, "x")
     assert f"{before} -u {tmp_path}/launch/node.py -u -m submitit.core._submit {tmp_path}\n" in script
-    assert f"\n{sys.executable} {tmp_path}/launch/life.py" in script, "the batch script itself is not in the container"
+    assert f"\n{sys.executable} {tmp_path}/launch/slurm/requeue.py" in script, (
+        "the batch script itself is not in the container"
+    )

@@ -9,10 +9,10 @@ import torch.distributed
 
 from launch.job import LOST, Job, Status, train_and_evaluate
 from shards.errors import TransientError, UserError
-from toolkit.config import Config
+from toolkit.config.schema import Config
 from toolkit.distributed import PeerError
 from toolkit.run_folder import to_yaml
-from toolkit.training.watchdog import STALLED
+from toolkit.training.fault_tolerance.watchdog import STALLED
 
 LOCAL = {
     "SUBMITIT_EXECUTOR": "local",

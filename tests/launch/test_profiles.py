@@ -8,7 +8,7 @@ from launch import profiles
 from launch.profiles import FILLED, PROFILES, Profile, apply_profile, find_profile, read_profile
 from shards.errors import UserError
 from tests.launch.cluster import fake_slurm
-from toolkit.config import Config, Data, Launch
+from toolkit.config.schema import Config, Data, Launch
 
 
 @pytest.fixture

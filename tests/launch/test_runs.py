@@ -14,8 +14,8 @@ import pytest
 from launch import runs
 from launch.job import Job, Status
 from launch.record import INCARNATIONS, Submission
-from launch.slurm_queue import Queued, find
-from launch.state import check_idle, find_runs, look
+from launch.slurm.client import Queued, find
+from launch.status.state import check_idle, find_runs, look
 from shards.errors import UserError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks need not find this file

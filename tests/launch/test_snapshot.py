@@ -72,7 +72,7 @@ def test_where_it_came_from_is_written_beside_it(tmp_path):
     assert str(ROOT) in origin
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     head = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    code = "from toolkit.training.log import _environment; print(_environment(1)['git']['commit'] or '')"
+    code = "from toolkit.training.metrics.log import _environment; print(_environment(1)['git']['commit'] or '')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=copy)
     assert done.stdout.strip() == head, "the run's environment.json names the commit of the copy"
 

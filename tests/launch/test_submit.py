@@ -12,14 +12,14 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from launch.cluster import Asked
-from launch.follow import Log, first_failure
+from launch.executor import Asked
 from launch.job import Job, Status
 from launch.profiles import Profile
 from launch.snapshot import ROOT, snapshot
+from launch.status.follow import Log, first_failure
 from launch.submit import _work, lengthen, main, submit, watch
 from shards.errors import UserError
-from toolkit.config import Config
+from toolkit.config.schema import Config
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks need not find this file
 

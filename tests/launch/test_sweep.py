@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.grid import expand
+from launch.sweep import expand
 from shards.errors import UserError
-from toolkit.config_loader import load_config
+from toolkit.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from shards.json_lines import read_records
+from shards.files import read_records
 
 
 def test_what_a_killed_process_left_is_passed_over(tmp_path):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from shards.errors import UserError
-from shards.pool import run_tasks
+from shards.worker_pool import run_tasks
 
 
 def square(task, progress):

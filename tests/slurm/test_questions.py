@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from launch import checks, limits
-from launch.cluster import Asked
-from launch.follow import Slurm
+from launch.executor import Asked
+from launch.preflight import checks, limits
 from launch.profiles import Profile, slurm_config
-from launch.sbatch_options import flag, read_options, with_gpus
-from launch.slurm_queue import ask, find, in_queue, job_number
+from launch.slurm.client import ask, find, in_queue, job_number
+from launch.slurm.sbatch_options import flag, read_options, with_gpus
+from launch.status.follow import Slurm
 from shards.errors import UserError
 from tests.launch.cluster import fake_slurm
 from tests.slurm.cluster import GPUS, NODES, Cluster, wait_for
-from toolkit.config import Config, Launch
+from toolkit.config.schema import Config, Launch
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(300)]
 TOOLS = ("sacctmgr", "scontrol", "squeue", "sacct", "sinfo", "sbatch", "scancel")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from tests.shards import damage
+from tests.shards.checking import damage
 from toolkit.check_shards import main
 
 ROOT = Path(__file__).parents[2]

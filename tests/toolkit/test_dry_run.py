@@ -6,9 +6,9 @@ import pytest
 
 from shards.errors import UserError
 from shards.manifest import load
-from shards.order import order_of
-from shards.plan import plan
-from tests.shards import damage
+from shards.reading.dry_run import plan
+from shards.reading.order import order_of
+from tests.shards.checking import damage
 from toolkit import train
 from toolkit.train import main
 

@@ -13,19 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from shards.audio import SAMPLE_RATE, decode_audio
 from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.manifest import load
-from shards.picture import decode_picture
-from shards.stream import Reader
-from shards.write import Format, write_shards
+from shards.media.audio import SAMPLE_RATE, decode_audio
+from shards.media.picture import decode_picture
+from shards.reading.dataset import Reader
+from shards.writing.writer import Format, write_shards
 from tests.distributed import run_ranks
-from tests.shards.noise import spoil
+from tests.shards.media.noise import spoil
 from tests.tiny import tiny_model
-from toolkit import config, evaluate
+from toolkit import evaluate
+from toolkit.config import schema as config
 from toolkit.evaluation.encode import Process, _batch_sizes, encode
-from toolkit.evaluation.run import retrieve
+from toolkit.evaluation.retrieve import retrieve
 from toolkit.model.build import build_model
 from toolkit.run_folder import to_yaml
 

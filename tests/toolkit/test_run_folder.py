@@ -3,8 +3,8 @@
 import pytest
 
 from shards.errors import UserError
-from toolkit.config import Config
-from toolkit.config_loader import load_config
+from toolkit.config.load import load_config
+from toolkit.config.schema import Config
 from toolkit.run_folder import check_run, fingerprint, keep_configuration, load_run, prepare_run
 
 

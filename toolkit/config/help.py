@@ -8,8 +8,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from toolkit import config
-from toolkit.config_loader import describe
+from toolkit.config import schema as config
+from toolkit.config.load import describe
 
 
 def describe_keys() -> str:

@@ -13,10 +13,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from shards.errors import UserError
-from toolkit.config import Config
-from toolkit.config_check import check
+from toolkit.config.schema import Config
+from toolkit.config.validate import check
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SAVED = "config.yaml"  # in a run folder
 
 
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Append the keys of the configuration, read from where they are defined."""
-        from toolkit.config_help import describe_keys
+        from toolkit.config.help import describe_keys
 
         return f"{super().format_help()}\n{describe_keys()}"
 

@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from shards.errors import UserError
-from toolkit.config import GPUS, Config, micro_batch
+from toolkit.config.schema import GPUS, Config, micro_batch
 
 
 def check(config: Config) -> None:

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from shards.audio import SAMPLE_RATE, decode_audio
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.picture import decode_picture
-from toolkit.config import Config
+from shards.media.audio import SAMPLE_RATE, decode_audio
+from shards.media.picture import decode_picture
+from toolkit.config.schema import Config
+from toolkit.data import open_reader
 from toolkit.distributed import agree_all, all_gather
-from toolkit.model.encoded import Encoded
-from toolkit.training.data import open_reader
+from toolkit.model.outputs import Encoded
 
 if TYPE_CHECKING:
     from toolkit.model.retrieval import SpeechImageModel

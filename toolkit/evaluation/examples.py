@@ -14,13 +14,13 @@ from PIL import Image
 
 from shards.errors import UserError
 from shards.manifest import Manifest, atomic
-from shards.picture import decode_picture
-from shards.reader import Reader
-from toolkit.config import Config
+from shards.media.picture import decode_picture
+from shards.reading.reader import Reader
+from toolkit.config.schema import Config
+from toolkit.data import open_reader
 from toolkit.evaluation.gallery import caption_text
-from toolkit.evaluation.run import Retrieval
-from toolkit.training.background import tell
-from toolkit.training.data import open_reader
+from toolkit.evaluation.retrieve import Retrieval
+from toolkit.training.checkpointing.background import tell
 
 QUERIES, ANSWERS = 6, 5
 SIDE = 96  # pixels of a picture, cropped to a square as the model sees it

@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from shards.manifest import Manifest
-from shards.reader import Reader
+from shards.reading.reader import Reader
 from toolkit.evaluation.recall import Standing
-from toolkit.evaluation.run import Retrieval
+from toolkit.evaluation.retrieve import Retrieval
 
 SPOKEN, SHOWN = 8, 4  # examples of each direction
 PICTURES, CAPTIONS = 5, 3  # answers shown of each

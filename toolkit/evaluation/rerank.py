@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from toolkit import config
+from toolkit.config import schema as config
 from toolkit.evaluation.encode import Encodings, Process, progress
 from toolkit.evaluation.recall import Ranking, Standing, add_up, stand
-from toolkit.model.encoded import Encoded
+from toolkit.model.outputs import Encoded
 
 if TYPE_CHECKING:
     from toolkit.model.retrieval import SpeechImageModel

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from shards.manifest import Manifest
-from toolkit.config import Config
-from toolkit.evaluation import twins
+from toolkit.config.schema import Config
+from toolkit.evaluation import minimal_pairs
 from toolkit.evaluation.encode import Encodings, Process, encode
 from toolkit.evaluation.recall import Ranking, rank_answers, summarise
 from toolkit.evaluation.rerank import cosines, score_pairs
@@ -69,7 +69,7 @@ def retrieve(
     training = model.training
     model.eval()
     samples = manifest.rows(split)
-    everything = np.concatenate([samples, twins.find_twins(manifest, samples)])
+    everything = np.concatenate([samples, minimal_pairs.find_twins(manifest, samples)])
     encodings = encode(model, manifest, everything, config, process, keep_tokens=rerank > 0)
     found = _coarse(encodings, len(samples), max(rerank, _KEPT), process)
     size = {"pictures": len(found.samples), "captions": len(found.captions)}
@@ -118,11 +118,11 @@ def _rerank(
 def _twins(
     manifest: Manifest, model: "SpeechImageModel", encodings: Encodings, match: bool, config: Config, process: Process
 ) -> dict[str, Any]:
-    questions = twins.ask(manifest, encodings.samples, encodings.picture)
-    coarse = twins.accuracy(questions, lambda pairs: cosines(encodings, pairs).cpu())
+    questions = minimal_pairs.ask(manifest, encodings.samples, encodings.picture)
+    coarse = minimal_pairs.accuracy(questions, lambda pairs: cosines(encodings, pairs).cpu())
     matching: dict[str, float] = {}
     if match:
-        matching = twins.accuracy(
+        matching = minimal_pairs.accuracy(
             questions, lambda pairs: score_pairs(model, encodings, pairs, config.evaluation, process)
         )
     kinds = {kind: {"coarse": coarse[kind], "matching": matching.get(kind)} for kind in coarse if kind}

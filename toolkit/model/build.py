@@ -14,10 +14,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from shards.audio import SAMPLE_RATE
 from shards.errors import UserError
-from shards.picture import Resize
-from toolkit import config
+from shards.media.audio import SAMPLE_RATE
+from shards.media.picture import Resize
+from toolkit.config import schema as config
 from toolkit.model.retrieval import VISION, SpeechImageConfig, SpeechImageModel
 from toolkit.model.trunk import BESIDE, Kind, read_weights
 from toolkit.model.trunk_inputs import picture_inputs, waveform_epsilon

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from toolkit.model.encoded import Encoded, Features
 from toolkit.model.layers import FrozenLinear, Head
+from toolkit.model.outputs import Encoded, Features
 from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
 
 # Of OpenAI's CLIP; BLIP-2 uses the same.

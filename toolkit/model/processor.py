@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shards.audio import SAMPLE_RATE, read_audio
 from shards.errors import UserError
-from shards.picture import Resize, decode_picture, read_picture
+from shards.media.audio import SAMPLE_RATE, read_audio
+from shards.media.picture import Resize, decode_picture, read_picture
 
 FILE = "preprocessor_config.json"
 MAX_FILE_SECONDS = 3600.0  # of which max_seconds are used

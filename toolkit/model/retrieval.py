@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from shards.errors import UserError
-from toolkit.model.encoded import Encoded, Features
 from toolkit.model.fusion import FusionEncoder
 from toolkit.model.image import ImageEncoder
+from toolkit.model.outputs import Encoded, Features
 from toolkit.model.speech import SpeechEncoder
 from toolkit.model.trunk import Kind, quiet, read_weights
 

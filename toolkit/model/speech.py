@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import HubertModel
 
 from shards.errors import UserError
-from shards.lengths import group_by_length
-from toolkit.model import group_norm
-from toolkit.model.encoded import Encoded, Features
+from shards.length_groups import group_by_length
+from toolkit.model import masked_group_norm
 from toolkit.model.layers import Head
+from toolkit.model.outputs import Encoded, Features
 from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
 
 # Seen with torch 2.13: the outputs bear no relation to the inputs, while the gradients are right.
@@ -46,7 +46,7 @@ class SpeechEncoder(PartlyFrozen):
     The waveform of a layer-norm trunk (HuBERT-large) is normalised to zero mean and unit variance per utterance, and
     its hidden states are layer-normed before the mix, as in SpeechCLIP large (arXiv 2210.00705). An utterance is
     encoded the same whatever it is batched with: padding is kept out of the waveform's statistics, of the group norm
-    of HuBERT-base (see `toolkit/model/group_norm.py`), the positional convolution, attention and pooling.
+    of HuBERT-base (see `toolkit/model/masked_group_norm.py`), the positional convolution, attention and pooling.
 
     Args:
         trunk: the HuBERT; its hidden layers are called one by one, never its `forward`.
@@ -83,7 +83,7 @@ class SpeechEncoder(PartlyFrozen):
         self.groups = groups
         self.normed = config.feat_extract_norm == "layer"
         if not self.normed:
-            group_norm.measure(trunk.feature_extractor.conv_layers[0])
+            masked_group_norm.measure(trunk.feature_extractor.conv_layers[0])
         self.epsilon = waveform_epsilon if self.normed else None
         self.pre_norm = config.do_stable_layer_norm
         self.final_norm = final_norm and self.pre_norm
@@ -129,7 +129,7 @@ class SpeechEncoder(PartlyFrozen):
             waveforms: [B, T] in [-1, 1], 16 kHz, zero-padded.
             lengths: int64 [B], samples.
             host_lengths: the same as numbers: with them the utterances are taken in `groups` of like length
-                (see `shards/lengths.py`), each padded to its own longest only; without, as one.
+                (see `shards/length_groups.py`), each padded to its own longest only; without, as one.
         """
         if self.groups == 1 or host_lengths is None:
             return (self._frozen(waveforms, lengths),)
@@ -193,7 +193,7 @@ class SpeechEncoder(PartlyFrozen):
         # What is shorter than a frame is encoded as if it ended in silence.
         samples = mask.sum(dim=1).clamp(min=self.shortest)
         first, *others = self.trunk.feature_extractor.conv_layers
-        hidden = first(hidden) if self.normed else group_norm.run(first, hidden, self._frames(samples, 1))
+        hidden = first(hidden) if self.normed else masked_group_norm.run(first, hidden, self._frames(samples, 1))
         for layer in others:
             hidden = layer(hidden)
         hidden = self.trunk.feature_projection(hidden.transpose(1, 2))

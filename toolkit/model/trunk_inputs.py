@@ -13,9 +13,9 @@ from typing import Any
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
-from shards.audio import SAMPLE_RATE
 from shards.errors import UserError
-from shards.picture import Resize
+from shards.media.audio import SAMPLE_RATE
+from shards.media.picture import Resize
 from toolkit.model.image import MEAN, STD
 from toolkit.model.trunk import quiet
 
@@ -29,7 +29,7 @@ class PictureInputs:
     """Pictures as a vision trunk takes them.
 
     Attributes:
-        resize: How they become squares (see `shards.picture.decode_picture`).
+        resize: How they become squares (see `shards.media.picture.decode_picture`).
         mean: Of red, green and blue, subtracted from values in [0, 1].
         std: What they are divided by then.
     """

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.objectives.row_random import RowRandom
+from toolkit.objectives.counter_rng import RowRandom
 
 Noise = Literal["swap", "gaussian", "mask"]
 Loss = Literal["cosine", "mse", "infonce"]

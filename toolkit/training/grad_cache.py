@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from shards.stream import Batch
+from shards.reading.dataset import Batch
 from toolkit.training.learner import Cache, Keys, Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue

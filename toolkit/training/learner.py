@@ -14,19 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shards.stream import Batch
-from toolkit import config
+from shards.reading.dataset import Batch
+from toolkit.config import schema as config
 from toolkit.distributed import Requests, gather_packed
-from toolkit.model.encoded import Encoded, Features
 from toolkit.model.fusion import Denoiser
+from toolkit.model.outputs import Encoded, Features
 from toolkit.model.retrieval import SpeechImageModel
 from toolkit.objectives.contrastive import contrastive_loss
+from toolkit.objectives.counter_rng import RowRandom
 from toolkit.objectives.denoising import add_noise, denoising_loss
 from toolkit.objectives.matching import Negatives, draw_negatives, matching_accuracy, matching_loss
-from toolkit.objectives.row_random import RowRandom
+from toolkit.training.metrics.spans import spanned
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
-from toolkit.training.spans import spanned
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Pairs:
 
 @dataclass
 class Cache:
-    """What SIC found on a whole accumulated batch, for one of its micro-batches (see `toolkit/training/cached.py`).
+    """What SIC found on a whole accumulated batch, for one of its micro-batches (see `toolkit/training/grad_cache.py`).
 
     Attributes:
         loss: SIC of the whole batch, a scalar.

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed import begin_all_gather
-from toolkit.model.encoded import Encoded, Features
+from toolkit.model.outputs import Encoded, Features
 from toolkit.model.retrieval import SpeechImageModel, teacher_of
-from toolkit.training.slices import Cut, Slice
+from toolkit.training.zero.slices import Cut, Slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class MomentumEncoder:
             rank: This process.
             world_size: Number of processes.
         """
-        from toolkit.training.fragments import cuts  # DeepSpeed: not where nothing but the model is wanted
+        from toolkit.training.zero.state import cuts  # DeepSpeed: not where nothing but the model is wanted
 
         self._move(engine.device, next(engine.module.parameters()).dtype)
         numbers = {id(parameter): number for number, parameter in enumerate(self.student)}

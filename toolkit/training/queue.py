@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.model.encoded import Encoded
+from toolkit.model.outputs import Encoded
 from toolkit.objectives.contrastive import EMPTY
 
 _KEYS = ("speech", "image", "ids")

@@ -10,37 +10,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards.audio import SAMPLE_RATE
 from shards.errors import UserError
 from shards.manifest import load as load_manifest
-from shards.order import part_of
-from shards.stream import Batch, open_stream
-from toolkit.config import Config, micro_batch
+from shards.media.audio import SAMPLE_RATE
+from shards.reading.dataset import Batch, open_stream
+from shards.reading.order import part_of
+from toolkit.config.schema import Config, micro_batch
+from toolkit.data import open_order, open_reader
 from toolkit.distributed import agree, agree_all_and_on
 from toolkit.evaluation.encode import Process
 from toolkit.evaluation.examples import keep_examples
-from toolkit.evaluation.run import retrieve
+from toolkit.evaluation.retrieve import retrieve
 from toolkit.model.build import build_model
-from toolkit.objectives.row_random import RowRandom
-from toolkit.training import lease
-from toolkit.training.activations import recompute_activations
-from toolkit.training.background import tell
-from toolkit.training.bad_numbers import FirstBadModule
-from toolkit.training.cached import make_caches
-from toolkit.training.checkpoint import Checkpoints
-from toolkit.training.data import open_order, open_reader
-from toolkit.training.engine import backward, make_engine, whole
-from toolkit.training.export import Exports, exported_config
-from toolkit.training.float32 import ExactTemperature, gather_masters
+from toolkit.objectives.counter_rng import RowRandom
+from toolkit.training.activation_checkpointing import recompute_activations
+from toolkit.training.checkpointing.background import tell
+from toolkit.training.checkpointing.checkpoint import Checkpoints
+from toolkit.training.checkpointing.export import Exports, exported_config
+from toolkit.training.checkpointing.progress import Progress
+from toolkit.training.fault_tolerance import lease
+from toolkit.training.fault_tolerance.nonfinite import FirstBadModule
+from toolkit.training.fault_tolerance.signals import StopSignals
+from toolkit.training.fault_tolerance.watchdog import Watchdog
+from toolkit.training.grad_cache import make_caches
 from toolkit.training.learner import Draws, Learner, Pairs
-from toolkit.training.log import Log
+from toolkit.training.metrics.flops import Work, count_frames, count_patches
+from toolkit.training.metrics.log import Log
+from toolkit.training.metrics.spans import span
 from toolkit.training.momentum import MomentumEncoder
-from toolkit.training.progress import Progress
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
-from toolkit.training.signals import StopSignals
-from toolkit.training.spans import span
-from toolkit.training.watchdog import Watchdog
-from toolkit.training.work import Work, count_frames, count_patches
+from toolkit.training.zero.engine import backward, make_engine, whole
+from toolkit.training.zero.float32 import ExactTemperature, gather_masters
 
 
 class Trainer:

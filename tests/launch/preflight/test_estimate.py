@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import Blip2VisionConfig, CLIPVisionConfig, HubertConfig
 
-from launch.estimate import HUBERT, VISION, count, estimate
+from launch.preflight.estimate import HUBERT, VISION, count, estimate
 from tests.tiny import tiny_model
-from toolkit.config import Config, Image, Speech
+from toolkit.config.schema import Config, Image, Speech
 from toolkit.model.build import build_model
 from toolkit.training.learner import Learner
+from toolkit.training.metrics.flops import count_frames, count_patches
 from toolkit.training.queue import TokenQueue
-from toolkit.training.work import count_frames, count_patches
 
 
 def built(config):
@@ -137,7 +137,7 @@ def test_the_token_queue_takes_what_is_counted(precision):
 
 def test_no_torch():
     code = (
-        "import sys; from toolkit.config_loader import load_config; from launch.estimate import count;"
+        "import sys; from toolkit.config.load import load_config; from launch.preflight.estimate import count;"
         "count(load_config(['--config', 'flickr8k'])); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

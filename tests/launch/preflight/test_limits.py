@@ -4,12 +4,12 @@ import getpass
 
 import pytest
 
-from launch import checks, limits
-from launch.cluster import Asked
+from launch.executor import Asked
+from launch.preflight import checks, limits
 from launch.profiles import Profile
 from shards.errors import UserError
 from tests.launch.cluster import fake_slurm
-from toolkit.config import Config, Launch
+from toolkit.config.schema import Config, Launch
 
 QOS = """\
 name|flags|maxwall|maxtresperjob|maxtresperuser|maxtresperaccount|grptres

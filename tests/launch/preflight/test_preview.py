@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch import submit
-from launch.checks import check_partition
-from launch.cluster import Asked
+from launch.executor import Asked
+from launch.preflight.checks import check_partition
 from launch.profiles import Profile
 from launch.record import newest
 from launch.snapshot import ROOT
@@ -21,7 +21,7 @@ from shards.errors import UserError
 from tests.launch.cluster import fake_slurm
 from tests.test_whole_way import run as run_script
 from tests.test_whole_way import write_config, write_table
-from toolkit.config import Config, Launch
+from toolkit.config.schema import Config, Launch
 
 GOLDEN = Path(__file__).parent / "golden"
 ASKED = ("--nodes", "2", "--ranks-per-node", "2", "--gpus-per-node", "2", "--partition", "low", "--time", "10:00",
@@ -227,8 +227,8 @@ def test_shards_of_another_size_are_noticed(slurm, config, tmp_path):
 
 
 def test_a_full_disk_and_a_folder_that_cannot_be_written(config, tmp_path, monkeypatch):
-    from launch.checks import check_folder
-    from toolkit.config_loader import load_config
+    from launch.preflight.checks import check_folder
+    from toolkit.config.load import load_config
 
     there = load_config(["--config", str(config), "--run", str(tmp_path / "run")])
     assert "can be written" in check_folder(there, 2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.slurm_queue import Queued, find, job_number
+from launch.slurm.client import Queued, find, job_number
 from shards.errors import UserError
 from tests.launch.cluster import fake_slurm
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.failure import failure_of, first_failure
 from launch.job import LOST, Status
-from launch.life import Seen, begin, decide, end, member, newest_step, setup_lines, srun_exits
 from launch.record import incarnations
+from launch.slurm.requeue import Seen, begin, decide, end, member, newest_step, setup_lines, srun_exits
+from launch.status.failure import failure_of, first_failure
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RUNNING = Seen("RUNNING", "None", 0)
 
 
@@ -342,6 +342,6 @@ def pids_of(*words):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, launch.life; sys.exit(str({'torch', 'numpy', 'yaml', 'submitit'} & set(sys.modules)))"
+    code = "import sys, launch.slurm.requeue; sys.exit(str({'torch', 'numpy', 'yaml', 'submitit'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip() == "set()"

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.profiles import read_profile
-from launch.sbatch_options import beside, check_srun, flag, read_options, with_gpus
+from launch.slurm.sbatch_options import beside, check_srun, flag, read_options, with_gpus
 from shards.errors import UserError
 
 

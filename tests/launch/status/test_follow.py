@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from launch.failure import failure_of, first_failure, last_lines
-from launch.follow import Log, Slurm, follow
 from launch.job import LOST, Status
 from launch.record import INCARNATIONS
+from launch.status.failure import failure_of, first_failure, last_lines
+from launch.status.follow import Log, Slurm, follow
 
 
 class Queued(Slurm):
@@ -124,7 +124,7 @@ def test_a_cancelled_job_ends_with_the_code_of_one_that_has_saved(tmp_path, caps
 
 
 def test_a_job_that_vanishes_is_not_waited_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("launch.follow._LATE", 0.2)
+    monkeypatch.setattr("launch.status.follow._LATE", 0.2)
 
     def story(job, codes):
         rank(tmp_path, 0)
@@ -156,7 +156,7 @@ slurmstepd-node1: error: *** STEP 5.0 ON node1 CANCELLED AT 2026-01-01T00:00:00 
     ],
 )  # fmt: skip
 def test_a_rank_that_could_not_begin_is_told_by_its_log(tmp_path, capsys, monkeypatch, text, code, how):
-    monkeypatch.setattr("launch.follow._LATE", 0.2)
+    monkeypatch.setattr("launch.status.follow._LATE", 0.2)
 
     def story(job, codes):
         output(tmp_path, text, kind="err")
@@ -175,7 +175,7 @@ def test_a_rank_that_could_not_begin_is_told_by_its_log(tmp_path, capsys, monkey
 def test_a_squeue_that_is_away_at_first_tells_nothing(tmp_path, monkeypatch, capsys):
     """Not even that the job is gone: no answer, then the job, then no answer, then no job."""
     answers = [None, ["RUNNING node1"], None, []]
-    monkeypatch.setattr("launch.follow.ask", lambda command: answers.pop(0))
+    monkeypatch.setattr("launch.status.follow.ask", lambda command: answers.pop(0))
     job, seen = Slurm("5"), []
     for _ in range(4):
         seen.append(job.alive())
@@ -188,7 +188,7 @@ def test_a_squeue_that_is_away_at_first_tells_nothing(tmp_path, monkeypatch, cap
 
 
 def test_a_job_that_comes_back_into_the_queue_is_not_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.follow._LATE", 0.6)
+    monkeypatch.setattr("launch.status.follow._LATE", 0.6)
 
     def story(job, codes):
         rank(tmp_path, 0)

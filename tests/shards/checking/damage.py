@@ -16,9 +16,9 @@ import soundfile
 from PIL import Image
 
 from shards import manifest
-from shards.audio import SAMPLE_RATE
 from shards.corpora.item import Caption, Item
-from shards.write import Format, write_shards
+from shards.media.audio import SAMPLE_RATE
+from shards.writing.writer import Format, write_shards
 
 SPLITS = {"train": 7, "dev": 2, "test": 2}
 PREFIX = {"train": "t", "dev": "d", "test": "e"}

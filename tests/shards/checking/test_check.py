@@ -18,17 +18,18 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards import manifest, stream
-from shards.audio import Codec
-from shards.check import Health, check_folder, split_rows
-from shards.check_one import MAX_PIXELS, check_shard, task_of
+from shards import manifest
+from shards.checking.check import Health, check_folder, split_rows
+from shards.checking.check_shard import MAX_PIXELS, check_shard, task_of
+from shards.checking.finding import Finding
 from shards.errors import UserError
-from shards.finding import Finding
-from shards.folder import UNFINISHED
-from shards.plan import advise
-from shards.sources import SOURCES
-from tests.shards import damage
-from tests.shards.damage import SHARD
+from shards.media.audio import Codec
+from shards.reading import dataset as stream
+from shards.reading.dry_run import advise
+from shards.writing.folder_lock import UNFINISHED
+from shards.writing.sources import SOURCES
+from tests.shards.checking import damage
+from tests.shards.checking.damage import SHARD
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from shards import manifest
-from shards.check import Health, check_folder
+from shards.checking.check import Health, check_folder
+from shards.checking.duplicates import DIGEST, Columns, find_duplicates
 from shards.corpora.item import Item
-from shards.duplicates import DIGEST, Columns, find_duplicates
 from shards.manifest import Manifest, ShardInfo
-from tests.shards import damage
+from tests.shards.checking import damage
 
 
 def check(folder: Path, *more: Item) -> Health:

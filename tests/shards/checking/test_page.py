@@ -13,13 +13,13 @@ import soundfile
 from PIL import Image
 
 from shards import manifest
-from shards import page as module
-from shards.audio import Codec
-from shards.check import check_folder
+from shards.checking import page as module
+from shards.checking.check import check_folder
+from shards.checking.page import write_page
 from shards.errors import UserError
-from shards.page import write_page
+from shards.media.audio import Codec
 from tests.html_page import Page
-from tests.shards import damage
+from tests.shards.checking import damage
 
 EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)>\"'"
 

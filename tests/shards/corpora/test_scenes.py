@@ -187,7 +187,7 @@ def digest(items: list[Item]) -> str:
 
 def test_same_bytes_in_another_process_and_order():
     items = pickle.loads(pickle.dumps(read(pictures=12, dev=2, test=4)))
-    script = "from tests.shards.test_scenes import *; print(digest(read(pictures=12, dev=2, test=4)[::-1]))"
+    script = "from tests.shards.corpora.test_scenes import *; print(digest(read(pictures=12, dev=2, test=4)[::-1]))"
     other = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert other.stdout.strip() == digest(items)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.audio import SAMPLE_RATE
 from shards.corpora.item import Caption, Item
 from shards.manifest import Manifest, load
-from shards.write import Format, write_shards
+from shards.media.audio import SAMPLE_RATE
+from shards.writing.writer import Format, write_shards
 
 
 def drawn(seed: int) -> Image.Image:

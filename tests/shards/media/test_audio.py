@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from shards.audio import CODECS, decode_audio, encode_audio, read_audio, resample
 from shards.errors import UserError
+from shards.media.audio import CODECS, decode_audio, encode_audio, read_audio, resample
 
-FIXTURES = Path(__file__).parents[2].parent / "shared/data/audio-fixtures"
+FIXTURES = Path(__file__).parents[3].parent / "shared/data/audio-fixtures"
 
 
 def tone(seconds=0.5, rate=16000, hertz=440.0):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from shards.audio import read_audio
 from shards.errors import UserError
+from shards.media.audio import read_audio
 
 RATE = 16000
 

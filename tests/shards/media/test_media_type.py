@@ -8,7 +8,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from shards.media_type import HEAD_BYTES, describe_content, read_head
+from shards.media.media_type import HEAD_BYTES, describe_content, read_head
 
 
 def iso(major, *compatible):

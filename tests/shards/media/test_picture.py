@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from shards.errors import UserError
-from shards.picture import decode_picture, read_picture
+from shards.media.picture import decode_picture, read_picture
 
 
 def opened(data):

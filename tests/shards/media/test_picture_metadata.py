@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from shards.metadata import without_metadata
-from shards.picture import decode_picture, read_picture
-from tests.shards import picture_files as files
-from tests.shards.picture_files import EXIF, chunk, exif, jpeg_with, picture, png_with, webp_with
+from shards.media.picture import decode_picture, read_picture
+from shards.media.picture_metadata import without_metadata
+from tests.shards.media import picture_files as files
+from tests.shards.media.picture_files import EXIF, chunk, exif, jpeg_with, picture, png_with, webp_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about the odd values
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import pixel_depth
 from shards.errors import UserError
-from shards.picture import decode_picture, read_picture
-from tests.shards.picture_files import png, tiff
+from shards.media import pixel_depth
+from shards.media.picture import decode_picture, read_picture
+from tests.shards.media.picture_files import png, tiff
 
 LEVELS = [52, 87, 130, 240]
 GREY = np.kron(np.array(LEVELS).reshape(2, 2), np.ones((16, 16), int))

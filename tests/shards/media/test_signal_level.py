@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from shards.audio import decode_audio, encode_audio, mix_down, read_audio, read_recording
 from shards.errors import UserError
-from shards.signal_level import ChannelMixer, LevelMeter, level_warning
+from shards.media.audio import decode_audio, encode_audio, mix_down, read_audio, read_recording
+from shards.media.signal_level import ChannelMixer, LevelMeter, level_warning
 
 RATE = 16000
 

@@ -3,7 +3,7 @@
 import pytest
 
 from shards.errors import UserError
-from shards.faults import Fault, FaultCounter
+from shards.reading.bad_samples import Fault, FaultCounter
 
 
 def fault(row: int = 0, step: int = 0, sample: str = "p7") -> Fault:

@@ -16,10 +16,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from shards import cache as module
-from shards.cache import Cache
 from shards.errors import UserError
 from shards.manifest import ShardInfo
+from shards.reading import cache as module
+from shards.reading.cache import Cache
 from shards.remote import Remote
 
 SIZE = 200_000

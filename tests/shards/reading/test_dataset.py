@@ -18,19 +18,19 @@ import soundfile
 import torch
 from PIL import Image
 
-from shards import stream as module
-from shards.audio import SAMPLE_RATE, decode_audio
-from shards.cache import Cache
 from shards.errors import TransientError, UserError
 from shards.manifest import Manifest, load
-from shards.order import Order, order_of
-from shards.picture import decode_picture
-from shards.reader import Reader
-from shards.stream import Batch, open_stream
-from tests.shards.noise import drawn, noise, spoil
+from shards.media.audio import SAMPLE_RATE, decode_audio
+from shards.media.picture import decode_picture
+from shards.reading import dataset as module
+from shards.reading.cache import Cache
+from shards.reading.dataset import Batch, open_stream
+from shards.reading.order import Order, order_of
+from shards.reading.reader import Reader
+from tests.shards.media.noise import drawn, noise, spoil
 
 MAX_SECONDS = 0.3
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_mixtures_and_lanes_hold_the_right_bytes(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pictures_are_cropped_or_squashed_as_asked(tmp_path: Path, monkeypatch: Any, workers: int) -> None:
-    monkeypatch.setattr("tests.shards.noise.drawn", lambda seed: drawn(seed).resize((72, 24)))
+    monkeypatch.setattr("tests.shards.media.noise.drawn", lambda seed: drawn(seed).resize((72, 24)))
     oblong = noise(tmp_path / "oblong")
     reader = Reader(oblong)
     for resize in ("crop", "squash"):
@@ -444,7 +444,7 @@ def test_a_stream_that_is_left_early_leaves_no_worker(manifest: Manifest) -> Non
 PARENT = """
 import sys, time
 from shards.manifest import load
-from tests.shards.test_stream import opened, order_for, Stuck
+from tests.shards.reading.test_dataset import opened, order_for, Stuck
 manifest = load(sys.argv[1])
 reader = Stuck(manifest)
 reader.answers = 8
@@ -478,7 +478,7 @@ def test_a_killed_parent_leaves_no_worker_though_it_is_stuck(manifest: Manifest)
 FAILS = """
 import sys
 from shards.manifest import load
-from tests.shards.test_stream import Reader, opened, order_for
+from tests.shards.reading.test_dataset import Reader, opened, order_for
 manifest = load(sys.argv[1])
 stream = opened(Reader(manifest), order_for(manifest), range(200), workers=2)
 next(stream)
@@ -502,7 +502,7 @@ def private_memory(pid: int) -> int:
 PASSES = """
 import sys
 from shards.manifest import load
-from tests.shards.test_stream import Reader, children, opened, order_for, private_memory
+from tests.shards.reading.test_dataset import Reader, children, opened, order_for, private_memory
 manifest = load(sys.argv[1])
 for step, _ in enumerate(opened(Reader(manifest), order_for(manifest, batch_size=6), range(10 * 22), workers=1)):
     if step % 10 == 9:

@@ -11,8 +11,8 @@ import pytest
 from shards import manifest
 from shards.errors import UserError
 from shards.manifest import Manifest, ShardInfo
-from shards.order import Order, order_of, part_of
-from shards.plan import Plan, advise, plan
+from shards.reading.dry_run import Plan, advise, plan
+from shards.reading.order import Order, order_of, part_of
 
 BATCH = 16
 
@@ -132,7 +132,7 @@ def test_padding_against_a_plain_count(one: Manifest) -> None:
 
 
 def test_many_ranks_look_at_fewer_batches(one: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.plan._MICROS", 13)
+    monkeypatch.setattr("shards.reading.dry_run._MICROS", 13)
     assert of(one, world_size=2, micros=2).batches == 4
     assert of(one, world_size=16, micros=1).batches == 1
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from shards.errors import UserError
 from shards.manifest import COLUMNS, Manifest, ShardInfo, save
-from shards.order import Order, Selection, order_of, part_of, source_of
-from shards.passes import Passes, Share, Source
+from shards.reading.epochs import Passes, Share, Source
+from shards.reading.order import Order, Selection, order_of, part_of, source_of
 
 PASSES = 3  # that tests run through
 

@@ -15,14 +15,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from shards import reader as module
 from shards import remote
-from shards.cache import Cache
 from shards.errors import TransientError, UserError
-from shards.faults import BadSample
 from shards.manifest import Manifest, load
-from shards.reader import Reader
-from tests.shards.noise import noise
+from shards.reading import reader as module
+from shards.reading.bad_samples import BadSample
+from shards.reading.cache import Cache
+from shards.reading.reader import Reader
+from tests.shards.media.noise import noise
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import gc
 
 import torch
 
-from shards.slots import Slots, bytes_of
+from shards.reading.shared_buffers import Slots, bytes_of
 
 WANTED = [(torch.uint8, (3, 5)), (torch.float32, (2, 4))]
 

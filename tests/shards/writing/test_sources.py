@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import sources as module
 from shards.corpora.item import Caption, Item
 from shards.corpora.lists import ListFile, note_list, noted_lists
 from shards.errors import UserError
-from shards.sources import (
+from shards.writing import sources as module
+from shards.writing.sources import (
     SOURCES,
     Differences,
     Sources,

@@ -17,13 +17,13 @@ import webdataset
 from PIL import Image
 
 from shards import manifest
-from shards import write as module
 from shards.corpora.item import Caption, Item
 from shards.corpora.lists import ListFile
 from shards.errors import UserError
-from shards.folder import UNFINISHED, Part, claimed, finished, tidy
 from shards.report import Dropped, Report, load_report
-from shards.write import Format, merge_shards, outlook, plan_shards, sample_key, write_part, write_shards
+from shards.writing import writer as module
+from shards.writing.folder_lock import UNFINISHED, Part, claimed, finished, tidy
+from shards.writing.writer import Format, merge_shards, outlook, plan_shards, sample_key, write_part, write_shards
 from tests.shards import tiny_corpora as tiny
 
 

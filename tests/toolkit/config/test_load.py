@@ -12,12 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shards.errors import UserError
-from toolkit.config import Config, micro_batch
-from toolkit.config_help import describe_keys
-from toolkit.config_loader import CONFIGS, Parser, load_config, nearest, parse
+from toolkit.config.help import describe_keys
+from toolkit.config.load import CONFIGS, Parser, load_config, nearest, parse
+from toolkit.config.schema import Config, micro_batch
 from toolkit.run_folder import to_yaml
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def refused(*arguments):
@@ -252,7 +252,7 @@ def test_help_names_every_key_with_type_default_and_meaning():
 def test_help_imports_nothing_heavy():
     code = """
 import sys
-from toolkit.config_loader import load_config
+from toolkit.config.load import load_config
 try:
     load_config(["--help"], "Train")
 except SystemExit as ended:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from shards.errors import UserError
-from toolkit.config import Config
-from toolkit.config_check import batch_warnings
-from toolkit.config_loader import load_config
+from toolkit.config.load import load_config
+from toolkit.config.schema import Config
+from toolkit.config.validate import batch_warnings
+from toolkit.objectives.counter_rng import RowRandom
 from toolkit.objectives.denoising import add_noise
-from toolkit.objectives.row_random import RowRandom
 
 
 def config(batch, accumulation=1, donors=8, **objectives):

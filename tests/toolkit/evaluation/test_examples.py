@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from shards.manifest import load
-from shards.picture import decode_picture
-from shards.reader import Reader
-from tests.shards.noise import spoil
-from tests.toolkit import test_trainer
-from toolkit import config
+from shards.media.picture import decode_picture
+from shards.reading.reader import Reader
+from tests.shards.media.noise import spoil
+from tests.toolkit.training import test_trainer
+from toolkit.config import schema as config
 from toolkit.evaluation import examples
 from toolkit.evaluation.recall import Ranking, Standing
-from toolkit.evaluation.run import Retrieval
+from toolkit.evaluation.retrieve import Retrieval
 
 shards = test_trainer.shards
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from toolkit.evaluation.twins import accuracy, ask, find_twins, kind_of
+from toolkit.evaluation.minimal_pairs import accuracy, ask, find_twins, kind_of
 
 
 def shards():

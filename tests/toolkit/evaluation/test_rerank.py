@@ -8,11 +8,11 @@ import torch
 
 from shards.errors import UserError
 from tests.distributed import run_ranks
-from toolkit import config
+from toolkit.config import schema as config
 from toolkit.evaluation.encode import Encodings, Process, Tokens
 from toolkit.evaluation.recall import Ranking, Standing, rank_answers, recall_at
 from toolkit.evaluation.rerank import fit_weight, join, reorder, rerank, score_pairs
-from toolkit.model.encoded import Encoded
+from toolkit.model.outputs import Encoded
 
 OWNER = torch.repeat_interleave(torch.arange(9), torch.tensor([1, 3, 2, 1, 4, 1, 2, 2, 1]))
 PICTURES, CAPTIONS = 9, len(OWNER)

@@ -9,14 +9,14 @@ from PIL import Image
 from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.manifest import load
-from shards.picture import decode_picture, read_picture
-from shards.stream import Reader
-from shards.write import Format, write_shards
+from shards.media.picture import decode_picture, read_picture
+from shards.reading.dataset import Reader
+from shards.writing.writer import Format, write_shards
 from tests.tiny import tiny_model
-from toolkit.config import Config, Data, Evaluation
+from toolkit.config.schema import Config, Data, Evaluation
 from toolkit.model.build import build_model
 from toolkit.model.processor import SpeechImageProcessor
-from toolkit.training.export import Exports
+from toolkit.training.checkpointing.export import Exports
 
 PROCESSOR = SpeechImageProcessor(image_size=32, max_seconds=1.0)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from shards.errors import UserError
 from tests.tiny import tiny_model
-from toolkit import config
+from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.model.retrieval import SpeechImageModel, Temperature, teacher_of
 

@@ -8,10 +8,10 @@ from torch import nn
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from shards.errors import UserError
-from shards.lengths import padded_length
+from shards.length_groups import padded_length
 from tests.distributed import run_ranks
 from tests.tiny import HUBERT, tiny_model
-from toolkit import config
+from toolkit.config import schema as config
 from toolkit.model.build import build_model, set_mel_filters
 from toolkit.model.layers import Head
 from toolkit.model.speech import LayerMix, SpeechEncoder, thirds
@@ -338,7 +338,7 @@ class Loss(nn.Module):
 
 
 def losses_of_stages(rank: int, world_size: int) -> list[list[float]]:
-    from toolkit.training.engine import make_engine
+    from toolkit.training.zero.engine import make_engine
 
     batch = make_waves(*[(9000, 9000, 9000, 9000), (12000, 3000, 500, 7000)][rank])
     seen = []

@@ -37,11 +37,11 @@ from transformers import (
 from shards.errors import UserError
 from tests.distributed import run_ranks
 from tests.tiny import HUBERT, VIT, tiny_model
-from tests.toolkit.test_retrieval import results
-from tests.toolkit.test_trainer import losses, shards, train  # noqa: F401  the fixture
-from tests.toolkit.test_trainer import settings as run_settings
-from toolkit import config
-from toolkit.config_check import check
+from tests.toolkit.model.test_retrieval import results
+from tests.toolkit.training.test_trainer import losses, shards, train  # noqa: F401  the fixture
+from tests.toolkit.training.test_trainer import settings as run_settings
+from toolkit.config import schema as config
+from toolkit.config.validate import check
 from toolkit.model.build import build_model
 from toolkit.model.retrieval import SpeechImageModel, teacher_of
 

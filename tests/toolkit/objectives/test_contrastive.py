@@ -5,7 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.toolkit import naive
+from tests.toolkit.objectives import naive
 from toolkit.objectives.contrastive import BLOCK, contrastive_loss
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from toolkit.objectives.row_random import RowRandom
+from toolkit.objectives.counter_rng import RowRandom
 
 
 def splitmix(seed: int, row: int, stream: int, index: int) -> float:

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.toolkit import naive
+from tests.toolkit.objectives import naive
+from toolkit.objectives.counter_rng import RowRandom
 from toolkit.objectives.denoising import Noised, add_noise, denoising_loss
-from toolkit.objectives.row_random import RowRandom
 
 LOSSES = ("cosine", "mse", "infonce")
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.toolkit import naive
+from tests.toolkit.objectives import naive
 from toolkit.objectives.matching import draw_negatives, matching_loss
 
 ALMOST_ONE = (1 - 2**-24, 1 - 2**-53)  # the largest float32 and float64 below 1

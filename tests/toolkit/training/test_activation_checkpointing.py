@@ -8,11 +8,12 @@ import torch
 
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
-from tests.toolkit import test_checkpoint, test_trainer
-from toolkit import config
+from tests.toolkit.training import test_trainer
+from tests.toolkit.training.checkpointing import test_checkpoint
+from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.objectives.row_random import RowRandom
-from toolkit.training.activations import recompute_activations
+from toolkit.objectives.counter_rng import RowRandom
+from toolkit.training.activation_checkpointing import recompute_activations
 from toolkit.training.learner import Draws, Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
@@ -30,7 +31,7 @@ def with_dropout() -> config.Model:
 
 def step(again: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
     """Losses and gradients of a step of all objectives, and the bytes kept for its backward pass."""
-    from shards.stream import Batch
+    from shards.reading.dataset import Batch
 
     torch.manual_seed(0)
     objectives = config.Objectives(denoising=config.Denoising(side="both"))

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shards.stream import Batch
+from shards.reading.dataset import Batch
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
-from tests.toolkit import test_trainer
-from toolkit import config
+from tests.toolkit.training import test_trainer
+from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.objectives.row_random import RowRandom
-from toolkit.training.cached import make_caches
+from toolkit.objectives.counter_rng import RowRandom
+from toolkit.training.grad_cache import make_caches
 from toolkit.training.learner import Draws, Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue

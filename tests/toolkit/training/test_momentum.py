@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
-from toolkit import config
+from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.training.momentum import MomentumEncoder, averaged
 
@@ -45,7 +45,7 @@ def driven(
     """An engine at some stage and the teacher that follows it."""
     import deepspeed
 
-    from toolkit.training.engine import make_engine
+    from toolkit.training.zero.engine import make_engine
 
     zero, precision, offload = case
     settings: dict[str, Any] = {"stage": zero}

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.toolkit.naive import Ring
-from toolkit.model.encoded import Encoded
+from tests.toolkit.objectives.naive import Ring
+from toolkit.model.outputs import Encoded
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
 
 WIDTH = 2

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from shards.stream import Batch
+from shards.reading.dataset import Batch
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
-from toolkit import config
+from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.model.encoded import Encoded
-from toolkit.objectives.row_random import RowRandom
+from toolkit.model.outputs import Encoded
+from toolkit.objectives.counter_rng import RowRandom
 from toolkit.training.learner import Draws, Learner
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
 

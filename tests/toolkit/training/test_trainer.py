@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 from shards.corpora.item import Caption, Item
 from shards.manifest import load
-from shards.write import Format, write_shards
+from shards.writing.writer import Format, write_shards
 from tests.distributed import device_of, run_ranks
-from tests.shards.noise import spoil
+from tests.shards.media.noise import spoil
 from tests.tiny import tiny_model
-from toolkit import config
+from toolkit.config import schema as config
 
 RATE = 16000
 
@@ -305,7 +305,7 @@ def test_the_teacher_follows_once_a_step_however_many_micro_batches_it_has(shard
 
 def test_best_is_the_best_on_dev_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     from toolkit.training import trainer as module
-    from toolkit.training.progress import Progress
+    from toolkit.training.checkpointing.progress import Progress
 
     scores = iter([10.0, 5.0, 20.0, 20.0, 30.0, 25.0])
 

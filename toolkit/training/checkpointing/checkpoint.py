@@ -30,17 +30,17 @@ from torch import Tensor
 
 from shards.errors import UserError
 from shards.manifest import atomic, sync_folder
-from toolkit.config import Config
+from toolkit.config.schema import Config
 from toolkit.distributed import agree, agree_all
 from toolkit.run_folder import fingerprint
-from toolkit.training.background import background, outcome_of, reason_of, tell
-from toolkit.training.checkpoint_files import FileInfo, HostCopies, Pieces, keyed, problem_of, write_tensors
-from toolkit.training.checkpoint_queues import load_shared, load_token_queue, place_in, shared_state, token_file
-from toolkit.training.fragments import applied_steps, fragments, rewritten
+from toolkit.training.checkpointing.background import background, outcome_of, reason_of, tell
+from toolkit.training.checkpointing.files import FileInfo, HostCopies, Pieces, keyed, problem_of, write_tensors
+from toolkit.training.checkpointing.progress import FORMAT, MARKER, SHARED, Progress, Saved, read_marker
+from toolkit.training.checkpointing.queues import load_shared, load_token_queue, place_in, shared_state, token_file
 from toolkit.training.momentum import MomentumEncoder
-from toolkit.training.progress import FORMAT, MARKER, SHARED, Progress, Saved, read_marker
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
-from toolkit.training.slices import Slice
+from toolkit.training.zero.slices import Slice
+from toolkit.training.zero.state import applied_steps, fragments, rewritten
 
 T = TypeVar("T")
 

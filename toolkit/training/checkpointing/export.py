@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shards.write import Format
-from toolkit.config import Config
+from shards.writing.writer import Format
+from toolkit.config.schema import Config
 from toolkit.model.processor import SpeechImageProcessor
 from toolkit.model.retrieval import SpeechImageModel
-from toolkit.training.background import background, outcome_of, tell
-from toolkit.training.progress import MARKER, Progress
+from toolkit.training.checkpointing.background import background, outcome_of, tell
+from toolkit.training.checkpointing.progress import MARKER, Progress
 
 
 class Exports:

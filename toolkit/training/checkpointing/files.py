@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shards.errors import UserError
 from shards.manifest import file_sha256
-from toolkit.training.slices import Slice
+from toolkit.training.zero.slices import Slice
 
 _TYPES = {
     torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",

@@ -6,8 +6,8 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from toolkit.training.background import reason_of
-from toolkit.training.checkpoint_files import FileInfo
+from toolkit.training.checkpointing.background import reason_of
+from toolkit.training.checkpointing.files import FileInfo
 
 FORMAT = 2
 MARKER = "progress.json"

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from toolkit.training.progress import Saved
+from toolkit.training.checkpointing.progress import Saved
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
 
 _TOKENS = re.compile(r"tokens-\d{5}\.safetensors")

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from shards.audio import SAMPLE_RATE
-from shards.stream import Batch
-from toolkit.config import Config, micro_batch
+from shards.media.audio import SAMPLE_RATE
+from shards.reading.dataset import Batch
+from toolkit.config.schema import Config, micro_batch
 from toolkit.model.fusion import Denoiser, FusionEncoder
 from toolkit.model.image import ConvolutionalStem, ImageEncoder
 from toolkit.model.layers import Head

@@ -17,17 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.json_lines import read_records
-from toolkit.config import Config
-from toolkit.config_check import batch_warnings
+from shards.files import read_records
+from toolkit.config.schema import Config
+from toolkit.config.validate import batch_warnings
+from toolkit.data import shared_pictures
 from toolkit.run_folder import git_state
-from toolkit.training.background import tell
-from toolkit.training.data import shared_pictures
-from toolkit.training.progress import Progress
-from toolkit.training.report import NAME, flat, write_report
-from toolkit.training.signals import REQUEUE
-from toolkit.training.wandb_run import open_wandb
-from toolkit.training.work import Amount
+from toolkit.training.checkpointing.background import tell
+from toolkit.training.checkpointing.progress import Progress
+from toolkit.training.fault_tolerance.signals import REQUEUE
+from toolkit.training.metrics.flops import Amount
+from toolkit.training.metrics.report import NAME, flat, write_report
+from toolkit.training.metrics.wandb_run import open_wandb
 
 T = TypeVar("T")
 
@@ -281,7 +281,7 @@ def _environment(world_size: int) -> dict[str, Any]:
     versions = {
         name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "deepspeed", "transformers")
     }
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     return {
         "command": sys.argv,
         "python": platform.python_version(),

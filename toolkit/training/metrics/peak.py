@@ -5,7 +5,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from toolkit.training.spans import Recorder
+from toolkit.training.metrics.spans import Recorder
 
 # TFLOP/s of dense matrix products: bf16 with float32 sums, TF32, float32; by a part of the GPU's name, the first that
 # fits. From NVIDIA's data sheets, which quote some with sparsity, twice these. V100 has no units for bf16 and TF32.

@@ -26,17 +26,17 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from shards.audio import SAMPLE_RATE
 from shards.errors import UserError
-from shards.lengths import padded_length
+from shards.length_groups import padded_length
 from shards.manifest import atomic
-from shards.stream import Batch
-from toolkit.config import Config
+from shards.media.audio import SAMPLE_RATE
+from shards.reading.dataset import Batch
+from toolkit.config.schema import Config
 from toolkit.distributed import agree
-from toolkit.training.peak import peak_of
-from toolkit.training.spans import REST, Recorder
+from toolkit.training.metrics.flops import Amount
+from toolkit.training.metrics.peak import peak_of
+from toolkit.training.metrics.spans import REST, Recorder
 from toolkit.training.trainer import Trainer
-from toolkit.training.work import Amount
 
 FOLDER = "profile"
 STEPS = 10  # timed, if no number is given

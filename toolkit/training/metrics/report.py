@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from shards.json_lines import read_records
+from shards.files import read_records
 from shards.manifest import atomic
 
 NAME = "report.html"

@@ -25,9 +25,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from shards.errors import UserError
-from toolkit import config
-from toolkit.training.background import reason_of, tell
-from toolkit.training.progress import Progress
+from toolkit.config import schema as config
+from toolkit.training.checkpointing.background import reason_of, tell
+from toolkit.training.checkpointing.progress import Progress
 
 _INIT = 20.0  # seconds that a server has for its first answer, where WANDB_INIT_TIMEOUT says nothing else
 _START = 60.0  # seconds for a process to import wandb, from a slow file system too
@@ -36,9 +36,10 @@ _FINISH_OFFLINE = 20.0  # seconds for the end of a record that is written offlin
 _HEADER = 7  # bytes of a file of wandb's without a record
 _UNWRITTEN = 120.0  # seconds after which wandb has written the first records of a part to the disk
 _KEPT = 50_000  # newest records kept in memory, to be written once more
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 _START_CODE = (
-    "import sys; sys.path[:0] = [sys.argv[2]]; from toolkit.training.wandb_process import main; main(int(sys.argv[1]))"
+    "import sys; sys.path[:0] = [sys.argv[2]]; from toolkit.training.metrics.wandb_process import main; "
+    "main(int(sys.argv[1]))"
 )
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 

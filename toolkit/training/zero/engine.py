@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.config import Config
-from toolkit.training.deepspeed_config import deepspeed_config
-from toolkit.training.deepspeed_import import deepspeed
+from toolkit.config.schema import Config
 from toolkit.training.momentum import averaged
+from toolkit.training.zero.deepspeed_import import deepspeed
+from toolkit.training.zero.settings import deepspeed_config
 
 
 def make_engine(learner: nn.Module, config: Config, world_size: int, device: torch.device) -> deepspeed.DeepSpeedEngine:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from toolkit.model.retrieval import Temperature
-from toolkit.training.deepspeed_import import deepspeed
-from toolkit.training.fragments import fragments
+from toolkit.training.zero.deepspeed_import import deepspeed
+from toolkit.training.zero.state import fragments
 
 
 class ExactTemperature:

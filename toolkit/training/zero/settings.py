@@ -6,8 +6,8 @@ from collections.abc import Iterator, KeysView
 from typing import Any
 
 from shards.errors import UserError
-from toolkit.config import Config, micro_batch
-from toolkit.config_loader import merged, nearest
+from toolkit.config.load import merged, nearest
+from toolkit.config.schema import Config, micro_batch
 
 # Keys of DeepSpeed's that other sections of the configuration decide, and the keys there. The log, the dry run, the
 # estimate of memory and the exported model follow those, so that a second value here would make them wrong.
@@ -154,7 +154,7 @@ def _check(settings: dict[str, Any]) -> None:
 
     It ignores unknown keys outside its typed sections. Which ones it knows is learned by watching what it asks for.
     """
-    from toolkit.training import deepspeed_import  # noqa: F401  # isort: skip  before all else of DeepSpeed
+    from toolkit.training.zero import deepspeed_import  # noqa: F401  # isort: skip  before all else of DeepSpeed
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from toolkit.training.deepspeed_import import deepspeed
-from toolkit.training.slices import Cut, Slice
+from toolkit.training.zero.deepspeed_import import deepspeed
+from toolkit.training.zero.slices import Cut, Slice
 
 PARTS = ("master", "exp_avg", "exp_avg_sq")
 

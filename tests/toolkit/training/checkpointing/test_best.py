@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.distributed import RankError, run_ranks
-from tests.toolkit import test_trainer
-from toolkit import config
+from tests.toolkit.training import test_trainer
+from toolkit.config import schema as config
 
 shards = test_trainer.shards
 SCORES = {1: 20.0, 2: 50.0, 3: 30.0, 4: 10.0}
@@ -22,7 +22,8 @@ SCORES = {1: 20.0, 2: 50.0, 3: 30.0, 4: 10.0}
 
 def train(rank: int, world_size: int, run: config.Config, killed: bool) -> None:
     """Train with given scores on dev; killed: when the export of step 2 is written and has not taken its name."""
-    from toolkit.training import export, trainer
+    from toolkit.training import trainer
+    from toolkit.training.checkpointing import export
 
     real, Exports = trainer.retrieve, export.Exports
 
@@ -66,7 +67,7 @@ def test_a_kill_before_the_best_is_on_the_disk_does_not_lose_it(shards: Path, tm
 
 
 def test_a_checkpoint_waits_for_an_export_that_the_training_waits_for_too(tmp_path: Path) -> None:
-    from toolkit.training.export import Exports
+    from toolkit.training.checkpointing.export import Exports
 
     exports, under_way = Exports.__new__(Exports), Future()
     exports.run, exports._under_way = tmp_path, {"best": under_way}

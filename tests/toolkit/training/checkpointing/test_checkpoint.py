@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from shards.errors import UserError
 from shards.manifest import file_sha256
 from tests.distributed import RankError, device_of, run_ranks
-from tests.toolkit import test_fragments, test_trainer
-from toolkit import config
+from tests.toolkit.training import test_trainer
+from tests.toolkit.training.zero import test_state
+from toolkit.config import schema as config
 
 shards = test_trainer.shards
 STEPS = 4
@@ -43,7 +44,7 @@ def marker(folder: Path, **changed: Any) -> Path:
 @pytest.mark.parametrize("name", ["step", "applied_steps", "best", "best_step", "seconds", "restarts"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, -2])
 def test_a_marker_with_impossible_numbers_is_damaged(tmp_path: Path, name: str, value: float) -> None:
-    from toolkit.training.progress import Saved, read_marker
+    from toolkit.training.checkpointing.progress import Saved, read_marker
 
     assert isinstance(read_marker(marker(tmp_path)), Saved)
     found = read_marker(marker(tmp_path, **{name: value}))
@@ -185,7 +186,7 @@ def test_a_run_begins_from_anothers_checkpoint_or_never_from_one(shards: Path, t
 @pytest.mark.timeout(240)
 def test_a_run_on_other_data_begins_at_step_0_with_what_another_has_learned(shards: Path, tmp_path: Path) -> None:
     from shards.manifest import load
-    from tests.shards.noise import noise
+    from tests.shards.media.noise import noise
 
     other = tmp_path / "shards"
     noise(other, captions=2)
@@ -211,15 +212,15 @@ def test_a_run_on_other_data_begins_at_step_0_with_what_another_has_learned(shar
 
 
 def engine_and_queue(world_size: int, zero: int = 1) -> tuple[Any, Any]:
-    from toolkit.training.engine import make_engine
     from toolkit.training.queue import EmbeddingQueue
+    from toolkit.training.zero.engine import make_engine
 
-    made = test_fragments.settings(world_size, zero, "fp32", "none")
-    return make_engine(test_fragments.Small(), made, world_size, torch.device("cpu")), EmbeddingQueue(6, 2)
+    made = test_state.settings(world_size, zero, "fp32", "none")
+    return make_engine(test_state.Small(), made, world_size, torch.device("cpu")), EmbeddingQueue(6, 2)
 
 
 def checkpoints(run: Path, rank: int, world_size: int, keep: int = 9, data: str = "data") -> Any:
-    from toolkit.training.checkpoint import Checkpoints
+    from toolkit.training.checkpointing.checkpoint import Checkpoints
 
     return Checkpoints(run, config.Config(training=config.Training(keep=keep)), [data], rank, world_size)
 
@@ -292,7 +293,7 @@ def resume_damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Save steps 1 and 2, damage the second in every way, resume each time; then damage both."""
     import torch.distributed as dist
 
-    from toolkit.training.progress import Progress
+    from toolkit.training.checkpointing.progress import Progress
 
     whole = folder / "whole"
     engine, queue = engine_and_queue(world_size)
@@ -360,10 +361,10 @@ def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Save while the disk takes nothing more on rank 1, while a rank is slow, and then as usual."""
     import torch.distributed as dist
 
-    from toolkit.training import checkpoint
-    from toolkit.training.checkpoint_files import keyed
-    from toolkit.training.fragments import fragments
-    from toolkit.training.progress import Progress
+    from toolkit.training.checkpointing import checkpoint
+    from toolkit.training.checkpointing.files import keyed
+    from toolkit.training.checkpointing.progress import Progress
+    from toolkit.training.zero.state import fragments
 
     engine, queue = engine_and_queue(world_size)
     saving = checkpoints(folder, rank, world_size, keep=2)
@@ -432,7 +433,7 @@ def test_a_save_that_fails_or_lags_is_never_marked_and_the_next_one_is(tmp_path:
 
 
 def complete_as_a_ghost(rank: int, world_size: int, folder: Path) -> str:
-    from toolkit.training.progress import Progress
+    from toolkit.training.checkpointing.progress import Progress
 
     def lost() -> None:
         raise UserError("taken over")
@@ -466,8 +467,8 @@ class Model:
 def test_an_export_holds_what_was_there_and_its_failure_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from toolkit.training.export import Exports
-    from toolkit.training.progress import Progress
+    from toolkit.training.checkpointing.export import Exports
+    from toolkit.training.checkpointing.progress import Progress
 
     exporting, model = Exports(tmp_path, config.Config(), {}), Model()
     (tmp_path / "export").touch()
@@ -498,7 +499,7 @@ def test_an_export_holds_what_was_there_and_its_failure_is_one_line(
 
 
 def test_a_file_is_safetensors_with_its_checksum(tmp_path: Path) -> None:
-    from toolkit.training.checkpoint_files import problem_of, write_tensors
+    from toolkit.training.checkpointing.files import problem_of, write_tensors
 
     tensors = {
         "odd": torch.arange(3, dtype=torch.bfloat16),
@@ -519,7 +520,7 @@ def test_a_file_is_safetensors_with_its_checksum(tmp_path: Path) -> None:
 
 
 def cut(size: int, cuts: set[int], tensors: tuple[torch.Tensor, ...]) -> list[Any]:
-    from toolkit.training.fragments import Fragment
+    from toolkit.training.zero.state import Fragment
 
     edges = [0, *sorted(each for each in cuts if 0 < each < size), size]
     return [
@@ -538,7 +539,7 @@ def cut(size: int, cuts: set[int], tensors: tuple[torch.Tensor, ...]) -> list[An
 def test_pieces_of_any_cut_are_read_into_any_other(
     tmp_path_factory: pytest.TempPathFactory, size: int, there: set[int], here: set[int], lost: set[int]
 ) -> None:
-    from toolkit.training.checkpoint_files import Pieces, keyed, write_tensors
+    from toolkit.training.checkpointing.files import Pieces, keyed, write_tensors
 
     folder = tmp_path_factory.mktemp("pieces")
     tensors = tuple(torch.randn(size) for _ in range(3))
@@ -559,7 +560,7 @@ def test_pieces_of_any_cut_are_read_into_any_other(
 
 
 def test_a_parameter_of_another_shape_is_refused(tmp_path: Path) -> None:
-    from toolkit.training.checkpoint_files import Pieces, keyed, write_tensors
+    from toolkit.training.checkpointing.files import Pieces, keyed, write_tensors
 
     (saved,) = cut(6, set(), tuple(torch.zeros(6) for _ in range(3)))
     write_tensors(tmp_path / "x", keyed(saved), {saved.name: "[2, 3]"})

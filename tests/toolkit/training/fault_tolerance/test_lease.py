@@ -13,10 +13,10 @@ import pytest
 
 from shards.errors import UserError
 from tests.distributed import run_ranks
-from tests.toolkit import test_trainer
-from toolkit import config
+from tests.toolkit.training import test_trainer
+from toolkit.config import schema as config
 from toolkit.run_folder import keep_configuration, prepare_run
-from toolkit.training import lease
+from toolkit.training.fault_tolerance import lease
 
 shards = test_trainer.shards
 
@@ -84,7 +84,7 @@ def test_a_ghost_that_has_evaluated_writes_nothing_of_it(shards: Path, tmp_path:
 
 @pytest.mark.timeout(120)
 def test_a_save_that_is_under_way_when_the_folder_is_lost_is_not_completed(shards: Path, tmp_path: Path) -> None:
-    from toolkit.training.checkpoint import Checkpoints
+    from toolkit.training.checkpointing.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(tmp_path, config.Config(), [], 0, 1)
     mine = lease.take(tmp_path)

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from tests.distributed import RankError, device_of, run_ranks
-from tests.toolkit import test_trainer
-from toolkit import config
-from toolkit.training.bad_numbers import FirstBadModule
+from tests.toolkit.training import test_trainer
+from toolkit.config import schema as config
+from toolkit.training.fault_tolerance.nonfinite import FirstBadModule
 
 shards = test_trainer.shards
 STEPS, BAD = 5, 2  # of which the step with number 2 is bad
@@ -82,7 +82,7 @@ def spoil(module: Any, trainer: Any, how: str, bad_micro: int) -> None:
 
 
 def trainer_backward(engine: Any, loss: torch.Tensor) -> None:
-    from toolkit.training.engine import backward
+    from toolkit.training.zero.engine import backward
 
     backward(engine, loss)
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_ranks
-from tests.toolkit import test_trainer
-from toolkit import config
+from tests.toolkit.training import test_trainer
+from toolkit.config import schema as config
 from toolkit.run_folder import to_yaml
-from toolkit.training.signals import ASKING, REQUEUE, StopSignals
+from toolkit.training.fault_tolerance.signals import ASKING, REQUEUE, StopSignals
 
 shards = test_trainer.shards
 STEPS = 6

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from shards.stream import Batch
+from shards.reading.dataset import Batch
 from tests.distributed import RankError, device_of, run_ranks
-from tests.toolkit import test_trainer
-from toolkit import config
+from tests.toolkit.training import test_trainer
+from toolkit.config import schema as config
 
 shards = test_trainer.shards
 STEPS = 6

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import RankError, run_ranks
-from tests.toolkit import test_trainer
-from toolkit import config
-from toolkit.training.watchdog import STALLED, Watchdog
+from tests.toolkit.training import test_trainer
+from toolkit.config import schema as config
+from toolkit.training.fault_tolerance.watchdog import STALLED, Watchdog
 
 shards = test_trainer.shards
 
@@ -52,8 +52,8 @@ def test_beats_and_pauses_keep_it_quiet_and_the_first_step_has_more_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[int] = []
-    monkeypatch.setattr("toolkit.training.watchdog.os._exit", lambda code: ended.append(code))
-    monkeypatch.setattr("toolkit.training.watchdog._LINGER", 0.0)
+    monkeypatch.setattr("toolkit.training.fault_tolerance.watchdog.os._exit", lambda code: ended.append(code))
+    monkeypatch.setattr("toolkit.training.fault_tolerance.watchdog._LINGER", 0.0)
     with Watchdog(tmp_path, 0, 1.0) as watchdog:
         time.sleep(2.0)  # the first step
         for _ in range(6):

@@ -11,14 +11,14 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from shards.json_lines import read_records
+from shards.files import read_records
 from tests.distributed import run_ranks
-from tests.toolkit import test_trainer
-from toolkit import config
-from toolkit.training.background import tell
-from toolkit.training.log import Log
-from toolkit.training.progress import Progress
-from toolkit.training.work import Amount
+from tests.toolkit.training import test_trainer
+from toolkit.config import schema as config
+from toolkit.training.checkpointing.background import tell
+from toolkit.training.checkpointing.progress import Progress
+from toolkit.training.metrics.flops import Amount
+from toolkit.training.metrics.log import Log
 
 shards = test_trainer.shards
 CPU = torch.device("cpu")
@@ -153,7 +153,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_its_wandb_id(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     opened: list[str] = []
-    monkeypatch.setattr("toolkit.training.wandb_run.WandbRun", lambda options, mode: opened.append(options["id"]))
+    monkeypatch.setattr(
+        "toolkit.training.metrics.wandb_run.WandbRun", lambda options, mode: opened.append(options["id"])
+    )
     settings = config.Config(wandb=config.Wandb(mode="offline"))
     for _ in "12":
         Log(tmp_path, settings, Progress(), 0, 1, torch.device("cpu"))

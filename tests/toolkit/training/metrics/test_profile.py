@@ -15,15 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from shards.errors import UserError
-from shards.stream import Batch
+from shards.reading.dataset import Batch
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
-from tests.toolkit import test_trainer
-from toolkit import config, train
+from tests.toolkit.training import test_trainer
+from toolkit import train
+from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.objectives.row_random import RowRandom
-from toolkit.training import peak, profile, spans, work
+from toolkit.objectives.counter_rng import RowRandom
 from toolkit.training.learner import Draws, Learner
+from toolkit.training.metrics import flops, peak, profile, spans
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
 
@@ -40,10 +41,10 @@ def whole(train: str, head_layers: int, **training: Any) -> config.Config:
     return config.Config(model=model, objectives=objectives, training=config.Training(batch_size=ROWS, **training))
 
 
-def made(settings: config.Config) -> tuple[Learner, work.Work]:
+def made(settings: config.Config) -> tuple[Learner, flops.Work]:
     torch.manual_seed(0)
     learner = Learner(build_model(settings.model, settings.objectives.contrastive), settings.objectives, 0, 1)
-    return learner, work.Work(learner, settings, 1)
+    return learner, flops.Work(learner, settings, 1)
 
 
 def batch(*lengths: int) -> Batch:
@@ -65,7 +66,7 @@ def test_flops_of_a_stem_are_those_that_torch_counts() -> None:
     settings.model.image.stem = "convolutions"
     image = made(settings)[0].model.image
     pictures = batch(SAMPLES).images
-    assert work.image_flops(image, PATCHES) == (0, counted(lambda: image(image.frozen(pictures)))[1])
+    assert flops.image_flops(image, PATCHES) == (0, counted(lambda: image(image.frozen(pictures)))[1])
 
 
 @pytest.mark.parametrize("train", ["none", "1", "all"])
@@ -77,11 +78,11 @@ def test_flops_of_the_parts_are_those_that_torch_counts(train: str, head_layers:
     speech, b = counted(lambda: model.speech(frozen_speech))
     frozen_image, c = counted(lambda: model.image.frozen(one.images))
     image, d = counted(lambda: model.image(frozen_image))
-    assert work.speech_flops(model.speech, np.full(ROWS, SAMPLES)) == (
+    assert flops.speech_flops(model.speech, np.full(ROWS, SAMPLES)) == (
         a,
         pytest.approx(b, abs=1e4),
     )  # means over frames
-    assert work.image_flops(model.image, PATCHES) == (c / ROWS, d / ROWS)
+    assert flops.image_flops(model.image, PATCHES) == (c / ROWS, d / ROWS)
     parts = count.of(one).flops
     assert parts.get("frozen trunks", 0) == a + c
     assert parts["encoders"] == pytest.approx(3 * (b + d), rel=0.01)
@@ -109,7 +110,7 @@ def test_flops_of_a_whole_step_are_nearly_those_that_torch_counts() -> None:
 def test_padding_counts_nothing() -> None:
     _, count = made(whole("1", 1))
     together = count.of(batch(SAMPLES, 4000, 2500, 6000))
-    each = work.Amount()
+    each = flops.Amount()
     for length in (SAMPLES, 4000, 2500, 6000):
         each.add(count.of(batch(length)))
     assert together == each
@@ -123,7 +124,7 @@ def test_frames_are_those_of_the_encoder() -> None:
     one = batch(*lengths)
     mask = learner.model.encode_speech(one.waveforms, one.lengths).mask
     assert count.of(one).frames == int(mask.sum())
-    assert work.count_frames(learner.model.speech, np.array(lengths)).tolist() == mask.sum(1).tolist()
+    assert flops.count_frames(learner.model.speech, np.array(lengths)).tolist() == mask.sum(1).tolist()
 
 
 def test_cached_steps_compare_with_the_keys_of_the_whole_step() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from shards.json_lines import read_records
+from shards.files import read_records
 from tests.distributed import run_ranks
 from tests.html_page import Page
-from tests.toolkit import test_trainer
-from toolkit import config
-from toolkit.training.report import write_report
+from tests.toolkit.training import test_trainer
+from toolkit.config import schema as config
+from toolkit.training.metrics.report import write_report
 
 shards = test_trainer.shards
 EVIL = "</p><script>alert(1)</script>"

@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.json_lines import read_records
+from shards.files import read_records
 from tests.distributed import run_ranks
-from tests.toolkit import test_trainer
-from tests.toolkit.wandb_server import KEY, WandbServer
-from toolkit.config import Wandb
-from toolkit.training import wandb_run
-from toolkit.training.progress import Progress
-from toolkit.training.wandb_run import WandbRun, check_wandb, open_wandb
+from tests.toolkit.training import test_trainer
+from tests.toolkit.training.metrics.wandb_server import KEY, WandbServer
+from toolkit.config.schema import Wandb
+from toolkit.training.checkpointing.progress import Progress
+from toolkit.training.metrics import wandb_run
+from toolkit.training.metrics.wandb_run import WandbRun, check_wandb, open_wandb
 
 shards = test_trainer.shards
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -212,7 +212,9 @@ def record_on_a_full_disk(run: Path) -> None:
 
 
 def in_a_process(function: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; from pathlib import Path; from tests.toolkit.test_wandb_run import *; {function}"
+    code = (
+        f"import sys; from pathlib import Path; from tests.toolkit.training.metrics.test_wandb_run import *; {function}"
+    )
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -380,6 +382,6 @@ def test_a_mistake_ends_the_run_before_it_begins(monkeypatch, shards, tmp_path) 
 
 
 def test_the_process_does_not_import_torch() -> None:
-    code = "import toolkit.training.wandb_process, sys; print('torch' in sys.modules)"
+    code = "import toolkit.training.metrics.wandb_process, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import device_of, run_ranks
-from tests.toolkit.test_trainer import settings, shards, train  # noqa: F401  the fixture
-from toolkit import config, evaluate
+from tests.toolkit.training.test_trainer import settings, shards, train  # noqa: F401  the fixture
+from toolkit import evaluate
+from toolkit.config import schema as config
 
 
 def plain(each: config.Config) -> config.Config:
@@ -28,8 +29,8 @@ def watch(rank: int, world_size: int, *runs: config.Config) -> list[tuple[list[f
     """Train, and give what each step computed with, the optimizer's own value after it, and one resumed from there."""
     from toolkit.distributed import agree
     from toolkit.run_folder import prepare_run
-    from toolkit.training.fragments import fragments
     from toolkit.training.trainer import Trainer
+    from toolkit.training.zero.state import fragments
 
     found = []
     for each in runs:
@@ -87,8 +88,8 @@ def export_weights(rank: int, world_size: int, *runs: config.Config) -> list[dic
     """Train each; on every rank the float32 weights that the optimizer has of the last step, by name, in parts."""
     from toolkit.distributed import agree
     from toolkit.run_folder import prepare_run
-    from toolkit.training.fragments import fragments
     from toolkit.training.trainer import Trainer
+    from toolkit.training.zero.state import fragments
 
     kept: list[Any] = []
     for each in runs:

@@ -9,9 +9,10 @@ from torch import nn
 
 from shards.errors import UserError
 from tests.distributed import run_ranks
-from tests.toolkit import test_checkpoint, test_trainer
-from toolkit.config import Config
-from toolkit.training.deepspeed_config import deepspeed_config
+from tests.toolkit.training import test_trainer
+from tests.toolkit.training.checkpointing import test_checkpoint
+from toolkit.config.schema import Config
+from toolkit.training.zero.settings import deepspeed_config
 
 shards = test_trainer.shards
 
@@ -88,7 +89,7 @@ def configured(**free):
 
 
 def test_every_key_that_is_derived_is_tried():
-    from toolkit.training.deepspeed_config import _DECIDED_BY, _FIXED
+    from toolkit.training.zero.settings import _DECIDED_BY, _FIXED
 
     assert [key for key, *_ in OURS] == [*_DECIDED_BY, *_FIXED]
     flat = {
@@ -223,8 +224,8 @@ class One(nn.Module):
 
 def sums(rank: int, world_size: int) -> list[float]:
     """The gradient of a step of three micro-batches, of 1 and twice 1/256, as AdamW gets it."""
-    from toolkit.training.engine import backward, make_engine
-    from toolkit.training.fragments import fragments
+    from toolkit.training.zero.engine import backward, make_engine
+    from toolkit.training.zero.state import fragments
 
     found = []
     for stage, added_up, offloaded in SUMS:
@@ -263,7 +264,7 @@ WRITTEN_FOR_OTHERS = {
 
 def engines(rank: int, world_size: int) -> list[dict[str, object]]:
     """What engines with such a section train in, after a step."""
-    from toolkit.training.engine import backward, make_engine
+    from toolkit.training.zero.engine import backward, make_engine
 
     found = []
     for precision, stage in itertools.product(("fp32", "bf16"), range(4)):

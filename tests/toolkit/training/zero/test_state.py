@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.distributed import run_ranks
-from toolkit import config
+from toolkit.config import schema as config
 
 LR, STEPS = 0.1, 3
 CASES = [(zero, precision, "none") for precision in ("fp32", "bf16") for zero in range(4)]
@@ -86,7 +86,7 @@ def settings(world_size: int, zero: int, precision: str, offload: str) -> config
 
 def values(engine: Any) -> dict[str, Any]:
     """What this rank holds, by (name, start, part)."""
-    from toolkit.training.fragments import PARTS, fragments
+    from toolkit.training.zero.state import PARTS, fragments
 
     held = fragments(engine)
     for each in held:
@@ -96,7 +96,7 @@ def values(engine: Any) -> dict[str, Any]:
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:
-    from toolkit.training.engine import whole
+    from toolkit.training.zero.engine import whole
 
     with whole(engine, list(engine.module.parameters())):
         return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
@@ -110,8 +110,8 @@ def step(engine: Any, steps: range) -> None:
 
 def stages(rank: int, world_size: int) -> list[dict[str, Any]]:
     """In every case: train, look, overwrite everything, look, train, look."""
-    from toolkit.training.engine import make_engine
-    from toolkit.training.fragments import PARTS, applied_steps, rewritten
+    from toolkit.training.zero.engine import make_engine
+    from toolkit.training.zero.state import PARTS, applied_steps, rewritten
 
     outcomes = []
     for case in CASES:
