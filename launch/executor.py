@@ -29,7 +29,7 @@ _OF_SRUN = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SBATCH_EXPORT", "SLURM_LABEL
 
 
 @dataclass(frozen=True)
-class Asked:
+class JobSpec:
     """A job as it is handed over, apart from what each rank does."""
 
     cluster: str  # slurm, local or debug
@@ -92,7 +92,7 @@ def allocated_cores(environment: Mapping[str, str]) -> int | None:
     return None
 
 
-def alike(jobs: list[Asked]) -> list[Asked]:
+def same_resources(jobs: list[JobSpec]) -> list[JobSpec]:
     """The members of a job array, which asks for the same for each: cores for the one that has most loader workers."""
     most = max(job.config.data.workers for job in jobs) + _BESIDE
     return [
@@ -143,7 +143,7 @@ def minutes(time_limit: str) -> int:
     return total
 
 
-def executor(asked: Asked, folder: Path, code: Path) -> Any:
+def executor(asked: JobSpec, folder: Path, code: Path) -> Any:
     """Submitit's executor with everything that this job asks for.
 
     Args:
@@ -171,7 +171,7 @@ def cores_per_rank(config: Config) -> int:
     return config.launch.cpus_per_rank or config.data.workers + _BESIDE
 
 
-def slurm_parameters(asked: Asked, folder: Path, code: Path) -> dict[str, Any]:
+def slurm_parameters(asked: JobSpec, folder: Path, code: Path) -> dict[str, Any]:
     """What is asked of SLURM, in submitit's names; arguments as of `executor`."""
     launch, profile = asked.config.launch, asked.profile
     cores = cores_per_rank(asked.config)
@@ -205,7 +205,7 @@ def setup_lines(profile: Profile, folder: Path, code: Path) -> list[str]:
     ]
 
 
-def _python(asked: Asked) -> str:
+def _python(asked: JobSpec) -> str:
     """The command before a python script: the ranks' interpreter, in its container if it has one."""
     profile = asked.profile
     if asked.cluster != "slurm":

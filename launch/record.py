@@ -103,7 +103,7 @@ def newest(run: Path) -> Recorded | None:
 
 
 @dataclass(frozen=True)
-class Incarnation:
+class Attempt:
     """One time that a job ran: SLURM starts a requeued job again under the same number.
 
     Attributes:
@@ -133,7 +133,7 @@ class Incarnation:
     errors: int = 0
 
 
-def incarnations(folder: Path) -> list[Incarnation]:
+def attempts(folder: Path) -> list[Attempt]:
     """The times that the job of a log folder ran, first to last; none on this machine, where nothing is requeued."""
     found: dict[int, dict[str, Any]] = {}
     with contextlib.suppress(OSError):
@@ -141,14 +141,13 @@ def incarnations(folder: Path) -> list[Incarnation]:
             restart = line.get("restart")
             if isinstance(restart, int):
                 found[restart] = found.get(restart, {}) | line
-    known = {each.name for each in fields(Incarnation)}
+    known = {each.name for each in fields(Attempt)}
     return [
-        Incarnation(**{name: value for name, value in found[restart].items() if name in known})
-        for restart in sorted(found)
+        Attempt(**{name: value for name, value in found[restart].items() if name in known}) for restart in sorted(found)
     ]
 
 
-def ended_for_good(lives: Sequence[Incarnation]) -> bool:
+def ended_for_good(lives: Sequence[Attempt]) -> bool:
     """Has the last incarnation ended, and none is to follow?"""
     return bool(lives) and lives[-1].ended is not None and not lives[-1].requeued
 
@@ -157,7 +156,7 @@ def restarts(run: Path) -> int:
     """How often a run was begun again, by SLURM or by hand."""
     begun = 0
     for each in submissions(run):
-        lives = len(incarnations(each.folder))
+        lives = len(attempts(each.folder))
         begun += lives or any(each.folder.glob("rank*.json"))
     return max(0, begun - 1)
 

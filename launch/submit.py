@@ -16,7 +16,15 @@ from types import FrameType
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.executor import Asked, alike, allocated_cores, choose_cluster, executor, leave_job, ranks_per_node
+from launch.executor import (
+    JobSpec,
+    allocated_cores,
+    choose_cluster,
+    executor,
+    leave_job,
+    ranks_per_node,
+    same_resources,
+)
 from launch.job import Job, train_and_evaluate
 from launch.preflight.checks import check_script, data_checks, distinct, job_checks
 from launch.preflight.preview import preview, script, to_be_made
@@ -52,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     if cluster != "debug":
         leave_job(os.environ)
     if cluster == "slurm" and len(jobs) > 1:
-        jobs = alike(jobs)
+        jobs = same_resources(jobs)
     if options.dry_run:
         text, well = preview(jobs, Path(config.run))
         print(text)
@@ -97,12 +105,12 @@ def lengthen(arguments: Sequence[str]) -> Iterator[str]:
             yield f"--launch.{key}{equals}{value}" if name.startswith("--") and key in SHORT else word
 
 
-def ask(config: Config, cluster: str, profile: Profile, words: Sequence[str]) -> Asked:
+def ask(config: Config, cluster: str, profile: Profile, words: Sequence[str]) -> JobSpec:
     """Complete a job by what the cluster's profile says."""
     given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     config = apply_profile(config, profile, given)
     ranks = ranks_per_node(config.launch, cluster)
-    return Asked(cluster, config, profile, ranks, allocated_cores(os.environ) if cluster == "local" else None)
+    return JobSpec(cluster, config, profile, ranks, allocated_cores(os.environ) if cluster == "local" else None)
 
 
 def members(config: Config, options: argparse.Namespace, words: list[str]) -> list[Config]:
@@ -122,7 +130,7 @@ def members(config: Config, options: argparse.Namespace, words: list[str]) -> li
     return found
 
 
-def check(jobs: Sequence[Asked]) -> None:
+def check(jobs: Sequence[JobSpec]) -> None:
     """Look at everything that can be seen before a job waits in a queue for nothing; make the shards that are missing.
 
     Raises:
@@ -151,14 +159,14 @@ def make_shards(config: Config) -> None:
         sys.exit(code)
 
 
-def debug(jobs: Sequence[Asked]) -> int:
+def debug(jobs: Sequence[JobSpec]) -> int:
     """Run in this process, one after another: for a debugger, or to see every warning."""
     for job in jobs:
         train_and_evaluate(str(_write_config(job)))
     return 0
 
 
-def run_one(asked: Asked, command: list[str], code: Path, member: bool = False) -> int:
+def run_one(asked: JobSpec, command: list[str], code: Path, member: bool = False) -> int:
     """Submit one job and follow it.
 
     Args:
@@ -178,7 +186,7 @@ def run_one(asked: Asked, command: list[str], code: Path, member: bool = False) 
     return watch(job, folder, asked.ranks) if asked.config.launch.follow else 0
 
 
-def run_grid(jobs: Sequence[Asked], run: Path, command: list[str], code: Path) -> int:
+def run_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Path) -> int:
     """Run the members on this machine, one after another, whether they fail or not; then show the table.
 
     Args:
@@ -198,7 +206,7 @@ def run_grid(jobs: Sequence[Asked], run: Path, command: list[str], code: Path) -
     return int(any(codes))
 
 
-def submit_grid(jobs: Sequence[Asked], run: Path, command: list[str], code: Path) -> int:
+def submit_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Path) -> int:
     """Submit a job array of SLURM; every member has its run and log folders, the array's own are in the grid's.
 
     Arguments and exit code are those of `run_grid`, and 0 if nothing is followed.
@@ -229,7 +237,7 @@ def submit_grid(jobs: Sequence[Asked], run: Path, command: list[str], code: Path
         raise
 
 
-def submit(asked: Asked, work: Sequence[Job], folder: Path, code: Path) -> list[Running]:
+def submit(asked: JobSpec, work: Sequence[Job], folder: Path, code: Path) -> list[Running]:
     """Hand a job, or a job array, to submitit.
 
     Args:
@@ -287,14 +295,14 @@ def new_folder(parent: Path) -> Path:
     raise UserError(f"{parent} holds too many folders of this second")
 
 
-def _write_config(asked: Asked) -> Path:
+def _write_config(asked: JobSpec) -> Path:
     """Make the log folder of a job and write its configuration there."""
     file = new_folder(Path(asked.config.run) / "logs") / "config.yaml"
     file.write_text(to_yaml(asked.config), encoding="utf-8")
     return file
 
 
-def _work(asked: Asked, file: Path) -> Job:
+def _work(asked: JobSpec, file: Path) -> Job:
     port = _free_port() if asked.cluster == "local" else None
     return Job(
         config=str(file),
@@ -307,7 +315,7 @@ def _work(asked: Asked, file: Path) -> Job:
 
 
 def _record(
-    asked: Asked, job: str, command: list[str], code: Path, run: str | None = None, **more: object
+    asked: JobSpec, job: str, command: list[str], code: Path, run: str | None = None, **more: object
 ) -> Submission:
     return Submission(
         job=job,

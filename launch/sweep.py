@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from shards.errors import UserError
-from toolkit.config.load import describe, nearest, parse_value, read_yaml, typed
+from toolkit.config.load import current_keys, describe, nearest, parse_value, read_yaml, typed
 from toolkit.config.schema import Config
 
 _SECTIONS = ("name", "base", "list", "grid")
@@ -98,7 +98,7 @@ def _swept(words: Iterable[str]) -> dict[str, Any]:
         if key in grid:
             raise UserError(f"--sweep {word}: {key} is swept twice")
         grid[key] = parse_value(f"[{values}]", f"--sweep {word}")
-    return grid
+    return current_keys(grid, "--sweep ")
 
 
 def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
@@ -106,6 +106,7 @@ def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{where}expected a mapping from keys to values, not {tree!r}")
     sections = set(_sections(Config()))
+    tree = tree if prefix else current_keys(tree, where)
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"

@@ -1,13 +1,53 @@
-"""Reading files of JSON lines that a process adds to, which may have been killed in the middle of one."""
+"""Files that are whole or absent: atomic writes, checksums, JSON lines, and listings of a user's folder."""
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from shards.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` for writing; it takes the name `path` only when all of it is on disk."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: a rename is lasting only then."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Give the objects of a file, line by line; an unfinished line, or what is no object, is passed over.
+    """Yield the JSON objects of a file, line by line; skip an unfinished last line and anything that is not an object.
+
+    A process may have been killed while it appended a line.
 
     Raises:
         OSError: The file cannot be read.
@@ -20,3 +60,15 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(record, dict):
                 yield record
+
+
+def listed(folder: Path) -> list[Path]:
+    """List the paths in a folder whose name comes from the user.
+
+    Raises:
+        UserError: It is not a folder, or cannot be read.
+    """
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}") from None

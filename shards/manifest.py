@@ -10,15 +10,15 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from shards.errors import UserError
+from shards.files import atomic_write, file_sha256
 from shards.remote import Remote, is_url
 
 MANIFEST = "manifest.json"
@@ -301,7 +301,7 @@ def save(
         report: sha256 of the report beside them; None: there is none.
     """
     arrays: dict[str, Any] = {name: np.asarray(columns[name], dtype=dtype) for name, dtype in COLUMNS.items()}
-    with atomic(folder / INDEX) as file:
+    with atomic_write(folder / INDEX) as file:
         np.savez(file, **arrays)
     index = {"name": INDEX, "sha256": file_sha256(folder / INDEX)}
     listed = [asdict(shard) for shard in shards]
@@ -317,41 +317,8 @@ def save(
     if report is not None:
         head["report"] = {"sha256": report}
     sign(head)
-    with atomic(folder / MANIFEST) as file:
+    with atomic_write(folder / MANIFEST) as file:
         file.write(encoded(head))
     return Manifest(
         folder, corpus, head["hash"], tuple(shards), tuple(splits), arguments=dict(arguments), report=report, **arrays
     )
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` for writing; it takes the name `path` only when all of it is on disk."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk: a rename is lasting only then."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file, read in blocks of 1 MiB."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.manifest import atomic
+from shards.files import atomic_write
 
 REPORT = "report.json"
 _NAMED = 20  # dropped ones shown; the file names all
@@ -81,7 +81,7 @@ class Report:
         if not self.warnings:
             del stored["warnings"]
         data = json.dumps(stored, indent=1, ensure_ascii=False, default=sorted).encode() + b"\n"
-        with atomic(folder / REPORT) as file:
+        with atomic_write(folder / REPORT) as file:
             file.write(data)
         return hashlib.sha256(data).hexdigest()
 
@@ -170,7 +170,7 @@ def load_report(folder: Path) -> Report:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class SizeEstimate:
     """What one split will hold, as far as some of its samples tell."""
 
     split: str
@@ -181,7 +181,7 @@ class Outlook:
     bytes: float
 
 
-def outlook_text(splits: Sequence[Outlook], tried: int) -> str:
+def outlook_text(splits: Sequence[SizeEstimate], tried: int) -> str:
     """A table of what a run would write.
 
     Args:
@@ -190,7 +190,7 @@ def outlook_text(splits: Sequence[Outlook], tried: int) -> str:
     """
     rows = list(splits)
     if len(rows) > 1:
-        rows.append(Outlook("all", *(sum(getattr(one, name) for one in splits) for name in _SUMMED)))
+        rows.append(SizeEstimate("all", *(sum(getattr(one, name) for one in splits) for name in _SUMMED)))
     lines = [f"{'split':<12}{'pictures':>10}{'captions':>10}{'shards':>8}{'hours':>9}{'MB':>12}"]
     for one in rows:
         numbers = f"{one.pictures:>10,}{one.captions:>10,}{one.shards:>8,}"

@@ -74,21 +74,21 @@ class _Worker:
         try:
             self.connection.send(task and task[1])
         except OSError:
-            raise UserError(self._epitaph()) from None
+            raise UserError(self._worker_death_error()) from None
 
     def receive(self) -> tuple[str, Any]:
         """Wait for the worker's next word: kind and value; its death, or an error in it, is raised here."""
         try:
             kind, value = self.connection.recv()
         except (EOFError, OSError):
-            raise UserError(self._epitaph()) from None
+            raise UserError(self._worker_death_error()) from None
         if kind == "user error":
             raise UserError(value)
         if kind == "failure":
             raise RuntimeError(f"worker {self.number} failed on {self.task}:\n{value}")
         return kind, value
 
-    def _epitaph(self) -> str:
+    def _worker_death_error(self) -> str:
         self.process.join()
         code = self.process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -10,7 +10,7 @@ import numpy as np
 from shards.errors import UserError
 from shards.manifest import Manifest, load
 from shards.reading.cache import Cache
-from shards.reading.order import Order, order_of, part_of
+from shards.reading.order import Order, order_of, rank_slice
 from shards.reading.reader import Reader
 from toolkit.config.schema import Config, Data
 
@@ -35,9 +35,17 @@ def open_order(config: Config, world_size: int = 1) -> tuple[list[Manifest], Ord
             raise UserError(f"--data.mixture gives {folder} the weight {weight!r}; expected a number above 0")
     manifests = [load(folder) for folder in mixture]
     order = order_of(
-        manifests, data.train, config.training.batch_size, config.seed, data.window, data.lanes, list(mixture.values())
+        manifests,
+        data.train,
+        config.training.batch_size,
+        config.seed,
+        data.shuffle_shards,
+        data.shard_groups,
+        list(mixture.values()),
     )
-    part_of(order.batch_size, 0, config.training.accumulation, 0, world_size, order.lanes)  # or it does not divide
+    rank_slice(
+        order.batch_size, 0, config.training.accumulation, 0, world_size, order.shard_groups
+    )  # or it does not divide
     return manifests, order
 
 

@@ -8,7 +8,7 @@ does, N ranks with a loss that is a mean over B rows give exactly one rank's gra
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,14 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.errors import UserError
 from toolkit.launcher import check_alone
 
 T = TypeVar("T")
-
-
-class PeerError(dist.DistError):
-    """Another rank failed, and says why itself: like a connection to it that breaks."""
 
 
 # torch 2.13 renamed all_gather_into_tensor and warns of the old name; earlier versions know only that one.
@@ -107,7 +102,7 @@ def gather_packed(
     )
 
 
-class Requests:
+class RowExchange:
     """Rows of the global batch that every rank wants, of several tensors; only the rows asked for travel.
 
     The sizes of the exchange have to be known on the host, and which rows are wanted is known on the device alone: this
@@ -274,56 +269,3 @@ def initialise() -> tuple[int, int, torch.device]:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def agree(work: Callable[[], T], rank: int) -> T:
-    """Do something on rank 0 alone and give its result, or the exception that it raised, to all ranks."""
-    outcome: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def agree_all(work: Callable[[], T], rank: int, world_size: int) -> T:
-    """Do something on every rank and give each its result; if it fails on one, it fails on all, with that one's reason.
-
-    Costs one reduction of two numbers between the hosts.
-
-    Raises:
-        UserError: It failed so on another rank; here it raises what it raised.
-        PeerError: It failed on another rank, by an error that no user can mend.
-    """
-    return agree_all_and_on(lambda: 0, work, rank, world_size)[0]
-
-
-def agree_all_and_on(number: Callable[[], int], work: Callable[[], T], rank: int, world_size: int) -> tuple[T, int]:
-    """Do `agree_all`, and in its reduction agree on a number: the greatest of those that the ranks name afterwards."""
-    failure: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
-    greatest = number()
-    if world_size > 1:
-        agreed = torch.tensor([failure is not None, greatest], dtype=torch.int32)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        failed, greatest = agreed.tolist()
-        if failed and failure is None:
-            reasons: list[Any] = [None] * world_size
-            dist.all_gather_object(reasons, None)
-            first = next(other for other, reason in enumerate(reasons) if reason)
-            kind, line = reasons[first]
-            raise kind(f"rank {first}: {line}")
-        if failure is not None:
-            kind = type(failure) if isinstance(failure, UserError) else PeerError
-            line = " ".join(str(failure).split()) or type(failure).__name__
-            dist.all_gather_object([None] * world_size, (kind, line))
-    if failure is not None:
-        raise failure
-    return result, greatest

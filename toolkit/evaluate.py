@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     run = Path(config.run)
     export = find_export(run, checkpoint)
 
-    from shards.manifest import atomic, load
+    from shards.files import atomic_write
+    from shards.manifest import load
 
     manifest = load(config.data.shards)
     manifest.rows(split)  # an unknown split is told before the model is loaded
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         report = found.report | {"shards": config.data.shards, "checkpoint": export.name, "step": read_step(export)}
         suffix = result_suffix(config, manifest, split, k, export)
         recall, gallery = (with_suffix(run / name, suffix) for name in (RECALL, GALLERY))
-        with atomic(recall) as file:
+        with atomic_write(recall) as file:
             file.write(json.dumps(report, indent=1).encode() + b"\n")
         save_gallery(manifest, found, gallery)
         print(table(report, manifest.corpus))

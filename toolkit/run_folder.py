@@ -12,16 +12,16 @@ import yaml
 
 from shards.errors import UserError
 from toolkit.config.load import FLOAT, SAVED, apply_yaml
-from toolkit.config.schema import Config
+from toolkit.config.schema import RENAMED_KEYS, Config
 
 # What may differ when a run is continued: it changes nothing of what is learned. A checkpoint knows its data by their
 # checksums, wherever they lie.
 _FREE = (
     "run", "launch.", "wandb.", "evaluation.", "final.",
-    "data.shards", "data.workers", "data.make", "data.timeout", "data.cache", "data.max_faults",
-    "training.resume", "training.stop_after", "training.log_every", "training.save_every", "training.keep",
-    "training.zero", "training.activation_checkpointing", "training.max_skipped_in_a_row",
-    "training.name_bad_module", "training.watchdog",
+    "data.shards", "data.workers", "data.make", "data.timeout", "data.cache", "data.max_bad_samples",
+    "training.resume", "training.stop_after", "training.log_every", "training.save_every", "training.keep_checkpoints",
+    "training.zero_stage", "training.activation_checkpointing", "training.max_skipped_in_a_row",
+    "training.detect_nonfinite", "training.watchdog",
 )  # fmt: skip
 
 
@@ -56,13 +56,13 @@ def keep_configuration(config: Config) -> None:
     Raises:
         UserError: The folder cannot be written.
     """
-    from shards.manifest import atomic
+    from shards.files import atomic_write
 
     # These are of one process, not of the run.
     resume = "auto" if config.training.resume == "never" else config.training.resume
     training = dataclasses.replace(config.training, stop_after=None, resume=resume)
     try:
-        with atomic(Path(config.run) / SAVED) as file:
+        with atomic_write(Path(config.run) / SAVED) as file:
             file.write(to_yaml(dataclasses.replace(config, training=training)).encode())
     except OSError as error:
         raise _unwritten(Path(config.run), error) from None
@@ -112,8 +112,13 @@ def load_run(folder: str | Path) -> Config:
 
 
 def fingerprint(config: Config) -> str:
-    """Checksum of what matters to what is learned: the same for runs that may continue one another."""
+    """Checksum of what matters to what is learned: the same for runs that may continue one another.
+
+    Keys count under their first names, so that a checkpoint of an earlier version still fits.
+    """
+    first_names = {f"{old.rpartition('.')[0]}.{new}": old for old, new in RENAMED_KEYS.items()}
     flat = {key: value for key, value in _flat(dataclasses.asdict(config)).items() if not key.startswith(_FREE)}
+    flat = {first_names.get(key, key): value for key, value in flat.items()}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 

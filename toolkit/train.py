@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_alone(os.environ)  # a moment's work, before all of them import torch
 
     from toolkit.data import check_dev, open_order
-    from toolkit.distributed import agree, initialise
+    from toolkit.distributed import initialise
+    from toolkit.rank_sync import run_on_rank_zero
     from toolkit.training.fault_tolerance.signals import REQUEUE
     from toolkit.training.metrics.wandb_run import check_wandb
     from toolkit.training.trainer import Trainer
@@ -64,19 +65,21 @@ def main(arguments: list[str] | None = None) -> None:
         return
     check_dev(config)
     run = Path(config.run)
-    agree(lambda: check_wandb(config.wandb, run), rank)
-    agree(lambda: prepare_run(config), rank)
+    run_on_rank_zero(lambda: check_wandb(config.wandb, run), rank)
+    run_on_rank_zero(lambda: prepare_run(config), rank)
     trainer = Trainer(config, run, rank, world_size, device)
 
     def begin() -> None:
         trainer.lease.check()
         keep_configuration(config)
 
-    agree(begin, rank)
+    run_on_rank_zero(begin, rank)
     trainer.train()
     trainer.close()
     if trainer.stop:
-        agree(lambda: None, rank)  # launchers end all ranks when one leaves so: not before rank 0 has written all
+        run_on_rank_zero(
+            lambda: None, rank
+        )  # launchers end all ranks when one leaves so: not before rank 0 has written all
         sys.exit(REQUEUE)
 
 

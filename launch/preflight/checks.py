@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from launch.executor import Asked, minutes
+from launch.executor import JobSpec, minutes
 from launch.preflight import limits
 from launch.preflight.estimate import count, estimate, trunk_values
 from shards.errors import UserError
@@ -42,7 +42,7 @@ def distinct(checks: Iterable[tuple[str, Check]]) -> Iterator[tuple[str, Check]]
             yield whose, check
 
 
-def job_checks(asked: Asked) -> list[Check]:
+def job_checks(asked: JobSpec) -> list[Check]:
     """What does not need the shards."""
     config = asked.config
     checks = [
@@ -73,7 +73,7 @@ def check_batch(config: Config, ranks: int) -> str:
     return "; ".join([pairs, *(f"warning: {line}" for line in batch_warnings(config, ranks))])
 
 
-def data_checks(asked: Asked) -> list[Check]:
+def data_checks(asked: JobSpec) -> list[Check]:
     """What needs the shards."""
     config = asked.config
     return [
@@ -82,7 +82,7 @@ def data_checks(asked: Asked) -> list[Check]:
     ]
 
 
-def check_gpus(asked: Asked) -> str:
+def check_gpus(asked: JobSpec) -> str:
     """Compare the GPUs of a node with its ranks.
 
     Raises:
@@ -144,14 +144,14 @@ def check_folder(config: Config, ranks: int) -> str:
     if free < needed:
         raise UserError(
             f"{there} has {free / 1e9:,.1f} GB free, the run may take {needed / 1e9:,.1f} GB: name another with "
-            "--run DIR, or keep fewer checkpoints with --training.keep"
+            "--run DIR, or keep fewer checkpoints with --training.keep_checkpoints"
         )
     return f"{folder} can be written, {free / 1e9:,.0f} GB free"
 
 
 def disk(config: Config, checkpoint: float, export: float) -> float:
     """Bytes that a run takes at most: the checkpoints kept, the best and one on its way; two exports and one."""
-    return (config.training.keep + 2) * checkpoint + 3 * export
+    return (config.training.keep_checkpoints + 2) * checkpoint + 3 * export
 
 
 def check_deepspeed(config: Config, ranks: int) -> str:
@@ -226,10 +226,10 @@ def check_order(config: Config, ranks: int) -> str:
     from toolkit.data import open_order
 
     _, order = open_order(config, ranks)
-    return f"{order.steps_per_pass:,.2f} steps a pass"
+    return f"{order.steps_per_epoch:,.2f} steps a pass"
 
 
-def check_partition(asked: Asked) -> str:
+def check_partition(asked: JobSpec) -> str:
     """Ask SLURM whether the partition is there, up, large enough, and lets a job run that long.
 
     Raises:
@@ -243,7 +243,7 @@ def check_partition(asked: Asked) -> str:
     return f"{names[problems.index(None)]} is up, and takes {launch.nodes} nodes for {launch.time}"
 
 
-def check_limits(asked: Asked) -> str:
+def check_limits(asked: JobSpec) -> str:
     """Ask SLURM's accounting for limits of QOS, user and account, where SLURM enforces any.
 
     Raises:

@@ -89,7 +89,7 @@ def count(config: Config) -> Counts | None:
 
 def estimate(config: Config, counts: Counts, ranks: int) -> Memory:
     """Bytes by part, for the ZeRO stage and precision of the configuration."""
-    training, stage = config.training, config.training.zero
+    training, stage = config.training, config.training.zero_stage
     width = 2 if training.precision == "bf16" else 4
     sharded = ranks if stage >= 1 else 1
     own_masters = training.precision == "bf16" or stage >= 1  # float32 at stage 0 has the weights themselves

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from launch.executor import Asked, cores_per_rank, minutes
+from launch.executor import JobSpec, cores_per_rank, minutes
 from launch.profiles import slurm_config
 from launch.slurm.client import ask
 from shards.errors import UserError
@@ -57,7 +57,7 @@ def partitions() -> dict[str, dict[str, str]]:
     return {entry["PartitionName"]: entry for entry in entries}
 
 
-def chosen(asked: Asked, known: dict[str, dict[str, str]]) -> list[str]:
+def chosen(asked: JobSpec, known: dict[str, dict[str, str]]) -> list[str]:
     """Names of the partitions that a job may run in: those asked for, else the default one.
 
     Raises:
@@ -75,7 +75,7 @@ def chosen(asked: Asked, known: dict[str, dict[str, str]]) -> list[str]:
     return names
 
 
-def partition_problem(partition: dict[str, str], asked: Asked) -> str | None:
+def partition_problem(partition: dict[str, str], asked: JobSpec) -> str | None:
     """Why a job cannot run in a partition; None if it can. Accounting is asked for what a QOS may override."""
     launch = asked.config.launch
     if (state := partition.get("State", "UP")) != "UP":
@@ -85,7 +85,7 @@ def partition_problem(partition: dict[str, str], asked: Asked) -> str | None:
     return next((problem for flag, problem in found if flag not in flags), None)
 
 
-def limits_problem(partition: dict[str, str], asked: Asked) -> str | None:
+def limits_problem(partition: dict[str, str], asked: JobSpec) -> str | None:
     """Which limit of the accounting a job in a partition is above; None for none.
 
     Of several that limit the same the first counts: the partition's QOS, the job's, the user's, and the accounts'.
@@ -190,7 +190,7 @@ def _sizes(partition: dict[str, str], nodes: int, time: str) -> Iterator[tuple[s
         yield "PartitionTimeLimit", f"lets a job run {longest}, --time asks for {time}"
 
 
-def _first_problem(sources: list[Limits], asked: Asked) -> str | None:
+def _first_problem(sources: list[Limits], asked: JobSpec) -> str | None:
     launch, wanted = asked.config.launch, _wanted(asked)
     wall = next((limits for limits in sources if limits.wall), None)
     if wall is not None and wall.wall[:1].isdecimal() and minutes(wall.wall) < minutes(launch.time):
@@ -207,7 +207,7 @@ def _first_problem(sources: list[Limits], asked: Asked) -> str | None:
     return None
 
 
-def _wanted(asked: Asked) -> dict[str, int]:
+def _wanted(asked: JobSpec) -> dict[str, int]:
     """What a job takes, in the words of the accounting."""
     launch = asked.config.launch
     gpus, kind = launch.nodes * gpu_count(launch.gpus_per_node), str(launch.gpus_per_node).rpartition(":")[0]

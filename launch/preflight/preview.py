@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from launch.executor import Asked, executor
+from launch.executor import JobSpec, executor
 from launch.preflight.checks import Check, check_script, data_checks, disk, distinct, job_checks
 from launch.preflight.estimate import count, estimate
 from launch.snapshot import ROOT, place, read_code
@@ -13,7 +13,7 @@ from shards.remote import is_url
 from toolkit.config.schema import Config
 
 
-def preview(jobs: list[Asked], folder: Path) -> tuple[str, bool]:
+def preview(jobs: list[JobSpec], folder: Path) -> tuple[str, bool]:
     """Describe a submission.
 
     Args:
@@ -43,7 +43,7 @@ def preview(jobs: list[Asked], folder: Path) -> tuple[str, bool]:
     return "\n".join([*lines, "", "checks:", *found]), well
 
 
-def resources(asked: Asked) -> list[str]:
+def resources(asked: JobSpec) -> list[str]:
     """What is asked of the cluster."""
     launch = asked.config.launch
     where = f"{asked.cluster}, profile {asked.profile.name}" if asked.cluster == "slurm" else asked.cluster
@@ -63,7 +63,7 @@ def resources(asked: Asked) -> list[str]:
     return lines
 
 
-def steps(asked: Asked) -> list[str]:
+def steps(asked: JobSpec) -> list[str]:
     """The batch and the length of the run."""
     training = asked.config.training
     unit = asked.ranks * training.accumulation
@@ -71,7 +71,7 @@ def steps(asked: Asked) -> list[str]:
     return [f"batch: {training.batch_size:,} pairs = {each}", f"steps: {training.steps:,}"]
 
 
-def sizes(asked: Asked) -> list[str]:
+def sizes(asked: JobSpec) -> list[str]:
     """Expected memory and disk."""
     from shards.reading.dry_run import bytes_text
 
@@ -85,17 +85,17 @@ def sizes(asked: Asked) -> list[str]:
         "weights": took.weights, "gradients": took.gradients, "optimizer": took.optimizer, "teacher": took.teacher,
         "queue": took.queue,
     }  # fmt: skip
-    kept = config.training.keep + 1
+    kept = config.training.keep_checkpoints + 1
     return [
         f"parameters: {counts.total / 1e6:,.1f} M, of which {counts.trained / 1e6:,.1f} M are trained",
         f"memory of a rank: {bytes_text(took.rank)} ({', '.join(f'{k} {bytes_text(v)}' for k, v in parts.items())}; "
-        f"ZeRO {config.training.zero}, {config.training.precision}) and the activations",
+        f"ZeRO {config.training.zero_stage}, {config.training.precision}) and the activations",
         f"disk: up to {bytes_text(disk(config, took.checkpoint, took.export))} ({kept} checkpoints of "
         f"{bytes_text(took.checkpoint)} and one on its way, 2 exports of {bytes_text(took.export)})",
     ]
 
 
-def shard_plan(asked: Asked) -> list[str]:
+def shard_plan(asked: JobSpec) -> list[str]:
     """Who reads what, from the manifests."""
     from toolkit.train import dry_run
 
@@ -113,7 +113,7 @@ def to_be_made(config: Config) -> bool:
     return bool(data.make) and not is_url(data.shards) and not (Path(data.shards) / "manifest.json").is_file()
 
 
-def script(asked: Asked, folder: Path, members: int = 1) -> str:
+def script(asked: JobSpec, folder: Path, members: int = 1) -> str:
     """The text that submitit would hand to sbatch, with the time of submission open.
 
     Args:

@@ -30,7 +30,7 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from launch.job import LOST, Status, restart_count
-from launch.record import INCARNATIONS, MEMBERS, incarnations
+from launch.record import INCARNATIONS, MEMBERS, attempts
 from launch.status.failure import failure_of, last_line
 
 _SAVED = os.EX_TEMPFAIL
@@ -44,7 +44,7 @@ _EXITED = re.compile(r"^srun: error: \S+ tasks? ([\d,-]+): Exited with exit code
 
 
 @dataclass(frozen=True)
-class Fate:
+class RestartDecision:
     """What happens next, and why.
 
     Attributes:
@@ -59,7 +59,7 @@ class Fate:
 
 
 @dataclass(frozen=True)
-class Seen:
+class SlurmJobState:
     """How SLURM sees the job while its batch script ends.
 
     Attributes:
@@ -130,8 +130,8 @@ def guard(shell: int) -> None:
 def begin(folder: Path, environment: Mapping[str, str], logs: Path | None = None) -> None:
     """Write that an incarnation begins; of one that ended without a word, that it did. Arguments as of `end`."""
     restart, step = restart_count(environment), newest_step(folder)
-    if (lives := incarnations(folder)) and lives[-1].ended is None:
-        fate = Fate("slurm", False, "ended with its node or by SLURM, which started the job again")
+    if (lives := attempts(folder)) and lives[-1].ended is None:
+        fate = RestartDecision("slurm", False, "ended with its node or by SLURM, which started the job again")
         _write_end(folder, lives[-1].restart, None, fate, True)
     nodes = environment.get("SLURM_JOB_NODELIST", "")
     names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True).stdout.split()
@@ -162,18 +162,22 @@ def end(folder: Path, code: int, environment: Mapping[str, str], logs: Path | No
         refused = ask(["scontrol", "requeue", job])
         if refused is not None:
             _write_end(
-                folder, restart, code, Fate(fate.cause, False, f"{fate.why}, but SLURM refused: {refused}"), False
+                folder,
+                restart,
+                code,
+                RestartDecision(fate.cause, False, f"{fate.why}, but SLURM refused: {refused}"),
+                False,
             )
 
 
 def decide(
     code: int,
     exits: list[int | None],
-    seen: Seen | None,
+    seen: SlurmJobState | None,
     restart: int,
     idle: list[str] | None,
     unbegun: str | None = None,
-) -> Fate:
+) -> RestartDecision:
     """Say whether a job starts again.
 
     Args:
@@ -185,27 +189,29 @@ def decide(
         unbegun: How a rank failed before it began; None where all began, or were killed before that.
     """
     if seen and seen.restarts > restart:
-        return Fate("slurm", False, "SLURM starts it again: an operator, a preemption or a lost node")
+        return RestartDecision("slurm", False, "SLURM starts it again: an operator, a preemption or a lost node")
     if code == 0:
-        return Fate("done", False, "complete")
+        return RestartDecision("done", False, "complete")
     if seen and seen.state != "RUNNING" and seen.reason != "TimeLimit":
-        return Fate("cancelled", False, "cancelled: it does not start again")
+        return RestartDecision("cancelled", False, "cancelled: it does not start again")
     left = [each for each in exits if each is not None]
     if unbegun and not any(map(_is_error, left)):
-        return Fate("failed", False, f"{unbegun}: it does not start again")
+        return RestartDecision("failed", False, f"{unbegun}: it does not start again")
     left = left or [code]
     if failures := list(filter(_is_error, left)):
         mistake = 2 in failures
         number = 2 if mistake else failures[0]
         what = "a mistake in the configuration or the data" if mistake else f"a rank failed with exit code {number}"
-        return Fate("mistake" if mistake else "failed", False, f"{what}: it does not start again")
+        return RestartDecision("mistake" if mistake else "failed", False, f"{what}: it does not start again")
     # One of ranks that save together may be ended by srun before it says so; but without a checkpoint it was killed.
     saved = _SAVED in left and (None not in exits or idle is None)
     cause, most = ("saved", _STOPS) if saved else ("killed", _CRASHES)
     how = "asked to stop" if saved else "a rank was killed or hung"
     if (idle or []).count(cause) >= most:
-        return Fate(cause, False, f"{how}; {most} restarts in a row brought no new checkpoint: it does not start again")
-    return Fate(cause, True, f"{how}: it starts again")
+        return RestartDecision(
+            cause, False, f"{how}; {most} restarts in a row brought no new checkpoint: it does not start again"
+        )
+    return RestartDecision(cause, True, f"{how}: it starts again")
 
 
 def _is_error(code: int) -> bool:
@@ -213,13 +219,13 @@ def _is_error(code: int) -> bool:
     return code not in (0, LOST, _SAVED, _STALLED) and (code < 128 or code == 130)
 
 
-def look(job: str) -> Seen | None:
+def look(job: str) -> SlurmJobState | None:
     """How SLURM sees a job; None if the controller stays away."""
     answer: list[str] = []
     if ask(["scontrol", "--oneliner", "show", "job", job], answer) is not None:
         return None
     fields = dict(re.findall(r"(JobState|Reason|Restarts)=(\S*)", answer[0]))
-    return Seen(fields.get("JobState", ""), fields.get("Reason", ""), int(fields.get("Restarts", 0)))
+    return SlurmJobState(fields.get("JobState", ""), fields.get("Reason", ""), int(fields.get("Restarts", 0)))
 
 
 def ask(command: list[str], answer: list[str] | None = None) -> str | None:
@@ -317,7 +323,7 @@ def _error_log(logs: Path, environment: Mapping[str, str]) -> Path:
 
 def _errors(folder: Path, restart: int, log: Path) -> str:
     """What the batch script's error log holds of an incarnation; empty where that is not known."""
-    lives = incarnations(folder)
+    lives = attempts(folder)
     if not lives or lives[-1].restart != restart:
         return ""
     try:
@@ -331,7 +337,7 @@ def _errors(folder: Path, restart: int, log: Path) -> str:
 def _without_progress(folder: Path, restart: int) -> list[str] | None:
     """Causes of the incarnations before this one since the last that saved something; None if this one did."""
     causes, newest = [], newest_step(folder)
-    for each in reversed(incarnations(folder)):
+    for each in reversed(attempts(folder)):
         saved = (newest if each.step is None else each.step) > each.began_step
         if each.restart == restart:
             if saved:
@@ -343,7 +349,7 @@ def _without_progress(folder: Path, restart: int) -> list[str] | None:
     return causes
 
 
-def _write_end(folder: Path, restart: int, code: int | None, fate: Fate, requeued: bool) -> None:
+def _write_end(folder: Path, restart: int, code: int | None, fate: RestartDecision, requeued: bool) -> None:
     line = {
         "restart": restart,
         "ended": time.time(),

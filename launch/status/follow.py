@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launch.job import Status
-from launch.record import Incarnation, ended_for_good, incarnations
+from launch.record import Attempt, attempts, ended_for_good
 from launch.slurm.client import ask
 from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 
@@ -140,11 +140,11 @@ def follow(job: Running, folder: Path, ranks: int, logs: Path | None = None) -> 
         the rank that failed first.
     """
     logs = logs or folder
-    log, told, gone_at = Log(logs / f"{job.id}_0_log.out"), Told(job.id), None
+    log, told, gone_at = Log(logs / f"{job.id}_0_log.out"), AttemptPrinter(job.id), None
     while True:
         alive = job.alive()  # asked before the log is read: what a dead job wrote is all there
         log.show()
-        lives = incarnations(folder)
+        lives = attempts(folder)
         told.tell(lives)
         restart = current_restart(folder, ranks, lives[-1].restart if lives else 0)
         if all(code == 0 for code in exit_codes(folder, ranks, restart)):
@@ -161,13 +161,13 @@ def follow(job: Running, folder: Path, ranks: int, logs: Path | None = None) -> 
         time.sleep(0.1)
 
 
-class Told:
+class AttemptPrinter:
     """What was said of a job's incarnations."""
 
     def __init__(self, job: str) -> None:
         self.job, self.ended, self.begun = job, -1, 0
 
-    def tell(self, lives: list[Incarnation]) -> None:
+    def tell(self, lives: list[Attempt]) -> None:
         """Print which have begun again and which have ended since the last call."""
         for life in lives:
             if life.restart > self.begun:
@@ -210,7 +210,7 @@ def _late_enough(gone_at: float, job: Running) -> bool:
     return isinstance(job, Local) or time.monotonic() - gone_at > _LATE
 
 
-def _explain(failure: Failure, lives: list[Incarnation]) -> int:
+def _explain(failure: Failure, lives: list[Attempt]) -> int:
     """Say on stderr why a job failed: a user's mistake in its one line, anything else by the end of the rank's log."""
     if failure.mistake:
         print(failure.mistake, file=sys.stderr)

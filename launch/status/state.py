@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import Status
-from launch.record import Incarnation, Recorded, ended_for_good, incarnations, newest, restarts
+from launch.record import Attempt, Recorded, attempts, ended_for_good, newest, restarts
 from launch.slurm.client import Queued, find, in_queue
 from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 from launch.status.follow import Controller
@@ -183,7 +183,7 @@ def _look_at(run: Path, recorded: Recorded | None, jobs: dict[str, Queued]) -> R
 def _job_state(recorded: Recorded, queued: Queued | None) -> tuple[str, str, Failure | None]:
     """State, reason and failure of a submission's job."""
     folder, submission = recorded.folder, recorded.submission
-    lives = incarnations(folder)
+    lives = attempts(folder)
     restart = current_restart(folder, submission.ranks, lives[-1].restart if lives else 0)
     codes = exit_codes(folder, submission.ranks, restart)
     if all(code == 0 for code in codes):
@@ -202,7 +202,7 @@ def _job_state(recorded: Recorded, queued: Queued | None) -> tuple[str, str, Fai
     return _from_the_folder(recorded, lives, failure)
 
 
-def _ended(lives: list[Incarnation], queued: Queued | None, failure: Failure | None) -> tuple[str, str, Failure | None]:
+def _ended(lives: list[Attempt], queued: Queued | None, failure: Failure | None) -> tuple[str, str, Failure | None]:
     """State of a job that is gone: in the words of its last incarnation, of SLURM, or of the rank that failed."""
     last = lives[-1] if lives and lives[-1].ended is not None else None
     stopped = failure is not None and failure.code == os.EX_TEMPFAIL
@@ -217,7 +217,7 @@ def _ended(lives: list[Incarnation], queued: Queued | None, failure: Failure | N
 
 
 def _from_the_folder(
-    recorded: Recorded, lives: list[Incarnation], failure: Failure | None
+    recorded: Recorded, lives: list[Attempt], failure: Failure | None
 ) -> tuple[str, str, Failure | None]:
     """State of a job of which nothing is known but what it wrote: SLURM is not here, or another machine runs it."""
     if lives and lives[-1].ended is not None:

@@ -17,8 +17,8 @@ from shards.checking.check_shard import Found, Task, check_shard, task_of
 from shards.checking.duplicates import find_duplicates, gather_digests
 from shards.checking.finding import Finding, shortened
 from shards.errors import UserError
-from shards.listing import listed
-from shards.manifest import INDEX, MANIFEST, Manifest, file_sha256, load, stored_problem
+from shards.files import file_sha256, listed
+from shards.manifest import INDEX, MANIFEST, Manifest, load, stored_problem
 from shards.report import REPORT, load_report
 from shards.worker_pool import Progress, run_tasks
 from shards.writing.folder_lock import UNFINISHED

@@ -14,7 +14,8 @@ import soundfile
 from shards.checking.check import Health, split_rows
 from shards.checking.check_shard import problem_of_picture, problem_of_recording, text
 from shards.errors import UserError
-from shards.manifest import Manifest, atomic
+from shards.files import atomic_write
+from shards.manifest import Manifest
 from shards.media.audio import SAMPLE_RATE
 from shards.reading.reader import MAX_META
 
@@ -77,7 +78,7 @@ def write_page(path: Path, health: Health, advice: Sequence[str] = ()) -> None:
     if health.manifest is not None and len(health.manifest.key):
         page += "\n".join([*_histograms(health.manifest), *_cards(health.manifest)])
     try:
-        with atomic(path) as file:
+        with atomic_write(path) as file:
             # A name of a damaged tar may hold what no UTF-8 can say.
             file.write(f"{page}\n</body></html>\n".encode(errors="backslashreplace"))
     except OSError as error:

@@ -16,7 +16,7 @@ from shards.corpora.file_finder import FileFinder
 from shards.corpora.item import Caption, Item
 from shards.corpora.records import BadRecords
 from shards.errors import UserError
-from shards.manifest import file_sha256
+from shards.files import file_sha256
 
 # The contents of more files than these are not compared here, since each would be asked for its size before the first
 # shard: check_shards.py compares what was stored.

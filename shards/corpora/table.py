@@ -21,7 +21,7 @@ from shards.corpora.item import Caption, Item
 from shards.corpora.records import BadRecord, BadRecords, file_name, optional_text
 from shards.corpora.table_rows import COLUMNS, CSV, JSON_LINES, Rows
 from shards.errors import UserError
-from shards.listing import listed
+from shards.files import listed
 from shards.manifest import SPLIT
 
 _HINT = "--root is the table itself, or the folder that holds it as its only .csv, .tsv or .jsonl file"

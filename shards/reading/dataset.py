@@ -28,10 +28,10 @@ from shards.errors import TransientError, UserError
 from shards.media.audio import SAMPLE_RATE, decode_audio
 from shards.media.picture import MAX_STORED_PIXELS as MAX_PIXELS
 from shards.media.picture import Resize, decode_picture
-from shards.reading.bad_samples import BadSample, Fault, FaultCounter, distinct
-from shards.reading.order import Order, Selection, part_of
+from shards.reading.bad_samples import BadSample, BadSampleCounter, UnreadableSampleError, distinct
+from shards.reading.order import Order, Selection, rank_slice
 from shards.reading.reader import Reader
-from shards.reading.shared_buffers import Layout, Parcel, Slots, bytes_of
+from shards.reading.shared_buffers import Layout, SharedBatch, SharedBuffers, bytes_of
 
 AHEAD = 4  # batches that a worker makes before they are asked for
 _POLL = 2.0  # seconds between looks at whether the workers live
@@ -57,7 +57,7 @@ class Batch:
     lengths: torch.Tensor
     ids: torch.Tensor
     host_lengths: tuple[int, ...] | None = None
-    faults: list[Fault] = field(default_factory=list)
+    bad_samples: list[BadSample] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
@@ -70,7 +70,7 @@ class Batch:
 
 
 # What a worker sends: a batch, what ends the stream, or faults that are too many to go on making the batch.
-Loaded = Batch | Parcel | UserError | list[Fault]
+Loaded = Batch | SharedBatch | UserError | list[BadSample]
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class MicroBatches(Dataset[Loaded]):
     micros: int
     rank: int
     world_size: int
-    max_faults: int
-    max_faults_in_a_row: int
-    slots: tuple[Slots, ...] = ()  # of each worker
+    max_bad_samples: int
+    max_bad_samples_in_a_row: int
+    slots: tuple[SharedBuffers, ...] = ()  # of each worker
     resize: Resize = "crop"
 
     def __getitem__(self, number: int) -> Loaded:
@@ -95,52 +95,52 @@ class MicroBatches(Dataset[Loaded]):
         except UserError as error:  # travels as a value: DataLoader would wrap it in its own traceback
             return error
 
-    def _load(self, step: int, micro: int) -> Batch | Parcel | list[Fault]:
-        size, lanes = self.order.batch_size, self.order.lanes
-        places = part_of(size, micro, self.micros, self.rank, self.world_size, lanes)
+    def _load(self, step: int, micro: int) -> Batch | SharedBatch | list[BadSample]:
+        size, shard_groups = self.order.batch_size, self.order.shard_groups
+        places = rank_slice(size, micro, self.micros, self.rank, self.world_size, shard_groups)
         chosen = self.order.batch(step).part(places)
         _prefetch(self.reader, self.order, step, places)
         images, waves, ids = [], [], []
-        faults: list[Fault] = []
+        bad_samples: list[BadSample] = []
         for row, (place, position) in enumerate(zip(places.tolist(), chosen.positions.tolist(), strict=True)):
-            pair = self._pair(chosen, step, place, position, row, faults)
+            pair = self._pair(chosen, step, place, position, row, bad_samples)
             if pair is None:
-                return faults
+                return bad_samples
             image, wave, sample = pair
             images.append(image)
             waves.append(wave)
             ids.append(sample)
-        return self._packed(images, waves, ids, faults)
+        return self._packed(images, waves, ids, bad_samples)
 
     def _packed(
-        self, images: list[np.ndarray], waves: list[np.ndarray], ids: list[int], faults: list[Fault]
-    ) -> Batch | Parcel:
+        self, images: list[np.ndarray], waves: list[np.ndarray], ids: list[int], bad_samples: list[BadSample]
+    ) -> Batch | SharedBatch:
         """Make the batch, in a worker on one of its slots if there is one free."""
         worker, wanted = get_worker_info(), layout(images, waves)
-        extra = partial(replace, faults=faults, notices=self.reader.notices())
+        extra = partial(replace, bad_samples=bad_samples, notices=self.reader.notices())
         slots = self.slots[worker.id] if worker and self.slots else None
         slot = slots.take(bytes_of(wanted)) if slots else None
         if worker is None or slots is None or slot is None:
             return extra(collate(images, waves, ids))
         batch = extra(collate(images, waves, ids, slots.tensors(slot, wanted)))
         nothing = torch.empty(0)
-        return Parcel(worker.id, slot, wanted, replace(batch, images=nothing, waveforms=nothing))
+        return SharedBatch(worker.id, slot, wanted, replace(batch, images=nothing, waveforms=nothing))
 
     def _pair(
-        self, chosen: Selection, step: int, place: int, position: int, row: int, faults: list[Fault]
+        self, chosen: Selection, step: int, place: int, position: int, row: int, bad_samples: list[BadSample]
     ) -> tuple[np.ndarray, np.ndarray, int] | None:
         """Picture [3, S, S], waveform [n] and sample number of a row: the first of its candidates that can be read.
 
         What cannot be read is added to `faults`; with too many of them there is no answer.
         """
         sample, caption = int(chosen.samples[row]), int(chosen.captions[row])
-        for attempt in range(1, self.max_faults_in_a_row + 2):
+        for attempt in range(1, self.max_bad_samples_in_a_row + 2):
             try:
                 return (*self._decoded(sample, caption, position), sample)
-            except BadSample as error:
+            except UnreadableSampleError as error:
                 key, shard = self.reader.describe(sample)
-                faults.append(Fault(key, shard, " ".join(str(error).split()), step, row))
-            if len(distinct(faults)) > self.max_faults:
+                bad_samples.append(BadSample(key, shard, " ".join(str(error).split()), step, row))
+            if len(distinct(bad_samples)) > self.max_bad_samples:
                 break
             sample, caption = self.order.replacement(step, place, attempt)
         return None
@@ -151,7 +151,7 @@ class MicroBatches(Dataset[Loaded]):
             image = decode_picture(picture, self.image_size, MAX_PIXELS, self.resize)
             return image, self._crop(decode_audio(audio), position)
         except UserError as error:  # of the sample, while those of reading are of the shard
-            raise BadSample(str(error)) from None
+            raise UnreadableSampleError(str(error)) from None
 
     def _crop(self, wave: np.ndarray, position: int) -> np.ndarray:
         spare = len(wave) - self.max_samples
@@ -207,8 +207,8 @@ def open_stream(
     pin: bool = False,
     resize: Resize = "crop",
     timeout: float = 600.0,
-    max_faults: int = 1000,
-    max_faults_in_a_row: int = 50,
+    max_bad_samples: int = 1000,
+    max_bad_samples_in_a_row: int = 50,
     report: Callable[[str], object] = print,
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches of the given steps, in order.
@@ -234,14 +234,14 @@ def open_stream(
         UserError: A shard is missing or has not the manifest's size, or too many samples cannot be read.
         TransientError: A worker was killed or hangs, or a disk or network does not answer.
     """
-    max_samples, limits = int(max_seconds * SAMPLE_RATE), (max_faults, max_faults_in_a_row)
+    max_samples, limits = int(max_seconds * SAMPLE_RATE), (max_bad_samples, max_bad_samples_in_a_row)
     rows = order.batch_size // (micros * world_size)
     largest: Layout = [(torch.uint8, (rows, 3, image_size, image_size)), (torch.float32, (rows, max_samples))]
     # Two more than are under way: one that is worked on and one that waits to be. Pinning copies a batch anyway.
-    slots = tuple(Slots(AHEAD + 2, bytes_of(largest)) for _ in range(0 if pin else workers))
+    slots = tuple(SharedBuffers(AHEAD + 2, bytes_of(largest)) for _ in range(0 if pin else workers))
     dataset = MicroBatches(reader, order, image_size, max_samples, micros, rank, world_size, *limits, slots, resize)
     numbers = range(steps.start * micros, steps.stop * micros)
-    counter = FaultCounter(max_faults, max_faults_in_a_row, report)
+    counter = BadSampleCounter(max_bad_samples, max_bad_samples_in_a_row, report)
     told: set[str] = set()
     if warning := _small_cache(dataset):
         report(warning)
@@ -255,13 +255,13 @@ def open_stream(
             if notice not in told:
                 told.add(notice)
                 report(notice)
-        counter.add(batch.faults, len(batch.ids))
+        counter.add(batch.bad_samples, len(batch.ids))
         yield batch
 
 
 def _batches(
     dataset: MicroBatches, numbers: range, workers: int, pin: bool, timeout: float
-) -> Iterator[Batch | UserError | list[Fault]]:
+) -> Iterator[Batch | UserError | list[BadSample]]:
     # DataLoader's handler of SIGCHLD would raise the death of a worker in the middle of whatever runs at that moment;
     # here it is noticed where a batch is waited for.
     main = threading.current_thread() is threading.main_thread()
@@ -289,7 +289,7 @@ def _batches(
     try:
         for _ in numbers:
             loaded = _next(iterator, processes, timeout)
-            yield loaded.open(dataset.slots) if isinstance(loaded, Parcel) else loaded
+            yield loaded.open(dataset.slots) if isinstance(loaded, SharedBatch) else loaded
     finally:
         end_once()
         atexit.unregister(end_once)
@@ -303,7 +303,7 @@ def _next(iterator: Iterator[Loaded], workers: list[BaseProcess], timeout: float
         except Exception as error:
             dead = [worker for worker in workers if worker.exitcode is not None]
             if dead:
-                raise _epitaph(dead[0]) from None
+                raise _worker_death_error(dead[0]) from None
             # DataLoader's own limit is `_POLL`, after which it can be asked again for the same batch.
             if not (isinstance(error, RuntimeError) and "timed out" in str(error)):
                 raise
@@ -315,7 +315,7 @@ def _next(iterator: Iterator[Loaded], workers: list[BaseProcess], timeout: float
                 ) from None
 
 
-def _epitaph(worker: BaseProcess) -> UserError:
+def _worker_death_error(worker: BaseProcess) -> UserError:
     code = worker.exitcode or 0
     if code >= 0:
         return UserError(f"loader worker (pid {worker.pid}) ended with exit code {code}; its output says why")
@@ -354,15 +354,15 @@ def _end(iterator: Any, workers: list[BaseProcess]) -> None:
 def _small_cache(dataset: MicroBatches) -> str | None:
     """Say so if the cache cannot hold the windows that this rank reads, of each source and lane, and the next ones."""
     reader, order = dataset.reader, dataset.order
-    places = part_of(order.batch_size, 0, dataset.micros, dataset.rank, dataset.world_size, order.lanes)
-    lanes = len(np.unique(places // (order.batch_size // order.lanes)))
-    shards = order.window * lanes * len(order.sources)
+    places = rank_slice(order.batch_size, 0, dataset.micros, dataset.rank, dataset.world_size, order.shard_groups)
+    shard_groups = len(np.unique(places // (order.batch_size // order.shard_groups)))
+    shards = order.shuffle_shards * shard_groups * len(order.sources)
     need = 2 * shards * reader.largest_shard
     if not reader.cached or reader.cache is None or reader.cache.bound >= need:
         return None
     return (
         f"--data.cache_gb {reader.cache.bound / 1e9:g} is less than two windows of {shards} shards, "
-        f"{need / 1e9:.3g} GB: shards will be fetched again and again; raise it, or lower --data.window"
+        f"{need / 1e9:.3g} GB: shards will be fetched again and again; raise it, or lower --data.shuffle_shards"
     )
 
 
@@ -371,7 +371,7 @@ def _prefetch(reader: Reader, order: Order, step: int, places: np.ndarray) -> No
     if not reader.cached or get_worker_info() is None:
         return
     shards = sum(len(source.count) for source in order.sources)
-    steps_per_window = order.steps_per_pass * order.window * order.lanes * len(order.sources) / shards
+    steps_per_window = order.steps_per_epoch * order.shuffle_shards * order.shard_groups * len(order.sources) / shards
     later = order.batch(step + max(1, int(steps_per_window / 2))).part(places)
     with suppress(queue.Full):
         _fetcher(reader, os.getpid()).put_nowait(later.samples)

@@ -8,7 +8,7 @@ import numpy as np
 
 from shards.length_groups import padded_length
 from shards.manifest import Manifest
-from shards.reading.order import Order, Source, part_of
+from shards.reading.order import Order, Source, rank_slice
 
 BATCHES = 200  # looked at, at most
 _MICROS = 5000  # micro-batches of them, about; to group one by length takes a fifth of a millisecond
@@ -45,7 +45,7 @@ class Plan:
     workers: int
     nodes: int
     groups: int
-    steps_per_pass: float
+    steps_per_epoch: float
     read_per_node: int  # bytes of pictures and recordings a pass
     stored_per_node: int  # bytes of the shards that hold them, which a node's cache would take
     padding: float  # share of the padded speech that is padding
@@ -60,7 +60,7 @@ class Plan:
         lines = [line for part in self.parts for line in self._part(part)]
         pairs = self.batch_size // (self.micros * self.world_size)
         lines += [
-            f"steps a pass: {self.steps_per_pass:,.2f} of {self.batch_size:,} pairs "
+            f"steps a pass: {self.steps_per_epoch:,.2f} of {self.batch_size:,} pairs "
             f"({_count(self.world_size, 'rank')} x {_count(self.micros, 'micro-batch')} x {pairs:,})",
             f"a pass, for each of {_count(self.nodes, 'node')}: reads {bytes_text(self.read_per_node)}; "
             f"a cache of whole shards takes {bytes_text(self.stored_per_node)}",
@@ -144,18 +144,18 @@ def plan(
         UserError: the batch does not divide by ranks, micro-batches and lanes.
     """
     places = {
-        (micro, rank): part_of(order.batch_size, micro, micros, rank, world_size, order.lanes)
+        (micro, rank): rank_slice(order.batch_size, micro, micros, rank, world_size, order.shard_groups)
         for micro in range(micros)
         for rank in range(world_size)
     }
     total = sum(source.weight for source in order.sources)
     parts = [_part(order, s, m, s.weight / total) for s, m in zip(order.sources, manifests, strict=True)]
-    batches = min(BATCHES, max(1, int(order.steps_per_pass)), math.ceil(_MICROS / len(places)))
+    batches = min(BATCHES, max(1, int(order.steps_per_epoch)), math.ceil(_MICROS / len(places)))
     padding, padding_grouped = _padding(order, manifests, list(places.values()), groups, max_seconds, batches)
     steps = min(BATCHES, math.ceil(max(part.steps for part in parts)))
     ranks = max(1, world_size // nodes)
-    lane = order.batch_size // order.lanes
-    served = len(np.unique(np.concatenate([at for (_, rank), at in places.items() if rank < ranks]) // lane))
+    shard_group = order.batch_size // order.shard_groups
+    served = len(np.unique(np.concatenate([at for (_, rank), at in places.items() if rank < ranks]) // shard_group))
     return Plan(
         parts=tuple(parts),
         batch_size=order.batch_size,
@@ -164,9 +164,9 @@ def plan(
         workers=workers,
         nodes=nodes,
         groups=groups,
-        steps_per_pass=order.steps_per_pass,
+        steps_per_epoch=order.steps_per_epoch,
         read_per_node=sum(part.read for part in parts) * ranks // world_size,
-        stored_per_node=sum(part.stored for part in parts) * served // order.lanes,
+        stored_per_node=sum(part.stored for part in parts) * served // order.shard_groups,
         padding=padding,
         padding_grouped=padding_grouped,
         batches=batches,
@@ -215,7 +215,7 @@ def _part(order: Order, source: Source, m: Manifest, share: float) -> Part:
     counts = np.diff(m.first_caption[first : last + 1])
     # A pass takes one caption of each picture: on average one of its recordings.
     audio = float((m.audio_bytes[rows] / np.repeat(counts, counts)).sum())
-    together = min(order.window, len(source.count) // order.lanes)
+    together = min(order.shuffle_shards, len(source.count) // order.shard_groups)
     window = together * (last - first) / len(source.count)
     return Part(
         name=source.name,
@@ -227,7 +227,7 @@ def _part(order: Order, source: Source, m: Manifest, share: float) -> Part:
         read=int(m.image_bytes[first:last].sum() + audio),
         stored=sum(m.shards[int(m.shard[start])].bytes for start in source.start),
         window=round(window),
-        steps=window * order.lanes / (share * order.batch_size),
+        steps=window * order.shard_groups / (share * order.batch_size),
     )
 
 
@@ -243,7 +243,7 @@ def _padding(
     duration = np.concatenate([m.duration for m in manifests])
     taken = np.stack(places)
     real = plain = grouped = 0.0
-    for step in np.linspace(0, max(0.0, order.steps_per_pass - 1), batches).astype(int).tolist():
+    for step in np.linspace(0, max(0.0, order.steps_per_epoch - 1), batches).astype(int).tolist():
         seconds = np.minimum(duration[order.batch(step).captions], max_seconds).astype(np.float64)[taken]
         real += seconds.sum()
         plain += seconds.max(axis=1).sum() * seconds.shape[1]

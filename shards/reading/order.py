@@ -6,7 +6,7 @@
     run       pass 0, pass 1, ...       a batch draws on it what the weight of its source comes to
 
     batch t   sources x and y, 3 : 1    x x y x x x y x   x x y x x x y x       in two lanes
-    rank r    takes what `part_of` names
+    rank r    takes what `rank_slice` names
 
 Nothing here knows how many ranks or workers there are, so global batch t is the same on any cluster, and how far each
 source is at step t is arithmetic, so beginning there costs the same as beginning at 0. `shards.reading.epochs` has the
@@ -54,7 +54,7 @@ class Order:
     """
 
     def __init__(
-        self, sources: Sequence[Source], batch_size: int, seed: int = 0, window: int = 16, lanes: int = 1
+        self, sources: Sequence[Source], batch_size: int, seed: int = 0, shuffle_shards: int = 16, shard_groups: int = 1
     ) -> None:
         """Describe the order; nothing is shuffled yet.
 
@@ -70,17 +70,20 @@ class Order:
                 positive number or comes to less than one place in a lane's batch; or a lane has fewer pictures of a
                 source than two batches draw.
         """
-        if batch_size % lanes:
+        if batch_size % shard_groups:
             raise UserError(
-                f"a batch of {batch_size} does not divide into {lanes} lanes: set --training.batch_size to "
-                f"{math.ceil(batch_size / lanes) * lanes} or --data.lanes to {math.gcd(batch_size, lanes)}"
+                f"a batch of {batch_size} does not divide into {shard_groups} lanes: set --training.batch_size to "
+                f"{math.ceil(batch_size / shard_groups) * shard_groups} or --data.shard_groups to {math.gcd(batch_size, shard_groups)}"
             )
         self.sources, self.batch_size, self.seed = tuple(sources), batch_size, seed
-        self.window, self.lanes = window, lanes
-        self._places = batch_size // lanes  # of a lane in a batch
+        self.shuffle_shards, self.shard_groups = shuffle_shards, shard_groups
+        self._places = batch_size // shard_groups  # of a lane in a batch
         self._shares = _shares(self.sources, self._places)
         self._runs = [
-            [Passes(part, share, seed, window, (k, lane)) for lane, part in enumerate(_deal(source, lanes))]
+            [
+                Passes(part, share, seed, shuffle_shards, (k, shard_group))
+                for shard_group, part in enumerate(_deal(source, shard_groups))
+            ]
             for k, (source, share) in enumerate(zip(self.sources, self._shares, strict=True))
         ]
         for runs in self._runs:
@@ -92,17 +95,17 @@ class Order:
         return sum(run.pictures for runs in self._runs for run in runs)
 
     @property
-    def steps_per_pass(self) -> float:
+    def steps_per_epoch(self) -> float:
         """Steps that draw as many pictures as there are; the sources of a mixture each pass at their own pace."""
         return self.pictures / self.batch_size
 
     def batch(self, step: int) -> Selection:
         """Return global batch number `step`, at a cost that depends neither on `step` nor on the number of samples."""
-        samples, captions = np.empty((2, self.lanes, self._places), np.int64)
+        samples, captions = np.empty((2, self.shard_groups, self._places), np.int64)
         seats = self._seats(step)
         for k, runs in enumerate(self._runs):
-            for lane, run in enumerate(runs):
-                samples[lane, seats == k], captions[lane, seats == k] = run.draw(step)
+            for shard_group, run in enumerate(runs):
+                samples[shard_group, seats == k], captions[shard_group, seats == k] = run.draw(step)
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
         return Selection(samples.ravel(), captions.ravel(), positions)
 
@@ -123,11 +126,11 @@ class Order:
         Returns:
             Sample number and caption row. The picture keeps its own place in the pass as well.
         """
-        lane, seat = divmod(place, self._places)
+        shard_group, seat = divmod(place, self._places)
         seats = self._seats(step)
         k = int(seats[seat])
         number = int(np.count_nonzero(seats[:seat] == k))
-        return self._runs[k][lane].spare(step, number, attempt)
+        return self._runs[k][shard_group].spare(step, number, attempt)
 
     def _seats(self, step: int) -> np.ndarray:
         """The source at each place of a lane, int64 [places]: every source spread evenly, so any part is a mixture."""
@@ -137,11 +140,11 @@ class Order:
 
     def _check(self, run: Passes) -> None:
         """See that the smallest lane of a source is large enough and gets a place."""
-        name = run.source.name if self.lanes == 1 else f"lane {run.stream[1]} of {run.source.name}"
+        name = run.source.name if self.shard_groups == 1 else f"lane {run.stream[1]} of {run.source.name}"
         if run.share.mean < 1:
             raise UserError(
                 f"{name} has {float(run.share.mean):.2g} places in a batch: give it more weight or set "
-                f"--training.batch_size to {math.ceil(self._places / run.share.mean) * self.lanes} or more"
+                f"--training.batch_size to {math.ceil(self._places / run.share.mean) * self.shard_groups} or more"
             )
         if run.pictures < 2 * run.share.most:
             more = "give it more pictures" if len(self.sources) == 1 else "give it more pictures or less weight"
@@ -158,7 +161,7 @@ class Order:
         for places in range(self._places - 1, 0, -1):
             shares = zip(_shares(self.sources, places), pictures, strict=True)
             if all(share.mean >= 1 and 2 * share.most <= n for share, n in shares):
-                return places * self.lanes
+                return places * self.shard_groups
         return 0
 
 
@@ -191,8 +194,8 @@ def order_of(
     split: str,
     batch_size: int,
     seed: int = 0,
-    window: int = 16,
-    lanes: int = 1,
+    shuffle_shards: int = 16,
+    shard_groups: int = 1,
     weights: Sequence[float] | None = None,
 ) -> Order:
     """Build the order of a split of one data set, or of several with weights (default: the same for each).
@@ -205,10 +208,12 @@ def order_of(
     for one, weight in zip(manifests, weights or [1.0] * len(manifests), strict=True):
         sources.append(source_of(one, split, sample, row, weight))
         sample, row = sample + len(one.first_caption) - 1, row + int(one.first_caption[-1])
-    return Order(sources, batch_size, seed, window, lanes)
+    return Order(sources, batch_size, seed, shuffle_shards, shard_groups)
 
 
-def part_of(batch_size: int, micro: int, micros: int, rank: int, world_size: int, lanes: int = 1) -> np.ndarray:
+def rank_slice(
+    batch_size: int, micro: int, micros: int, rank: int, world_size: int, shard_groups: int = 1
+) -> np.ndarray:
     """Return the places of a global batch that `rank` takes in micro-batch `micro` of `micros`, int64 [n].
 
     A micro-batch has an equal part of every lane and ranks are contiguous in it, so ranks that divide the lanes serve
@@ -217,12 +222,12 @@ def part_of(batch_size: int, micro: int, micros: int, rank: int, world_size: int
     Raises:
         UserError: The batch does not divide so.
     """
-    if batch_size % (lanes * micros) or batch_size % (micros * world_size):
+    if batch_size % (shard_groups * micros) or batch_size % (micros * world_size):
         raise UserError(
-            f"--training.batch_size {batch_size} does not divide by {micros} micro-batches x {lanes} lanes "
-            f"or x {world_size} ranks: set it to a multiple of {micros * math.lcm(lanes, world_size)}"
+            f"--training.batch_size {batch_size} does not divide by {micros} micro-batches x {shard_groups} lanes "
+            f"or x {world_size} ranks: set it to a multiple of {micros * math.lcm(shard_groups, world_size)}"
         )
-    lane_parts = np.arange(batch_size, dtype=np.int64).reshape(lanes, micros, -1)
+    lane_parts = np.arange(batch_size, dtype=np.int64).reshape(shard_groups, micros, -1)
     return lane_parts[:, micro].reshape(world_size, -1)[rank]
 
 
@@ -235,17 +240,17 @@ def _shares(sources: Sequence[Source], places: int) -> list[Share]:
     return [Share(places * low / ends[-1], places * high / ends[-1]) for low, high in pairwise(ends)]
 
 
-def _deal(source: Source, lanes: int) -> list[Source]:
+def _deal(source: Source, shard_groups: int) -> list[Source]:
     """Deal the shards of a source to lanes: the largest first, each to the lane that has the fewest pictures."""
-    if lanes > max(1, len(source.count)):
+    if shard_groups > max(1, len(source.count)):
         raise UserError(
-            f"{lanes} lanes need as many shards, {source.name} has {len(source.count)}: "
-            f"set --data.lanes to {len(source.count)} or less, or make smaller shards"
+            f"{shard_groups} lanes need as many shards, {source.name} has {len(source.count)}: "
+            f"set --data.shard_groups to {len(source.count)} or less, or make smaller shards"
         )
-    dealt: list[list[int]] = [[] for _ in range(lanes)]
-    fill = [(0, lane) for lane in range(lanes)]
+    dealt: list[list[int]] = [[] for _ in range(shard_groups)]
+    fill = [(0, shard_group) for shard_group in range(shard_groups)]
     for shard in np.argsort(-source.count, kind="stable").tolist():
-        pictures, lane = fill[0]
-        heapq.heapreplace(fill, (pictures + int(source.count[shard]), lane))
-        dealt[lane].append(shard)
+        pictures, shard_group = fill[0]
+        heapq.heapreplace(fill, (pictures + int(source.count[shard]), shard_group))
+        dealt[shard_group].append(shard)
     return [replace(source, start=source.start[sorted(own)], count=source.count[sorted(own)]) for own in dealt]

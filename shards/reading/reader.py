@@ -16,7 +16,7 @@ import numpy as np
 
 from shards.errors import TransientError, UserError
 from shards.manifest import Manifest, ShardInfo
-from shards.reading.bad_samples import BadSample
+from shards.reading.bad_samples import UnreadableSampleError
 from shards.reading.cache import Cache
 from shards.remote import Remote
 
@@ -68,7 +68,7 @@ class Reader:
         Raises:
             UserError: Its shard is missing or has not the manifest's size.
             TransientError: The disk or network does not answer.
-            BadSample: This member alone cannot be read.
+            UnreadableSampleError: This member alone cannot be read.
         """
         part, local = self._find(self._first_sample, sample)
         m = self.manifests[part]
@@ -120,7 +120,7 @@ class Reader:
 
     def _read(self, part: int, shard: int, offset: int, size: int) -> bytes:
         if size > MAX_MEMBER:
-            raise BadSample(f"a member of {size:,} bytes, the limit is {MAX_MEMBER:,}")
+            raise UnreadableSampleError(f"a member of {size:,} bytes, the limit is {MAX_MEMBER:,}")
         return self._open(part, shard).read(offset, size)
 
     def _open(self, part: int, shard: int) -> "_Shard":

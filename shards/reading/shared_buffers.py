@@ -20,7 +20,7 @@ _ALIGNED = 64  # bytes
 Layout = list[tuple[torch.dtype, tuple[int, ...]]]  # of tensors that lie behind one another
 
 
-class Slots:
+class SharedBuffers:
     """The slots of one worker; made before it is forked, and known to both sides."""
 
     def __init__(self, count: int, size: int) -> None:
@@ -52,7 +52,7 @@ class Slots:
 
 
 @dataclass
-class Parcel:
+class SharedBatch:
     """A batch on its way: its pictures and waveforms in a slot, the rest here."""
 
     worker: int
@@ -60,7 +60,7 @@ class Parcel:
     wanted: Layout
     rest: Any
 
-    def open(self, slots: Sequence[Slots]) -> Any:
+    def open(self, slots: Sequence[SharedBuffers]) -> Any:
         """Put the batch together again, on the slot."""
         images, waveforms = slots[self.worker].lend(self.slot, self.wanted)
         return replace(self.rest, images=images, waveforms=waveforms)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.errors import UserError
-from shards.manifest import INDEX, MANIFEST, load, sync_folder
+from shards.files import sync_folder
+from shards.manifest import INDEX, MANIFEST, load
 from shards.report import REPORT
 from shards.writing.shard_record import Plan, load_plan
 from shards.writing.sources import SOURCES, compare_lists

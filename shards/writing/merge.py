@@ -66,8 +66,8 @@ def _records(folder: Path, plan: Plan, seen: _Seen) -> Iterator[Record]:
 
 
 def _still_missing(names: Sequence[str], plan: Plan) -> str:
-    part_of = _part_of(plan)
-    named = ", ".join(f"{name} (part {part_of[name]})" for name in names[:_NAMED])
+    part_of_shard = _parts_by_shard(plan)
+    named = ", ".join(f"{name} (part {part_of_shard[name]})" for name in names[:_NAMED])
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     what = f"{len(names)} of {len(plan.shards)} shards are missing, or not as planned last"
     return f"{what}: {named}{more}: {_again(names, plan)}"
@@ -83,11 +83,11 @@ def _again(names: Sequence[str], plan: Plan) -> str:
     """How to write some shards again."""
     if plan.parts == 1:
         return "run the same command again"
-    part_of = _part_of(plan)
-    parts = sorted({part_of[name] for name in names}, key=lambda part: int(part.split("/")[0]))
+    part_of_shard = _parts_by_shard(plan)
+    parts = sorted({part_of_shard[name] for name in names}, key=lambda part: int(part.split("/")[0]))
     return f"run --part {', '.join(parts)} again"
 
 
-def _part_of(plan: Plan) -> dict[str, str]:
+def _parts_by_shard(plan: Plan) -> dict[str, str]:
     """Which part writes each shard."""
     return {name: f"{number % plan.parts + 1}/{plan.parts}" for number, name in enumerate(plan.shards)}

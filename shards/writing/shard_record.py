@@ -15,7 +15,8 @@ import numpy as np
 
 from shards.corpora.item import Item
 from shards.corpora.lists import ListFile
-from shards.manifest import COLUMNS, FORMAT, ShardInfo, atomic
+from shards.files import atomic_write
+from shards.manifest import COLUMNS, FORMAT, ShardInfo
 from shards.report import Counts, Dropped, RecordingWarning, Report
 from shards.writing.sources import SourceFile, Sources
 
@@ -57,7 +58,7 @@ class Plan:
 
     def save(self, notes: Path) -> None:
         """Write `plan.json`."""
-        with atomic(notes / PLAN) as file:
+        with atomic_write(notes / PLAN) as file:
             file.write(json.dumps(asdict(self), indent=1).encode() + b"\n")
 
 
@@ -101,7 +102,7 @@ class Record:
 
     def save(self, notes: Path) -> None:
         """Write `NAME.json`; the tar has to be in its place."""
-        with atomic(notes / f"{self.name}.json") as file:
+        with atomic_write(notes / f"{self.name}.json") as file:
             file.write(json.dumps(self, default=vars).encode())
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from shards.corpora.item import Item
 from shards.corpora.lists import ListFile
 from shards.errors import UserError
-from shards.manifest import atomic
+from shards.files import atomic_write
 
 SOURCES = "sources.json"
 _FIRST_SPLITS = ("train", "dev", "test")
@@ -201,7 +201,7 @@ def save_sources(folder: Path, sources: Sources) -> None:
         **{name: getattr(sources, name).tolist() for name in ("bytes", "time", "crc32")},
     }
     body = json.dumps(said).encode()[:-1] + b",\n"
-    with atomic(folder / SOURCES) as file:
+    with atomic_write(folder / SOURCES) as file:
         file.write(body + b'"sha256": "%s"}\n' % hashlib.sha256(body).hexdigest().encode())
 
 

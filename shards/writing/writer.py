@@ -16,11 +16,12 @@ from shards import manifest
 from shards.corpora.item import AudioSource, Item, PictureSource, check_items
 from shards.corpora.lists import ListFile
 from shards.errors import UserError
+from shards.files import atomic_write, file_sha256
 from shards.media.audio import SAMPLE_RATE, Codec, Recording, encode_audio, mix_down, read_recording, resample
 from shards.media.picture import read_picture
 from shards.media.signal_level import level_warning
 from shards.reading.reader import MAX_MEMBER, MAX_META
-from shards.report import Dropped, Outlook, RecordingWarning, Report, outlook_text
+from shards.report import Dropped, RecordingWarning, Report, SizeEstimate, outlook_text
 from shards.worker_pool import Progress, run_tasks
 from shards.writing.folder_lock import UNFINISHED, WHOLE, Part, claimed, finished
 from shards.writing.merge import close_folder
@@ -215,7 +216,7 @@ def outlook(items: Sequence[Item], form: Format) -> str:
         share = len(every) / len(some)
         seconds = share * sum(sum(sample.durations) for sample in trial.samples)
         captions = sum(len(item.captions) for item in every)
-        rows.append(Outlook(split, len(every), captions, len(shards), seconds, share * size))
+        rows.append(SizeEstimate(split, len(every), captions, len(shards), seconds, share * size))
     return outlook_text(rows, tried)
 
 
@@ -256,14 +257,14 @@ def _make_shard(folder: Path, plan: _Planned, progress: Progress) -> bool:
     try:
         # A record of what the tar held before must not be found beside a new tar.
         (notes / f"{plan.name}.json").unlink(missing_ok=True)
-        with manifest.atomic(path) as file, tarfile.TarFile("", "w", file, format=tarfile.USTAR_FORMAT) as tar:
+        with atomic_write(path) as file, tarfile.TarFile("", "w", file, format=tarfile.USTAR_FORMAT) as tar:
             for item in plan.items:
                 # As the stamps, before the files are read.
                 sources += [_source(path, stamps) for path in files_of([item])]
                 _write_sample(tar, file, item, plan.form, shard)
                 progress(1)
         if shard.samples:
-            shard.bytes, shard.sha256 = path.stat().st_size, manifest.file_sha256(path)
+            shard.bytes, shard.sha256 = path.stat().st_size, file_sha256(path)
         else:
             path.unlink()
         shard.save(notes)

@@ -42,15 +42,17 @@ def count_ours(rank: int, ranks: int, zero: int) -> tuple[dict[str, float], dict
     configuration = config.Config(model=frozen_model(32, 2))
     configuration.objectives.matching.negatives = "global"
     configuration.objectives.contrastive.queue = 256
-    configuration.training = config.Training(batch_size=BATCH * ranks, warmup=0, precision="fp32", zero=zero)
-    configuration.data.image_size, configuration.data.window = IMAGE_SIZE, 1
+    configuration.training = config.Training(
+        batch_size=BATCH * ranks, warmup_steps=0, precision="fp32", zero_stage=zero
+    )
+    configuration.data.image_size, configuration.data.shuffle_shards = IMAGE_SIZE, 1
     with open_trainer(configuration) as trainer:
         assert trainer.teacher
         for step in range(1 + STEPS):
             batch = make_batch(step * ranks + rank, BATCH, IMAGE_SIZE, LONGEST)
             counted.on = step > 0
             trainer.train_step(step, iter([batch]))
-        trainer.teacher.settle()
+        trainer.teacher.wait_pending()
         trained = [p for p in trainer.learner.parameters() if p.requires_grad]
         model = trainer.learner.model
         _, features = model.frozen(batch.images, batch.waveforms, batch.lengths)
@@ -206,7 +208,7 @@ def main() -> int:
         trained=int(o.trained),
         averaged=int(o.averaged),
         number=2,
-        zero=o.zero,
+        zero_stage=o.zero,
     )
     machine = Machine(o.work * o.batch / o.flops, o.flops, o.bandwidth, o.latency, o.message)
     counts = [] if o.no_count else [row for ranks in COUNTED for row in compare(ranks, o.zero)]

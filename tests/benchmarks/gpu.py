@@ -41,7 +41,7 @@ def configuration(name: str, shards: Path, tiny: bool) -> dict[str, Any]:
     named = Config()
     apply_yaml(named, CONFIGS / f"{name}.yaml")
     tree = asdict(named)
-    tree["data"].update(shards=str(shards), window=2)
+    tree["data"].update(shards=str(shards), shuffle_shards=2)
     for encoder, small in (("speech", HUBERT), ("image", VIT)):
         values = tree["model"][encoder]
         large = {**KNOWN[values["trunk"]], "num_attention_heads": HEADS}

@@ -65,7 +65,7 @@ class Bench:
 
         manifest = load(folder)
         order = order_of(manifest, "train", BATCH, seed=SEED)
-        first, last = (int(order.steps_per_pass * at) for at in (begin, begin + passes))
+        first, last = (int(order.steps_per_epoch * at) for at in (begin, begin + passes))
         return open_stream(
             Reader(manifest),
             order,

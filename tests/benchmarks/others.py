@@ -121,9 +121,9 @@ def _without_torchvision() -> None:
         contents: dict[str, dict[str, Any]] = {"": {}, ".datasets": {"VisionDataset": object}, ".transforms": {}}
         contents[".transforms.functional"] = {"to_tensor": None}
         for name, content in contents.items():
-            stand_in = types.ModuleType(f"torchvision{name}")
-            vars(stand_in).update(content)
-            sys.modules.setdefault(stand_in.__name__, stand_in)
+            surrogate_loss = types.ModuleType(f"torchvision{name}")
+            vars(surrogate_loss).update(content)
+            sys.modules.setdefault(surrogate_loss.__name__, surrogate_loss)
 
 
 def lhotse_shar(folder: Path, manifest: Manifest, size: int, batch: int, workers: int, passes: int) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from toolkit.model.build import build_model
 from toolkit.model.outputs import Encoded
 from toolkit.objectives.denoising import add_noise, denoising_loss
 from toolkit.objectives.matching import draw_negatives
-from toolkit.training.learner import Draws, Learner
+from toolkit.training.learner import Learner, StepRandomness
 from toolkit.training.queue import EmbeddingQueue
 
 
@@ -25,7 +25,7 @@ class PlainStep:
     def __init__(self, learner: Learner, queue: EmbeddingQueue, configuration: config.Config) -> None:
         """Copy the learner, which may belong to a DeepSpeed engine already, and the queue, which is full."""
         self.c, training = configuration.objectives, configuration.training
-        self.decay, self.clip = self.c.momentum.decay, training.clip
+        self.decay, self.clip = self.c.momentum.decay, training.grad_clip
         self.learner = Learner(build_model(configuration.model, self.c.contrastive), self.c, 0, 1)
         self.learner.load_state_dict(learner.state_dict())
         self.model, self.denoiser = self.learner.model.train(), self.learner.denoisers["image"]
@@ -39,7 +39,7 @@ class PlainStep:
         self.speech_queue, self.image_queue = queue.speech.T.clone(), queue.image.T.clone()
         self.queue_ids, self.pointer = queue.ids[None].clone(), 0
 
-    def step(self, batch: Batch, draws: Draws, row_by_row: bool = False) -> dict[str, Tensor]:
+    def step(self, batch: Batch, draws: StepRandomness, row_by_row: bool = False) -> dict[str, Tensor]:
         """One step; negatives are drawn row by row, or else as ours draws them."""
         speech, image = self.model(batch.images, batch.waveforms, batch.lengths)
         temperature = self.model.temperature()
@@ -103,10 +103,12 @@ class PlainStep:
         labels = torch.cat([torch.ones(rows, dtype=torch.long), torch.zeros(2 * rows, dtype=torch.long)])
         return F.cross_entropy(logits, labels)
 
-    def denoising(self, speech: Encoded, image: Encoded, image_m: Encoded, ids: Tensor, draws: Draws) -> Tensor:
+    def denoising(
+        self, speech: Encoded, image: Encoded, image_m: Encoded, ids: Tensor, draws: StepRandomness
+    ) -> Tensor:
         """CMD on the pictures."""
         c = self.c.denoising
-        noised = add_noise(image.tokens, image.mask, ids, c.noise, c.ratio, 1, c.snr_db, draws.noise, c.donors)
+        noised = add_noise(image.tokens, image.mask, ids, c.noise, c.ratio, 1, c.snr_db, draws.noise, c.swap_group)
         rebuilt = self.denoiser(noised.tokens, image.mask, speech.tokens, speech.mask)
         return denoising_loss(rebuilt, image_m.tokens, noised.positions, image.mask, c.loss, c.token_temperature)
 

@@ -98,7 +98,9 @@ def configure(options: argparse.Namespace) -> config.Config:
     configuration = config.Config(model=model)
     configuration.objectives.contrastive.queue = 8192
     configuration.objectives.denoising.layers = 1
-    configuration.training = config.Training(batch_size=2, warmup=0, precision="fp32", zero=1, keep=1)
+    configuration.training = config.Training(
+        batch_size=2, warmup_steps=0, precision="fp32", zero_stage=1, keep_checkpoints=1
+    )
     configuration.data.image_size = IMAGE_SIZE
     return configuration
 

@@ -39,7 +39,9 @@ def configure(options: argparse.Namespace) -> config.Config:
     configuration.objectives.contrastive.alpha_ramp = 0
     configuration.objectives.denoising.layers = 1
     configuration.objectives.momentum.decay = 0.9  # so that two steps show a teacher that is wrong
-    configuration.training = config.Training(batch_size=options.batch, lr=1e-3, warmup=0, precision="fp32", zero=1)
+    configuration.training = config.Training(
+        batch_size=options.batch, lr=1e-3, warmup_steps=0, precision="fp32", zero_stage=1
+    )
     configuration.data.image_size = IMAGE_SIZE
     return configuration
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 
 from launch.executor import (
-    Asked,
-    alike,
+    JobSpec,
     allocated_cores,
     choose_cluster,
     executor,
     leave_job,
     minutes,
     ranks_per_node,
+    same_resources,
     setup_lines,
     slurm_parameters,
 )
@@ -93,7 +93,7 @@ def test_more_than_there_is_room_for(launch, said):
 
 def asked(profile=None, **launch):
     config = Config(run="runs/x", launch=replace(Launch(), **launch))
-    return Asked("slurm", config, profile or Profile(), 2)
+    return JobSpec("slurm", config, profile or Profile(), 2)
 
 
 def test_signal_comes_well_before_a_short_limit(tmp_path):
@@ -124,8 +124,8 @@ def test_members_of_an_array_get_what_the_most_demanding_needs():
     jobs = [asked(), asked(), asked()]
     for job, workers in zip(jobs, (1, 7, 2), strict=True):
         job.config.data.workers = workers
-    assert [job.config.launch.cpus_per_rank for job in alike(jobs)] == [9, 9, 9]
-    assert alike([asked(cpus_per_rank=4), asked()])[0].config.launch.cpus_per_rank == 4
+    assert [job.config.launch.cpus_per_rank for job in same_resources(jobs)] == [9, 9, 9]
+    assert same_resources([asked(cpus_per_rank=4), asked()])[0].config.launch.cpus_per_rank == 4
 
 
 OUTSIDE = {"HOME": "/h", "SLURM_CONF": "/etc/x", "SLURM_CLUSTERS": "big", "SBATCH_ACCOUNT": "mine", "SLURMFOO": "no"}

@@ -10,7 +10,7 @@ import torch.distributed
 from launch.job import LOST, Job, Status, train_and_evaluate
 from shards.errors import TransientError, UserError
 from toolkit.config.schema import Config
-from toolkit.distributed import PeerError
+from toolkit.rank_sync import RemoteRankError
 from toolkit.run_folder import to_yaml
 from toolkit.training.fault_tolerance.watchdog import STALLED
 
@@ -100,7 +100,7 @@ def test_place_on_this_machine(tmp_path, monkeypatch):
         (None, 0, ""),
         (UserError("mend it"), 2, "error: mend it\n"),
         (TransientError("the disk did not answer"), STALLED, "error: the disk did not answer\n"),
-        (PeerError("rank 3: broken"), LOST, "rank 3: broken\n"),
+        (RemoteRankError("rank 3: broken"), LOST, "rank 3: broken\n"),
         (ValueError("broken"), 1, "ValueError: broken\n"),
         (KeyboardInterrupt(), 130, ""),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), LOST, "closed by peer\n"),

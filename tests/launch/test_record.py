@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch.record import INCARNATIONS, SUBMISSION, Submission, incarnations, newest, restarts, submissions
+from launch.record import INCARNATIONS, SUBMISSION, Submission, attempts, newest, restarts, submissions
 from shards.errors import UserError
 
 
@@ -54,10 +54,10 @@ def test_incarnations(tmp_path):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / INCARNATIONS).write_text(text + "not JSON\n[1]\n" + '{"restart": 1, "en')
-    first, second = incarnations(folder)
+    first, second = attempts(folder)
     assert (first.hosts, first.ended, first.code, first.requeued, first.why) == (["n1", "n2"], 2.0, 75, True, "saved")
     assert (second.restart, second.began, second.ended, second.requeued) == (1, 3.0, None, False)
-    assert incarnations(tmp_path) == []
+    assert attempts(tmp_path) == []
 
 
 def test_restarts_count_those_by_slurm_and_those_by_hand(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from launch.executor import Asked
+from launch.executor import JobSpec
 from launch.job import Job, Status
 from launch.profiles import Profile
 from launch.snapshot import ROOT, snapshot
@@ -69,7 +69,7 @@ class Hanging(Waiting):
 def launch(kind, folder):
     from launch.submit import _free_port
 
-    asked = Asked("local", Config(run=str(folder)), Profile(), 2)
+    asked = JobSpec("local", Config(run=str(folder)), Profile(), 2)
     work = kind(str(folder / "none.yaml"), str(folder), _free_port())
     (job,) = submit(asked, [work], folder, snapshot(folder))
     return job, watch(job, folder, 2)

@@ -8,7 +8,8 @@ import pytest
 
 from shards import manifest
 from shards.errors import UserError
-from shards.manifest import ShardInfo, atomic, load, save
+from shards.files import atomic_write
+from shards.manifest import ShardInfo, load, save
 
 
 def columns():
@@ -278,7 +279,7 @@ def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
     path.write_bytes(b"old")
 
     def fail():
-        with atomic(path) as file:
+        with atomic_write(path) as file:
             file.write(b"half")
             raise RuntimeError
 

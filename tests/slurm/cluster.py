@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import Status
-from launch.record import incarnations
+from launch.record import attempts
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTBED = ROOT / "slurm" / "testbed"
@@ -136,12 +136,12 @@ class Training:
                 taken.setdefault(record["step"], []).append(record["loss"])
         return taken
 
-    def incarnations(self) -> list[dict[str, Any]]:
-        return [asdict(each) for each in incarnations(self.logs)]
+    def attempts(self) -> list[dict[str, Any]]:
+        return [asdict(each) for each in attempts(self.logs)]
 
     def hosts(self) -> list[str]:
         """Nodes of the incarnation under way."""
-        return self.incarnations()[-1]["hosts"]
+        return self.attempts()[-1]["hosts"]
 
     def wait_step(self, more: int = 5) -> int:
         """Wait until some more steps were taken from now on; give the number of the last."""
@@ -155,8 +155,8 @@ class Training:
 
     def wait_restart(self, number: int) -> dict[str, Any]:
         """Wait for an incarnation to begin; give what is known of the one before."""
-        wait_for(lambda: self.incarnations() and self.incarnations()[-1]["restart"] >= number, self.told)
-        return self.incarnations()[number - 1]
+        wait_for(lambda: self.attempts() and self.attempts()[-1]["restart"] >= number, self.told)
+        return self.attempts()[number - 1]
 
     def wait_end(self) -> str:
         """Wait until SLURM has done with the job; give the state that accounting shows."""
@@ -197,6 +197,6 @@ class Training:
 
     def _told(self) -> Iterator[str]:
         yield self.cluster.run("squeue", expect=None).stdout + self.cluster.run("sinfo", expect=None).stdout
-        yield from map(json.dumps, self.incarnations())
+        yield from map(json.dumps, self.attempts())
         for log in sorted(self.logs.glob("*_log.*")):
             yield f"{log.name}: {log.read_text(errors='replace')[-1500:]}"

@@ -36,7 +36,7 @@ def test_ranks_have_their_environment_where_sbatch_exports_none(quiet: Cluster, 
         monkeypatch.setenv(name, value)
     training = quiet.submit(config, tmp_path / "run", *TWO_RANKS, *SHORT, "--profile", profile)
     assert training.wait_end() == "COMPLETED", training.told()
-    assert [each["cause"] for each in training.incarnations()] == ["done"]
+    assert [each["cause"] for each in training.attempts()] == ["done"]
     assert not (training.logs / f"{training.job}_0_log.out").read_text().startswith("0: ")
 
 
@@ -51,7 +51,7 @@ def test_a_rank_without_the_packages_ends_the_job_and_is_told(quiet: Cluster, co
     assert f"job {training.job}: {why}: it does not start again" in told.stdout
     assert told.stderr.splitlines()[-1] == f"error: {why}; the whole log is {log}"
     assert training.wait_end() == "FAILED", training.told()
-    [ended] = training.incarnations()
+    [ended] = training.attempts()
     assert (ended["cause"], ended["requeued"]) == ("failed", False), training.told()
     assert ended["code"] in (137, 143), "srun's: of a rank that it ended, by TERM or by KILL"
     shown = companion(quiet, "status", run, expect=0).stdout
@@ -67,7 +67,7 @@ def test_a_python_that_is_not_there_ends_the_job_and_is_told(quiet: Cluster, con
     assert "ended with exit code 2 before it began to train" in told
     assert "execve(): /no/such/python: No such file or directory" in told
     assert training.wait_end() == "FAILED", training.told()
-    assert [each["requeued"] for each in training.incarnations()] == [False]
+    assert [each["requeued"] for each in training.attempts()] == [False]
 
 
 def test_a_rank_that_is_killed_before_it_begins_is_started_again(quiet: Cluster, config, tmp_path) -> None:
@@ -75,7 +75,7 @@ def test_a_rank_that_is_killed_before_it_begins_is_started_again(quiet: Cluster,
     profile = python_of_ranks(tmp_path, killed)
     training = quiet.submit(config, tmp_path / "run", *TWO_RANKS, *SHORT, "--profile", profile)
     assert training.wait_end() == "COMPLETED", training.told()
-    assert [(each["cause"], each["requeued"]) for each in training.incarnations()] == [
+    assert [(each["cause"], each["requeued"]) for each in training.attempts()] == [
         ("killed", True),
         ("done", False),
     ]

@@ -29,7 +29,7 @@ def state_of(cluster: Cluster, run: Path) -> dict:
 def test_a_sweep_is_followed_to_its_table(quiet: Cluster, config, tmp_path) -> None:
     """The second member's learning rate passes every check and makes its numbers infinite: it fails where it runs."""
     grid = tmp_path / "grid.yaml"
-    base = "training.steps: 4, training.warmup: 0, training.max_skipped_in_a_row: 2, evaluation.every: 0"
+    base = "training.steps: 4, training.warmup_steps: 0, training.max_skipped_in_a_row: 2, evaluation.every: 0"
     grid.write_text(f"base: {{{base}}}\nlist: [{{name: well, seed: 1}}, {{name: unwell, training.lr: 1.0e+30}}]\n")
     folder = tmp_path / "sweep"
     command = [sys.executable, ROOT / "launch" / "submit.py", "--config", config, "--run", folder, "--grid", grid]

@@ -31,11 +31,11 @@ def test_a_cancelled_job_has_saved_and_stays_away(quiet: Cluster, config, tmp_pa
     step = training.wait_step()
     quiet.run("scancel", training.job)
     assert training.wait_end() == "CANCELLED"
-    [ended] = training.incarnations()
+    [ended] = training.attempts()
     assert (ended["cause"], ended["requeued"]) == ("cancelled", False)
     assert step <= ended["step"] < 5000
     time.sleep(8)  # longer than a requeued job waits
-    assert [each["restart"] for each in training.incarnations()] == [0]
+    assert [each["restart"] for each in training.attempts()] == [0]
 
 
 def test_ranks_that_hang_at_the_time_limit_are_started_again(quiet: Cluster, config, tmp_path) -> None:
@@ -61,7 +61,7 @@ def test_an_error_ends_the_job(quiet: Cluster, config, tmp_path) -> None:
     (run / "log.jsonl").mkdir(parents=True)
     training = quiet.submit(config, run, "--nodes", 2, "--ranks-per-node", 1, "--cpus-per-rank", 2, "--time", 20)
     assert training.wait_end() == "FAILED", training.told()
-    [ended] = training.incarnations()
+    [ended] = training.attempts()
     assert (ended["cause"], ended["requeued"]) == ("failed", False), training.told()
     assert 1 in [json.loads((training.logs / f"rank{rank}.json").read_text())["exit"] for rank in range(2)]
 
@@ -76,5 +76,5 @@ def test_ranks_that_die_at_once_are_not_started_for_ever(quiet: Cluster, config,
         wait_for(lambda: (Status(training.logs, 0).read() or {}).get("restart") == restart, training.told)  # noqa: B023
         training.signal("KILL", 0, training.hosts()[0])
     assert training.wait_end() == "FAILED"
-    assert [each["cause"] for each in training.incarnations()] == 4 * ["killed"]
-    assert [each["requeued"] for each in training.incarnations()] == [True, True, True, False]
+    assert [each["cause"] for each in training.attempts()] == 4 * ["killed"]
+    assert [each["requeued"] for each in training.attempts()] == [True, True, True, False]

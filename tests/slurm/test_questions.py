@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.executor import Asked
+from launch.executor import JobSpec
 from launch.preflight import checks, limits
 from launch.profiles import Profile, slurm_config
 from launch.slurm.client import ask, find, in_queue, job_number
@@ -88,9 +88,9 @@ def real(accounts: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return accounts
 
 
-def asked(ranks: int = 1, **launch: object) -> Asked:
+def asked(ranks: int = 1, **launch: object) -> JobSpec:
     given = {"time": "10", "cpus_per_rank": 1, **launch}
-    return Asked("slurm", Config(launch=Launch(**given)), Profile(), ranks)  # type: ignore[arg-type]
+    return JobSpec("slurm", Config(launch=Launch(**given)), Profile(), ranks)  # type: ignore[arg-type]
 
 
 def submit(*arguments: str) -> str:
@@ -196,7 +196,7 @@ def test_above_a_limit(real: Cluster, launch: dict[str, object], reason: str, sa
         real.run("scancel", number)
 
 
-def look(job: Asked) -> str:
+def look(job: JobSpec) -> str:
     checks.check_partition(job)
     return checks.check_limits(job)
 

@@ -46,10 +46,10 @@ def undisturbed(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPat
 def check_whole(training: Training, undisturbed: dict[int, float], causes: list[str]) -> None:
     """The run is complete, began again for these causes, and every step has the loss that it should have."""
     assert training.wait_end() == "COMPLETED", training.told()
-    incarnations = training.incarnations()
-    assert [each["restart"] for each in incarnations] == list(range(len(causes) + 1))
-    assert [each["cause"] for each in incarnations] == [*causes, "done"], training.told()
-    assert [each["requeued"] for each in incarnations] == [*(True for _ in causes), False]
+    attempts = training.attempts()
+    assert [each["restart"] for each in attempts] == list(range(len(causes) + 1))
+    assert [each["cause"] for each in attempts] == [*causes, "done"], training.told()
+    assert [each["requeued"] for each in attempts] == [*(True for _ in causes), False]
     taken = training.losses()
     assert sorted(taken) == sorted(undisturbed) == list(range(1, STEPS + 1))
     other = {step: losses for step, losses in taken.items() if set(losses) != {undisturbed[step]}}
@@ -84,7 +84,7 @@ def test_one_life_with_every_accident(cluster: Cluster, config, undisturbed, tmp
     training.wait_step()
     cluster.controller("start")
     training.wait_step()
-    assert len(training.incarnations()) == len(causes) + 1
+    assert len(training.attempts()) == len(causes) + 1
     cluster.controller("kill")
     training.signal("KILL", 1, training.hosts()[1])
     time.sleep(8)
@@ -111,7 +111,7 @@ def test_one_life_with_every_accident(cluster: Cluster, config, undisturbed, tmp
         training.wait_step()
         for rank, host in enumerate(training.hosts()):
             training.signal("STOP", rank, host)
-        minutes = int(time.time() - training.incarnations()[-1]["began"]) // 60 + 2
+        minutes = int(time.time() - training.attempts()[-1]["began"]) // 60 + 2
         cluster.run("scontrol", "update", f"JobId={training.job}", f"TimeLimit={minutes}")
         begins_again("saved")
         cluster.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=60")

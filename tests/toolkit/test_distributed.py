@@ -12,10 +12,11 @@ from torch import Tensor
 
 from shards.errors import TransientError, UserError
 from tests.distributed import RankError, run_ranks
-from toolkit.distributed import PeerError, Requests, agree_all, all_gather, gather_packed, gather_with_grad
+from toolkit.distributed import RowExchange, all_gather, gather_packed, gather_with_grad
 from toolkit.objectives.contrastive import contrastive_loss
 from toolkit.objectives.denoising import denoising_loss
 from toolkit.objectives.matching import draw_negatives, matching_loss
+from toolkit.rank_sync import RemoteRankError, run_on_all_ranks
 
 ROWS, INPUT, WIDTH = 8, 5, 6
 OBJECTIVES = ("SIC, queue", "SIC, own keys", "SIM", "SIM, drawn", "CMD, cosine", "CMD, mse", "CMD, infonce")
@@ -89,7 +90,7 @@ def contrastive_own_keys(pairs: Pairs, _name: str) -> Tensor:
 def matching(pairs: Pairs, name: str) -> Tensor:
     speech, _, image, _ = pairs.encode(pairs.weights)
     negatives, valid = draw(pairs) if name == "SIM, drawn" else (pairs.negatives, pairs.valid)
-    requests = Requests(negatives, [image.shape[1], speech.shape[1]], pairs.rank, pairs.world_size)
+    requests = RowExchange(negatives, [image.shape[1], speech.shape[1]], pairs.rank, pairs.world_size)
     missing = requests.longest(1) - speech.shape[1]
     wrong_image = requests.fetch(0, image)
     wrong_speech = requests.fetch(1, F.pad(speech, (0, 0, 0, missing)))
@@ -155,7 +156,7 @@ def wrong_fetches(rank: int, world_size: int) -> list[str]:
         if not all_gather(own, world_size).equal(table):
             wrong.append(f"all_gather of {dtype}")
         for name, index in requests.items():
-            wishes = Requests(torch.stack([index, index.flip(0)]), [rank, 9 - rank], rank, world_size)
+            wishes = RowExchange(torch.stack([index, index.flip(0)]), [rank, 9 - rank], rank, world_size)
             if not wishes.fetch(1, own).equal(table[index.flip(0)]) or not wishes.fetch(0, own).equal(table[index]):
                 wrong.append(f"{name}, {dtype}")
             if (wishes.longest(0), wishes.longest(1)) != (world_size - 1, 9):
@@ -222,7 +223,7 @@ def test_a_world_of_one_needs_no_process_group():
     assert all_gather(x, 1) is x
     assert gather_with_grad(x, 0, 1) is x
     assert gather_packed([x], [ids], 0, 1) == ([x], [ids])
-    requests = Requests(torch.tensor([[2, 0], [1, 1]]), [4, 7], 0, 1)
+    requests = RowExchange(torch.tensor([[2, 0], [1, 1]]), [4, 7], 0, 1)
     assert requests.fetch(0, x).equal(x[[2, 0]])
     assert requests.fetch(1, x).equal(x[[1, 1]])
     assert (requests.longest(0), requests.longest(1)) == (4, 7)
@@ -274,7 +275,7 @@ def one_fails(rank: int, world_size: int, failing: tuple[int, ...], kind: type[E
         return 10 * rank
 
     try:
-        return str(agree_all(work, rank, world_size))
+        return str(run_on_all_ranks(work, rank, world_size))
     except UserError as error:
         return str(error)
 
@@ -298,4 +299,4 @@ def test_only_a_users_mistake_is_one_on_the_other_ranks_too() -> None:
     other, own = run_ranks(kind_of_failure, 2, ValueError)
     assert (other, own) == ("PeerError: rank 1: shard 1 is missing", "ValueError: shard 1 is\nmissing")
     assert run_ranks(kind_of_failure, 2, TransientError)[0] == "rank 1: shard 1 is missing"
-    assert issubclass(PeerError, torch.distributed.DistError)  # by which a job knows it
+    assert issubclass(RemoteRankError, torch.distributed.DistError)  # by which a job knows it

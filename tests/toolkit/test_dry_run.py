@@ -16,7 +16,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def arguments(folder: Path, run: Path, **more: object) -> list[str]:
-    pairs = {"config": "quickstart", "run": run, "data.shards": folder, "training.batch_size": 2, "data.window": 2}
+    pairs = {
+        "config": "quickstart",
+        "run": run,
+        "data.shards": folder,
+        "training.batch_size": 2,
+        "data.shuffle_shards": 2,
+    }
     return [str(word) for name, value in {**pairs, **more}.items() for word in (f"--{name}", value)]
 
 
@@ -76,7 +82,7 @@ def test_without_evaluation_no_dev_is_needed(folder: Path, tmp_path: Path) -> No
 
 def test_mixture_and_lanes(folder: Path, tmp_path: Path) -> None:
     other = damage.write(tmp_path / "other")
-    keys = {"data.mixture": f"{{{folder}: 1, {other}: 1}}", "data.lanes": 1}
+    keys = {"data.mixture": f"{{{folder}: 1, {other}: 1}}", "data.shard_groups": 1}
     config, _ = train.parse(arguments(folder, tmp_path / "run", **keys), train.Parser())
     text = train.dry_run(config, 1)
     assert text.count("50.0% of each batch") == 2

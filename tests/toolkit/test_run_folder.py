@@ -41,8 +41,8 @@ def test_run_folder_of_another_configuration(tmp_path):
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     free = [
         "--launch.nodes", "4", "--wandb.mode", "offline", "--evaluation.rerank", "3", "--final.rerank", "5",
-        "--training.keep", "9", "--training.log_every", "1", "--data.workers", "0",
-        "--training.zero", "3", "--data.shards", "elsewhere",
+        "--training.keep_checkpoints", "9", "--training.log_every", "1", "--data.workers", "0",
+        "--training.zero_stage", "3", "--data.shards", "elsewhere",
     ]  # fmt: skip
     check_run(load_config(["--run", run, *free]))
     other = load_config(["--run", run, "--training.lr", "0.5", "--model.image.config.patch_size", "8"])

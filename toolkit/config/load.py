@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import math
 import re
 import types
@@ -13,8 +14,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from shards.errors import UserError
-from toolkit.config.schema import Config
+from toolkit.config.schema import RENAMED_KEYS, Config
 from toolkit.config.validate import check
+
+logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SAVED = "config.yaml"  # in a run folder
@@ -132,7 +135,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
 
 def _apply_file(config: Config, path: Path, heirs: tuple[Path, ...] = ()) -> None:
     """Set what a YAML file says; its `base: NAME|FILE` comes first."""
-    values = read_yaml(path)
+    values = current_keys(read_yaml(path), "" if path.name == SAVED else f"{path}: ")
     base = values.pop("base", None)
     if base is not None:
         parent = _find(str(base), path.parent)
@@ -172,7 +175,35 @@ def _override(config: Config, key: str, text: str) -> None:
     value = _from_text(text, kind, f"--{key} {_shown(text)}")
     for name in reversed(key.split(".")):
         value = {name: value}
-    _apply(config, value, "", "--")
+    _apply(config, current_keys(value, "--"), "", "--")
+
+
+def current_keys(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Rename the keys of earlier versions.
+
+    Args:
+        values: Sections with keys, or keys with dots.
+        where: What the warning, one line that names the new keys, begins with; empty: no warning.
+
+    Returns:
+        The values under today's names.
+    """
+    renamed: list[str] = []
+    values = _renamed(values, "", renamed)
+    if renamed and where:
+        logger.warning("%s%s", where, "; ".join(renamed))
+    return values
+
+
+def _renamed(values: dict[str, Any], prefix: str, renamed: list[str]) -> dict[str, Any]:
+    current = {}
+    for name, value in values.items():
+        key, now = f"{prefix}{name}", name
+        if key in RENAMED_KEYS:
+            now = ".".join([*name.split(".")[:-1], RENAMED_KEYS[key]])
+            renamed.append(f"{key} is now {prefix}{now}")
+        current[now] = _renamed(value, f"{key}.", renamed) if isinstance(value, dict) else value
+    return current
 
 
 def parse_value(text: str, where: str) -> Any:

@@ -12,6 +12,21 @@ from shards.errors import UserError
 GPUS = re.compile(r"(?:(?!\d+:)[\w.-]+:)?\d+")  # a number of GPUs, or a type and a number, as SLURM writes them: a100:4
 
 
+RENAMED_KEYS = {  # keys of earlier versions, still read: the section's key as it is called now
+    "data.window": "shuffle_shards",
+    "data.lanes": "shard_groups",
+    "data.max_faults": "max_bad_samples",
+    "data.max_faults_in_a_row": "max_bad_samples_in_a_row",
+    "objectives.denoising.donors": "swap_group",
+    "training.cached": "grad_cache",
+    "training.warmup": "warmup_steps",
+    "training.clip": "grad_clip",
+    "training.zero": "zero_stage",
+    "training.keep": "keep_checkpoints",
+    "training.name_bad_module": "detect_nonfinite",
+}
+
+
 @dataclass
 class Data:
     """Where samples come from and how they are prepared."""
@@ -26,12 +41,12 @@ class Data:
     max_seconds: float = 8.0  # longer captions are cropped at random in training; see also evaluation.max_seconds
     workers: int = 2  # loader processes a rank
     timeout: float = 600.0  # seconds that a batch may take before its workers are taken to hang
-    window: int = 16  # shards shuffled together
-    lanes: int = 1  # parts of a batch with shards of their own: a node that serves some lanes reads only their shards
+    shuffle_shards: int = 16  # shards shuffled together
+    shard_groups: int = 1  # disjoint groups of shards; a node downloads only the groups that it serves
     cache: str | None = None  # folder on each node's own disk that keeps remote shards; null: read them from afar
     cache_gb: float = 100.0  # what it may hold, in GB
-    max_faults: int = 1000  # samples that a rank may replace because they cannot be read; each counts once
-    max_faults_in_a_row: int = 50  # the same, without one between that can be read
+    max_bad_samples: int = 1000  # samples that a rank may replace because they cannot be read; each counts once
+    max_bad_samples_in_a_row: int = 50  # largest number of unreadable samples in a row
 
 
 @dataclass
@@ -136,7 +151,7 @@ class Denoising:
     noise: Literal["swap", "gaussian", "mask"] = "swap"
     ratio: float = 0.5  # share of the positions that are noised
     span: int = 5  # length of a noised run of speech frames
-    donors: int = 8  # neighbours in the global batch that exchange tokens; no rank's micro-batch should cut them
+    swap_group: int = 8  # neighbours in the global batch that exchange tokens; no rank's micro-batch should cut them
     snr_db: float = 0.0  # of the Gaussian noise
     target: Literal["teacher", "own"] = "teacher"
     loss: Literal["cosine", "mse", "infonce"] = "cosine"
@@ -163,25 +178,25 @@ class Training:
     steps: int = 50000
     batch_size: int = 256  # pairs an optimizer step, over all ranks and accumulated micro-batches
     accumulation: int = 1  # micro-batches a step
-    activation_checkpointing: bool = False  # keep only the inputs of trained layers, and compute the rest once more
-    cached: bool = False  # SIC compares all pairs of an accumulated step, not of a micro-batch; encodes twice
+    activation_checkpointing: bool = False  # recompute trained layers' activations in the backward pass
+    grad_cache: bool = False  # SIC compares all pairs of an accumulated step, not of a micro-batch; encodes twice
     lr: float = 1e-4
     min_lr: float = 1e-6
-    warmup: int = 5000  # steps
+    warmup_steps: int = 5000  # steps
     weight_decay: float = 0.02
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    clip: float = 1.0  # gradient norm
+    grad_clip: float = 1.0  # gradient norm
     precision: Literal["fp32", "bf16"] = "bf16"
     export_dtype: Literal["model", "fp32"] = "model"  # fp32: the optimizer's weights, whatever the model computes in
-    zero: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO stage
+    zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO stage
     log_every: int = 20  # steps
     save_every: int = 1000  # steps
-    keep: int = 3  # newest checkpoints kept, beside the best
+    keep_checkpoints: int = 3  # newest checkpoints kept, beside the best
     max_skipped_in_a_row: int = 20  # steps skipped for numbers that are not finite, after which the run ends
     watchdog: float = (
         900.0  # seconds without a completed step after which the stacks are shown and the run ends; 0: none
     )
-    name_bad_module: bool = False  # say which module's output was not finite first; slower
+    detect_nonfinite: bool = False  # say which module's output was not finite first; slower
     resume: str = "auto"  # auto: own newest checkpoint; never; or another run's if it has none, on other data at step 0
     stop_after: int | None = None  # steps after which this process saves and leaves, short of `steps`
 

@@ -27,20 +27,20 @@ def check(config: Config) -> None:
 _RANGES: dict[str, tuple[Any, str]] = {
     "1 or more": (
         lambda value: value >= 1,
-        """data.image_size data.window data.lanes model.embed_dim model.fusion.width model.fusion.layers
+        """data.image_size data.shuffle_shards data.shard_groups model.embed_dim model.fusion.width model.fusion.layers
         model.fusion.heads model.fusion.pool model.speech.head_heads model.image.head_heads objectives.denoising.span
-        objectives.denoising.donors objectives.denoising.layers
+        objectives.denoising.swap_group objectives.denoising.layers
         training.steps training.batch_size training.accumulation training.log_every
-        training.save_every training.keep training.max_skipped_in_a_row evaluation.batch_size launch.nodes
+        training.save_every training.keep_checkpoints training.max_skipped_in_a_row evaluation.batch_size launch.nodes
         launch.signal""",
     ),
     "0 or more": (
         lambda value: value >= 0,
-        """seed data.workers data.max_faults data.max_faults_in_a_row model.speech.head_layers model.image.head_layers
+        """seed data.workers data.max_bad_samples data.max_bad_samples_in_a_row model.speech.head_layers model.image.head_layers
         objectives.coarse_steps
         objectives.contrastive.weight objectives.matching.queue
         objectives.contrastive.queue objectives.contrastive.alpha_ramp objectives.matching.weight
-        objectives.denoising.weight training.min_lr training.warmup training.weight_decay training.clip
+        objectives.denoising.weight training.min_lr training.warmup_steps training.weight_decay training.grad_clip
         training.watchdog evaluation.every evaluation.rerank final.rerank launch.ranks_per_node launch.cpus_per_rank
         launch.array""",
     ),
@@ -94,8 +94,8 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
             f"--objectives.denoising.target teacher {off}; set it to own",
         ),
         (
-            denoising.weight > 0 and denoising.noise == "swap" and denoising.donors == 1,
-            "--objectives.denoising.donors 1 leaves no row to swap with: set it to 2 or more, or noise to another",
+            denoising.weight > 0 and denoising.noise == "swap" and denoising.swap_group == 1,
+            "--objectives.denoising.swap_group 1 leaves no row to swap with: set it to 2 or more, or noise to another",
         ),
         (
             fusion.width % fusion.heads != 0,
@@ -169,11 +169,11 @@ def batch_warnings(config: Config, world_size: int) -> list[str]:
                 f"{pairs}: CMD has no other row to swap tokens with, and its loss is 0; {raise_it}, or set "
                 "--objectives.denoising.noise gaussian"
             )
-        elif micro % denoising.donors and micro < config.training.batch_size:
+        elif micro % denoising.swap_group and micro < config.training.batch_size:
             divisors = [size for size in range(2, micro + 1) if micro % size == 0]
-            best = min(divisors, key=lambda size: (abs(size - denoising.donors), size))
+            best = min(divisors, key=lambda size: (abs(size - denoising.swap_group), size))
             found.append(
-                f"{pairs}: --objectives.denoising.donors {denoising.donors} does not divide that, so that CMD's noise "
+                f"{pairs}: --objectives.denoising.swap_group {denoising.swap_group} does not divide that, so that CMD's noise "
                 f"depends on the number of ranks; set it to {best}"
             )
     return found

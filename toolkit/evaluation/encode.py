@@ -24,8 +24,9 @@ from shards.media.audio import SAMPLE_RATE, decode_audio
 from shards.media.picture import decode_picture
 from toolkit.config.schema import Config
 from toolkit.data import open_reader
-from toolkit.distributed import agree_all, all_gather
+from toolkit.distributed import all_gather
 from toolkit.model.outputs import Encoded
+from toolkit.rank_sync import run_on_all_ranks
 
 if TYPE_CHECKING:
     from toolkit.model.retrieval import SpeechImageModel
@@ -197,7 +198,7 @@ class _Sweep:
         with ThreadPoolExecutor(max(1, self.threads)) as pool:
             inputs = _loaded_ahead(pool, load, own)
             for call in progress(f"encoding {title}", calls, self.process.show_progress):
-                loaded = agree_all(lambda: next(inputs), rank, ranks)
+                loaded = run_on_all_ranks(lambda: next(inputs), rank, ranks)
                 yield batches[call * ranks : (call + 1) * ranks], loaded
 
     def find(self) -> tuple[Tensor, Tensor]:

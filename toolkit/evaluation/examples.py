@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import UserError
-from shards.manifest import Manifest, atomic
+from shards.files import atomic_write
+from shards.manifest import Manifest
 from shards.media.picture import decode_picture
 from shards.reading.reader import Reader
 from toolkit.config.schema import Config
@@ -48,7 +49,7 @@ def keep_examples(run: Path, step: int, manifest: Manifest, found: Retrieval, co
             "reranked": bool(found.report["reranked"]),
             "queries": draw_examples(open_reader(config.data, manifest), found, config.seed),
         }
-        with atomic(run / name) as file:
+        with atomic_write(run / name) as file:
             file.write(json.dumps(content).encode())
     except (UserError, OSError, ValueError, LookupError) as error:
         tell(f"{run / name} was not written: {error}; training goes on")

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from shards.manifest import Manifest
 from shards.reading.reader import Reader
-from toolkit.evaluation.recall import Standing
+from toolkit.evaluation.recall import RankCounts
 from toolkit.evaluation.retrieve import Retrieval
 
 SPOKEN, SHOWN = 8, 4  # examples of each direction
@@ -90,7 +90,7 @@ def caption_text(reader: Reader, found: Retrieval, at: int) -> str:
     return caption.get("text") or f"(no text: utterance {caption.get('utterance')})"
 
 
-def _rank(standing: Standing, query: int) -> int:
+def _rank(standing: RankCounts, query: int) -> int:
     return 1 + int(standing.ahead[query])
 
 

@@ -28,7 +28,7 @@ class Questions:
     kinds: list[str]  # [N], what was swapped, or "" where the image id does not tell
 
 
-def find_twins(manifest: Manifest, samples: np.ndarray) -> np.ndarray:
+def find_minimal_pairs(manifest: Manifest, samples: np.ndarray) -> np.ndarray:
     """Sample numbers of the twins of the given samples, int64; none where the shards have no split `twins`."""
     if SPLIT not in manifest.splits:
         return np.zeros(0, dtype=np.int64)

@@ -20,7 +20,7 @@ _CELLS = 1 << 24  # scores held at once: 64 MB
 
 
 @dataclass
-class Standing:
+class RankCounts:
     """Where the best right answer of each query stands; all int64 [Q]."""
 
     ahead: Tensor  # wrong answers with a better score
@@ -32,11 +32,11 @@ class Standing:
 class Ranking:
     """The result of one direction, on the CPU."""
 
-    standing: Standing  # [Q]
+    standing: RankCounts  # [Q]
     candidates: Tensor  # int64 [Q, k], the best answers of each query, best first
 
 
-def stand(scores: Tensor, right: Tensor) -> Standing:
+def rank_of_best(scores: Tensor, right: Tensor) -> RankCounts:
     """Find where the best right answer stands.
 
     Args:
@@ -46,15 +46,15 @@ def stand(scores: Tensor, right: Tensor) -> Standing:
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     same = scores == best
     ahead = ~right & ~(scores <= best)  # not `>`: whatever is compared with a nan is ahead
-    return Standing(ahead.sum(1), (~right & same).sum(1), (right & same).sum(1).clamp(min=1))
+    return RankCounts(ahead.sum(1), (~right & same).sum(1), (right & same).sum(1).clamp(min=1))
 
 
-def recall_at(standing: Standing, k: int) -> float:
+def recall_at(standing: RankCounts, k: int) -> float:
     """Recall at k in per cent: the expected share of queries with a right answer among the first k."""
     return 100.0 * hits_at(standing, k).mean().item()
 
 
-def hits_at(standing: Standing, k: int) -> Tensor:
+def hits_at(standing: RankCounts, k: int) -> Tensor:
     """Probability of each query that a right answer is among the first k, float64 [Q].
 
     With s = k - ahead places left for `tied` wrong and `right` right answers in random order, all s are wrong with
@@ -99,10 +99,10 @@ def rank_answers(
     for start in range(rank * chunk, len(queries), world_size * chunk):
         rows = slice(start, start + chunk)
         similarity = queries[rows] @ answers.T
-        standing = stand(similarity, query_ids[rows, None] == answer_ids[None, :])
+        standing = rank_of_best(similarity, query_ids[rows, None] == answer_ids[None, :])
         counts[:, rows] = torch.stack([standing.ahead, standing.tied, standing.right])
         candidates[rows] = similarity.topk(k, dim=1).indices
-    return Ranking(Standing(*add_up(counts, world_size).cpu()), add_up(candidates, world_size).cpu())
+    return Ranking(RankCounts(*add_up(counts, world_size).cpu()), add_up(candidates, world_size).cpu())
 
 
 def add_up(part: Tensor, world_size: int) -> Tensor:

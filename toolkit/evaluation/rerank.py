@@ -21,7 +21,7 @@ from torch import Tensor
 from shards.errors import UserError
 from toolkit.config import schema as config
 from toolkit.evaluation.encode import Encodings, Process, progress
-from toolkit.evaluation.recall import Ranking, Standing, add_up, stand
+from toolkit.evaluation.recall import RankCounts, Ranking, add_up, rank_of_best
 from toolkit.model.outputs import Encoded
 
 if TYPE_CHECKING:
@@ -89,9 +89,9 @@ def reorder(ranking: Ranking, scores: Tensor, right: Tensor) -> Ranking:
     """
     old, k = ranking.standing, scores.shape[1]
     inside = right.any(dim=1)
-    new = stand(scores, right | ~inside[:, None])  # a row without right answers is not used, but has to have one
+    new = rank_of_best(scores, right | ~inside[:, None])  # a row without right answers is not used, but has to have one
     ahead = old.ahead.clamp(min=k)  # outside, all k are ahead, even those of the same old score
-    standing = Standing(
+    standing = RankCounts(
         torch.where(inside, new.ahead, ahead),
         torch.where(inside, new.tied, (old.ahead + old.tied - ahead).clamp(min=0)),
         torch.where(inside, new.right, old.right),

@@ -69,7 +69,7 @@ def retrieve(
     training = model.training
     model.eval()
     samples = manifest.rows(split)
-    everything = np.concatenate([samples, minimal_pairs.find_twins(manifest, samples)])
+    everything = np.concatenate([samples, minimal_pairs.find_minimal_pairs(manifest, samples)])
     encodings = encode(model, manifest, everything, config, process, keep_tokens=rerank > 0)
     found = _coarse(encodings, len(samples), max(rerank, _KEPT), process)
     size = {"pictures": len(found.samples), "captions": len(found.captions)}

@@ -16,7 +16,7 @@ _STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB13311
 
 
 @dataclass(frozen=True)
-class RowRandom:
+class CounterRNG:
     """The numbers of some rows.
 
     Attributes:

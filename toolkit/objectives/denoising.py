@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.objectives.counter_rng import RowRandom
+from toolkit.objectives.counter_rng import CounterRNG
 
 Noise = Literal["swap", "gaussian", "mask"]
 Loss = Literal["cosine", "mse", "infonce"]
@@ -51,8 +51,8 @@ def add_noise(
     ratio: float,
     span: int,
     snr_db: float,
-    random: RowRandom,
-    donors: int,
+    random: CounterRNG,
+    swap_group: int,
     mask_token: Tensor | None = None,
 ) -> Noised:
     """Noise a share of the tokens in runs of `span`, without waiting for the device.
@@ -85,7 +85,7 @@ def add_noise(
     run, within = _runs(tokens, span, random)
     positions = (_by_run(random, _CHOSEN, run) < ratio) & mask
     if noise == "swap":
-        group = random.rows // donors
+        group = random.rows // swap_group
         allowed = (ids[:, None] != ids) & (group[:, None] == group) & mask.any(1)
         replacement, possible = _other_tokens(tokens, mask, allowed, run, within, span, random)
         positions = positions & possible[:, None]
@@ -98,7 +98,7 @@ def add_noise(
     return Noised(torch.where(positions[..., None], replacement, tokens), positions)
 
 
-def _runs(tokens: Tensor, span: int, random: RowRandom) -> tuple[Tensor, Tensor]:
+def _runs(tokens: Tensor, span: int, random: CounterRNG) -> tuple[Tensor, Tensor]:
     """Cut rows into runs at a random offset: number of each token's run, and its place within, both [B, L]."""
     if span < 1:
         raise ValueError(f"span is {span}, expected at least 1")
@@ -108,7 +108,7 @@ def _runs(tokens: Tensor, span: int, random: RowRandom) -> tuple[Tensor, Tensor]
 
 
 def _other_tokens(
-    tokens: Tensor, mask: Tensor, allowed: Tensor, run: Tensor, within: Tensor, span: int, random: RowRandom
+    tokens: Tensor, mask: Tensor, allowed: Tensor, run: Tensor, within: Tensor, span: int, random: CounterRNG
 ) -> tuple[Tensor, Tensor]:
     """Draw for each run one of the rows allowed [B, B]: tokens [B, L, H], and whether a row has any [B]."""
     choices = allowed.sum(1, keepdim=True)
@@ -119,7 +119,7 @@ def _other_tokens(
     return tokens[row, place], choices[:, 0] > 0
 
 
-def _by_run(random: RowRandom, stream: int, run: Tensor) -> Tensor:
+def _by_run(random: CounterRNG, stream: int, run: Tensor) -> Tensor:
     """Draw a number in [0, 1) for each run of each row; every token [B, L] of the run has it."""
     return random.uniform(stream, run.shape[1]).gather(1, run)  # as many as any span and offset need
 
@@ -134,7 +134,7 @@ def _nth_true(mask: Tensor) -> Tensor:
     return (~mask).to(torch.uint8).argsort(dim=1, stable=True)
 
 
-def _white_noise(tokens: Tensor, mask: Tensor, snr_db: float, random: RowRandom) -> Tensor:
+def _white_noise(tokens: Tensor, mask: Tensor, snr_db: float, random: CounterRNG) -> Tensor:
     """Gaussian noise [B, L, H] of variance P / 10^(snr/10), P the mean square of each row's real tokens."""
     power = tokens.detach().float().square().mean(-1)
     power = torch.where(mask, power, 0).sum(1) / mask.sum(1).clamp(min=1)

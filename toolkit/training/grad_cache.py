@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from shards.reading.dataset import Batch
-from toolkit.training.learner import Cache, Keys, Learner
+from toolkit.training.learner import CachedGradients, ContrastiveKeys, Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
 
@@ -38,7 +38,7 @@ def make_caches(
     teacher: MomentumEncoder | None,
     queue: EmbeddingQueue,
     alpha: float,
-) -> list[Cache]:
+) -> list[CachedGradients]:
     """Do the first two of the three parts of a step.
 
     Args:
@@ -70,15 +70,15 @@ def make_caches(
     count = len(batches)  # the engine takes the mean over the micro-batches, and this is a sum
     rows = zip((count * by_speech).chunk(count), (count * by_image).chunk(count), strict=True)
     return [
-        Cache(loss.detach(), *of_micro, by_temperature, _keys_of(keys, place, count, learner.world_size))
+        CachedGradients(loss.detach(), *of_micro, by_temperature, _keys_of(keys, place, count, learner.world_size))
         for place, of_micro in enumerate(rows)
     ]
 
 
-def _keys_of(keys: Keys, place: int, count: int, world_size: int) -> Keys:
+def _keys_of(keys: ContrastiveKeys, place: int, count: int, world_size: int) -> ContrastiveKeys:
     """The keys of one of `count` micro-batches, of all ranks; those of the step lie rank by rank."""
 
     def cut(whole: Tensor) -> Tensor:
         return whole.detach().unflatten(0, (world_size, count, -1))[:, place].flatten(0, 1)
 
-    return Keys(cut(keys.speech), cut(keys.image), cut(keys.ids))
+    return ContrastiveKeys(cut(keys.speech), cut(keys.image), cut(keys.ids))

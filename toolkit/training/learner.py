@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from shards.reading.dataset import Batch
 from toolkit.config import schema as config
-from toolkit.distributed import Requests, gather_packed
+from toolkit.distributed import RowExchange, gather_packed
 from toolkit.model.fusion import Denoiser
 from toolkit.model.outputs import Encoded, Features
 from toolkit.model.retrieval import SpeechImageModel
 from toolkit.objectives.contrastive import contrastive_loss
-from toolkit.objectives.counter_rng import RowRandom
+from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.objectives.denoising import add_noise, denoising_loss
 from toolkit.objectives.matching import Negatives, draw_negatives, matching_accuracy, matching_loss
 from toolkit.training.metrics.spans import spanned
@@ -30,7 +30,7 @@ from toolkit.training.queue import EmbeddingQueue, TokenQueue
 
 
 @dataclass
-class Keys:
+class ContrastiveKeys:
     """Vectors that SIC compares with: speech and image [M, D], and the picture identities [M]."""
 
     speech: Tensor
@@ -42,13 +42,13 @@ class Keys:
 class Pairs:
     """What the queues take of a micro-batch: keys of all ranks, and the encoded pairs of this one."""
 
-    keys: Keys
+    keys: ContrastiveKeys
     speech: Encoded | None = None
     image: Encoded | None = None
 
 
 @dataclass
-class Cache:
+class CachedGradients:
     """What SIC found on a whole accumulated batch, for one of its micro-batches (see `toolkit/training/grad_cache.py`).
 
     Attributes:
@@ -63,16 +63,16 @@ class Cache:
     by_speech: Tensor
     by_image: Tensor
     by_temperature: Tensor
-    keys: Keys
+    keys: ContrastiveKeys
 
-    def stand_in(self, speech: Tensor, image: Tensor, temperature: Tensor) -> Tensor:
+    def surrogate_loss(self, speech: Tensor, image: Tensor, temperature: Tensor) -> Tensor:
         """A scalar with the value of `loss` and these gradients."""
         term = (self.by_speech * speech).sum() + (self.by_image * image).sum() + self.by_temperature * temperature
         return self.loss + (term - term.detach())
 
 
 @dataclass
-class Draws:
+class StepRandomness:
     """The random part of a micro-batch, a function of seed and step only.
 
     Attributes:
@@ -81,7 +81,7 @@ class Draws:
     """
 
     negatives: Tensor
-    noise: RowRandom
+    noise: CounterRNG
 
 
 class Learner(nn.Module):
@@ -106,8 +106,8 @@ class Learner(nn.Module):
         teacher: MomentumEncoder | None,
         queue: EmbeddingQueue,
         alpha: float,
-        draws: Draws,
-        cache: Cache | None = None,
+        draws: StepRandomness,
+        cache: CachedGradients | None = None,
         tokens: TokenQueue | None = None,
         controls: bool = False,
         coarse: bool = False,
@@ -138,7 +138,7 @@ class Learner(nn.Module):
         temperature = self.model.temperature()
         if cache:
             keys = cache.keys
-            losses = {"contrastive": cache.stand_in(speech.vector, image.vector, temperature)}
+            losses = {"contrastive": cache.surrogate_loss(speech.vector, image.vector, temperature)}
         else:
             keys = self.keys(clean_speech.vector, clean_image.vector, batch.ids, differentiable=teacher is None)
             own = (speech.vector, image.vector)
@@ -168,17 +168,17 @@ class Learner(nn.Module):
         return speech.vector, image.vector, clean_speech.vector, clean_image.vector
 
     @spanned("gather of keys")
-    def keys(self, speech: Tensor, image: Tensor, ids: Tensor, differentiable: bool) -> Keys:
+    def keys(self, speech: Tensor, image: Tensor, ids: Tensor, differentiable: bool) -> ContrastiveKeys:
         """Gather the keys of all ranks: one collective for both modalities and the identities."""
         vectors, numbers = gather_packed([speech, image], [ids], self.rank, self.world_size, differentiable)
-        return Keys(*vectors, *numbers)
+        return ContrastiveKeys(*vectors, *numbers)
 
     @spanned("SIC")
     def contrast(
         self,
         speech: Tensor,
         image: Tensor,
-        keys: Keys,
+        keys: ContrastiveKeys,
         queue: EmbeddingQueue,
         ids: Tensor,
         temperature: Tensor,
@@ -212,7 +212,7 @@ class Learner(nn.Module):
         self,
         speech: Encoded,
         image: Encoded,
-        keys: Keys,
+        keys: ContrastiveKeys,
         ids: Tensor,
         temperature: Tensor,
         uniforms: Tensor,
@@ -221,9 +221,9 @@ class Learner(nn.Module):
         """Draw hard negatives from the batch of all ranks or of this one, and from the pairs in the queue."""
         own = slice(self.rank * len(ids), (self.rank + 1) * len(ids))
         of = slice(None) if self.objectives.matching.negatives == "global" else own
-        parts = [Keys(keys.speech[of].detach(), keys.image[of].detach(), keys.ids[of])]
+        parts = [ContrastiveKeys(keys.speech[of].detach(), keys.image[of].detach(), keys.ids[of])]
         if tokens:
-            parts.append(Keys(tokens.keys.speech, tokens.keys.image, tokens.keys.ids))
+            parts.append(ContrastiveKeys(tokens.keys.speech, tokens.keys.image, tokens.keys.ids))
         return draw_negatives(
             speech.vector.detach(),
             image.vector.detach(),
@@ -236,14 +236,14 @@ class Learner(nn.Module):
         )
 
     @spanned("SIM")
-    def _request(self, negatives: Negatives, speech: Encoded, image: Encoded, tokens: TokenQueue | None) -> Requests:
+    def _request(self, negatives: Negatives, speech: Encoded, image: Encoded, tokens: TokenQueue | None) -> RowExchange:
         """Ask for the rows of the negatives: pictures first, then speech."""
         index = torch.stack([negatives.image, negatives.speech])
         lengths = [image.tokens.shape[1], speech.tokens.shape[1]]
         if tokens:
             index, lengths[1] = tokens.global_rows(index), max(lengths[1], tokens.length)
         local = self.objectives.matching.negatives == "local"
-        return Requests(index, lengths, *((0, 1) if local else (self.rank, self.world_size)))
+        return RowExchange(index, lengths, *((0, 1) if local else (self.rank, self.world_size)))
 
     @spanned("SIM")
     def _matching(
@@ -251,7 +251,7 @@ class Learner(nn.Module):
         speech: Encoded,
         image: Encoded,
         negatives: Negatives,
-        requests: Requests,
+        requests: RowExchange,
         tokens: TokenQueue | None,
         controls: bool,
     ) -> dict[str, Tensor]:
@@ -277,7 +277,7 @@ class Learner(nn.Module):
         clean_speech: Encoded,
         clean_image: Encoded,
         ids: Tensor,
-        random: RowRandom,
+        random: CounterRNG,
         controls: bool,
     ) -> dict[str, Tensor]:
         """Rebuild each noised side by attending to the other; as a control to another pair's."""
@@ -288,7 +288,9 @@ class Learner(nn.Module):
         for side, denoiser in self.denoisers.items():
             student, other, clean = sides[side]
             span = c.span if side == "speech" else 1  # frames change together, patches one by one
-            noised = add_noise(student.tokens, student.mask, ids, c.noise, c.ratio, span, c.snr_db, random, c.donors)
+            noised = add_noise(
+                student.tokens, student.mask, ids, c.noise, c.ratio, span, c.snr_db, random, c.swap_group
+            )
             positions = noised.positions if c.positions == "noised" else student.mask
             truth = (clean.tokens.detach(), positions, student.mask, c.loss, c.token_temperature)
             rebuilt.append(denoising_loss(denoiser(noised.tokens, student.mask, other.tokens, other.mask), *truth))
@@ -313,7 +315,7 @@ def _cleaned(teacher: MomentumEncoder, speech: tuple[Features, ...], image: Feat
     return teacher(speech, image)
 
 
-def _fetch(encoded: Encoded, requests: Requests, batch: int, queue: TokenQueue | None) -> Encoded:
+def _fetch(encoded: Encoded, requests: RowExchange, batch: int, queue: TokenQueue | None) -> Encoded:
     """Fetch the rows that were asked for, of the (global) batch 0: pictures or 1: speech and of the queue behind it."""
     length = requests.longest(batch)
     missing = length - encoded.tokens.shape[1]

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from toolkit.training.zero.slices import Cut, Slice
 from torch import Tensor
 
 from toolkit.distributed import begin_all_gather
 from toolkit.model.outputs import Encoded, Features
 from toolkit.model.retrieval import SpeechImageModel, teacher_of
-from toolkit.training.zero.slices import Cut, Slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class MomentumEncoder:
     @torch.no_grad()
     def __call__(self, speech: tuple[Features, ...], image: Features) -> tuple[Encoded, Encoded]:
         """Encode what the frozen trunks gave, without gradient."""
-        self.settle()
+        self.wait_pending()
         return self.encoder.encode(speech, image)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "MomentumEncoder":
@@ -113,13 +113,13 @@ class MomentumEncoder:
             decay: m of this update alone; 0 makes the average the student's weights.
         """
         decay = self.decay if decay is None else decay
-        self.settle()
+        self.wait_pending()
         masters = [cut.master if cut.master.dtype == torch.float32 else cut.master.float() for cut in self._cuts]
         torch._foreach_lerp_(self.average, masters, 1.0 - decay)
         self._refresh()
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def wait_pending(self) -> None:
         """Wait until the working copy has arrived, if it is on its way."""
         if self._pending is None:
             return
@@ -128,7 +128,7 @@ class MomentumEncoder:
         for whole, parts in zip(self._whole, gathered.split(self._sizes, dim=1), strict=True):
             whole.copy_(parts)
 
-    def held(self) -> list[Average]:
+    def local_shards(self) -> list[Average]:
         """List this rank's part of the average; at stage 0 it is all of it on every rank, else the ranks share it."""
         shapes = dict(zip(self.names, self._shapes, strict=True))
         found = []
@@ -144,13 +144,13 @@ class MomentumEncoder:
         return found
 
     @contextlib.contextmanager
-    def rewritten(self) -> Iterator[list[Average]]:
+    def editable(self) -> Iterator[list[Average]]:
         """Let the caller overwrite this rank's part; afterwards the teacher encodes with it. All ranks take part."""
         with torch.no_grad():
-            self.settle()
-            yield self.held()
+            self.wait_pending()
+            yield self.local_shards()
             self._refresh()
-            self.settle()
+            self.wait_pending()
 
     def _own_cuts(self) -> list[Cut]:
         """The student's parameters, whole, where no engine has them."""
@@ -185,7 +185,7 @@ class MomentumEncoder:
             working.data = self._whole[number].view(-1)[offset : offset + math.prod(shape)].view(shape)
         with torch.no_grad():
             self._refresh()
-            self.settle()
+            self.wait_pending()
 
     def _refresh(self) -> None:
         """Renew the working copy: at once where the average is whole here, else begin to gather it."""

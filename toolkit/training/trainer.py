@@ -8,39 +8,39 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from toolkit.training.zero.engine import backward, gathered_parameters, make_engine
+from toolkit.training.zero.float32 import ExactTemperature, gather_masters
 from torch import Tensor, nn
 
 from shards.errors import UserError
 from shards.manifest import load as load_manifest
 from shards.media.audio import SAMPLE_RATE
 from shards.reading.dataset import Batch, open_stream
-from shards.reading.order import part_of
+from shards.reading.order import rank_slice
 from toolkit.config.schema import Config, micro_batch
 from toolkit.data import open_order, open_reader
-from toolkit.distributed import agree, agree_all_and_on
 from toolkit.evaluation.encode import Process
 from toolkit.evaluation.examples import keep_examples
 from toolkit.evaluation.retrieve import retrieve
 from toolkit.model.build import build_model
-from toolkit.objectives.counter_rng import RowRandom
+from toolkit.objectives.counter_rng import CounterRNG
+from toolkit.rank_sync import run_on_all_ranks_with_max, run_on_rank_zero
 from toolkit.training.activation_checkpointing import recompute_activations
 from toolkit.training.checkpointing.background import tell
 from toolkit.training.checkpointing.checkpoint import Checkpoints
 from toolkit.training.checkpointing.export import Exports, exported_config
 from toolkit.training.checkpointing.progress import Progress
 from toolkit.training.fault_tolerance import lease
-from toolkit.training.fault_tolerance.nonfinite import FirstBadModule
+from toolkit.training.fault_tolerance.nonfinite import NonFiniteDetector
 from toolkit.training.fault_tolerance.signals import StopSignals
 from toolkit.training.fault_tolerance.watchdog import Watchdog
 from toolkit.training.grad_cache import make_caches
-from toolkit.training.learner import Draws, Learner, Pairs
+from toolkit.training.learner import Learner, Pairs, StepRandomness
 from toolkit.training.metrics.flops import Work, count_frames, count_patches
 from toolkit.training.metrics.log import Log
 from toolkit.training.metrics.spans import span
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
-from toolkit.training.zero.engine import backward, make_engine, whole
-from toolkit.training.zero.float32 import ExactTemperature, gather_masters
 
 
 class Trainer:
@@ -63,7 +63,7 @@ class Trainer:
         self.signals, self.stop = StopSignals(), 0
         self.config, self.run = config, run
         self.rank, self.world_size, self.device = rank, world_size, device
-        self.lease = agree(lambda: lease.take(run), rank)
+        self.lease = run_on_rank_zero(lambda: lease.take(run), rank)
         self.watchdog = Watchdog(run, rank, config.training.watchdog)
         self.micro_batch = micro_batch(config, world_size)
         self.manifest = load_manifest(config.data.shards)
@@ -81,20 +81,20 @@ class Trainer:
         self.engine = make_engine(self.learner, config, world_size, device)
         if self.teacher:
             self.teacher.follow(self.engine, rank, world_size)
-        self.first_bad = None
-        if config.training.name_bad_module:
+        self.nonfinite_detector = None
+        if config.training.detect_nonfinite:
             watched: dict[str, nn.Module] = {"": self.learner} | (
                 {"teacher": self.teacher.encoder} if self.teacher else {}
             )
-            self.first_bad = FirstBadModule(watched)
+            self.nonfinite_detector = NonFiniteDetector(watched)
         self.queue = EmbeddingQueue(config.objectives.contrastive.queue, config.model.embed_dim).to(device)
         self.tokens = self._make_token_queue()
 
         data = [manifest.hash for manifest in self.training_manifests]
         self.checkpoints = Checkpoints(run, config, data, rank, world_size)
         self.exports = Exports(run, config, self.manifest.arguments)
-        self.exports.fence = self.lease.check
-        self.checkpoints.fence = self._before_complete
+        self.exports.check_lease = self.lease.check
+        self.checkpoints.check_lease = self._before_complete
         self.progress = self.checkpoints.resume(self.engine, self.teacher, self.queue, self.tokens)
         self.exact_temperature = ExactTemperature(self.engine, model.temperature, world_size)
         self.exact_temperature.refresh()
@@ -136,7 +136,7 @@ class Trainer:
             complete = self.progress.step == last
             done = complete or bool(self.stop)
             if self.progress.step % training.log_every == 0 or done:
-                self._fence()
+                self._check_lease()
                 self.log.flush(self.progress)
             due = evaluation.every and (step + 1 == training.steps or (step + 1) % evaluation.every == 0)
             if due and (complete or not self.stop):
@@ -159,8 +159,8 @@ class Trainer:
         """
         self._set_lr(self.lr(step))
         collected: list[Pairs] = []
-        if self.first_bad:
-            self.first_bad.begin()
+        if self.nonfinite_detector:
+            self.nonfinite_detector.begin()
         for losses, pairs in self._micro_losses(step, batches):
             with span("backward"):
                 backward(self.engine, losses["loss"])
@@ -179,9 +179,9 @@ class Trainer:
     def lr(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then a cosine to `min_lr`."""
         t = self.config.training
-        if step < t.warmup:
-            return t.lr * (step + 1) / t.warmup
-        done = (step - t.warmup) / max(1, t.steps - t.warmup)
+        if step < t.warmup_steps:
+            return t.lr * (step + 1) / t.warmup_steps
+        done = (step - t.warmup_steps) / max(1, t.steps - t.warmup_steps)
         return t.min_lr + (t.lr - t.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
     def alpha(self, step: int) -> float:
@@ -194,7 +194,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure recall on dev, and export the model if it is the best so far."""
         e = self.config.evaluation
-        self._fence()
+        self._check_lease()
         self._see_best()
         with self.watchdog.paused(), self.log.paused("evaluating on " + self.config.data.dev):
             self.learner.eval()
@@ -205,7 +205,7 @@ class Trainer:
                 self.progress.match_weight = found.report["reranked"].get("match_weight", -1.0)
             recall = found.report
             self.learner.train()
-            self._fence()  # minutes later
+            self._check_lease()  # minutes later
             score = (recall.get("reranked") or recall["coarse"])["mean_R@1"]
             best = score > self.progress.best
             if best:
@@ -218,7 +218,7 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint and export the model as it is now, behind the training; every rank takes part."""
-        self._fence()
+        self._check_lease()
         with self.watchdog.paused(), self.log.paused("saving"):
             self.checkpoints.save(self.engine, self.teacher, self.queue, self.progress, self.tokens)
             self.export("last")
@@ -227,7 +227,7 @@ class Trainer:
         """Write the model alone, as `save_pretrained` does, to `RUN/export/NAME`."""
         exact = self.config.training.export_dtype == "fp32"
         masters = gather_masters(self.engine, self.rank, self.world_size) if exact else None
-        with whole(self.engine, list(self.learner.model.parameters())):
+        with gathered_parameters(self.engine, list(self.learner.model.parameters())):
             if self.rank == 0:
                 self.exports.write(self.learner.model, name, self.progress, masters)
 
@@ -235,7 +235,7 @@ class Trainer:
         """Let go of the signals and the engine: else a rank of ZeRO-3 now and then aborts while it exits."""
         self.signals.close()
         if self.teacher:
-            self.teacher.settle()
+            self.teacher.wait_pending()
         if self.rank == 0:
             self.lease.release()
         self.engine.destroy()
@@ -251,17 +251,17 @@ class Trainer:
 
         def take() -> Batch:
             batch = self.log.waiting(lambda: self._next(batches)).to(self.device)
-            self.log.faults += len(batch.faults)
+            self.log.bad_samples += len(batch.bad_samples)
             self.log.work.add(self.work.of(batch, coarse))
             return batch
 
-        def draws(micro: int) -> Draws:
+        def draws(micro: int) -> StepRandomness:
             return self._draws(step, micro)
 
-        if self.config.training.cached and count > 1:
-            held = [take() for _ in range(count)]
-            caches = make_caches(self.learner, held, draws, *others)
-            for micro, (batch, cache) in enumerate(zip(held, caches, strict=True)):
+        if self.config.training.grad_cache and count > 1:
+            local_shards = [take() for _ in range(count)]
+            caches = make_caches(self.learner, local_shards, draws, *others)
+            for micro, (batch, cache) in enumerate(zip(local_shards, caches, strict=True)):
                 yield self.engine(batch, *others, draws(micro), cache, **further)
         else:
             for micro in range(count):
@@ -301,26 +301,26 @@ class Trainer:
 
     def _see_best(self) -> None:
         """The best so far is the one on the disk: an export may have failed, or have been taken away."""
-        self.progress.best, self.progress.best_step = agree(self.exports.best, self.rank)
+        self.progress.best, self.progress.best_step = run_on_rank_zero(self.exports.best, self.rank)
 
     def _before_complete(self) -> None:
         """On rank 0, behind the training: a checkpoint that names a best model comes after that."""
         self.exports.wait("best")
         self.lease.check()
 
-    def _fence(self) -> None:
+    def _check_lease(self) -> None:
         """Before rank 0 writes: if the run folder is another process's by now, all ranks end."""
-        agree(self.lease.check, self.rank)
+        run_on_rank_zero(self.lease.check, self.rank)
 
     def _skip(self) -> None:
         """Count a step that was skipped; teacher and queue stay as they are. Every rank skips the same ones."""
-        self._fence()
+        self._check_lease()
         self.progress.skipped += 1
         self.progress.skipped_in_a_row += 1
         found = None
-        if self.first_bad:
+        if self.nonfinite_detector:
             names: list[str | None] = [None] * self.world_size
-            dist.all_gather_object(names, self.first_bad.name())
+            dist.all_gather_object(names, self.nonfinite_detector.name())
             bad = [f"rank {rank}: {name}" for rank, name in enumerate(names) if name]
             found = "first in " + ", ".join(bad) if bad else "every module's output is finite: in the backward pass"
         self.log.skipped(self.progress, found)
@@ -329,14 +329,14 @@ class Trainer:
         """Wait for what is written behind the training; a run that has lost its folder meanwhile ends here."""
         self.checkpoints.finish()
         self.exports.finish()
-        self._fence()
+        self._check_lease()
 
     def _give_up(self) -> None:
         self.log.flush(self.progress)
         self._finish_writing()
         raise UserError(
             f"loss or gradient not finite by step {self.progress.step}, {self.progress.skipped_in_a_row} times in a "
-            "row: lower --training.lr or look for bad samples (--training.name_bad_module true says where it begins); "
+            "row: lower --training.lr or look for bad samples (--training.detect_nonfinite true says where it begins); "
             "the last checkpoint is kept"
         )
 
@@ -356,8 +356,8 @@ class Trainer:
             workers=data.workers,
             pin=self.device.type == "cuda",
             timeout=data.timeout,
-            max_faults=data.max_faults,
-            max_faults_in_a_row=data.max_faults_in_a_row,
+            max_bad_samples=data.max_bad_samples,
+            max_bad_samples_in_a_row=data.max_bad_samples_in_a_row,
             report=lambda line: tell(f"rank {self.rank}: {line}"),
         )
 
@@ -373,11 +373,11 @@ class Trainer:
 
         # Whether to stop is agreed on in the same reduction, so that no step has one more.
         with span("agreement of the ranks"):
-            batch, stop = agree_all_and_on(lambda: self.signals.number, take, self.rank, self.world_size)
+            batch, stop = run_on_all_ranks_with_max(lambda: self.signals.number, take, self.rank, self.world_size)
         self.stop = self.stop or stop
         return batch
 
-    def _draws(self, step: int, micro: int) -> Draws:
+    def _draws(self, step: int, micro: int) -> StepRandomness:
         """Seed the randomness of a micro-batch by its number: a resumed run draws what an unbroken one would."""
         seed, micros = self.config.seed, self.config.training.accumulation
         number = step * micros + micro
@@ -385,10 +385,10 @@ class Trainer:
         uniforms = torch.rand(2, self.world_size * self.micro_batch, generator=common)
         torch.manual_seed(_seed(seed, number, self.rank + 1))  # dropout
         first = self.rank * self.micro_batch
-        places = part_of(self.order.batch_size, micro, micros, self.rank, self.world_size, self.order.lanes)
-        return Draws(
+        places = rank_slice(self.order.batch_size, micro, micros, self.rank, self.world_size, self.order.shard_groups)
+        return StepRandomness(
             uniforms[:, first : first + self.micro_batch].to(self.device, non_blocking=True),
-            RowRandom(_seed(seed, step, 0), torch.from_numpy(places).to(self.device, non_blocking=True)),
+            CounterRNG(_seed(seed, step, 0), torch.from_numpy(places).to(self.device, non_blocking=True)),
         )
 
     def _set_lr(self, lr: float) -> None:

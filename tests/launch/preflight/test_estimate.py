@@ -104,14 +104,14 @@ def test_memory_by_stage():
     counts = count(config)
     taken = {}
     for stage in (0, 1, 2, 3):
-        config.training.zero = stage
+        config.training.zero_stage = stage
         taken[stage] = estimate(config, counts, 4)
     assert taken[0].optimizer == 12 * counts.trained
     assert taken[1].optimizer == 3 * counts.trained
     assert taken[1].gradients == 4 * taken[2].gradients
     assert taken[2].weights == 4 * taken[3].weights
     assert taken[0].rank > taken[1].rank > taken[2].rank > taken[3].rank
-    config.training.precision, config.training.zero = "fp32", 0
+    config.training.precision, config.training.zero_stage = "fp32", 0
     assert estimate(config, counts, 4).optimizer == 8 * counts.trained
 
 

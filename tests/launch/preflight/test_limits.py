@@ -4,7 +4,7 @@ import getpass
 
 import pytest
 
-from launch.executor import Asked
+from launch.executor import JobSpec
 from launch.preflight import checks, limits
 from launch.profiles import Profile
 from shards.errors import UserError
@@ -55,7 +55,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def asked(ranks=1, **launch):
-    return Asked("slurm", Config(launch=Launch(**{"time": "10", "cpus_per_rank": 1, **launch})), Profile(), ranks)
+    return JobSpec("slurm", Config(launch=Launch(**{"time": "10", "cpus_per_rank": 1, **launch})), Profile(), ranks)
 
 
 def look(**launch):

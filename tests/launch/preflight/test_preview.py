@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch import submit
-from launch.executor import Asked
+from launch.executor import JobSpec
 from launch.preflight.checks import check_partition
 from launch.profiles import Profile
 from launch.record import newest
@@ -245,7 +245,7 @@ def test_any_of_several_partitions_will_do(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
 
     def look(**launch):
-        return check_partition(Asked("slurm", Config(launch=Launch(**launch)), Profile(), 2))
+        return check_partition(JobSpec("slurm", Config(launch=Launch(**launch)), Profile(), 2))
 
     assert look(partition="broken,low").startswith("low is up")
     assert look().startswith("low is up"), "the default one"

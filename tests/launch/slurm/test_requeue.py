@@ -13,19 +13,19 @@ from pathlib import Path
 import pytest
 
 from launch.job import LOST, Status
-from launch.record import incarnations
-from launch.slurm.requeue import Seen, begin, decide, end, member, newest_step, setup_lines, srun_exits
+from launch.record import attempts
+from launch.slurm.requeue import SlurmJobState, begin, decide, end, member, newest_step, setup_lines, srun_exits
 from launch.status.failure import failure_of, first_failure
 
 ROOT = Path(__file__).resolve().parents[3]
-RUNNING = Seen("RUNNING", "None", 0)
+RUNNING = SlurmJobState("RUNNING", "None", 0)
 
 
 def read(folder):
-    return [asdict(each) for each in incarnations(folder)]
+    return [asdict(each) for each in attempts(folder)]
 
 
-ENDING = Seen("COMPLETING", "None", 0)
+ENDING = SlurmJobState("COMPLETING", "None", 0)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,15 @@ ENDING = Seen("COMPLETING", "None", 0)
         (134, [0, None], RUNNING, [], "killed", True),
         (75, [75, 75], ENDING, [], "cancelled", False),
         (137, [None, None], ENDING, [], "cancelled", False),
-        (75, [75, 75], Seen("COMPLETING", "None", 1), [], "slurm", False),  # it starts again without our asking
-        (137, [None], Seen("COMPLETING", "TimeLimit", 0), [], "killed", True),
+        (
+            75,
+            [75, 75],
+            SlurmJobState("COMPLETING", "None", 1),
+            [],
+            "slurm",
+            False,
+        ),  # it starts again without our asking
+        (137, [None], SlurmJobState("COMPLETING", "TimeLimit", 0), [], "killed", True),
         (75, [75], None, [], "saved", True),  # the controller does not answer
     ],
 )
@@ -70,7 +77,7 @@ def test_fate(code, exits, seen, idle, cause, requeue):
         (143, [None, LOST], RUNNING, "failed"),
         (2, [2], RUNNING, "mistake"),  # of a rank that began: it knows more
         (143, [], ENDING, "cancelled"),
-        (143, [], Seen("COMPLETING", "None", 1), "slurm"),
+        (143, [], SlurmJobState("COMPLETING", "None", 1), "slurm"),
     ],
 )
 def test_fate_where_a_rank_failed_before_it_began(code, exits, seen, cause):

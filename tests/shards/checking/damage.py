@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from shards import manifest
+from shards import files, manifest
 from shards.corpora.item import Caption, Item
 from shards.media.audio import SAMPLE_RATE
 from shards.writing.writer import Format, write_shards
@@ -76,7 +76,7 @@ def sign(folder: Path) -> None:
     head = json.loads((folder / manifest.MANIFEST).read_bytes())
     for shard in head["shards"]:
         shard["bytes"] = (folder / shard["name"]).stat().st_size
-        shard["sha256"] = manifest.file_sha256(folder / shard["name"])
+        shard["sha256"] = files.file_sha256(folder / shard["name"])
     manifest.sign(head)
     (folder / manifest.MANIFEST).write_bytes(manifest.encoded(head))
 
@@ -121,7 +121,7 @@ def replace(folder: Path, key: str, part: int, data: bytes, **columns: Any) -> N
         fresh[f"{name}_offset"], fresh[f"{name}_bytes"] = pairs.T
     infos = list(m.shards)
     infos[shard] = manifest.ShardInfo(
-        **asdict(infos[shard]) | {"bytes": path.stat().st_size, "sha256": manifest.file_sha256(path)}
+        **asdict(infos[shard]) | {"bytes": path.stat().st_size, "sha256": files.file_sha256(path)}
     )
     every = {name: columns.get(name, fresh.get(name, getattr(m, name))) for name in manifest.COLUMNS}
     manifest.save(folder, m.corpus, infos, m.splits, every, m.arguments, m.report)

@@ -3,40 +3,40 @@
 import pytest
 
 from shards.errors import UserError
-from shards.reading.bad_samples import Fault, FaultCounter
+from shards.reading.bad_samples import BadSample, BadSampleCounter
 
 
-def fault(row: int = 0, step: int = 0, sample: str = "p7") -> Fault:
-    return Fault(sample, "data/train-000003.tar", "cannot be decoded", step, row)
+def bad_sample(row: int = 0, step: int = 0, sample: str = "p7") -> BadSample:
+    return BadSample(sample, "data/train-000003.tar", "cannot be decoded", step, row)
 
 
-def counter(most: int = 1000, in_a_row: int = 50) -> tuple[FaultCounter, list[str], list[float]]:
+def counter(most: int = 1000, in_a_row: int = 50) -> tuple[BadSampleCounter, list[str], list[float]]:
     lines: list[str] = []
     now = [0.0]
-    return FaultCounter(most, in_a_row, lines.append, lambda: now[0]), lines, now
+    return BadSampleCounter(most, in_a_row, lines.append, lambda: now[0]), lines, now
 
 
 def test_the_first_five_are_told_and_then_one_in_thirty_seconds() -> None:
-    faults, lines, now = counter()
+    bad_samples, lines, now = counter()
     for second in range(100):
         now[0] = float(second)
-        faults.add([fault(sample=f"p{7 + second % 3}")], rows=4)
+        bad_samples.add([bad_sample(sample=f"p{7 + second % 3}")], rows=4)
     assert lines[0] == "replaced unreadable sample p7 of data/train-000003.tar at step 0: cannot be decoded"
     counts = [line.rpartition(" (")[2] for line in lines[1:]]
     assert counts == [f"{n} times so far, bad samples: {min(n, 3)})" for n in (2, 3, 4, 5, 35, 65, 95)]
 
 
 def test_too_many_in_all() -> None:
-    faults, _, _ = counter(most=3)
+    bad_samples, _, _ = counter(most=3)
     for _ in range(100):  # passes
         for n in range(3):
-            faults.add([fault(sample=f"p{n}")], rows=2)
-    assert (faults.total, len(faults.samples)) == (300, 3)
+            bad_samples.add([bad_sample(sample=f"p{n}")], rows=2)
+    assert (bad_samples.total, len(bad_samples.samples)) == (300, 3)
     with pytest.raises(
         UserError,
-        match=r"^too many samples, 4 in all, could .* sample p7 of data/train-000003\.tar at .*--data\.max_faults",
+        match=r"^too many samples, 4 in all, could .* sample p7 of data/train-000003\.tar at .*--data\.max_bad_samples",
     ):
-        faults.add([fault()], rows=2)
+        bad_samples.add([bad_sample()], rows=2)
 
 
 @pytest.mark.parametrize(
@@ -53,17 +53,17 @@ def test_too_many_in_all() -> None:
     ],
 )
 def test_a_row_of_faults_goes_on_across_batches_and_ends_with_a_good_sample(batches, in_a_row) -> None:
-    faults, _, _ = counter()
+    bad_samples, _, _ = counter()
     for rows in batches:
-        faults.add([fault(row) for row in rows], rows=4)
-    assert faults.in_a_row == in_a_row
-    assert faults.total == sum(len(rows) for rows in batches)
+        bad_samples.add([bad_sample(row) for row in rows], rows=4)
+    assert bad_samples.in_a_row == in_a_row
+    assert bad_samples.total == sum(len(rows) for rows in batches)
 
 
 def test_too_many_in_a_row() -> None:
-    faults, _, _ = counter(in_a_row=5)
-    faults.add([fault(2), fault(3)], rows=4)
-    faults.add([fault(0), fault(1), fault(2)], rows=4)
-    faults.add([fault(0), fault(1), fault(2), fault(3)], rows=4)
-    with pytest.raises(UserError, match=r"^too many samples, 6 in a row,.*--data\.max_faults_in_a_row"):
-        faults.add([fault(0), fault(1, step=9)], rows=4)
+    bad_samples, _, _ = counter(in_a_row=5)
+    bad_samples.add([bad_sample(2), bad_sample(3)], rows=4)
+    bad_samples.add([bad_sample(0), bad_sample(1), bad_sample(2)], rows=4)
+    bad_samples.add([bad_sample(0), bad_sample(1), bad_sample(2), bad_sample(3)], rows=4)
+    with pytest.raises(UserError, match=r"^too many samples, 6 in a row,.*--data\.max_bad_samples_in_a_row"):
+        bad_samples.add([bad_sample(0), bad_sample(1, step=9)], rows=4)

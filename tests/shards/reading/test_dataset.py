@@ -38,9 +38,11 @@ def manifest(tmp_path: Path) -> Manifest:
     return noise(tmp_path / "shards")
 
 
-def order_for(*manifests: Manifest, lanes: int = 1, batch_size: int = 8) -> Order:
+def order_for(*manifests: Manifest, shard_groups: int = 1, batch_size: int = 8) -> Order:
     weights = [1.0, 2.0][: len(manifests)]
-    return order_of(manifests, "train", batch_size, seed=3, window=2, lanes=lanes, weights=weights)
+    return order_of(
+        manifests, "train", batch_size, seed=3, shuffle_shards=2, shard_groups=shard_groups, weights=weights
+    )
 
 
 def opened(reader: Reader, order: Order, steps: range, **settings: Any) -> Any:
@@ -106,20 +108,20 @@ def test_resumed_in_mid_epoch_on_another_cluster_the_rest_is_what_was_left(
     ids = [n for step in whole[:3] for n in joined(step)[0]]
     assert len(set(ids)) == 24 or broken
     assert all(len(set(joined(step)[0])) == 8 for step in whole), "a picture is in a batch twice"
-    assert bool(sum(len(b.faults) for step in whole for b in step)) == broken
+    assert bool(sum(len(b.bad_samples) for step in whole for b in step)) == broken
 
 
-@pytest.mark.parametrize(("lanes", "world_size", "micros"), [(1, 2, 1), (2, 1, 2), (2, 2, 1), (2, 4, 2)])
+@pytest.mark.parametrize(("shard_groups", "world_size", "micros"), [(1, 2, 1), (2, 1, 2), (2, 2, 1), (2, 4, 2)])
 def test_mixtures_and_lanes_hold_the_right_bytes(
-    manifest: Manifest, tmp_path: Path, lanes: int, world_size: int, micros: int
+    manifest: Manifest, tmp_path: Path, shard_groups: int, world_size: int, micros: int
 ) -> None:
     both = (manifest, noise(tmp_path / "more", captions=2, first=500))
-    order, reader = order_for(*both, lanes=lanes), Reader(*both)
+    order, reader = order_for(*both, shard_groups=shard_groups), Reader(*both)
     places = {
         place: None
         for micro in range(micros)
         for rank in range(world_size)
-        for place in module.part_of(8, micro, micros, rank, world_size, lanes).tolist()
+        for place in module.rank_slice(8, micro, micros, rank, world_size, shard_groups).tolist()
     }
     for step, parts in enumerate(batches(manifest, range(8), world_size, micros, order=order, reader=reader)):
         chosen = order.batch(step).part(list(places))
@@ -190,7 +192,7 @@ def test_remote_shards_give_the_same_batches(manifest: Manifest, tmp_path: Path,
 
 def test_workers_fetch_ahead(manifest: Manifest, tmp_path: Path) -> None:
     far, fetched = load(f"file://{manifest.folder}"), tmp_path / "cache"
-    order = order_of(far, "train", 4, seed=3, window=1)
+    order = order_of(far, "train", 4, seed=3, shuffle_shards=1)
     stream = opened(Reader(far, cache=Cache(fetched)), order, range(1), workers=1)
     next(stream)
     now, later = ({int(far.shard[s]) for s in order.batch(step).samples} for step in (0, 1))
@@ -208,7 +210,7 @@ def test_the_window_of_every_lane_that_a_rank_reads_has_to_fit_the_cache(
     far = load(f"file://{manifest.folder}")
     bound = (shards - 0.5) * max(shard.bytes for shard in far.shards) / 1e9
     lines: list[str] = []
-    order, reader = order_for(far, lanes=2), Reader(far, cache=Cache(tmp_path / "cache", bound))
+    order, reader = order_for(far, shard_groups=2), Reader(far, cache=Cache(tmp_path / "cache", bound))
     next(opened(reader, order, range(1), rank=rank, world_size=world_size, report=lines.append))
     assert len(lines) == 1
     assert f"less than two windows of {shards // 2} shards" in lines[0]
@@ -251,12 +253,12 @@ def test_bombs_and_endless_audio_are_replaced_and_named(manifest: Manifest) -> N
     }
     reader.captions = dict.fromkeys(manifest.captions(5), hour())
     found = batches(manifest, range(4), reader=reader)
-    faults = {fault.sample: fault.reason for (batch,) in found for fault in batch.faults}
-    assert set(faults) >= {"p2", "p3", "p4", "p5"}
-    assert "9000 x 9000 pixels, the limit is 50,000,000" in faults["p2"]
-    assert "not JPEG or PNG or WEBP" in faults["p3"]
-    assert "not JPEG or PNG or WEBP" in faults["p4"]
-    assert "audio of 3600.0 s in a shard" in faults["p5"]
+    bad_samples = {bad_sample.sample: bad_sample.reason for (batch,) in found for bad_sample in batch.bad_samples}
+    assert set(bad_samples) >= {"p2", "p3", "p4", "p5"}
+    assert "9000 x 9000 pixels, the limit is 50,000,000" in bad_samples["p2"]
+    assert "not JPEG or PNG or WEBP" in bad_samples["p3"]
+    assert "not JPEG or PNG or WEBP" in bad_samples["p4"]
+    assert "audio of 3600.0 s in a shard" in bad_samples["p5"]
     assert not {2, 3, 4, 5} & {n for (batch,) in found for n in batch.ids.tolist()}
 
 
@@ -267,22 +269,22 @@ def test_a_bad_sample_is_replaced_as_the_order_says_and_counted(manifest: Manife
     lines: list[str] = []
     (batch,) = batches(manifest, range(step, step + 1), report=lines.append)[0]
     assert int(batch.ids[place]) == order.replacement(step, place, 1)[0]
-    (fault,) = batch.faults
-    assert (fault.sample, fault.step, fault.row) == ("p9", step, place)
-    assert fault.shard == str(manifest.folder / "train-000001.tar")
-    assert lines == [f"replaced unreadable {fault}"]
+    (bad_sample,) = batch.bad_samples
+    assert (bad_sample.sample, bad_sample.step, bad_sample.row) == ("p9", step, place)
+    assert bad_sample.shard == str(manifest.folder / "train-000001.tar")
+    assert lines == [f"replaced unreadable {bad_sample}"]
     moved = batch.to(torch.device("cpu"))
-    assert moved.faults == [fault]
+    assert moved.bad_samples == [bad_sample]
     assert torch.equal(moved.ids, batch.ids)
 
 
 def test_the_same_bad_samples_are_borne_in_every_pass(manifest: Manifest) -> None:
     for sample in (2, 9):
         spoil(manifest, sample)
-    found = batches(manifest, range(26), max_faults=2)  # 8 passes
-    faults = [fault.sample for (batch,) in found for fault in batch.faults]
-    assert set(faults) == {"p2", "p9"}
-    assert len(faults) >= 16
+    found = batches(manifest, range(26), max_bad_samples=2)  # 8 passes
+    bad_samples = [bad_sample.sample for (batch,) in found for bad_sample in batch.bad_samples]
+    assert set(bad_samples) == {"p2", "p9"}
+    assert len(bad_samples) >= 16
 
 
 def test_a_bad_sample_that_comes_again_in_a_batch_counts_once(manifest: Manifest) -> None:
@@ -292,17 +294,17 @@ def test_a_bad_sample_that_comes_again_in_a_batch_counts_once(manifest: Manifest
     good = {order.replacement(0, place, 2)[0] for place in range(4)}
     for sample in set(range(20)) - good:
         spoil(few, sample)
-    (batch,) = batches(few, range(1), order=order, reader=Reader(few), max_faults=16)[0]
+    (batch,) = batches(few, range(1), order=order, reader=Reader(few), max_bad_samples=16)[0]
     assert set(batch.ids.tolist()) == good
-    assert len(batch.faults) == 20
+    assert len(batch.bad_samples) == 20
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        ({"max_faults": 6}, r"samples, 7 in all, could not"),
-        ({"max_faults_in_a_row": 4}, r"samples, 5 in a row, could not"),
+        ({"max_bad_samples": 6}, r"samples, 7 in all, could not"),
+        ({"max_bad_samples_in_a_row": 4}, r"samples, 5 in a row, could not"),
     ],
 )
 def test_too_many_bad_samples_end_the_stream(
@@ -334,7 +336,7 @@ def test_a_batch_that_is_too_broken_is_not_tried_to_its_end(manifest: Manifest) 
     reader = Stuck(manifest)
     reader.answers = 7
     with pytest.raises(UserError, match="7 in all"):
-        batches(manifest, range(5), reader=reader, max_faults=6)
+        batches(manifest, range(5), reader=reader, max_bad_samples=6)
 
 
 # Worker processes.

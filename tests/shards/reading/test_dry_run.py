@@ -12,7 +12,7 @@ from shards import manifest
 from shards.errors import UserError
 from shards.manifest import Manifest, ShardInfo
 from shards.reading.dry_run import Plan, advise, plan
-from shards.reading.order import Order, order_of, part_of
+from shards.reading.order import Order, order_of, rank_slice
 
 BATCH = 16
 
@@ -48,9 +48,11 @@ def one(tmp_path: Path) -> Manifest:
     return made(tmp_path / "one")
 
 
-def of(m: Manifest, world_size: int = 2, workers: int = 2, micros: int = 2, lanes: int = 1, **how: object) -> Plan:
+def of(
+    m: Manifest, world_size: int = 2, workers: int = 2, micros: int = 2, shard_groups: int = 1, **how: object
+) -> Plan:
     settings = {"groups": 2, "max_seconds": 6.0} | how
-    return plan(order_of(m, "train", BATCH, 3, 2, lanes), [m], world_size, workers, micros, **settings)
+    return plan(order_of(m, "train", BATCH, 3, 2, shard_groups), [m], world_size, workers, micros, **settings)
 
 
 def names_read(m: Manifest, order: Order, steps: int, world_size: int, workers: int, micros: int) -> dict:
@@ -59,18 +61,20 @@ def names_read(m: Manifest, order: Order, steps: int, world_size: int, workers: 
     for number in range(steps * micros):
         step, micro = divmod(number, micros)
         for rank in range(world_size):
-            mine = part_of(BATCH, micro, micros, rank, world_size, order.lanes)
+            mine = rank_slice(BATCH, micro, micros, rank, world_size, order.shard_groups)
             shards = {m.shards[m.shard[sample]].name for sample in order.batch(step).samples[mine]}
             read.setdefault((rank, number % max(1, workers)), set()).update(shards)
     return read
 
 
 @pytest.mark.parametrize(
-    ("world_size", "workers", "micros", "lanes"), [(1, 0, 1, 1), (2, 2, 2, 1), (4, 3, 1, 2), (2, 1, 2, 4)]
+    ("world_size", "workers", "micros", "shard_groups"), [(1, 0, 1, 1), (2, 2, 2, 1), (4, 3, 1, 2), (2, 1, 2, 4)]
 )
-def test_readers_are_those_of_the_stream(one: Manifest, world_size: int, workers: int, micros: int, lanes: int) -> None:
-    p = of(one, world_size, workers, micros, lanes)
-    expected = names_read(one, order_of(one, "train", BATCH, 3, 2, lanes), p.steps, world_size, workers, micros)
+def test_readers_are_those_of_the_stream(
+    one: Manifest, world_size: int, workers: int, micros: int, shard_groups: int
+) -> None:
+    p = of(one, world_size, workers, micros, shard_groups)
+    expected = names_read(one, order_of(one, "train", BATCH, 3, 2, shard_groups), p.steps, world_size, workers, micros)
     assert {reader: set(shards) for reader, shards in p.readers.items()} == expected
     assert all(list(shards) == sorted(shards) for shards in p.readers.values())
 
@@ -81,10 +85,10 @@ def test_pass_and_window(one: Manifest) -> None:
     first = int(one.first_caption[120])
     assert (part.pictures, part.shards, part.captions) == (120, 12, first)
     assert part.hours == pytest.approx(one.duration[:first].sum() / 3600, rel=1e-6)
-    assert p.steps_per_pass == 120 / 16
+    assert p.steps_per_epoch == 120 / 16
     assert (part.window, part.steps, p.steps) == (20, 20 / 16, 2)
-    assert of(one, lanes=2).parts[0].steps == 2 * 20 / 16
-    assert of(one, world_size=1, micros=1, lanes=8).parts[0].window == 10  # a lane has no two shards to shuffle
+    assert of(one, shard_groups=2).parts[0].steps == 2 * 20 / 16
+    assert of(one, world_size=1, micros=1, shard_groups=8).parts[0].window == 10  # a lane has no two shards to shuffle
     assert of(one, workers=1).readers.keys() == {(0, 0), (1, 0)}
 
 
@@ -104,9 +108,9 @@ def test_bytes_of_a_pass_are_what_passes_read(one: Manifest) -> None:
 def test_shards_of_a_node(one: Manifest) -> None:
     stored = sum(shard.bytes for shard in one.shards[:12])
     assert of(one).stored_per_node == of(one, nodes=2).stored_per_node == stored
-    assert of(one, lanes=2, nodes=2).stored_per_node == stored // 2
-    assert of(one, world_size=4, lanes=2, nodes=4).stored_per_node == stored // 2
-    assert of(one, world_size=4, micros=1, lanes=4, nodes=2).stored_per_node == stored // 2
+    assert of(one, shard_groups=2, nodes=2).stored_per_node == stored // 2
+    assert of(one, world_size=4, shard_groups=2, nodes=4).stored_per_node == stored // 2
+    assert of(one, world_size=4, micros=1, shard_groups=4, nodes=2).stored_per_node == stored // 2
 
 
 def test_padding_against_a_plain_count(one: Manifest) -> None:
@@ -162,9 +166,9 @@ def test_text(one: Manifest, tmp_path: Path) -> None:
     assert "steps a pass: 7.50 of 16 pairs (2 ranks x 2 micro-batches x 4)" in text
     two = of(made(tmp_path / "two", shards=2, pictures=60)).text()
     assert two.endswith("\n  every worker of every rank: 2 shards: train-000000.tar, train-000001.tar")
-    lanes = of(one, world_size=8, workers=2, micros=1, lanes=4)
-    first = ", ".join(lanes.readers[2, 0])
-    assert f"\n  ranks 2 to 3: {len(lanes.readers[2, 0])} shards: {first}\n" in lanes.text()
+    shard_groups = of(one, world_size=8, workers=2, micros=1, shard_groups=4)
+    first = ", ".join(shard_groups.readers[2, 0])
+    assert f"\n  ranks 2 to 3: {len(shard_groups.readers[2, 0])} shards: {first}\n" in shard_groups.text()
     assert "\n  rank 0 worker 0: " in of(one, workers=3).text()
     assert "\n  every rank: " in of(one, workers=1, micros=1).text()
     assert "\n  rank 0: 4 shards: " in of(one, world_size=1, workers=0, micros=1).text()

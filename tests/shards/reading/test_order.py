@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shards.errors import UserError
 from shards.manifest import COLUMNS, Manifest, ShardInfo, save
 from shards.reading.epochs import Passes, Share, Source
-from shards.reading.order import Order, Selection, order_of, part_of, source_of
+from shards.reading.order import Order, Selection, order_of, rank_slice, source_of
 
 PASSES = 3  # that tests run through
 
@@ -61,7 +61,7 @@ class Run:
     """What one lane draws from one source."""
 
     source: int
-    lane: int
+    shard_group: int
     places: np.ndarray  # bool [steps, places of the batch]
     samples: np.ndarray  # int64 [n], of PASSES whole passes or more
     captions: np.ndarray
@@ -76,10 +76,10 @@ def steps_of(order: Order) -> int:
     """Steps that hold PASSES passes of every source in every lane."""
     weights = sum(source.weight for source in order.sources)
     passes = (
-        (int(source.count.sum()) / order.lanes + int(source.count.max())) * weights / source.weight
+        (int(source.count.sum()) / order.shard_groups + int(source.count.max())) * weights / source.weight
         for source in order.sources
     )
-    return int(PASSES * max(passes) * order.lanes / order.batch_size) + 2
+    return int(PASSES * max(passes) * order.shard_groups / order.batch_size) + 2
 
 
 def runs_of(order: Order) -> list[Run]:
@@ -87,11 +87,11 @@ def runs_of(order: Order) -> list[Run]:
     batches = [order.batch(step) for step in range(steps_of(order))]
     samples, captions = (np.stack([getattr(batch, name) for batch in batches]) for name in ("samples", "captions"))
     source = np.searchsorted([source.first_sample for source in order.sources], samples, side="right") - 1
-    lane = np.arange(order.batch_size) // (order.batch_size // order.lanes)
+    shard_group = np.arange(order.batch_size) // (order.batch_size // order.shard_groups)
     found = []
     for k in range(len(order.sources)):
-        for one in range(order.lanes):
-            here = (source == k) & (lane == one)
+        for one in range(order.shard_groups):
+            here = (source == k) & (shard_group == one)
             found.append(Run(k, one, here, samples[here], captions[here], len(np.unique(samples[here]))))
     return found
 
@@ -107,13 +107,15 @@ def numbers(source: Source) -> set[int]:
 def test_every_picture_once_a_pass_in_one_lane(order: Order) -> None:
     runs = runs_of(order)
     for k, source in enumerate(order.sources):
-        lanes = [run for run in runs if run.source == k]
-        for run in lanes:
+        shard_groups = [run for run in runs if run.source == k]
+        for run in shard_groups:
             for each in run.passes(run.samples):
                 assert set(each.tolist()) == set(run.samples.tolist()), "a pass is not all pictures, once"
-        dealt = [picture for run in lanes for picture in set(run.samples.tolist())]
+        dealt = [picture for run in shard_groups for picture in set(run.samples.tolist())]
         assert sorted(dealt) == sorted(numbers(source)), "the lanes together are not the source"
-        shards = [set(np.searchsorted(source.start, run.samples - source.first_sample, side="right")) for run in lanes]
+        shards = [
+            set(np.searchsorted(source.start, run.samples - source.first_sample, side="right")) for run in shard_groups
+        ]
         assert sum(map(len, shards)) == len(source.start), "two lanes read a shard"
 
 
@@ -152,7 +154,7 @@ def test_a_batch_does_not_depend_on_what_was_read_before(order: Order, steps: li
     near = [step + 1 - 2 * back for step in steps if step]
     used = pickle.loads(pickle.dumps(order))
     for step in (*steps, *near, *steps):
-        fresh = Order(order.sources, order.batch_size, order.seed, order.window, order.lanes)
+        fresh = Order(order.sources, order.batch_size, order.seed, order.shuffle_shards, order.shard_groups)
         for replayed, sought in zip(used.batch(step), fresh.batch(step), strict=True):
             np.testing.assert_array_equal(replayed, sought)
 
@@ -164,21 +166,21 @@ def test_a_batch_does_not_depend_on_what_was_read_before(order: Order, steps: li
     st.sampled_from([1, 2, 4, 6, 8]),
     st.integers(1, 3),
 )
-def test_ranks_and_micro_batches_together_are_the_batch(world: int, micros: int, lanes: int, times: int) -> None:
-    size = int(np.lcm(lanes, world)) * micros * times
-    order = Order([same_shards(3 * size + 35, 5)], size, seed=5, window=2, lanes=lanes)
+def test_ranks_and_micro_batches_together_are_the_batch(world: int, micros: int, shard_groups: int, times: int) -> None:
+    size = int(np.lcm(shard_groups, world)) * micros * times
+    order = Order([same_shards(3 * size + 35, 5)], size, seed=5, shuffle_shards=2, shard_groups=shard_groups)
     whole = order.batch(3)
-    places = [part_of(size, m, micros, r, world, lanes) for m in range(micros) for r in range(world)]
+    places = [rank_slice(size, m, micros, r, world, shard_groups) for m in range(micros) for r in range(world)]
     assert {len(part) for part in places} == {size // (micros * world)}, "ranks have unequal parts"
     joined = np.concatenate(places)
     for column, part in zip(whole, whole.part(joined), strict=True):
         np.testing.assert_array_equal(part[np.argsort(joined)], column)
-    if lanes == 1:
+    if shard_groups == 1:
         np.testing.assert_array_equal(joined, np.arange(size))
-    if lanes % world == 0:
+    if shard_groups % world == 0:
         for rank in range(world):
-            mine = {int(p) // (size // lanes) for m in range(micros) for p in places[m * world + rank]}
-            each = lanes // world
+            mine = {int(p) // (size // shard_groups) for m in range(micros) for p in places[m * world + rank]}
+            each = shard_groups // world
             assert mine == set(range(rank * each, (rank + 1) * each)), "a rank does not serve whole lanes"
 
 
@@ -187,7 +189,7 @@ def test_ranks_and_micro_batches_together_are_the_batch(world: int, micros: int,
 def test_a_mixture_keeps_its_shares_at_every_step(order: Order) -> None:
     weights = [Fraction(str(source.weight)) for source in order.sources]
     for run in runs_of(order):
-        share = order.batch_size // order.lanes * weights[run.source] / sum(weights)
+        share = order.batch_size // order.shard_groups * weights[run.source] / sum(weights)
         for step, drawn in enumerate(np.cumsum(run.places.sum(axis=1)).tolist(), start=1):
             assert abs(drawn - step * share) < 1, f"source {run.source} has {drawn} of {float(step * share)} pictures"
 
@@ -210,7 +212,7 @@ def test_a_mixture_is_exact_after_a_long_time_too() -> None:
 
 
 def test_any_part_of_a_batch_is_a_mixture() -> None:
-    order = Order(mix([([40] * 4, 1, 3), ([40] * 4, 1, 1)]), 16, lanes=2)
+    order = Order(mix([([40] * 4, 1, 3), ([40] * 4, 1, 1)]), 16, shard_groups=2)
     for step in range(6):
         assert (order.batch(step).samples // 163).tolist() == 2 * [0, 0, 1, 0, 0, 0, 1, 0]
 
@@ -236,7 +238,7 @@ def test_replacements_put_no_picture_into_a_batch_twice(order: Order, data: st.D
 
 
 def test_replacements_follow_the_batch() -> None:
-    order = Order([same_shards(80, 10)], 8, seed=1, window=2)
+    order = Order([same_shards(80, 10)], 8, seed=1, shuffle_shards=2)
     later = [order.batch(step).samples.tolist() for step in range(10)]
     assert [order.replacement(3, place, 1)[0] for place in range(8)] == later[4]
     assert [order.replacement(3, place, 2)[0] for place in range(8)] == later[5]
@@ -244,7 +246,7 @@ def test_replacements_follow_the_batch() -> None:
 
 
 def test_a_window_keeps_reads_local_and_mixes_all_its_shards() -> None:
-    order = Order([same_shards(80, 10)], 8, window=2)
+    order = Order([same_shards(80, 10)], 8, shuffle_shards=2)
     for epoch in (0, 1):
         shards = (np.concatenate([order.batch(10 * epoch + step).samples for step in range(10)]) - 3) // 10
         for start in range(0, 80, 20):
@@ -263,25 +265,28 @@ def test_seeds_passes_lanes_and_sources_are_shuffled_differently() -> None:
     assert plain != shuffled(Order(one, 20, seed=2**64), slice(None), first_step=4)
     two = mix([([80], 1, 1), ([80], 1, 1)])
     assert shuffled(Order(two, 40), slice(0, 40, 2)) != shuffled(Order(two, 40), slice(1, 40, 2))
-    lanes = Order([make_source([80, 80], 1)], 40, lanes=2)
+    shard_groups = Order([make_source([80, 80], 1)], 40, shard_groups=2)
     first, second = (
-        [int(n) for t in range(4) for n in lanes.batch(t).samples[part]] for part in (range(20), range(20, 40))
+        [int(n) for t in range(4) for n in shard_groups.batch(t).samples[part]] for part in (range(20), range(20, 40))
     )
     assert np.argsort(first).tolist() != np.argsort(second).tolist()
 
 
 def test_the_order_is_the_same_in_every_version() -> None:
     # A change here changes what a resumed run reads.
-    order = Order(mix([([5, 4, 3], 3, 2), ([6, 5], 2, 1)]), 6, seed=7, window=2)
+    order = Order(mix([([5, 4, 3], 3, 2), ([6, 5], 2, 1)]), 6, seed=7, shuffle_shards=2)
     assert order.batch(0).samples.tolist() == [12, 22, 13, 14, 27, 10]
     assert order.batch(5).captions.tolist() == [15, 44, 21, 20, 35, 18]
     assert order.replacement(5, 2, 1) == (13, 26)
 
 
 def test_lanes_have_as_many_pictures_each_as_the_shards_allow() -> None:
-    order = Order([make_source([7, 50, 9, 30, 20, 11, 33], 1)], 12, lanes=3)
-    lanes = [np.concatenate([order.batch(t).samples.reshape(3, 4)[lane] for t in range(14)]) for lane in range(3)]
-    assert sorted(len(set(lane.tolist())) for lane in lanes) == [50, 53, 56]
+    order = Order([make_source([7, 50, 9, 30, 20, 11, 33], 1)], 12, shard_groups=3)
+    shard_groups = [
+        np.concatenate([order.batch(t).samples.reshape(3, 4)[shard_group] for t in range(14)])
+        for shard_group in range(3)
+    ]
+    assert sorted(len(set(shard_group.tolist())) for shard_group in shard_groups) == [50, 53, 56]
 
 
 def test_ten_million_pictures_need_neither_memory_nor_replay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,10 +305,10 @@ def test_ten_million_pictures_need_neither_memory_nor_replay(monkeypatch: pytest
     tracemalloc.start()
     order = order_of(manifest, "train", 1024, seed=3)
     assert order.pictures == pictures - 10_000
-    last = int(30 * order.steps_per_pass) - 1
+    last = int(30 * order.steps_per_epoch) - 1
     order.batch(last)
     assert len(windows) <= 2, "a seek shuffles more windows than it reads"
-    across = int(29 * order.steps_per_pass)
+    across = int(29 * order.steps_per_epoch)
     assert order.batch(across).samples.min() >= 10_000, "a sample of the other split"
     assert len(windows) <= 2 + 2, "a seek across passes shuffles more than an end and a beginning"
     for step in range(across + 1, across + 40):
@@ -345,7 +350,7 @@ def test_an_order_of_manifests_numbers_them_end_to_end(tmp_path: Path) -> None:
     np.testing.assert_array_equal(captions[samples < 16] // 2, samples[samples < 16])
     equal = order_of([one, two], "train", 6).batch(0).samples
     assert (equal < 16).sum() == 3
-    assert (order.pictures, order.steps_per_pass) == (26, 26 / 6)
+    assert (order.pictures, order.steps_per_epoch) == (26, 26 / 6)
 
 
 def test_an_unknown_split_is_named_with_those_there_are(tmp_path: Path) -> None:
@@ -372,7 +377,7 @@ def test_a_part_has_the_same_places_of_all_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "weights", "batch", "lanes", "said"),
+    ("counts", "weights", "batch", "shard_groups", "said"),
     [
         (
             [[15]],
@@ -398,7 +403,7 @@ def test_a_part_has_the_same_places_of_all_columns() -> None:
             2,
             "a batch of 9 does not divide into 2 lanes: set --training.batch_size to 10 or --data.l",
         ),
-        ([[20, 20]], [1], 9, 3, "3 lanes need as many shards, training has 2: set --data.lanes to 2 or less"),
+        ([[20, 20]], [1], 9, 3, "3 lanes need as many shards, training has 2: set --data.shard_groups to 2 or less"),
         (
             [[90], [90]],
             [9, 1],
@@ -411,9 +416,9 @@ def test_a_part_has_the_same_places_of_all_columns() -> None:
         ([[90], [90]], [1, float("inf")], 8, 1, "the weight of training is inf"),
     ],
 )
-def test_what_does_not_fit_is_one_clear_line(counts, weights, batch, lanes, said) -> None:
+def test_what_does_not_fit_is_one_clear_line(counts, weights, batch, shard_groups, said) -> None:
     with pytest.raises(UserError) as caught:
-        Order(mix([(c, 1, w) for c, w in zip(counts, weights, strict=True)]), batch, lanes=lanes)
+        Order(mix([(c, 1, w) for c, w in zip(counts, weights, strict=True)]), batch, shard_groups=shard_groups)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -431,8 +436,8 @@ def test_the_batch_that_an_error_names_fits() -> None:
 
 def test_a_batch_that_ranks_or_lanes_do_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"does not divide by 2 micro-batches x 1 lanes or x 3 ranks: .* multiple of 6"):
-        part_of(16, 0, 2, 0, 3)
+        rank_slice(16, 0, 2, 0, 3)
     with pytest.raises(
         UserError, match=r"does not divide by 3 micro-batches x 4 lanes or x 2 ranks: .* multiple of 12"
     ):
-        part_of(18, 0, 3, 0, 2, lanes=4)
+        rank_slice(18, 0, 3, 0, 2, shard_groups=4)

@@ -19,7 +19,7 @@ from shards import remote
 from shards.errors import TransientError, UserError
 from shards.manifest import Manifest, load
 from shards.reading import reader as module
-from shards.reading.bad_samples import BadSample
+from shards.reading.bad_samples import UnreadableSampleError
 from shards.reading.cache import Cache
 from shards.reading.reader import Reader
 from tests.shards.media.noise import noise
@@ -102,7 +102,7 @@ def test_a_shard_that_is_not_the_one_of_the_manifest_is_named(data: Path, change
         reader.picture(2)
     assert "one/train-000001.tar" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not isinstance(caught.value, BadSample | TransientError)
+    assert not isinstance(caught.value, UnreadableSampleError | TransientError)
 
 
 @pytest.mark.parametrize("call", ["open", "pread"])
@@ -131,7 +131,7 @@ def test_a_giant_member_is_refused_before_it_is_read(data: Path, monkeypatch: py
     reader = Reader(load(data / "one"))
     monkeypatch.setattr(module, "MAX_MEMBER", int(reader.manifests[0].image_bytes[3]) - 1)
     monkeypatch.setattr(os, "pread", None)
-    with pytest.raises(BadSample, match="the limit is"):
+    with pytest.raises(UnreadableSampleError, match="the limit is"):
         reader.picture(3)
 
 

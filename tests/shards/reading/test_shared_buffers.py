@@ -2,12 +2,12 @@ import gc
 
 import torch
 
-from shards.reading.shared_buffers import Slots, bytes_of
+from shards.reading.shared_buffers import SharedBuffers, bytes_of
 
 WANTED = [(torch.uint8, (3, 5)), (torch.float32, (2, 4))]
 
 
-def fill(slots: Slots, value: int) -> int:
+def fill(slots: SharedBuffers, value: int) -> int:
     slot = slots.take(bytes_of(WANTED))
     assert slot is not None
     for tensor in slots.tensors(slot, WANTED):
@@ -16,7 +16,7 @@ def fill(slots: Slots, value: int) -> int:
 
 
 def test_tensors_of_a_slot_do_not_overlap():
-    slots = Slots(2, bytes_of(WANTED))
+    slots = SharedBuffers(2, bytes_of(WANTED))
     images, waves = slots.tensors(1, WANTED)
     images.fill_(7)
     waves.fill_(0.5)
@@ -27,7 +27,7 @@ def test_tensors_of_a_slot_do_not_overlap():
 
 
 def test_a_slot_is_free_when_the_last_view_of_it_is_gone():
-    slots = Slots(1, bytes_of(WANTED))
+    slots = SharedBuffers(1, bytes_of(WANTED))
     slot = fill(slots, 3)
     images, waves = slots.lend(slot, WANTED)
     assert slots.take(1) is None
@@ -45,6 +45,6 @@ def test_a_slot_is_free_when_the_last_view_of_it_is_gone():
 
 
 def test_what_does_not_fit_gets_no_slot():
-    slots = Slots(1, bytes_of(WANTED))
+    slots = SharedBuffers(1, bytes_of(WANTED))
     assert slots.take(bytes_of(WANTED) + 1) is None
     assert slots.take(bytes_of(WANTED)) == 0

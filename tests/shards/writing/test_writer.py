@@ -16,7 +16,7 @@ import soundfile
 import webdataset
 from PIL import Image
 
-from shards import manifest
+from shards import files, manifest
 from shards.corpora.item import Caption, Item
 from shards.corpora.lists import ListFile
 from shards.errors import UserError
@@ -121,7 +121,7 @@ def test_manifest_points_at_every_member(tmp_path):
             assert cut(made.audio_offset[row], made.audio_bytes[row]) == stored[f"{key}.{k}.flac"]
     for shard in made.shards:
         path = tmp_path / shard.name
-        assert (shard.bytes, shard.sha256) == (path.stat().st_size, manifest.file_sha256(path))
+        assert (shard.bytes, shard.sha256) == (path.stat().st_size, files.file_sha256(path))
     assert [shard.samples for shard in made.shards] == [2, 1, 1, 1]
 
 
@@ -351,7 +351,7 @@ def test_recordings_to_listen_to_are_counted_and_named(tmp_path, parts):
         report = write(items, out, samples_per_shard=1)
     else:
         for number in (2, 1):
-            part_of(items, out, number, 2)
+            rank_slice(items, out, number, 2)
         report = merge_shards(out)
     assert [(one.utterance, one.sample, one.caption, one.what.partition(":")[0]) for one in report.warnings] == [
         ("loud", "p0", 0, "clipped"),
@@ -740,12 +740,12 @@ def test_a_file_that_changes_after_it_was_read_is_noticed_at_the_end(tmp_path, n
 def test_merge_refuses_parts_made_from_files_that_changed_since(tmp_path, change, line):
     items = shard_corpus(tmp_path / "corpus")
     for number in (1, 2):
-        part_of(items, tmp_path / "out", number, 2)
+        rank_slice(items, tmp_path / "out", number, 2)
     change(tmp_path / "corpus/1.wav")
     shard = r"since train-000001\.tar was written"
     with pytest.raises(UserError, match=rf"corpus/1\.wav {line} {shard}: run --part 2/2 again$"):
         merge_shards(tmp_path / "out")
-    assert part_of(items, tmp_path / "out", 2, 2) == (1, 3)
+    assert rank_slice(items, tmp_path / "out", 2, 2) == (1, 3)
     merge_shards(tmp_path / "out")
     write(items, tmp_path / "undisturbed", samples_per_shard=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
@@ -754,7 +754,7 @@ def test_merge_refuses_parts_made_from_files_that_changed_since(tmp_path, change
 def test_merge_takes_files_that_were_touched_and_names_how_many_are_gone(tmp_path):
     items = shard_corpus(tmp_path / "corpus")
     for number in (1, 2):
-        part_of(items, tmp_path / "out", number, 2)
+        rank_slice(items, tmp_path / "out", number, 2)
     os.utime(tmp_path / "corpus/1.wav", ns=(1, 1))
     (tmp_path / "corpus/2.wav").unlink()
     (tmp_path / "corpus/2.png").unlink()
@@ -799,7 +799,7 @@ def test_a_run_of_an_earlier_version_is_gone_on_from(tmp_path):
 
 def test_parts_of_an_earlier_version_are_merged_and_their_sources_are_not_known(tmp_path):
     items, out = shard_corpus(tmp_path / "corpus"), tmp_path / "out"
-    part_of(items, out, 1, 1)
+    rank_slice(items, out, 1, 1)
     forget(out / UNFINISHED)
     merge_shards(out)
     write(items, tmp_path / "undisturbed", samples_per_shard=1)
@@ -842,7 +842,7 @@ def test_full_disk_leaves_finished_shards_or_nothing(tmp_path, monkeypatch, mome
 # Parts.
 
 
-def part_of(items, folder, number, of, **how):
+def rank_slice(items, folder, number, of, **how):
     work = plan_shards(items, "tiny", Format(samples_per_shard=1, **how), {"corpus": "tiny"}, of)
     return write_part(work, folder, Part(number, of))
 
@@ -850,11 +850,11 @@ def part_of(items, folder, number, of, **how):
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_parts_in_any_order_give_the_same_bytes(tmp_path, parts):
     out = tmp_path / "out"
-    written = [part_of(ITEMS, out, number, parts) for number in range(parts, 0, -1)]
+    written = [rank_slice(ITEMS, out, number, parts) for number in range(parts, 0, -1)]
     assert sum(shards for shards, _ in written) == len(ITEMS)
     assert [kept for _, kept in written] == [0] * parts
     assert not (out / "manifest.json").exists()
-    assert part_of(ITEMS, out, 1, parts) == (0, written[-1][0])
+    assert rank_slice(ITEMS, out, 1, parts) == (0, written[-1][0])
     before = identities(out)
     report = merge_shards(out)
     undisturbed = write(ITEMS, tmp_path / "undisturbed", samples_per_shard=1)
@@ -872,21 +872,21 @@ def test_a_new_tar_never_goes_with_an_old_record(tmp_path):
         moment += 1
         tiny.speech(tmp_path / "u.wav")
         out = tmp_path / f"{moment}"
-        part_of(items, out, 1, 1, codec="wav")
+        rank_slice(items, out, 1, 1, codec="wav")
         (tmp_path / "u.wav").write_bytes(other)
-        again = killed_at(moment, True, partial(part_of, items, out, 1, 1, codec="wav"))
+        again = killed_at(moment, True, partial(rank_slice, items, out, 1, 1, codec="wav"))
         if not finished(out):
             refused += 1
             continue
         merge_shards(out)
         (shard,) = manifest.load(out).shards
-        assert shard.sha256 == manifest.file_sha256(out / shard.name)
+        assert shard.sha256 == files.file_sha256(out / shard.name)
     assert refused >= 2
 
 
 def test_another_number_of_parts_goes_on(tmp_path):
-    part_of(ITEMS, tmp_path / "out", 2, 3)
-    assert part_of(ITEMS, tmp_path / "out", 2, 2) == (1, 1)
+    rank_slice(ITEMS, tmp_path / "out", 2, 3)
+    assert rank_slice(ITEMS, tmp_path / "out", 2, 2) == (1, 1)
     assert write(ITEMS, tmp_path / "out", samples_per_shard=1).kept == 3
     write(ITEMS, tmp_path / "undisturbed", samples_per_shard=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
@@ -897,17 +897,17 @@ def test_merge_names_what_is_missing(tmp_path):
     with pytest.raises(UserError, match=r"out holds no parts to merge: write them with .* --part I/N"):
         merge_shards(out)
     assert not out.exists()
-    part_of(ITEMS, out, 2, 3)
+    rank_slice(ITEMS, out, 2, 3)
     line = r"^3 of 5 shards are missing.*: train-000000\.tar \(part 1/3\), train-000002\.tar \(part 3/3\), "
     with pytest.raises(UserError, match=line + r"dev-000000\.tar \(part 1/3\): run --part 1/3, 3/3 again$"):
         merge_shards(out)
-    part_of(ITEMS, out, 1, 3)
-    part_of(ITEMS, out, 3, 3)
+    rank_slice(ITEMS, out, 1, 3)
+    rank_slice(ITEMS, out, 3, 3)
     os.truncate(out / "train-000001.tar", 1024)
     with pytest.raises(UserError, match=r"1 of 5 .* train-000001\.tar \(part 2/3\): run --part 2/3 again"):
         merge_shards(out)
     assert not (out / "manifest.json").exists()
-    assert part_of(ITEMS, out, 2, 3) == (1, 1)
+    assert rank_slice(ITEMS, out, 2, 3) == (1, 1)
     merge_shards(out)
     assert len(manifest.load(out).key) == 5
     with pytest.raises(UserError, match="holds no parts to merge"):
@@ -916,11 +916,11 @@ def test_merge_names_what_is_missing(tmp_path):
 
 def test_merge_refuses_parts_of_a_corpus_that_changed_between_them(tmp_path):
     items = [*ITEMS[:3], replace(ITEMS[4], image_id="t-0")]
-    part_of(ITEMS, tmp_path, 1, 2)
-    part_of(items, tmp_path, 2, 2)  # train: t-2, t-1, t-0 rather than t-3; no extra
+    rank_slice(ITEMS, tmp_path, 1, 2)
+    rank_slice(items, tmp_path, 2, 2)  # train: t-2, t-1, t-0 rather than t-3; no extra
     with pytest.raises(UserError, match=r"1 of 4 shards .* train-000002\.tar \(part 1/2\): run --part 1/2 again"):
         merge_shards(tmp_path)
-    assert part_of(items, tmp_path, 1, 2) == (1, 1)
+    assert rank_slice(items, tmp_path, 1, 2) == (1, 1)
     merge_shards(tmp_path)
     write(items, tmp_path / "undisturbed", samples_per_shard=1)
     (tmp_path / "undisturbed").rename(tmp_path.with_name("undisturbed"))
@@ -936,21 +936,21 @@ def test_parts_at_work_at_once(tmp_path):
         temporary.touch()
         for number, of in ((1, 2), (1, 1), (2, 3)):
             with pytest.raises(UserError, match=r"another make_shards is writing into .* \(part 1/2\): wait for it"):
-                part_of(items, out, number, of)
+                rank_slice(items, out, number, of)
         with pytest.raises(UserError, match=r"\(part 1/2\): wait"):
             merge_shards(out)
         with pytest.raises(UserError, match="quality 90, now 80"):
-            part_of(items, out, 2, 2, quality=80)
+            rank_slice(items, out, 2, 2, quality=80)
         with pytest.raises(UserError, match=r"the corpus changed since it began \(.*\): wait for it, or stop it, then"):
-            part_of(ITEMS, out, 2, 2)
+            rank_slice(ITEMS, out, 2, 2)
         with pytest.raises(UserError, match=r"late\.png: no such file"):
-            part_of(items, out, 2, 2)
+            rank_slice(items, out, 2, 2)
         assert temporary.exists(), "of the part at work"
         assert (out / UNFINISHED / "plan.json").exists()
         tiny.photo(tmp_path / "late.png")
-        part_of(items, out, 2, 2)
+        rank_slice(items, out, 2, 2)
     assert not temporary.exists()
-    assert part_of(items, out, 1, 2) == (3, 0)
+    assert rank_slice(items, out, 1, 2) == (3, 0)
     merge_shards(out)
     assert not (out / UNFINISHED).exists()
 
@@ -958,7 +958,7 @@ def test_parts_at_work_at_once(tmp_path):
 def test_last_part_to_fail_leaves_nothing(tmp_path):
     bad = [Item("bad", "train", tmp_path / "none.jpg", ITEMS[0].captions)]
     with pytest.raises(UserError, match=r"no such file$"):
-        part_of(bad, tmp_path / "out", 1, 2)
+        rank_slice(bad, tmp_path / "out", 1, 2)
     assert not (tmp_path / "out").exists()
 
 
@@ -972,7 +972,7 @@ def test_the_last_one_removes_the_notes_while_another_comes(tmp_path, monkeypatc
         real(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    assert part_of(ITEMS, tmp_path, 1, 1) == (5, 0)
+    assert rank_slice(ITEMS, tmp_path, 1, 1) == (5, 0)
     assert len(calls) > 1
 
 
@@ -984,10 +984,10 @@ def test_without_locks_of_the_file_system(tmp_path, monkeypatch):
     out = tmp_path / "out"
     bad = [ITEMS[1], Item("bad", "train", tmp_path / "none.jpg", ITEMS[0].captions)]
     with pytest.raises(UserError, match=r"none\.jpg"):
-        part_of(bad, out, 2, 2)
+        rank_slice(bad, out, 2, 2)
     assert (out / UNFINISHED / "plan.json").exists()  # the other part may be at work
-    part_of(ITEMS[1:3], out, 1, 2)
-    part_of(ITEMS[1:3], out, 2, 2)
+    rank_slice(ITEMS[1:3], out, 1, 2)
+    rank_slice(ITEMS[1:3], out, 2, 2)
     merge_shards(out)
     assert len(manifest.load(out).key) == 2
 

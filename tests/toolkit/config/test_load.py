@@ -35,9 +35,9 @@ def test_command_line_wins_over_file_over_base_over_default(tmp_path):
     )
     file = tmp_path / "mine.yaml"
     file.write_text("base: base.yaml\ntraining: {steps: 8, warmup: 4}\nmodel: {speech: {config: {b: 2, c: 2}}}")
-    config = load_config(["--config", str(file), "--training.warmup", "5", "--model.speech.config.c=3"])
+    config = load_config(["--config", str(file), "--training.warmup_steps", "5", "--model.speech.config.c=3"])
     training = config.training
-    assert (training.clip, training.lr, training.steps, training.warmup) == (1.0, 0.5, 8, 5)
+    assert (training.grad_clip, training.lr, training.steps, training.warmup_steps) == (1.0, 0.5, 8, 5)
     assert config.model.speech.config == {"a": 1, "b": 2, "c": 3}
 
 
@@ -49,7 +49,7 @@ def test_command_line_wins_over_file_over_base_over_default(tmp_path):
         ("training.stop_after", "null", None),
         ("training.stop_after", "12", 12),
         ("training.betas", "[0.5, 0.6]", [0.5, 0.6]),
-        ("training.zero", "3", 3),
+        ("training.zero_stage", "3", 3),
         ("objectives.momentum.enabled", "true", True),
         ("objectives.denoising.snr_db", "-5", -5.0),
         ("model.speech.train", "2", "2"),
@@ -87,8 +87,8 @@ def test_free_keys_and_sections():
         ("training.lr", "1e999", "--training.lr is inf (float); expected float"),
         ("training.steps", "1.5", "--training.steps is 1.5 (float); expected int"),
         ("training.steps", "true", "--training.steps is True (bool); expected int"),
-        ("training.zero", "4", "--training.zero is 4 (int); expected one of 0, 1, 2, 3"),
-        ("training.zero", "true", "--training.zero is True (bool); expected one of 0, 1, 2, 3"),
+        ("training.zero_stage", "4", "--training.zero_stage is 4 (int); expected one of 0, 1, 2, 3"),
+        ("training.zero_stage", "true", "--training.zero_stage is True (bool); expected one of 0, 1, 2, 3"),
         ("training.stop_after", "x", "--training.stop_after is 'x' (str); expected int or null"),
         ("training.betas", "[1, x]", "--training.betas is [1, 'x'] (list); expected list of float"),
         ("objectives.momentum.enabled", "yes", "--objectives.momentum.enabled is 'yes' (str); expected true or false"),
@@ -160,8 +160,11 @@ def test_wrong_files(tmp_path, text, message):
             "--model.fusion.width 192 --model.fusion.heads 5",
             "--model.fusion.width 192 does not divide by --model.fusion.heads 5",
         ),
-        ("--objectives.denoising.donors 0", "--objectives.denoising.donors is 0; expected 1 or more"),
-        ("--objectives.denoising.donors 1", "--objectives.denoising.donors 1 leaves no row to swap with: set it to 2"),
+        ("--objectives.denoising.swap_group 0", "--objectives.denoising.swap_group is 0; expected 1 or more"),
+        (
+            "--objectives.denoising.swap_group 1",
+            "--objectives.denoising.swap_group 1 leaves no row to swap with: set it to 2",
+        ),
         ("--objectives.contrastive.temperature 0.9", "--objectives.contrastive.temperature 0.9 is not between"),
         ("--objectives.momentum.enabled false", "--objectives.contrastive.alpha 0.4 needs the momentum encoder"),
         (
@@ -245,7 +248,7 @@ def test_help_names_every_key_with_type_default_and_meaning():
 
     for key in keys(Config()):
         assert re.search(rf"^  --{re.escape(key)} \S.* = \S", listed, re.MULTILINE), key
-    assert re.search(r"^  --training\.zero one of 0, 1, 2, 3 = 1 +# DeepSpeed ZeRO stage$", listed, re.MULTILINE)
+    assert re.search(r"^  --training\.zero_stage one of 0, 1, 2, 3 = 1 +# DeepSpeed ZeRO stage$", listed, re.MULTILINE)
     assert re.search(r"^  --training\.stop_after int or null = null +# steps", listed, re.MULTILINE)
 
 

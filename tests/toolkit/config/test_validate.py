@@ -9,14 +9,14 @@ from shards.errors import UserError
 from toolkit.config.load import load_config
 from toolkit.config.schema import Config
 from toolkit.config.validate import batch_warnings
-from toolkit.objectives.counter_rng import RowRandom
+from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.objectives.denoising import add_noise
 
 
-def config(batch, accumulation=1, donors=8, **objectives):
+def config(batch, accumulation=1, swap_group=8, **objectives):
     made = Config()
     made.training.batch_size, made.training.accumulation = batch, accumulation
-    made.objectives.denoising.donors = donors
+    made.objectives.denoising.swap_group = swap_group
     for name, value in objectives.items():
         section, key = name.split("_")
         setattr(getattr(made.objectives, section), key, value)
@@ -24,7 +24,7 @@ def config(batch, accumulation=1, donors=8, **objectives):
 
 
 @pytest.mark.parametrize(
-    ("batch", "accumulation", "ranks", "donors", "objectives", "said"),
+    ("batch", "accumulation", "ranks", "swap_group", "objectives", "said"),
     [
         (256, 1, 8, 8, {}, []),
         (256, 2, 4, 16, {}, []),
@@ -44,8 +44,8 @@ def config(batch, accumulation=1, donors=8, **objectives):
         (10, 1, 1, 8, {}, []),
     ],
 )
-def test_what_a_small_micro_batch_takes_is_said(batch, accumulation, ranks, donors, objectives, said):
-    found = batch_warnings(config(batch, accumulation, donors, **objectives), ranks)
+def test_what_a_small_micro_batch_takes_is_said(batch, accumulation, ranks, swap_group, objectives, said):
+    found = batch_warnings(config(batch, accumulation, swap_group, **objectives), ranks)
     assert len(found) == len(said)
     for line, pattern in zip(found, said, strict=True):
         assert re.search(pattern, line)
@@ -57,25 +57,25 @@ def test_a_batch_that_does_not_divide_is_refused_as_ever():
         batch_warnings(config(4), 3)
 
 
-def noised(batch, ranks, donors):
+def noised(batch, ranks, swap_group):
     """The positions that swap noises in a global batch, computed in the parts of its ranks."""
     tokens = torch.arange(batch * 6.0).reshape(batch, 6, 1).repeat(1, 1, 2)
     ids, rows = torch.arange(batch), torch.arange(batch)
     parts = []
     for part in rows.chunk(ranks):
-        mask, random = torch.ones(len(part), 6, dtype=torch.bool), RowRandom(3, part)
-        parts.append(add_noise(tokens[part], mask, ids[part], "swap", 0.5, 1, 0.0, random, donors).tokens)
+        mask, random = torch.ones(len(part), 6, dtype=torch.bool), CounterRNG(3, part)
+        parts.append(add_noise(tokens[part], mask, ids[part], "swap", 0.5, 1, 0.0, random, swap_group).tokens)
     return torch.cat(parts)
 
 
 @pytest.mark.parametrize("batch", [4, 6, 8, 12, 16])
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("donors", [2, 3, 4, 8])
-def test_noise_is_the_same_on_any_number_of_ranks_where_nothing_is_said(batch, ranks, donors):
+@pytest.mark.parametrize("swap_group", [2, 3, 4, 8])
+def test_noise_is_the_same_on_any_number_of_ranks_where_nothing_is_said(batch, ranks, swap_group):
     if batch % ranks == 0:
-        same = torch.equal(noised(batch, ranks, donors), noised(batch, 1, donors))
-        assert same or batch_warnings(config(batch, donors=donors), ranks)
-        for line in batch_warnings(config(batch, donors=donors), ranks):
+        same = torch.equal(noised(batch, ranks, swap_group), noised(batch, 1, swap_group))
+        assert same or batch_warnings(config(batch, swap_group=swap_group), ranks)
+        for line in batch_warnings(config(batch, swap_group=swap_group), ranks):
             if mend := re.search(r"set it to (\d+)$", line):
                 assert torch.equal(noised(batch, ranks, int(mend[1])), noised(batch, 1, int(mend[1])))
 

@@ -17,7 +17,7 @@ from tests.shards.media.noise import spoil
 from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
 from toolkit.evaluation import examples
-from toolkit.evaluation.recall import Ranking, Standing
+from toolkit.evaluation.recall import RankCounts, Ranking
 from toolkit.evaluation.retrieve import Retrieval
 
 shards = test_trainer.shards
@@ -33,9 +33,9 @@ def retrieval(folder: Path, shift: int) -> Retrieval:
     candidates = (picture[:, None] + shift + torch.arange(len(samples))) % len(samples)
     ahead = torch.full_like(picture, -shift % len(samples))
     none = torch.zeros(0, dtype=torch.int64)
-    ranking = Ranking(Standing(ahead, torch.zeros_like(ahead), torch.ones_like(ahead)), candidates)
+    ranking = Ranking(RankCounts(ahead, torch.zeros_like(ahead), torch.ones_like(ahead)), candidates)
     report = {"split": "dev", "reranked": None}
-    return Retrieval(report, samples, captions, picture, none, ranking, Ranking(Standing(none, none, none), none))
+    return Retrieval(report, samples, captions, picture, none, ranking, Ranking(RankCounts(none, none, none), none))
 
 
 def pixels(uri: str) -> np.ndarray:

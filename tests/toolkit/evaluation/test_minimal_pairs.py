@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from toolkit.evaluation.minimal_pairs import accuracy, ask, find_twins, kind_of
+from toolkit.evaluation.minimal_pairs import accuracy, ask, find_minimal_pairs, kind_of
 
 
 def shards():
@@ -30,11 +30,11 @@ def questions():
 
 def test_twins_are_those_of_the_given_samples():
     manifest = shards()
-    assert find_twins(manifest, manifest.rows("test")).tolist() == [5, 6, 7]
-    assert find_twins(manifest, np.array([2])).tolist() == [7]
-    assert find_twins(manifest, manifest.rows("train")).tolist() == []
+    assert find_minimal_pairs(manifest, manifest.rows("test")).tolist() == [5, 6, 7]
+    assert find_minimal_pairs(manifest, np.array([2])).tolist() == [7]
+    assert find_minimal_pairs(manifest, manifest.rows("train")).tolist() == []
     manifest.splits = ("train", "test")
-    assert find_twins(manifest, np.array([2, 3])).tolist() == []
+    assert find_minimal_pairs(manifest, np.array([2, 3])).tolist() == []
 
 
 def test_every_caption_of_both_twins_is_a_question():

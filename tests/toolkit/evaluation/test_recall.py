@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from toolkit.evaluation.recall import Standing, rank_answers, recall_at, stand, summarise
+from toolkit.evaluation.recall import RankCounts, rank_answers, rank_of_best, recall_at, summarise
 
 
 def naive_recall(scores, right, k):
@@ -47,7 +47,7 @@ def test_ties_and_several_right_answers_count_as_the_mean_over_all_orders(seed):
     right = torch.rand(12, 6, generator=generator) < 0.4
     right[torch.arange(12), torch.randint(0, 6, (12,), generator=generator)] = True
     for k in (1, 2, 3, 5, 6, 10):
-        assert recall_at(stand(scores, right), k) == pytest.approx(naive_recall(scores, right, k)), f"k={k}"
+        assert recall_at(rank_of_best(scores, right), k) == pytest.approx(naive_recall(scores, right, k)), f"k={k}"
 
 
 def test_both_directions_equal_a_full_sort():
@@ -81,11 +81,11 @@ def test_scores_that_are_no_numbers_are_misses():
     for broken in (torch.full((20, 20), torch.nan), torch.where(good == 1, torch.nan, good)):
         assert recall_at(rank_answers(broken, ids, good, ids, k=5).standing, 5) == 0.0
     scores = torch.tensor([[0.9, torch.nan, 0.1]])
-    assert stand(scores, torch.tensor([[True, False, False]])).ahead.tolist() == [1]
+    assert rank_of_best(scores, torch.tensor([[True, False, False]])).ahead.tolist() == [1]
 
 
 def test_fewer_answers_than_k_are_all_found():
-    standing = Standing(torch.tensor([2]), torch.tensor([0]), torch.tensor([1]))
+    standing = RankCounts(torch.tensor([2]), torch.tensor([0]), torch.tensor([1]))
     assert recall_at(standing, 10) == 100.0
     ids = torch.arange(3)
     assert rank_answers(torch.eye(3), ids, torch.eye(3), ids, k=10).candidates.shape == (3, 3)

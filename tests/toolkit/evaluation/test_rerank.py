@@ -10,7 +10,7 @@ from shards.errors import UserError
 from tests.distributed import run_ranks
 from toolkit.config import schema as config
 from toolkit.evaluation.encode import Encodings, Process, Tokens
-from toolkit.evaluation.recall import Ranking, Standing, rank_answers, recall_at
+from toolkit.evaluation.recall import RankCounts, Ranking, rank_answers, recall_at
 from toolkit.evaluation.rerank import fit_weight, join, reorder, rerank, score_pairs
 from toolkit.model.outputs import Encoded
 
@@ -113,7 +113,7 @@ def test_any_number_of_ranks_gives_the_same_and_calls_the_model_equally_often(wo
 
 
 def test_candidates_come_in_the_new_order_and_the_rest_behind_them():
-    old = Ranking(Standing(*torch.tensor([[1], [0], [1]])), torch.tensor([[4, 2, 7, 1]]))
+    old = Ranking(RankCounts(*torch.tensor([[1], [0], [1]])), torch.tensor([[4, 2, 7, 1]]))
     new = reorder(old, torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[False, True, False]]))
     assert new.candidates.tolist() == [[2, 7, 4, 1]]
     assert new.standing.ahead.tolist() == [0]
@@ -121,7 +121,7 @@ def test_candidates_come_in_the_new_order_and_the_rest_behind_them():
 
 def test_what_is_not_among_the_best_k_stays_behind_them_even_at_the_same_old_score():
     # All ten answers had the same cosine, the right one is not among the best 3.
-    old = Ranking(Standing(*torch.tensor([[0], [9], [1]])), torch.tensor([[0, 1, 2]]))
+    old = Ranking(RankCounts(*torch.tensor([[0], [9], [1]])), torch.tensor([[0, 1, 2]]))
     new = reorder(old, torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool)).standing
     assert (new.ahead.item(), new.tied.item(), new.right.item()) == (3, 6, 1)
     assert recall_at(new, 3) == 0.0
@@ -129,7 +129,7 @@ def test_what_is_not_among_the_best_k_stays_behind_them_even_at_the_same_old_sco
 
 
 def test_equal_new_scores_share_their_places():
-    old = Ranking(Standing(*torch.tensor([[2], [0], [1]])), torch.tensor([[5, 6, 7, 8]]))
+    old = Ranking(RankCounts(*torch.tensor([[2], [0], [1]])), torch.tensor([[5, 6, 7, 8]]))
     new = reorder(old, torch.ones(1, 4), torch.tensor([[False, False, True, False]]))
     assert recall_at(new.standing, 1) == pytest.approx(25.0)
 

@@ -345,7 +345,7 @@ def losses_of_stages(rank: int, world_size: int) -> list[list[float]]:
     for zero in (0, 3):
         encoder = make_encoder(BASE, "all", head_layers=0)
         encoder.groups = 3
-        training = config.Training(batch_size=world_size, zero=zero, precision="fp32", lr=1e-2)
+        training = config.Training(batch_size=world_size, zero_stage=zero, precision="fp32", lr=1e-2)
         sharding = {"stage3_param_persistence_threshold": 0} if zero == 3 else {}  # by default, not what is small
         made = config.Config(training=training, deepspeed={"zero_optimization": sharding})
         engine = make_engine(Loss(encoder), made, world_size, torch.device("cpu"))

@@ -484,7 +484,7 @@ def test_a_frozen_projection_stays_clips_own_at_every_stage(shards, tmp_path):  
     clip = clip_folder(tmp_path / "clip")
     runs = []
     for zero, precision in ((0, "fp32"), (3, "bf16")):
-        run = run_settings(shards, tmp_path / str(zero), zero=zero, precision=precision, steps=2, warmup=0)
+        run = run_settings(shards, tmp_path / str(zero), zero_stage=zero, precision=precision, steps=2, warmup_steps=0)
         run.model.image = config.Image(trunk=str(tmp_path / "clip"), train="1", freeze_projection=True, dropout=0.0)
         if zero == 3:  # else so small a weight is whole everywhere anyway
             run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from toolkit.objectives.counter_rng import RowRandom
+from toolkit.objectives.counter_rng import CounterRNG
 
 
 def splitmix(seed: int, row: int, stream: int, index: int) -> float:
@@ -19,14 +19,14 @@ def splitmix(seed: int, row: int, stream: int, index: int) -> float:
 
 
 def test_numbers_are_those_of_the_formula():
-    drawn = RowRandom(2**62 + 5, torch.tensor([0, 3, 2**40])).uniform(2, 2, 3)
+    drawn = CounterRNG(2**62 + 5, torch.tensor([0, 3, 2**40])).uniform(2, 2, 3)
     for n, row in enumerate((0, 3, 2**40)):
         assert drawn[n].flatten().tolist() == [splitmix(2**62 + 5, row, 2, index) for index in range(6)]
 
 
 @pytest.mark.parametrize("stream", range(5))
 def test_uniform_numbers_are_even_and_unrelated(stream):
-    drawn = RowRandom(stream, torch.arange(400)).uniform(stream, 500).double()
+    drawn = CounterRNG(stream, torch.arange(400)).uniform(stream, 500).double()
     assert 0 <= drawn.min() < 1e-4
     assert 1 - 1e-4 < drawn.max() < 1
     counts = torch.histc(drawn, 100, 0, 1)
@@ -37,7 +37,7 @@ def test_uniform_numbers_are_even_and_unrelated(stream):
 
 
 def test_normal_numbers_have_the_distribution():
-    drawn = RowRandom(0, torch.arange(300)).normal(4, 40, 20).double().flatten()
+    drawn = CounterRNG(0, torch.arange(300)).normal(4, 40, 20).double().flatten()
     assert drawn.isfinite().all()
     expected = torch.special.ndtri((torch.arange(len(drawn)) + 0.5) / len(drawn))
     distance = (drawn.sort().values - expected)[100:-100].abs().max()
@@ -46,6 +46,6 @@ def test_normal_numbers_have_the_distribution():
 
 
 def test_streams_seeds_and_rows_differ():
-    base = RowRandom(1, torch.arange(8))
-    others = [base.uniform(1, 9), RowRandom(2, base.rows).uniform(0, 9), RowRandom(1, base.rows + 8).uniform(0, 9)]
+    base = CounterRNG(1, torch.arange(8))
+    others = [base.uniform(1, 9), CounterRNG(2, base.rows).uniform(0, 9), CounterRNG(1, base.rows + 8).uniform(0, 9)]
     assert all(not torch.isin(other, base.uniform(0, 9)).any() for other in others)

@@ -3,7 +3,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.toolkit.objectives import naive
-from toolkit.objectives.counter_rng import RowRandom
+from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.objectives.denoising import Noised, add_noise, denoising_loss
 
 LOSSES = ("cosine", "mse", "infonce")
@@ -24,8 +24,15 @@ def labelled(mask: torch.Tensor) -> torch.Tensor:
 
 
 def noise(tokens: torch.Tensor, mask: torch.Tensor, kind: str, seed: int = 0, **options) -> Noised:
-    settings = {"ids": torch.arange(len(tokens)), "ratio": 0.5, "span": 1, "snr_db": 0.0, "donors": 10**6, **options}
-    random = RowRandom(seed, torch.arange(len(tokens)))
+    settings = {
+        "ids": torch.arange(len(tokens)),
+        "ratio": 0.5,
+        "span": 1,
+        "snr_db": 0.0,
+        "swap_group": 10**6,
+        **options,
+    }
+    random = CounterRNG(seed, torch.arange(len(tokens)))
     return add_noise(tokens, mask, **({"noise": kind, "random": random} | settings))
 
 
@@ -199,13 +206,19 @@ def test_all_randomness_comes_from_the_seed(kind):
 def test_a_rows_noise_is_the_same_on_any_number_of_ranks_and_with_any_padding(kind, span):
     mask = lengths_to_mask([9, 7, 5, 8, 12, 3, 6, 12], 12)
     tokens = torch.randn(8, 12, 3, generator=generator(1))
-    whole = noise(tokens, mask, kind, span=span, donors=2)
+    whole = noise(tokens, mask, kind, span=span, swap_group=2)
     for ranks in (2, 4):
         for rank in range(ranks):
             own = torch.arange(8).chunk(ranks)[rank]
             longest = int(mask[own].sum(1).max())
             part = noise(
-                tokens[own, :longest], mask[own, :longest], kind, ids=own, span=span, donors=2, random=RowRandom(0, own)
+                tokens[own, :longest],
+                mask[own, :longest],
+                kind,
+                ids=own,
+                span=span,
+                swap_group=2,
+                random=CounterRNG(0, own),
             )
             assert part.positions.equal(whole.positions[own, :longest])
             real = mask[own, :longest]
@@ -214,7 +227,7 @@ def test_a_rows_noise_is_the_same_on_any_number_of_ranks_and_with_any_padding(ki
 
 def test_swap_takes_from_the_rows_of_its_group():
     mask = torch.ones(12, 40, dtype=torch.bool)
-    taken = noise(labelled(mask), mask, "swap", ratio=1.0, donors=4).tokens[..., 0].long()
+    taken = noise(labelled(mask), mask, "swap", ratio=1.0, swap_group=4).tokens[..., 0].long()
     for row in range(12):
         assert set(taken[row].tolist()) == {n for n in range(12) if n // 4 == row // 4 and n != row}
 
@@ -233,7 +246,7 @@ def test_does_not_wait_for_the_device():
     with FakeTensorMode() as mode:  # refuses whatever needs a value on the host
         tokens, mask = mode.from_tensor(torch.ones(2, 5, 3)), mode.from_tensor(torch.ones(2, 5, dtype=torch.bool))
         for kind in ("swap", "gaussian", "mask"):
-            random = RowRandom(0, mode.from_tensor(torch.arange(2)))
+            random = CounterRNG(0, mode.from_tensor(torch.arange(2)))
             noised = noise(tokens, mask, kind, span=2, ids=mode.from_tensor(torch.arange(2)), random=random)
             for loss in LOSSES:
                 assert denoising_loss(noised.tokens, tokens, noised.positions, mask, loss).shape == ()

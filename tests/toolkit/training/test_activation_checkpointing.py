@@ -12,9 +12,9 @@ from tests.toolkit.training import test_trainer
 from tests.toolkit.training.checkpointing import test_checkpoint
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.objectives.counter_rng import RowRandom
+from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.training.activation_checkpointing import recompute_activations
-from toolkit.training.learner import Draws, Learner
+from toolkit.training.learner import Learner, StepRandomness
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
 
@@ -54,7 +54,7 @@ def step(again: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
         return tensor
 
     torch.manual_seed(1)
-    draws = Draws(torch.full((2, rows), 0.5), RowRandom(0, torch.arange(rows)))
+    draws = StepRandomness(torch.full((2, rows), 0.5), CounterRNG(0, torch.arange(rows)))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses, _ = learner(batch, teacher, EmbeddingQueue(4, 16), 0.4, draws)
     weights = {p.untyped_storage().data_ptr() for p in learner.parameters()}

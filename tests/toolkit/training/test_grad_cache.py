@@ -13,9 +13,9 @@ from tests.tiny import tiny_model
 from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.objectives.counter_rng import RowRandom
+from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.training.grad_cache import make_caches
-from toolkit.training.learner import Draws, Learner
+from toolkit.training.learner import Learner, StepRandomness
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
 
@@ -52,8 +52,8 @@ class Setting:
         return [Batch(*part) for part in zip(*columns, strict=True)]
 
 
-def draws(rows: int) -> Draws:
-    return Draws(torch.full((2, rows), 0.5), RowRandom(0, torch.arange(rows)))
+def draws(rows: int) -> StepRandomness:
+    return StepRandomness(torch.full((2, rows), 0.5), CounterRNG(0, torch.arange(rows)))
 
 
 def step(rank: int, world_size: int, teacher: bool, count: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -124,10 +124,10 @@ def settings(shards: Path, run: Path, alone: bool, **training: Any) -> config.Co
 @pytest.mark.timeout(240)
 def test_a_run_equals_one_with_big_batches(shards: Path, tmp_path: Path) -> None:
     big = settings(shards, tmp_path / "big", True)
-    cached = settings(shards, tmp_path / "cached", True, accumulation=4, cached=True)
+    cached = settings(shards, tmp_path / "cached", True, accumulation=4, grad_cache=True)
     split = settings(shards, tmp_path / "split", True, accumulation=4)
     run_ranks(test_trainer.train, 1, big, cached, split, timeout=100)
-    sharded = settings(shards, tmp_path / "sharded", True, accumulation=2, cached=True, zero=3)
+    sharded = settings(shards, tmp_path / "sharded", True, accumulation=2, grad_cache=True, zero_stage=3)
     run_ranks(test_trainer.train, 2, sharded, timeout=100)
     reference = test_trainer.losses(tmp_path / "big")
     test_trainer.assert_same(test_trainer.losses(tmp_path / "cached"), reference, 1e-5)
@@ -138,7 +138,8 @@ def test_a_run_equals_one_with_big_batches(shards: Path, tmp_path: Path) -> None
 @pytest.mark.timeout(240)
 def test_matching_and_denoising_train_beside_it_in_every_zero_stage(shards: Path, tmp_path: Path) -> None:
     stages = [
-        settings(shards, tmp_path / str(zero), False, accumulation=2, cached=True, zero=zero) for zero in range(4)
+        settings(shards, tmp_path / str(zero), False, accumulation=2, grad_cache=True, zero_stage=zero)
+        for zero in range(4)
     ]
     run_ranks(test_trainer.train, 2, *stages, timeout=200)
     reference = test_trainer.losses(tmp_path / "0")

@@ -14,8 +14,8 @@ from toolkit import distributed as across_ranks
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.model.outputs import Encoded
-from toolkit.objectives.counter_rng import RowRandom
-from toolkit.training.learner import Draws, Learner
+from toolkit.objectives.counter_rng import CounterRNG
+from toolkit.training.learner import Learner, StepRandomness
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
 
@@ -31,7 +31,7 @@ def losses(
 ) -> dict[str, float]:
     rows = len(images)
     batch = Batch(images, waveforms, torch.full((rows,), waveforms.shape[1]), torch.arange(rows))
-    draws = Draws(torch.full((2, rows), 0.5), RowRandom(0, torch.arange(rows)))
+    draws = StepRandomness(torch.full((2, rows), 0.5), CounterRNG(0, torch.arange(rows)))
     found, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, controls=True)
     return {name: value.item() for name, value in found.items()}
 
@@ -88,7 +88,7 @@ def test_controls_leave_the_losses_and_their_dropout_alone() -> None:
             module.p = 0.3
     images, waves = pairs()
     batch = Batch(images, waves, torch.full((4,), 9000), torch.arange(4))
-    draws = Draws(torch.full((2, 4), 0.5), RowRandom(0, torch.arange(4)))
+    draws = StepRandomness(torch.full((2, 4), 0.5), CounterRNG(0, torch.arange(4)))
     found = []
     for controls in (False, True):
         torch.manual_seed(3)
@@ -101,7 +101,7 @@ def test_controls_are_measured_only_when_asked_for() -> None:
     learner = learner_of()
     images, waves = pairs()
     batch = Batch(images, waves, torch.full((4,), 9000), torch.arange(4))
-    draws = Draws(torch.full((2, 4), 0.5), RowRandom(0, torch.arange(4)))
+    draws = StepRandomness(torch.full((2, 4), 0.5), CounterRNG(0, torch.arange(4)))
     found, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws)
     assert set(found) == {"loss", "contrastive", "matching", "denoising", "temperature"}
 
@@ -127,7 +127,7 @@ def collectives(rank: int, world_size: int, objectives: config.Objectives) -> li
     rows, samples = 2, 6000 + 3000 * rank
     lengths, ids = torch.full((rows,), samples), torch.arange(rows) + rows * rank + 2**40
     batch = Batch(torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8), torch.randn(rows, samples), lengths, ids)
-    draws = Draws(torch.full((2, rows), 0.5), RowRandom(0, torch.arange(rows)))
+    draws = StepRandomness(torch.full((2, rows), 0.5), CounterRNG(0, torch.arange(rows)))
     _, found = learner(batch, teacher, EmbeddingQueue(4, 16), 0.0, draws)
     assert found.keys.ids.tolist() == [2**40 + row for row in range(rows * world_size)]
     return seen

@@ -44,7 +44,6 @@ def driven(
 ) -> tuple[Any, Any]:
     """An engine at some stage and the teacher that follows it."""
     import deepspeed
-
     from toolkit.training.zero.engine import make_engine
 
     zero, precision, offload = case
@@ -52,7 +51,13 @@ def driven(
     if offload != "none":
         settings["offload_optimizer"] = {"device": offload}
     training = config.Training(
-        batch_size=world_size, lr=lr, weight_decay=0.1, clip=0.0, zero=zero, precision=precision, betas=[0.5, 0.9]
+        batch_size=world_size,
+        lr=lr,
+        weight_decay=0.1,
+        grad_clip=0.0,
+        zero_stage=zero,
+        precision=precision,
+        betas=[0.5, 0.9],
     )
     learner = Driven(model)
     teacher = MomentumEncoder(learner.model, decay)
@@ -76,14 +81,14 @@ def of_stages(rank: int, world_size: int, cases: list[tuple[int, str, str]]) -> 
         for number in range(STEPS):
             step(engine, number)
             teacher.update()
-        teacher.settle()
-        with teacher.rewritten() as again:
-            held = {(each.name, each.start): each.average.clone() for each in again}
+        teacher.wait_pending()
+        with teacher.editable() as again:
+            local_shards = {(each.name, each.start): each.average.clone() for each in again}
             for each in again:
                 each.average.add_(1.0)
         seen.append(
             {
-                "held": held,
+                "held": local_shards,
                 "kept": sum(average.numel() for average in teacher.average),
                 "working": dict(zip(teacher.names, [w.detach().clone() for w in teacher.working], strict=True)),
                 "memory": {average.untyped_storage().data_ptr() for average in teacher.average}
@@ -228,7 +233,7 @@ def test_frozen_weights_are_shared_and_not_averaged() -> None:
     student = build_model(model)
     teacher = MomentumEncoder(student, decay=0.9).to(CPU, torch.float32)
     frozen = {p.data_ptr() for p in student.parameters() if not p.requires_grad}
-    held = {p.data_ptr() for p in teacher.encoder.parameters()}
-    assert frozen <= held, "the teacher has its own copy of frozen weights"
+    local_shards = {p.data_ptr() for p in teacher.encoder.parameters()}
+    assert frozen <= local_shards, "the teacher has its own copy of frozen weights"
     assert not frozen & {a.data_ptr() for a in teacher.average}
     assert all(name.startswith(("speech.", "image.")) for name in teacher.names)

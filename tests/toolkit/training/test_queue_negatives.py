@@ -12,15 +12,15 @@ from tests.tiny import tiny_model
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.model.outputs import Encoded
-from toolkit.objectives.counter_rng import RowRandom
-from toolkit.training.learner import Draws, Learner
+from toolkit.objectives.counter_rng import CounterRNG
+from toolkit.training.learner import Learner, StepRandomness
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
 
 PAIRS, STEPS, SIZE = 6, 4, 14  # two micro-batches of six are kept, of three that were seen
 FRAMES = 18
 
 
-def micro_batch(step: int, rank: int, world_size: int) -> tuple[Batch, Draws]:
+def micro_batch(step: int, rank: int, world_size: int) -> tuple[Batch, StepRandomness]:
     """This rank's part of a global micro-batch; captions differ in length, and pictures come again."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (PAIRS, 3, 32, 32), dtype=torch.uint8, generator=generator)
@@ -33,7 +33,7 @@ def micro_batch(step: int, rank: int, world_size: int) -> tuple[Batch, Draws]:
     waves = waves * (torch.arange(12000) < lengths[:, None])
     return (
         Batch(images[own], waves[own, :longest], lengths[own], ids[own]),
-        Draws(uniforms[:, own], RowRandom(step, torch.arange(PAIRS)[own])),
+        StepRandomness(uniforms[:, own], CounterRNG(step, torch.arange(PAIRS)[own])),
     )
 
 

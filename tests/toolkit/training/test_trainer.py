@@ -68,7 +68,7 @@ def settings(shards: Path, run: Path, **training: Any) -> config.Config:
         model.image.stem = "convolutions"
     return config.Config(
         run=str(run),
-        data=config.Data(shards=str(shards), image_size=32, max_seconds=0.8, workers=0, window=2),
+        data=config.Data(shards=str(shards), image_size=32, max_seconds=0.8, workers=0, shuffle_shards=2),
         model=model,
         objectives=config.Objectives(
             contrastive=config.Contrastive(queue=12, alpha_ramp=2),
@@ -85,12 +85,12 @@ def settings(shards: Path, run: Path, **training: Any) -> config.Config:
 def train(rank: int, world_size: int, *runs: config.Config) -> None:
     """Train several runs one after the other on this rank."""
 
-    from toolkit.distributed import agree
+    from toolkit.rank_sync import run_on_rank_zero
     from toolkit.run_folder import prepare_run
     from toolkit.training.trainer import Trainer
 
     for each in runs:
-        agree(partial(prepare_run, each), rank)
+        run_on_rank_zero(partial(prepare_run, each), rank)
         trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
         trainer.train()
         trainer.close()
@@ -110,7 +110,7 @@ def assert_same(one: list[dict[str, float]], other: list[dict[str, float]], tole
 
 @pytest.mark.timeout(240)
 def test_every_zero_stage_trains_with_the_same_losses(shards: Path, tmp_path: Path) -> None:
-    runs = [settings(shards, tmp_path / str(zero), zero=zero) for zero in range(4)]
+    runs = [settings(shards, tmp_path / str(zero), zero_stage=zero) for zero in range(4)]
     for each in runs:
         each.objectives.coarse_steps = 1
     run_ranks(train, 2, *runs, timeout=200)
@@ -125,7 +125,7 @@ def test_ranks_leave_twenty_steps_losses_and_weights_alone(shards: Path, tmp_pat
     def run(ranks: int) -> config.Config:
         made = settings(shards, tmp_path / str(ranks), steps=20)
         made.objectives.coarse_steps = 2
-        made.objectives.denoising.donors = 2  # rows of a rank where there are four
+        made.objectives.denoising.swap_group = 2  # rows of a rank where there are four
         return made
 
     for ranks in (1, 2, 4):
@@ -144,9 +144,9 @@ def test_ranks_leave_twenty_steps_losses_and_weights_alone(shards: Path, tmp_pat
 
 @pytest.mark.timeout(240)
 def test_stopped_and_continued_equals_unbroken(shards: Path, tmp_path: Path) -> None:
-    unbroken = [settings(shards, tmp_path / f"unbroken{zero}", zero=zero, accumulation=2) for zero in (0, 2)]
+    unbroken = [settings(shards, tmp_path / f"unbroken{zero}", zero_stage=zero, accumulation=2) for zero in (0, 2)]
     halves = [
-        settings(shards, tmp_path / f"halves{zero}", zero=zero, accumulation=2, stop_after=2)
+        settings(shards, tmp_path / f"halves{zero}", zero_stage=zero, accumulation=2, stop_after=2)
         for zero in (0, 2)
         for _ in "12"
     ]
@@ -171,7 +171,7 @@ def coarse_run(rank: int, world_size: int, run: config.Config) -> dict[str, Any]
     before = {name: p.detach().clone() for name, p in trainer.learner.named_parameters()}
     trainer.train()
     assert trainer.teacher
-    trainer.teacher.settle()
+    trainer.teacher.wait_pending()
     pairs = zip(trainer.teacher.working, trainer.teacher.student, strict=True)
     distance = max(float((working - student.detach()).abs().max()) for working, student in pairs)
     moved = {n.split(".")[1] for n, p in trainer.learner.named_parameters() if not torch.equal(p.detach(), before[n])}
@@ -201,7 +201,7 @@ def test_coarse_steps_decay_unused_weights_alike_at_every_zero_stage(shards: Pat
     from toolkit.model.build import build_model
     from toolkit.training.trainer import Trainer
 
-    runs = [settings(shards, tmp_path / str(zero), zero=zero, lr=0.1, weight_decay=0.5) for zero in range(4)]
+    runs = [settings(shards, tmp_path / str(zero), zero_stage=zero, lr=0.1, weight_decay=0.5) for zero in range(4)]
     for each in runs:
         each.objectives.coarse_steps = 4
     run_ranks(train, 1, *runs, timeout=100)
@@ -230,7 +230,7 @@ def complete_run(rank: int, world_size: int, run: config.Config) -> dict[str, An
 
 @pytest.mark.timeout(240)
 def test_a_run_leaves_checkpoints_exports_and_logs(shards: Path, tmp_path: Path) -> None:
-    run = settings(shards, tmp_path / "run", zero=3, save_every=1, keep=2)
+    run = settings(shards, tmp_path / "run", zero_stage=3, save_every=1, keep_checkpoints=2)
     run.evaluation.every = 2
     run.wandb.mode = "offline"
     exported = run_ranks(complete_run, 2, run, timeout=200)[0]
@@ -251,7 +251,7 @@ def test_a_run_leaves_checkpoints_exports_and_logs(shards: Path, tmp_path: Path)
 def test_learning_rate_and_alpha_follow_their_schedules() -> None:
     from toolkit.training.trainer import Trainer
 
-    whole = config.Config(training=config.Training(steps=110, warmup=10, lr=1.0, min_lr=0.1))
+    whole = config.Config(training=config.Training(steps=110, warmup_steps=10, lr=1.0, min_lr=0.1))
     whole.objectives.contrastive = config.Contrastive(alpha=0.4, alpha_ramp=20)
     trainer = SimpleNamespace(config=whole)
     rates = [Trainer.lr(trainer, step) for step in (0, 4, 9, 10, 60, 110)]
@@ -264,7 +264,7 @@ def test_learning_rate_and_alpha_follow_their_schedules() -> None:
 def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
     import torch
 
-    from toolkit.training.learner import Keys, Pairs
+    from toolkit.training.learner import ContrastiveKeys, Pairs
     from toolkit.training.queue import EmbeddingQueue
     from toolkit.training.trainer import Trainer
 
@@ -272,7 +272,7 @@ def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
     whole.objectives.contrastive.queue_from = 3
     trainer = SimpleNamespace(config=whole, teacher=None, queue=EmbeddingQueue(8, 2), tokens=None)
     for step in range(5):
-        keys = Keys(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([step]))
+        keys = ContrastiveKeys(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([step]))
         Trainer._follow(trainer, step, [Pairs(keys)])
     assert sorted(trainer.queue.ids[trainer.queue.ids >= 0].tolist()) == [3, 4]
 
@@ -356,7 +356,7 @@ def test_a_mixture_in_lanes_trains_with_the_same_losses_on_any_number_of_ranks(s
         run = settings(shards, tmp_path / name)
         shutil.copytree(shards, tmp_path / f"{name} shards")
         run.data.mixture = {str(shards): 1, f"file://{tmp_path}/{name} shards": 3.0}
-        run.data.lanes, run.data.cache = 2, str(tmp_path / "cache")
+        run.data.shard_groups, run.data.cache = 2, str(tmp_path / "cache")
         run.objectives.denoising.weight = 0.0  # its noise comes from the rank's own batch
         return run
 

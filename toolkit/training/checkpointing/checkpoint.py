@@ -26,21 +26,28 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from toolkit.training.zero.slices import Slice
+from toolkit.training.zero.state import applied_steps, editable, fragments
 from torch import Tensor
 
 from shards.errors import UserError
-from shards.manifest import atomic, sync_folder
+from shards.files import atomic_write, sync_folder
 from toolkit.config.schema import Config
-from toolkit.distributed import agree, agree_all
+from toolkit.rank_sync import run_on_all_ranks, run_on_rank_zero
 from toolkit.run_folder import fingerprint
 from toolkit.training.checkpointing.background import background, outcome_of, reason_of, tell
-from toolkit.training.checkpointing.files import FileInfo, HostCopies, Pieces, keyed, problem_of, write_tensors
+from toolkit.training.checkpointing.files import (
+    CheckpointReader,
+    FileInfo,
+    PinnedBuffers,
+    problem_of,
+    tensor_names,
+    write_tensors,
+)
 from toolkit.training.checkpointing.progress import FORMAT, MARKER, SHARED, Progress, Saved, read_marker
 from toolkit.training.checkpointing.queues import load_shared, load_token_queue, place_in, shared_state, token_file
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
-from toolkit.training.zero.slices import Slice
-from toolkit.training.zero.state import applied_steps, fragments, rewritten
 
 T = TypeVar("T")
 
@@ -92,13 +99,13 @@ class Checkpoints:
             world_size: Number of processes.
         """
         self.run, self.folder = run, run / "checkpoints"
-        self.keep, self.config, self.data = config.training.keep, fingerprint(config), data
+        self.keep, self.config, self.data = config.training.keep_checkpoints, fingerprint(config), data
         self.source, self.steps = config.training.resume, config.training.steps
         self.rank, self.world_size = rank, world_size
-        self._copies = HostCopies()
+        self._copies = PinnedBuffers()
         self._attempt: _Attempt | None = None
         self._damaged: set[Path] = set()
-        self.fence: Callable[[], None] = lambda: None
+        self.check_lease: Callable[[], None] = lambda: None
 
     def save(
         self,
@@ -113,16 +120,16 @@ class Checkpoints:
         Takes as long as the copy to the CPU's memory, on a GPU not even that: the copy is in the device's queue before
         the next step. A former save that is still being written is waited for, since it uses the same memory.
         """
-        self.settle()
+        self.wait_pending()
         try:
-            folder = agree(lambda: self._begin(progress.step), self.rank)
+            folder = run_on_rank_zero(lambda: self._begin(progress.step), self.rank)
         except OSError as error:
             self._say_failed(progress.step, 0, reason_of(error))
             return
-        held: list[Slice] = []
+        local_shards: list[Slice] = []
         if self.rank == 0 or engine.zero_optimization_stage():
-            held = [*fragments(engine), *(teacher.held() if teacher else ())]
-        tensors = {_fragments(self.rank): {k: v for each in held for k, v in keyed(each).items()}}
+            local_shards = [*fragments(engine), *(teacher.local_shards() if teacher else ())]
+        tensors = {_fragments(self.rank): {k: v for each in local_shards for k, v in tensor_names(each).items()}}
         if token_queue:
             tensors[token_file(self.rank)] = token_queue.state(place_in(token_queue, self.rank, self.world_size))
         if self.rank == 0:
@@ -131,7 +138,7 @@ class Checkpoints:
         ready = torch.cuda.Event(blocking=True) if torch.cuda.is_available() else None
         if ready:
             ready.record()
-        shapes = {each.name: json.dumps(each.shape) for each in held}
+        shapes = {each.name: json.dumps(each.shape) for each in local_shards}
         marker = asdict(progress) | {
             "format": FORMAT,
             "applied_steps": applied_steps(engine),
@@ -146,7 +153,7 @@ class Checkpoints:
             attempt.marked = background(lambda: self._mark_when_whole(attempt))
         atexit.register(self._linger)
 
-    def settle(self) -> None:
+    def wait_pending(self) -> None:
         """Wait until the save under way is complete or has failed; every rank calls this. A failure is one line."""
         attempt, self._attempt = self._attempt, None
         if attempt is None:
@@ -154,7 +161,7 @@ class Checkpoints:
         atexit.unregister(self._linger)
         outcomes: list[Any] = [None] * self.world_size
         dist.all_gather_object(outcomes, outcome_of(attempt.written))
-        agree(lambda: self._complete(attempt, outcomes), self.rank)
+        run_on_rank_zero(lambda: self._complete(attempt, outcomes), self.rank)
 
     def _complete(self, attempt: _Attempt, outcomes: list[Any]) -> None:
         """On rank 0: make complete what is whole and not complete yet, or say which rank could not write."""
@@ -174,7 +181,7 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait for all that is still being written; every rank calls this before the run ends or leaves."""
-        self.settle()
+        self.wait_pending()
 
     def resume(
         self,
@@ -194,7 +201,7 @@ class Checkpoints:
                 damaged, there are none where `training.resume` says that there should be, or another run's leaves no
                 step to train.
         """
-        found = agree(self._candidates, self.rank)
+        found = run_on_rank_zero(self._candidates, self.rank)
         for folder, saved in found:
             problem = saved if isinstance(saved, str) else self._problem_of(saved)
             if isinstance(saved, Saved) and problem is None:
@@ -243,7 +250,7 @@ class Checkpoints:
             except OSError:
                 (folder / name).unlink(missing_ok=True)  # room for those who write the log
                 raise
-        with atomic(folder / _receipt(self.rank)) as file:
+        with atomic_write(folder / _receipt(self.rank)) as file:
             file.write(json.dumps([asdict(info) for info in written]).encode())
         return written
 
@@ -260,14 +267,14 @@ class Checkpoints:
 
     def _mark(self, attempt: _Attempt, receipts: list[list[FileInfo]]) -> None:
         """Make a checkpoint complete: the marker, then the name; then forget old ones."""
-        self.fence()
+        self.check_lease()
         files = [info for receipt in receipts for info in receipt]
         for info in files:
             if (attempt.folder / info.name).stat().st_size != info.bytes:
                 raise OSError(f"{info.name} is not whole")
         for path in attempt.folder.glob(_receipt("*")):
             path.unlink()
-        with atomic(attempt.folder / MARKER) as file:
+        with atomic_write(attempt.folder / MARKER) as file:
             file.write(json.dumps(attempt.marker | {"files": [asdict(info) for info in files]}, indent=1).encode())
         target = self.folder / _name(attempt.step)
         if target.exists():
@@ -308,7 +315,7 @@ class Checkpoints:
         queue: EmbeddingQueue | None,
         token_queue: TokenQueue | None,
     ) -> None:
-        def prepare() -> Pieces:
+        def prepare() -> CheckpointReader:
             pieces = self._open(saved, engine, teacher)
             load_shared(saved.folder / SHARED, engine.module, queue)
             if token_queue and (reason := load_token_queue(saved, token_queue, self.rank, self.world_size)):
@@ -316,16 +323,16 @@ class Checkpoints:
             return pieces
 
         # What can fail comes first: in what follows the ranks exchange weights and need one another.
-        pieces = agree_all(prepare, self.rank, self.world_size)
-        with rewritten(engine, saved.applied_steps) as held:
-            for fragment in held:
+        pieces = run_on_all_ranks(prepare, self.rank, self.world_size)
+        with editable(engine, saved.applied_steps) as local_shards:
+            for fragment in local_shards:
                 pieces.read_into(fragment)
         if teacher:
-            with teacher.rewritten() as averages:
+            with teacher.editable() as averages:
                 for average in averages:
                     pieces.read_into(average)
 
-    def _open(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None) -> Pieces:
+    def _open(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None) -> CheckpointReader:
         """Make sure that a checkpoint is of this run and holds all that this rank needs."""
         if saved.data != self.data and saved.folder.parent == self.folder:
             raise UserError(
@@ -338,8 +345,8 @@ class Checkpoints:
         names = sorted(
             (info.name for info in saved.files if info.name.startswith("fragments-")), key=lambda name: name != own
         )
-        pieces = Pieces(saved.folder / name for name in names)
-        for part in (*fragments(engine), *(teacher.held() if teacher else ())):
+        pieces = CheckpointReader(saved.folder / name for name in names)
+        for part in (*fragments(engine), *(teacher.local_shards() if teacher else ())):
             pieces.check(part)
         return pieces
 

@@ -50,7 +50,7 @@ class Exports:
             quality=stored.get("quality", default.quality),
         )
         self._under_way: dict[str, Future[None]] = {}
-        self.fence: Callable[[], None] = lambda: None
+        self.check_lease: Callable[[], None] = lambda: None
 
     def write(
         self, model: SpeechImageModel, name: str, progress: Progress, masters: Mapping[str, Tensor] | None = None
@@ -116,7 +116,7 @@ class Exports:
                 _name_precision(fresh / "config.json", "float32")
             self.processor.save_pretrained(fresh)
             (fresh / MARKER).write_text(json.dumps(progress, indent=1))
-            self.fence()
+            self.check_lease()
             if target.exists():
                 target.rename(old)
             fresh.rename(target)

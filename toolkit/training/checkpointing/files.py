@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from toolkit.training.zero.slices import Slice
 from torch import Tensor
 
 from shards.errors import UserError
-from shards.manifest import file_sha256
-from toolkit.training.zero.slices import Slice
+from shards.files import file_sha256
 
 _TYPES = {
     torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
@@ -87,12 +87,12 @@ def problem_of(folder: Path, info: FileInfo) -> str | None:
         return f"{info.name} is not a safetensors file"
 
 
-def keyed(fragment: Slice) -> dict[str, Tensor]:
+def tensor_names(fragment: Slice) -> dict[str, Tensor]:
     """A slice's tensors under the names that they have in a file."""
     return {f"{part}:{fragment.start}:{fragment.name}": getattr(fragment, part) for part in fragment.parts}
 
 
-class Pieces:
+class CheckpointReader:
     """Slices in the files of a checkpoint, written by any number of ranks at any ZeRO stage.
 
     A file is opened (its header read) when something is asked for that is not in the files opened so far. With a rank's
@@ -162,7 +162,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-class HostCopies:
+class PinnedBuffers:
     """Copies in the CPU's memory, which is page-locked for a GPU and kept from one save to the next."""
 
     def __init__(self) -> None:

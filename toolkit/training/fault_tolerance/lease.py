@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.manifest import atomic
+from shards.files import atomic_write
 
 _FILE = "lease.json"
 
@@ -97,7 +97,7 @@ def _read(run: Path) -> dict[str, Any]:
 
 
 def _write(run: Path, holder: dict[str, Any]) -> None:
-    with atomic(run / _FILE) as file:
+    with atomic_write(run / _FILE) as file:
         file.write(json.dumps(holder, indent=1).encode())
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class FirstBadModule:
+class NonFiniteDetector:
     """Looks at the output of every module of a step, and names the first that is not finite.
 
     The looks stay on the device until a name is asked for; each costs a pass over the output.

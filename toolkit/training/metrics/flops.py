@@ -74,7 +74,7 @@ class Work:
             world_size: Number of ranks: keys and negatives come from all.
         """
         self.learner, self.objectives = learner, config.objectives
-        together = config.training.accumulation if config.training.cached else 1
+        together = config.training.accumulation if config.training.grad_cache else 1
         self.keys = world_size * micro_batch(config, world_size) * together + config.objectives.contrastive.queue
 
     def of(self, batch: Batch, coarse: bool = False) -> Amount:

@@ -48,7 +48,7 @@ class Log:
         self.sums: dict[tuple[str, ...], Tensor] = {}  # by the names of the scalars, which can change with the step
         self.counts: dict[str, int] = {}
         self.controls: dict[str, Tensor] = {}
-        self.steps = self.faults = 0
+        self.steps = self.bad_samples = 0
         self.work = Amount()  # of this rank, in the interval
         self.began = self.interval_began = time.perf_counter()
         self.before = progress.seconds
@@ -71,7 +71,7 @@ class Log:
                 (self.run / "environment.json").write_text(json.dumps(_environment(self.world_size), indent=1))
         self.say(
             f"{trainer.order.pictures:,} pictures, batch {c.training.batch_size} on {self.world_size} ranks "
-            f"({self.device.type}, {c.training.precision}, ZeRO {c.training.zero}), {trained / 1e6:.1f} M of "
+            f"({self.device.type}, {c.training.precision}, ZeRO {c.training.zero_stage}), {trained / 1e6:.1f} M of "
             f"{total / 1e6:.1f} M parameters trained, steps {self.first} to {c.training.steps}"
         )
         for line in (*batch_warnings(c, self.world_size), *shared_pictures(trainer.training_manifests, c.data.train)):
@@ -127,13 +127,13 @@ class Log:
             return
         sums = torch.cat([torch.zeros(0, device=self.device), *self.sums.values()])
         done = self.work
-        own = [self.faults, done.seconds, done.tokens, done.total() / 1e12, *self._memory_by_rank()]
+        own = [self.bad_samples, done.seconds, done.tokens, done.total() / 1e12, *self._memory_by_rank()]
         last = [value.detach().float() for value in self.controls.values()]
         totals = torch.cat([sums, *(value.view(1) for value in last), sums.new_tensor(own)])
         dist.all_reduce(totals)
         values = totals.tolist()
         means, controls = values[: len(sums)], values[len(sums) : len(sums) + len(last)]
-        faults, seconds, tokens, tera, *memory = values[len(sums) + len(last) :]
+        bad_samples, seconds, tokens, tera, *memory = values[len(sums) + len(last) :]
         losses = dict.fromkeys(self.counts, 0.0)
         for name, value in zip(itertools.chain(*self.sums), means, strict=True):
             losses[name] += value / (self.counts[name] * self.world_size)
@@ -151,13 +151,13 @@ class Log:
             "tflops": tera / elapsed / self.world_size,
             "waiting": self.waited / elapsed,
             "skipped": progress.skipped,
-            "faults": round(faults),
+            "faults": round(bad_samples),
             "memory_gb": max(memory),
             "seconds": progress.seconds,
         }
         self._write(record)
         self.say(self._line(record))
-        self.steps, self.faults, self.work = 0, 0, Amount()
+        self.steps, self.bad_samples, self.work = 0, 0, Amount()
         self.sums, self.counts, self.controls = {}, {}, {}
         self.waited = self.interval_paused = 0.0
         self.interval_began = now
@@ -270,7 +270,7 @@ class Log:
         if r["skipped"]:
             parts.append(f"skipped {r['skipped']}")
         if r["faults"]:
-            parts.append(f"unreadable {r['faults']}")
+            parts.append(f"unreadable {r['bad_samples']}")
         trained = r["seconds"] - self.before
         left = trained / max(1, r["step"] - self.first) * (self.config.training.steps - r["step"])
         return "  ".join([*parts, f"eta {_duration(left)}"])

@@ -27,12 +27,12 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from shards.errors import UserError
+from shards.files import atomic_write
 from shards.length_groups import padded_length
-from shards.manifest import atomic
 from shards.media.audio import SAMPLE_RATE
 from shards.reading.dataset import Batch
 from toolkit.config.schema import Config
-from toolkit.distributed import agree
+from toolkit.rank_sync import run_on_rank_zero
 from toolkit.training.metrics.flops import Amount
 from toolkit.training.metrics.peak import peak_of
 from toolkit.training.metrics.spans import REST, Recorder
@@ -169,7 +169,7 @@ def profile_training(config: Config, rank: int, world_size: int, device: torch.d
         UserError: The configuration or the shards do not fit.
     """
     folder = Path(config.run) / FOLDER
-    agree(lambda: _make(folder), rank)
+    run_on_rank_zero(lambda: _make(folder), rank)
     config = dataclasses.replace(
         config,
         wandb=dataclasses.replace(config.wandb, mode="disabled"),
@@ -182,7 +182,7 @@ def profile_training(config: Config, rank: int, world_size: int, device: torch.d
     dist.all_gather_object(timed, (own, peak))
     found = _put_together([one for one, _ in timed], trainer, sum(each for _, each in timed) / world_size, source)
     if rank == 0:
-        with atomic(folder / "profile.json") as file:
+        with atomic_write(folder / "profile.json") as file:
             file.write(json.dumps(dataclasses.asdict(found), indent=1).encode())
         print(found.text(), flush=True)
         print(f"traces: {folder}/trace-rank*.json, for chrome://tracing or ui.perfetto.dev", flush=True)

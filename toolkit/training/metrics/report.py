@@ -11,8 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from shards.files import read_records
-from shards.manifest import atomic
+from shards.files import atomic_write, read_records
 
 NAME = "report.html"
 _POINTS = 400  # of a curve, at most
@@ -100,7 +99,7 @@ def write_report(run: Path) -> None:
     charts = [_chart(title, {names[key]: curves[key] for key in names if key in curves}) for title, names in _CHARTS]
     page += ["<h2>Curves over steps</h2>", f'<div class="grid">{"".join(charts)}</div>', *_table(curves)]
     page += _examples(run, records)
-    with atomic(run / NAME) as file:
+    with atomic_write(run / NAME) as file:
         file.write(("\n".join(page) + "\n</body></html>\n").encode(errors="backslashreplace"))
 
 

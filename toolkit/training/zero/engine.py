@@ -4,12 +4,12 @@ import contextlib
 from typing import Any
 
 import torch
+from toolkit.training.zero.deepspeed_import import deepspeed
+from toolkit.training.zero.settings import deepspeed_config
 from torch import Tensor, nn
 
 from toolkit.config.schema import Config
 from toolkit.training.momentum import averaged
-from toolkit.training.zero.deepspeed_import import deepspeed
-from toolkit.training.zero.settings import deepspeed_config
 
 
 def make_engine(learner: nn.Module, config: Config, world_size: int, device: torch.device) -> deepspeed.DeepSpeedEngine:
@@ -34,7 +34,9 @@ def make_engine(learner: nn.Module, config: Config, world_size: int, device: tor
     return engine
 
 
-def whole(engine: deepspeed.DeepSpeedEngine, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+def gathered_parameters(
+    engine: deepspeed.DeepSpeedEngine, parameters: list[nn.Parameter]
+) -> contextlib.AbstractContextManager[Any]:
     """Gather sharded parameters for reading (ZeRO-3); does nothing in the other stages."""
     if engine.zero_optimization_stage() < 3:
         return contextlib.nullcontext()

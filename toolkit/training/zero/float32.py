@@ -6,11 +6,11 @@ need more; the logarithm of the temperature, in bf16, would move by steps of 1.6
 
 import torch
 import torch.distributed as dist
+from toolkit.training.zero.deepspeed_import import deepspeed
+from toolkit.training.zero.state import fragments
 from torch import Tensor
 
 from toolkit.model.retrieval import Temperature
-from toolkit.training.zero.deepspeed_import import deepspeed
-from toolkit.training.zero.state import fragments
 
 
 class ExactTemperature:
@@ -58,9 +58,9 @@ def gather_masters(engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int
     Returns:
         On rank 0 the trained parameters by their names in the engine's module, whole, on the CPU; elsewhere nothing.
     """
-    held: dict[str, list] = {}
+    local_shards: dict[str, list] = {}
     for fragment in fragments(engine):
-        held.setdefault(fragment.name, []).append(fragment)
+        local_shards.setdefault(fragment.name, []).append(fragment)
     shared = world_size > 1 and engine.zero_optimization_stage() > 0
     masters = {}
     for name, parameter in engine.module.named_parameters():
@@ -68,7 +68,7 @@ def gather_masters(engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int
             continue
         shape = getattr(parameter, "ds_shape", parameter.shape)
         flat = torch.zeros(shape.numel(), device=engine.device)
-        for fragment in held.get(name, ()):
+        for fragment in local_shards.get(name, ()):
             flat[fragment.start : fragment.stop] = fragment.master.to(flat.device)
         if shared:
             dist.reduce(flat, 0)  # each element is on one rank, and zero on the others

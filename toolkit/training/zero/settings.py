@@ -15,10 +15,10 @@ _DECIDED_BY = {
     "train_batch_size": "--training.batch_size",
     "train_micro_batch_size_per_gpu": "--training.batch_size and --training.accumulation",
     "gradient_accumulation_steps": "--training.accumulation",
-    "gradient_clipping": "--training.clip",
+    "gradient_clipping": "--training.grad_clip",
     "optimizer": "--training.lr, weight_decay and betas",
     "scheduler": "--training.lr, warmup and min_lr",
-    "zero_optimization.stage": "--training.zero",
+    "zero_optimization.stage": "--training.zero_stage",
     "bf16.enabled": "--training.precision bf16 or fp32",
     "bfloat16.enabled": "--training.precision bf16 or fp32",
     "fp16.enabled": "--training.precision bf16 or fp32; there is no fp16",
@@ -62,8 +62,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "train_batch_size": training.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch(config, world_size),
         "gradient_accumulation_steps": training.accumulation,
-        "gradient_clipping": training.clip,
-        "zero_optimization": {"stage": training.zero},
+        "gradient_clipping": training.grad_clip,
+        "zero_optimization": {"stage": training.zero_stage},
         "bf16": {"enabled": bf16},
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,  # the trainer writes the log
@@ -142,7 +142,7 @@ def _refuse(settings: dict[str, Any]) -> None:
     if added_up != model and int(zero["stage"]) < (1 if offloaded else 2):
         raise UserError(
             f"deepspeed.data_types.grad_accum_dtype is {added_up} and the model {model}, which ZeRO {zero['stage']} "
-            "cannot do; set --training.zero 2 or 3"
+            "cannot do; set --training.zero_stage 2 or 3"
         )
     for section in ("offload_optimizer", "offload_param"):
         if (zero.get(section) or {}).get("device") == "nvme":

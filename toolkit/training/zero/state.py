@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from toolkit.training.zero.deepspeed_import import deepspeed
+from toolkit.training.zero.slices import Cut, Slice
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from toolkit.training.zero.deepspeed_import import deepspeed
-from toolkit.training.zero.slices import Cut, Slice
 
 PARTS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -99,7 +99,7 @@ def applied_steps(engine: deepspeed.DeepSpeedEngine) -> int:
 
 
 @contextlib.contextmanager
-def rewritten(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[list[Fragment]]:
+def editable(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[list[Fragment]]:
     """Let the caller overwrite fragments; afterwards the model computes with the masters' values. All ranks take part.
 
     Args:
@@ -138,8 +138,8 @@ def _partitioned(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Te
     mapping = parameter._hp_mapping
     if mapping is not None:
         flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
-        start, held = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-        yield flat, mapping.hp_fragment_address.start, start, start + held
+        start, local_shards = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        yield flat, mapping.hp_fragment_address.start, start, start + local_shards
 
 
 def _sharded(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Tensor, int, int, int]]:

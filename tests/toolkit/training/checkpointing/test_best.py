@@ -50,7 +50,7 @@ def train(rank: int, world_size: int, run: config.Config, killed: bool) -> None:
 
 @pytest.mark.timeout(200)
 def test_a_kill_before_the_best_is_on_the_disk_does_not_lose_it(shards: Path, tmp_path: Path) -> None:
-    run = test_trainer.settings(shards, tmp_path / "run", save_every=1, keep=9)
+    run = test_trainer.settings(shards, tmp_path / "run", save_every=1, keep_checkpoints=9)
     run.evaluation.every = 1
     with pytest.raises(RankError, match="exit code -9"):
         run_ranks(train, 1, run, True, timeout=90)

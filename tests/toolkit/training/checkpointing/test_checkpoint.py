@@ -20,12 +20,12 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.toolkit.training.zero import test_state
 
 from shards.errors import UserError
-from shards.manifest import file_sha256
+from shards.files import file_sha256
 from tests.distributed import RankError, device_of, run_ranks
 from tests.toolkit.training import test_trainer
-from tests.toolkit.training.zero import test_state
 from toolkit.config import schema as config
 
 shards = test_trainer.shards
@@ -64,12 +64,12 @@ def settings(shards: Path, run: Path, **training: Any) -> config.Config:
 
 def train(rank: int, world_size: int, runs: list[tuple[config.Config, int | None, str]]) -> None:
     """Train several runs one after the other, each to its end or as far as the step at which it is ended."""
-    from toolkit.distributed import agree
+    from toolkit.rank_sync import run_on_rank_zero
     from toolkit.run_folder import prepare_run
     from toolkit.training.trainer import Trainer
 
     for each, last, how in runs:
-        agree(lambda each=each: prepare_run(each), rank)
+        run_on_rank_zero(lambda each=each: prepare_run(each), rank)
         trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
         take = trainer.train_step
 
@@ -128,7 +128,9 @@ def test_ended_anywhere_and_continued_equals_unbroken_to_the_bit(shards: Path, t
 
 @pytest.mark.timeout(240)
 def test_killed_while_saving_equals_unbroken(shards: Path, tmp_path: Path) -> None:
-    broken, unbroken = (settings(shards, tmp_path / name, zero=2, keep=1) for name in ("broken", "unbroken"))
+    broken, unbroken = (
+        settings(shards, tmp_path / name, zero_stage=2, keep_checkpoints=1) for name in ("broken", "unbroken")
+    )
     with pytest.raises(RankError, match="exit code -9"):
         run_ranks(train, 2, [(broken, 3, "kill")], timeout=100)
     assert not (tmp_path / "broken" / "checkpoints" / "step-00000004").exists()
@@ -140,7 +142,7 @@ def test_killed_while_saving_equals_unbroken(shards: Path, tmp_path: Path) -> No
 @pytest.mark.timeout(300)
 def test_continued_on_other_ranks_at_other_stages(shards: Path, tmp_path: Path) -> None:
     def run(name: str, zero: int) -> config.Config:
-        made = settings(shards, tmp_path / name, zero=zero)
+        made = settings(shards, tmp_path / name, zero_stage=zero)
         made.model.fusion.dropout = made.objectives.denoising.weight = 0.0  # these depend on the rank
         return made
 
@@ -163,7 +165,7 @@ def refused(rank: int, world_size: int, run: config.Config) -> str:
 
 @pytest.mark.timeout(240)
 def test_a_run_begins_from_anothers_checkpoint_or_never_from_one(shards: Path, tmp_path: Path) -> None:
-    first = settings(shards, tmp_path / "first", keep=9)
+    first = settings(shards, tmp_path / "first", keep_checkpoints=9)
     run_ranks(train, 2, [(first, None, "")], timeout=100)
     marked = tmp_path / "first" / "checkpoints" / "step-00000002"
     branch, again = (settings(shards, tmp_path / "branch", resume=str(each)) for each in (marked, tmp_path / "first"))
@@ -191,7 +193,10 @@ def test_a_run_on_other_data_begins_at_step_0_with_what_another_has_learned(shar
     other = tmp_path / "shards"
     noise(other, captions=2)
     assert load(other).hash != load(shards).hash
-    first, tuned = settings(shards, tmp_path / "first"), settings(other, tmp_path / "tuned", steps=2, keep=9)
+    first, tuned = (
+        settings(shards, tmp_path / "first"),
+        settings(other, tmp_path / "tuned", steps=2, keep_checkpoints=9),
+    )
     tuned.training.resume = str(tmp_path / "first")
     run_ranks(train, 1, [(first, None, ""), (tuned, 0, "raise")], timeout=100)
     run_ranks(train, 1, [(tuned, None, "")], timeout=100)
@@ -212,8 +217,9 @@ def test_a_run_on_other_data_begins_at_step_0_with_what_another_has_learned(shar
 
 
 def engine_and_queue(world_size: int, zero: int = 1) -> tuple[Any, Any]:
-    from toolkit.training.queue import EmbeddingQueue
     from toolkit.training.zero.engine import make_engine
+
+    from toolkit.training.queue import EmbeddingQueue
 
     made = test_state.settings(world_size, zero, "fp32", "none")
     return make_engine(test_state.Small(), made, world_size, torch.device("cpu")), EmbeddingQueue(6, 2)
@@ -222,7 +228,7 @@ def engine_and_queue(world_size: int, zero: int = 1) -> tuple[Any, Any]:
 def checkpoints(run: Path, rank: int, world_size: int, keep: int = 9, data: str = "data") -> Any:
     from toolkit.training.checkpointing.checkpoint import Checkpoints
 
-    return Checkpoints(run, config.Config(training=config.Training(keep=keep)), [data], rank, world_size)
+    return Checkpoints(run, config.Config(training=config.Training(keep_checkpoints=keep)), [data], rank, world_size)
 
 
 def truncated(folder: Path) -> None:
@@ -360,14 +366,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_no_pickle_is_read(
 def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Save while the disk takes nothing more on rank 1, while a rank is slow, and then as usual."""
     import torch.distributed as dist
-
-    from toolkit.training.checkpointing import checkpoint
-    from toolkit.training.checkpointing.files import keyed
-    from toolkit.training.checkpointing.progress import Progress
     from toolkit.training.zero.state import fragments
 
+    from toolkit.training.checkpointing import checkpoint
+    from toolkit.training.checkpointing.files import tensor_names
+    from toolkit.training.checkpointing.progress import Progress
+
     engine, queue = engine_and_queue(world_size)
-    saving = checkpoints(folder, rank, world_size, keep=2)
+    saving = checkpoints(folder, rank, world_size, keep_checkpoints=2)
     lines: list[str] = []
     saving._say = lines.append
     seen: dict[str, Any] = {}
@@ -387,17 +393,17 @@ def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
     save(2)
-    saving.settle()
+    saving.wait_pending()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     seen["full"], seen["line"] = there(), list(lines)
 
     write, go_on = checkpoint.write_tensors, threading.Event()
     if rank == 1:
         checkpoint.write_tensors = lambda *args: (go_on.wait(), write(*args))[1]
-    held = fragments(engine)
-    before = {name: tensor.clone() for each in held for name, tensor in keyed(each).items()}
+    local_shards = fragments(engine)
+    before = {name: tensor.clone() for each in local_shards for name, tensor in tensor_names(each).items()}
     save(2)  # returns although rank 1 writes nothing yet
-    for each in held:
+    for each in local_shards:
         each.master.add_(1.0)  # training goes on
     if rank == 0:
         saving._attempt.written.result()
@@ -440,7 +446,7 @@ def complete_as_a_ghost(rank: int, world_size: int, folder: Path) -> str:
 
     engine, queue = engine_and_queue(world_size)
     saving = checkpoints(folder, rank, world_size)
-    saving.fence = lost
+    saving.check_lease = lost
     saving.save(engine, None, queue, Progress(step=1))
     return caught(saving.finish)
 
@@ -490,7 +496,7 @@ def test_an_export_holds_what_was_there_and_its_failure_is_one_line(
     def lost() -> None:
         raise UserError("taken over")
 
-    exporting.fence = lost
+    exporting.check_lease = lost
     exporting.write(model, "last", Progress(step=4))
     exporting.finish()
     assert capsys.readouterr().out.endswith("UserError: taken over; training goes on\n")
@@ -539,14 +545,14 @@ def cut(size: int, cuts: set[int], tensors: tuple[torch.Tensor, ...]) -> list[An
 def test_pieces_of_any_cut_are_read_into_any_other(
     tmp_path_factory: pytest.TempPathFactory, size: int, there: set[int], here: set[int], lost: set[int]
 ) -> None:
-    from toolkit.training.checkpointing.files import Pieces, keyed, write_tensors
+    from toolkit.training.checkpointing.files import CheckpointReader, tensor_names, write_tensors
 
     folder = tmp_path_factory.mktemp("pieces")
     tensors = tuple(torch.randn(size) for _ in range(3))
     saved = [each for number, each in enumerate(cut(size, there, tensors)) if number not in lost]
     for number, each in enumerate(saved):
-        write_tensors(folder / f"{number}.safetensors", keyed(each), {each.name: json.dumps(each.shape)})
-    pieces = Pieces(sorted(folder.iterdir(), reverse=True))
+        write_tensors(folder / f"{number}.safetensors", tensor_names(each), {each.name: json.dumps(each.shape)})
+    pieces = CheckpointReader(sorted(folder.iterdir(), reverse=True))
     wanted = cut(size, here, tuple(torch.full((size,), torch.nan) for _ in range(3)))
     for each in wanted:
         if not all(any(one.start <= n < one.stop for one in saved) for n in range(each.start, each.stop)):
@@ -560,9 +566,9 @@ def test_pieces_of_any_cut_are_read_into_any_other(
 
 
 def test_a_parameter_of_another_shape_is_refused(tmp_path: Path) -> None:
-    from toolkit.training.checkpointing.files import Pieces, keyed, write_tensors
+    from toolkit.training.checkpointing.files import CheckpointReader, tensor_names, write_tensors
 
     (saved,) = cut(6, set(), tuple(torch.zeros(6) for _ in range(3)))
-    write_tensors(tmp_path / "x", keyed(saved), {saved.name: "[2, 3]"})
+    write_tensors(tmp_path / "x", tensor_names(saved), {saved.name: "[2, 3]"})
     with pytest.raises(UserError, match=r"a:b\.c has shape \(2, 3\) in the checkpoint, \(6,\) in this model"):
-        Pieces([tmp_path / "x"]).check(saved)
+        CheckpointReader([tmp_path / "x"]).check(saved)

@@ -15,7 +15,7 @@ from torch import nn
 from tests.distributed import RankError, device_of, run_ranks
 from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
-from toolkit.training.fault_tolerance.nonfinite import FirstBadModule
+from toolkit.training.fault_tolerance.nonfinite import NonFiniteDetector
 
 shards = test_trainer.shards
 STEPS, BAD = 5, 2  # of which the step with number 2 is bad
@@ -35,13 +35,13 @@ def train(rank: int, world_size: int, runs: list[config.Config], how: str) -> li
         how: "loss", "gradient" or "picture" is not finite in the step's first micro-batch on the last rank, or the
             step is "left out".
     """
-    from toolkit.distributed import agree
+    from toolkit.rank_sync import run_on_rank_zero
     from toolkit.run_folder import prepare_run
     from toolkit.training import trainer as module
 
     ends = []
     for each in runs:
-        agree(partial(prepare_run, each), rank)
+        run_on_rank_zero(partial(prepare_run, each), rank)
         trainer = module.Trainer(each, Path(each.run), rank, world_size, device_of(rank))
         if how == "left out":
             leave_out(trainer)
@@ -108,7 +108,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 def test_a_loss_that_is_no_number_on_one_rank_of_four_leaves_no_trace_at_any_stage(
     shards: Path, tmp_path: Path
 ) -> None:
-    runs = [settings(shards, tmp_path / str(zero), zero=zero) for zero in range(4)]
+    runs = [settings(shards, tmp_path / str(zero), zero_stage=zero) for zero in range(4)]
     ends = run_ranks(train, 4, runs, "loss", timeout=200)
     reference = run_ranks(train, 4, [settings(shards, tmp_path / "left out")], "left out", timeout=100)
     expected = reference[0][0] | {"skipped": 1}
@@ -129,7 +129,7 @@ def test_a_loss_that_is_no_number_on_one_rank_of_four_leaves_no_trace_at_any_sta
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_gradient_that_is_no_number_is_skipped_at_any_stage(shards: Path, tmp_path: Path, precision: str) -> None:
-    runs = [settings(shards, tmp_path / str(zero), zero=zero, precision=precision) for zero in range(4)]
+    runs = [settings(shards, tmp_path / str(zero), zero_stage=zero, precision=precision) for zero in range(4)]
     for run in runs:
         run.training.accumulation = 1
     for ends in run_ranks(train, 2, runs, "gradient", timeout=200):
@@ -142,7 +142,7 @@ def test_a_gradient_that_is_no_number_is_skipped_at_any_stage(shards: Path, tmp_
 
 @pytest.mark.timeout(120)
 def test_the_first_bad_module_is_named_with_its_rank(shards: Path, tmp_path: Path) -> None:
-    run = settings(shards, tmp_path / "run", name_bad_module=True)
+    run = settings(shards, tmp_path / "run", detect_nonfinite=True)
     run_ranks(train, 2, [run], "picture", timeout=100)
     named = [r["first bad module"] for r in records(tmp_path / "run") if r.get("event") == "skipped"]
     assert len(named) == 1
@@ -152,7 +152,7 @@ def test_the_first_bad_module_is_named_with_its_rank(shards: Path, tmp_path: Pat
 
 @pytest.mark.timeout(120)
 def test_skips_in_a_row_end_the_run_with_one_line_and_keep_the_last_checkpoint(shards: Path, tmp_path: Path) -> None:
-    run = settings(shards, tmp_path / "run", lr=1e30, warmup=0, save_every=1, keep=1, steps=STEPS)
+    run = settings(shards, tmp_path / "run", lr=1e30, warmup_steps=0, save_every=1, keep_checkpoints=1, steps=STEPS)
     run.training.max_skipped_in_a_row = 3
     with pytest.raises(RankError, match=r"UserError: loss or gradient not finite by step 4, 3 times in a row: "):
         run_ranks(test_trainer.train, 2, run, timeout=100)
@@ -171,7 +171,7 @@ def test_the_first_module_is_found_in_any_kind_of_output() -> None:
             return {"sum": (self.add(self.divide(value)), [torch.tensor(1)])}
 
     root = Root()
-    first = FirstBadModule({"": root, "other": nn.Identity()})
+    first = NonFiniteDetector({"": root, "other": nn.Identity()})
     root(torch.ones(2))
     assert first.name() is None
     first.begin()

@@ -71,7 +71,7 @@ def test_stopped_at_random_steps_and_started_again_equals_never_stopped(shards: 
     chance = random.Random()
     first, second = sorted(chance.sample(range(STEPS - 1), 2))
     hits = [{first: (1, signal.SIGTERM)}, {second: (0, signal.SIGUSR1)}, {}]
-    broken = configured(settings(shards, tmp_path / "broken", zero=2), tmp_path)
+    broken = configured(settings(shards, tmp_path / "broken", zero_stage=2), tmp_path)
     ends = [run_ranks(start, 2, broken, hit, "train_step", timeout=100) for hit in hits]
     assert [codes(end) for end in ends] == [[REQUEUE] * 2, [REQUEUE] * 2, [0, 0]], f"signals at {first} and {second}"
     for (step, name), end in zip(((first, "SIGTERM"), (second, "SIGUSR1")), ends, strict=False):
@@ -80,7 +80,7 @@ def test_stopped_at_random_steps_and_started_again_equals_never_stopped(shards: 
     again = run_ranks(start, 2, broken, {}, "train_step", timeout=60)
     assert codes(again) == [0, 0], "a complete run is not to be requeued"
 
-    unbroken = configured(settings(shards, tmp_path / "unbroken", zero=2), tmp_path)
+    unbroken = configured(settings(shards, tmp_path / "unbroken", zero_stage=2), tmp_path)
     assert codes(run_ranks(start, 2, unbroken, {}, "train_step", timeout=100)) == [0, 0]
     assert len(test_trainer.losses(tmp_path / "unbroken")) == STEPS
     assert test_trainer.losses(tmp_path / "broken") == test_trainer.losses(tmp_path / "unbroken")
@@ -97,7 +97,7 @@ def test_a_signal_while_saving_and_one_in_the_last_step_do_no_harm(shards: Path,
 
 @pytest.mark.timeout(120)
 def test_a_second_signal_in_the_save_of_the_first_does_no_harm(shards: Path, tmp_path: Path) -> None:
-    file = configured(settings(shards, tmp_path / "run", zero=1, save_every=2), tmp_path)
+    file = configured(settings(shards, tmp_path / "run", zero_stage=1, save_every=2), tmp_path)
     hits = {2: (0, signal.SIGTERM), 3: (0, signal.SIGTERM)}  # in a save, and in the one that follows from that
     assert codes(run_ranks(start, 2, file, hits, "save", timeout=60)) == [REQUEUE] * 2
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())[-1] == "step-00000003"

@@ -31,18 +31,18 @@ class Accident:
 
 
 def settings(shards: Path, run: Path, zero: int) -> config.Config:
-    return test_trainer.settings(shards, run, steps=STEPS, save_every=2, zero=zero)
+    return test_trainer.settings(shards, run, steps=STEPS, save_every=2, zero_stage=zero)
 
 
 def train(rank: int, world_size: int, lives: list[tuple[config.Config, Accident | None]]) -> None:
     """Train several runs one after the other, each until its accident, and note which samples each step used."""
 
-    from toolkit.distributed import agree
+    from toolkit.rank_sync import run_on_rank_zero
     from toolkit.run_folder import prepare_run
     from toolkit.training.trainer import Trainer
 
     for run, accident in lives:
-        agree(lambda run=run: prepare_run(run), rank)
+        run_on_rank_zero(lambda run=run: prepare_run(run), rank)
         trainer = Trainer(run, Path(run.run), rank, world_size, device_of(rank))
         following = trainer._next
 

@@ -22,8 +22,8 @@ from tests.toolkit.training import test_trainer
 from toolkit import train
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.objectives.counter_rng import RowRandom
-from toolkit.training.learner import Draws, Learner
+from toolkit.objectives.counter_rng import CounterRNG
+from toolkit.training.learner import Learner, StepRandomness
 from toolkit.training.metrics import flops, peak, profile, spans
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
@@ -101,7 +101,7 @@ def test_flops_of_a_whole_step_are_nearly_those_that_torch_counts() -> None:
     settings = whole("all", 1)
     learner, count = made(settings)
     teacher, queue = MomentumEncoder(learner.model, 0.9), EmbeddingQueue(12, 16)
-    draws = Draws(torch.full((2, ROWS), 0.5), RowRandom(0, torch.arange(ROWS)))
+    draws = StepRandomness(torch.full((2, ROWS), 0.5), CounterRNG(0, torch.arange(ROWS)))
     one = batch(*[SAMPLES] * ROWS)
     _, done = counted(lambda: learner(one, teacher, queue, 0.4, draws)[0]["loss"].backward())
     assert count.of(one).total() == pytest.approx(done, rel=0.05)
@@ -128,7 +128,7 @@ def test_frames_are_those_of_the_encoder() -> None:
 
 
 def test_cached_steps_compare_with_the_keys_of_the_whole_step() -> None:
-    plain, cached = (made(whole("none", 0, accumulation=2, cached=cached))[1] for cached in (False, True))
+    plain, cached = (made(whole("none", 0, accumulation=2, grad_cache=cached))[1] for cached in (False, True))
     assert (plain.keys, cached.keys) == (2 + 12, 4 + 12)
 
 

@@ -374,7 +374,16 @@ def test_keys_of_a_login(monkeypatch, tmp_path, hosts, server, found) -> None:
 def test_a_mistake_ends_the_run_before_it_begins(monkeypatch, shards, tmp_path) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
     command = ["--config", "quickstart", "--data.shards", str(shards), "--run", str(tmp_path / "new")]
-    command += ["--data.train", "train", "--data.dev", "train", "--training.batch_size", "4", "--data.window", "2"]
+    command += [
+        "--data.train",
+        "train",
+        "--data.dev",
+        "train",
+        "--training.batch_size",
+        "4",
+        "--data.shuffle_shards",
+        "2",
+    ]
     done = subprocess.run([sys.executable, str(ROOT / "toolkit/train.py"), *command], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: WANDB_API_KEY {SHORT}")

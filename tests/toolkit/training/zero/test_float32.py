@@ -27,14 +27,15 @@ def plain(each: config.Config) -> config.Config:
 
 def watch(rank: int, world_size: int, *runs: config.Config) -> list[tuple[list[float], list[float], float]]:
     """Train, and give what each step computed with, the optimizer's own value after it, and one resumed from there."""
-    from toolkit.distributed import agree
+    from toolkit.training.zero.state import fragments
+
+    from toolkit.rank_sync import run_on_rank_zero
     from toolkit.run_folder import prepare_run
     from toolkit.training.trainer import Trainer
-    from toolkit.training.zero.state import fragments
 
     found = []
     for each in runs:
-        agree(partial(prepare_run, each), rank)
+        run_on_rank_zero(partial(prepare_run, each), rank)
         trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
         name = "model.temperature.log_temperature"
         seen, masters = [], []
@@ -64,7 +65,9 @@ def test_the_temperature_moves_by_its_float32_steps(
     stages: tuple[int, ...],
 ) -> None:
     """Steps of 1e-3 of its logarithm, where bf16 has 1.6e-2 between two numbers."""
-    runs = [plain(settings(shards, tmp_path / f"{zero}", zero=zero, warmup=0, min_lr=1e-3)) for zero in stages]
+    runs = [
+        plain(settings(shards, tmp_path / f"{zero}", zero_stage=zero, warmup_steps=0, min_lr=1e-3)) for zero in stages
+    ]
     by_rank = run_ranks(watch, world_size, *runs, timeout=200)
     for zero in range(len(stages)):
         for seen, _, _, resumed in (found[zero] for found in by_rank):
@@ -78,7 +81,7 @@ def test_the_temperature_moves_by_its_float32_steps(
 
 @pytest.mark.timeout(120)
 def test_a_fixed_temperature_is_the_configured_one(shards: Path, tmp_path: Path) -> None:  # noqa: F811
-    fixed = plain(settings(shards, tmp_path / "fixed", zero=1, steps=2))
+    fixed = plain(settings(shards, tmp_path / "fixed", zero_stage=1, steps=2))
     fixed.objectives.contrastive.learn_temperature = False
     ((seen, _, _, _),) = run_ranks(watch, 1, fixed)[0]
     assert seen == pytest.approx([0.07] * 2, rel=1e-6), "bf16 holds 0.0698"
@@ -86,14 +89,15 @@ def test_a_fixed_temperature_is_the_configured_one(shards: Path, tmp_path: Path)
 
 def export_weights(rank: int, world_size: int, *runs: config.Config) -> list[dict[str, torch.Tensor]]:
     """Train each; on every rank the float32 weights that the optimizer has of the last step, by name, in parts."""
-    from toolkit.distributed import agree
+    from toolkit.training.zero.state import fragments
+
+    from toolkit.rank_sync import run_on_rank_zero
     from toolkit.run_folder import prepare_run
     from toolkit.training.trainer import Trainer
-    from toolkit.training.zero.state import fragments
 
     kept: list[Any] = []
     for each in runs:
-        agree(partial(prepare_run, each), rank)
+        run_on_rank_zero(partial(prepare_run, each), rank)
         trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
         trainer.train()
         kept.append([(one.name, one.start, one.stop, one.master.clone()) for one in fragments(trainer.engine)])
@@ -103,15 +107,18 @@ def export_weights(rank: int, world_size: int, *runs: config.Config) -> list[dic
 
 @pytest.mark.timeout(240)
 def test_exports_can_hold_the_optimizers_weights(shards: Path, tmp_path: Path) -> None:  # noqa: F811
-    runs = [plain(settings(shards, tmp_path / f"{zero}", zero=zero, steps=2, export_dtype="fp32")) for zero in range(4)]
+    runs = [
+        plain(settings(shards, tmp_path / f"{zero}", zero_stage=zero, steps=2, export_dtype="fp32"))
+        for zero in range(4)
+    ]
     by_rank = run_ranks(export_weights, 2, *runs, timeout=200)
     for zero in range(4):
         folder = tmp_path / f"{zero}" / "export" / "last"
         written = load_file(folder / "model.safetensors")
         assert {value.dtype for value in written.values() if value.is_floating_point()} == {torch.float32}
         seen = 0
-        for held in by_rank:
-            for name, start, stop, master in held[zero]:
+        for local_shards in by_rank:
+            for name, start, stop, master in local_shards[zero]:
                 if name.startswith("model."):
                     exact = written[name.removeprefix("model.")].view(-1)[start:stop]
                     assert torch.equal(exact, master), f"stage {zero}: {name}"
@@ -125,6 +132,6 @@ def test_exports_can_hold_the_optimizers_weights(shards: Path, tmp_path: Path) -
 
 @pytest.mark.timeout(120)
 def test_exports_are_in_the_models_precision_unless_asked(shards: Path, tmp_path: Path) -> None:  # noqa: F811
-    run_ranks(train, 1, plain(settings(shards, tmp_path / "run", zero=1, steps=1)))
+    run_ranks(train, 1, plain(settings(shards, tmp_path / "run", zero_stage=1, steps=1)))
     folder = tmp_path / "run" / "export" / "last"
     assert {p.dtype for p in evaluate.load_model(folder).parameters()} == {torch.bfloat16}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toolkit.training.zero.settings import deepspeed_config
 from torch import nn
 
 from shards.errors import UserError
@@ -12,7 +13,6 @@ from tests.distributed import run_ranks
 from tests.toolkit.training import test_trainer
 from tests.toolkit.training.checkpointing import test_checkpoint
 from toolkit.config.schema import Config
-from toolkit.training.zero.settings import deepspeed_config
 
 shards = test_trainer.shards
 
@@ -31,7 +31,7 @@ def test_deepspeed_reads_what_is_derived(stage, precision):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     made = config()
-    made.training.zero, made.training.precision, made.training.clip = stage, precision, 0.5
+    made.training.zero_stage, made.training.precision, made.training.grad_clip = stage, precision, 0.5
     settings = deepspeed_config(made, 4)
     assert settings["train_batch_size"] == 48
     assert settings["train_micro_batch_size_per_gpu"] == 6
@@ -63,10 +63,10 @@ OURS = [  # (key, other values, the value of ours as configured below, what is s
     ("train_batch_size", [3, "auto"], 48, "set --training.batch_size"),
     ("train_micro_batch_size_per_gpu", [3, "auto"], 24, "set --training.batch_size and --training.accumulation"),
     ("gradient_accumulation_steps", [3, "auto"], 2, "set --training.accumulation"),
-    ("gradient_clipping", [7.0, 0, "auto"], 0.5, "set --training.clip"),
+    ("gradient_clipping", [7.0, 0, "auto"], 0.5, "set --training.grad_clip"),
     ("optimizer", [{"type": "Adam"}, {"type": "AdamW", "params": {"lr": "auto"}}], None, "set --training.lr, "),
     ("scheduler", [{"type": "WarmupLR"}], None, "set --training.lr, warmup and min_lr"),
-    ("zero_optimization.stage", [0, 1, 3, "two", 4, None], 2, "set --training.zero"),
+    ("zero_optimization.stage", [0, 1, 3, "two", 4, None], 2, "set --training.zero_stage"),
     ("bf16.enabled", [False, "false", None], True, PRECISION),
     ("bfloat16.enabled", [False], True, PRECISION),
     ("fp16.enabled", [True, "true"], False, PRECISION),
@@ -84,7 +84,7 @@ OURS = [  # (key, other values, the value of ours as configured below, what is s
 
 def configured(**free):
     made = config(**free)
-    made.training.zero, made.training.clip = 2, 0.5
+    made.training.zero_stage, made.training.grad_clip = 2, 0.5
     return made
 
 
@@ -231,7 +231,7 @@ def sums(rank: int, world_size: int) -> list[float]:
     for stage, added_up, offloaded in SUMS:
         made = Config()
         made.training.batch_size, made.training.accumulation = 3 * world_size, 3
-        made.training.clip, made.training.betas, made.training.zero = 0.0, [0.0, 0.9], stage
+        made.training.grad_clip, made.training.betas, made.training.zero_stage = 0.0, [0.0, 0.9], stage
         zero = {"stage3_param_persistence_threshold": 10}
         made.deepspeed = {"zero_optimization": zero | ({"offload_optimizer": CPU} if offloaded else {})}
         if added_up:
@@ -269,8 +269,8 @@ def engines(rank: int, world_size: int) -> list[dict[str, object]]:
     found = []
     for precision, stage in itertools.product(("fp32", "bf16"), range(4)):
         made = Config(deepspeed=WRITTEN_FOR_OTHERS)
-        made.training.batch_size, made.training.accumulation, made.training.clip = 2 * world_size, 2, 0.25
-        made.training.precision, made.training.zero = precision, stage
+        made.training.batch_size, made.training.accumulation, made.training.grad_clip = 2 * world_size, 2, 0.25
+        made.training.precision, made.training.zero_stage = precision, stage
         engine = make_engine(One(), made, world_size, torch.device("cpu"))
         for _ in range(2):
             backward(engine, engine(torch.tensor(1.0, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)))
@@ -308,10 +308,10 @@ OFFLOADS = {
 
 @pytest.mark.timeout(400)
 def test_offloaded_to_the_cpu_it_trains_alike_and_continues_to_the_bit(shards: Path, tmp_path: Path) -> None:
-    runs = [(test_checkpoint.settings(shards, tmp_path / "plain", zero=2), None, "")]
+    runs = [(test_checkpoint.settings(shards, tmp_path / "plain", zero_stage=2), None, "")]
     for zero, offload in OFFLOADS.items():
         for name, last in (("whole", None), ("broken", 2), ("broken", None)):
-            run = test_checkpoint.settings(shards, tmp_path / f"{name}{zero}", zero=zero)
+            run = test_checkpoint.settings(shards, tmp_path / f"{name}{zero}", zero_stage=zero)
             run.deepspeed = {"zero_optimization": offload}
             runs.append((run, last, "raise"))
     run_ranks(test_checkpoint.train, 2, runs, timeout=350)
@@ -326,7 +326,7 @@ def test_offloaded_to_the_cpu_it_trains_alike_and_continues_to_the_bit(shards: P
 def test_frozen_trunks_train_alike_where_no_parameter_stays_whole(shards: Path, tmp_path: Path) -> None:
     runs = []
     for zero in (0, 3):
-        run = test_checkpoint.settings(shards, tmp_path / str(zero), zero=zero, save_every=9)
+        run = test_checkpoint.settings(shards, tmp_path / str(zero), zero_stage=zero, save_every=9)
         run.model.speech.train = run.model.image.train = "none"
         run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         runs.append((run, None, ""))

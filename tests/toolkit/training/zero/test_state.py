@@ -76,7 +76,13 @@ def reference(start: dict[str, torch.Tensor], state: dict[str, tuple[torch.Tenso
 
 def settings(world_size: int, zero: int, precision: str, offload: str) -> config.Config:
     training = config.Training(
-        batch_size=world_size, lr=LR, weight_decay=0.5, betas=[0.8, 0.9], clip=0.0, zero=zero, precision=precision
+        batch_size=world_size,
+        lr=LR,
+        weight_decay=0.5,
+        betas=[0.8, 0.9],
+        grad_clip=0.0,
+        zero_stage=zero,
+        precision=precision,
     )
     options: dict[str, Any] = {"stage3_param_persistence_threshold": 10}  # gathers the larger ones when they are used
     if offload != "none":
@@ -88,11 +94,11 @@ def values(engine: Any) -> dict[str, Any]:
     """What this rank holds, by (name, start, part)."""
     from toolkit.training.zero.state import PARTS, fragments
 
-    held = fragments(engine)
-    for each in held:
+    local_shards = fragments(engine)
+    for each in local_shards:
         assert all(getattr(each, part).shape == (each.stop - each.start,) for part in PARTS)
         assert each.shape == tuple(dict(Small().named_parameters())[each.name].shape)
-    return {(each.name, each.start, part): getattr(each, part).clone() for each in held for part in PARTS}
+    return {(each.name, each.start, part): getattr(each, part).clone() for each in local_shards for part in PARTS}
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:
@@ -111,7 +117,7 @@ def step(engine: Any, steps: range) -> None:
 def stages(rank: int, world_size: int) -> list[dict[str, Any]]:
     """In every case: train, look, overwrite everything, look, train, look."""
     from toolkit.training.zero.engine import make_engine
-    from toolkit.training.zero.state import PARTS, applied_steps, rewritten
+    from toolkit.training.zero.state import PARTS, applied_steps, editable
 
     outcomes = []
     for case in CASES:
@@ -120,8 +126,8 @@ def stages(rank: int, world_size: int) -> list[dict[str, Any]]:
         step(engine, range(STEPS))
         seen["trained"], seen["counted"], seen["weights"] = values(engine), applied_steps(engine), weights(engine)
         step(engine, range(STEPS, STEPS + 1))  # and leave weights gathered where ZeRO 3 does
-        with rewritten(engine, 10) as held:
-            for each in held:
+        with editable(engine, 10) as local_shards:
+            for each in local_shards:
                 for part in PARTS:
                     getattr(each, part).copy_(given(each.name, each.shape, part)[each.start : each.stop])
         seen["given"] = weights(engine)
@@ -142,8 +148,8 @@ def assembled(ranks: list[dict[Any, torch.Tensor]], zero: int) -> dict[str, dict
     """Whole tensors by part and name; every element must be there exactly once."""
     shapes = {name: p.shape for name, p in Small().named_parameters() if p.requires_grad}
     together: dict[str, dict[str, torch.Tensor]] = {}
-    for held in ranks[:1] if zero == 0 else ranks:
-        for (name, start, part), tensor in held.items():
+    for local_shards in ranks[:1] if zero == 0 else ranks:
+        for (name, start, part), tensor in local_shards.items():
             whole = together.setdefault(part, {}).setdefault(name, torch.full((shapes[name].numel(),), torch.nan))
             assert whole[start : start + len(tensor)].isnan().all(), f"{name} is there twice"
             whole[start : start + len(tensor)] = tensor
