@@ -57,7 +57,7 @@ def configuration(name: str, shards: Path, tiny: bool) -> dict[str, Any]:
 def measure(tree: dict[str, Any], folder: Path, gpus: int, stage: int, batch: int) -> dict[str, Any] | str:
     """Profile some steps at a stage with so many pairs a rank: the figures, or why there are none."""
     run = folder / f"zero{stage}-batch{batch}"
-    tree = {**tree, "run": str(run), "training": {**tree["training"], "zero": stage, "batch_size": batch * gpus}}
+    tree = {**tree, "run": str(run), "training": {**tree["training"], "zero_stage": stage, "batch_size": batch * gpus}}
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={gpus}", "--", "toolkit/train.py"]

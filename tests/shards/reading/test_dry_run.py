@@ -154,7 +154,7 @@ def test_mixture(tmp_path: Path, one: Manifest, monkeypatch: pytest.MonkeyPatch)
     assert twos
     assert set().union(*p.readers.values()) == ones | twos
     seconds = np.concatenate([one.duration, two.duration])[order.batch(0).captions].clip(max=6.0).reshape(2, 8)
-    monkeypatch.setattr(Order, "steps_per_pass", 1.0)  # so that only the first batch is looked at
+    monkeypatch.setattr(Order, "steps_per_epoch", 1.0)  # so that only the first batch is looked at
     first = plan(order, [one, two], 2, 1, 1, 2, 6.0)
     assert first.padding == pytest.approx(1 - seconds.sum() / (8 * seconds.max(axis=1).sum()))
     assert "75.0% of each batch" in p.text()

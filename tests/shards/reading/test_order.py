@@ -401,7 +401,7 @@ def test_a_part_has_the_same_places_of_all_columns() -> None:
             [1],
             9,
             2,
-            "a batch of 9 does not divide into 2 lanes: set --training.batch_size to 10 or --data.l",
+            "a batch of 9 does not divide into 2 lanes: set --training.batch_size to 10 or --data.s",
         ),
         ([[20, 20]], [1], 9, 3, "3 lanes need as many shards, training has 2: set --data.shard_groups to 2 or less"),
         (

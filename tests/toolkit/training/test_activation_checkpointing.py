@@ -82,7 +82,7 @@ def test_it_trains_alike(shards: Path, tmp_path: Path) -> None:
     runs = []
     for zero, precision in cases:
         for again in (False, True):
-            options = {"zero": zero, "precision": precision, "activation_checkpointing": again}
+            options = {"zero_stage": zero, "precision": precision, "activation_checkpointing": again}
             run = test_checkpoint.settings(shards, tmp_path / f"{zero}{again}", save_every=9, **options)
             run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 300}}
             runs.append((run, None, ""))

@@ -59,9 +59,9 @@ def settings(shards: Path, run: Path, **training: Any) -> config.Config:
         "steps": 4,
         "batch_size": 8,
         "lr": 1e-3,
-        "warmup": 2,
+        "warmup_steps": 2,
         "precision": "fp32",
-        "zero": 0,
+        "zero_stage": 0,
         "log_every": 1,
     } | training
     if training["precision"] == "fp32":  # in bf16 a CPU refuses a stem
@@ -313,7 +313,7 @@ def test_best_is_the_best_on_dev_so_far(monkeypatch: pytest.MonkeyPatch) -> None
         return SimpleNamespace(report={"coarse": {"mean_R@1": next(scores)}, "reranked": None})
 
     monkeypatch.setattr(module, "retrieve", retrieved)
-    monkeypatch.setattr(module, "agree", lambda work, rank: work())
+    monkeypatch.setattr(module, "run_on_rank_zero", lambda work, rank: work())
     exported: list[int] = []
     on_disk = [(-1.0, 0)]
     progress = Progress()
@@ -344,7 +344,7 @@ def test_a_bad_sample_is_replaced_and_logged_and_a_missing_shard_ends_all_ranks(
     spoil(manifest, int(manifest.rows("train")[0]))
     run_ranks(train, 2, settings(folder, tmp_path / "run", steps=5), timeout=100)  # all 40 pictures
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert sum(record.get("faults", 0) for record in records) == 1
+    assert sum(record.get("bad_samples", 0) for record in records) == 1
     (folder / manifest.shards[int(manifest.shard[manifest.rows("train")[0]])].name).unlink()
     with pytest.raises(AssertionError, match=r"UserError: .*cannot open shard .*No such file"):
         run_ranks(train, 2, settings(folder, tmp_path / "other", steps=5), timeout=60)

@@ -151,7 +151,7 @@ class Log:
             "tflops": tera / elapsed / self.world_size,
             "waiting": self.waited / elapsed,
             "skipped": progress.skipped,
-            "faults": round(bad_samples),
+            "bad_samples": round(bad_samples),
             "memory_gb": max(memory),
             "seconds": progress.seconds,
         }

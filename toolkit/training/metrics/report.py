@@ -135,7 +135,7 @@ def _summary(records: Sequence[dict[str, Any]]) -> list[str]:
     restarts = sum(r.get("event") == "began" for r in records) - 1
     if restarts > 0:
         parts.append(f"{restarts} restart{'s' if restarts > 1 else ''}")
-    unreadable = sum(r.get("faults", 0) for r in steps)
+    unreadable = sum(r.get("bad_samples", r.get("faults", 0)) for r in steps)
     if unreadable:
         parts.append(f"{unreadable} unreadable samples replaced")
     stops = [r for r in records if str(r.get("event", "")).startswith("stopped")]

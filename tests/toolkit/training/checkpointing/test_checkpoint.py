@@ -116,7 +116,7 @@ def assert_equal(run: Path, other: Path) -> None:
 def test_ended_anywhere_and_continued_equals_unbroken_to_the_bit(shards: Path, tmp_path: Path, precision: str) -> None:
     runs = []
     for zero in range(4):
-        options = {"zero": zero, "precision": precision, "accumulation": 2 if zero == 1 else 1}
+        options = {"zero_stage": zero, "precision": precision, "accumulation": 2 if zero == 1 else 1}
         runs.append((settings(shards, tmp_path / f"unbroken{zero}", **options), None, ""))
         broken = settings(shards, tmp_path / f"broken{zero}", **options)
         broken.deepspeed = runs[-1][0].deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 300}}
