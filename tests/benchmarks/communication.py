@@ -187,7 +187,7 @@ def main() -> int:
     parser.add_argument("--no-count", action="store_true", help="formulas only")
     parser.add_argument("--zero", type=int, default=1, choices=[0, 1, 2], help="stage (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pairs a rank (default: %(default)s)")
-    parser.add_argument("--dim", type=int, default=768, help="of the vectors (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=768, help="of the embeddings (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=400, help="of the longest caption (default: %(default)s)")
     parser.add_argument("--patches", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--width", type=int, default=1024, help="of a token (default: %(default)s)")

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/contrastive.py [--json] [--queue N] [--batch B] [--dim D] [--repeats R] [--threads T]
 
-Both give loss and gradients of vectors and temperature with soft targets and repeated pictures, in float32 on the CPU,
+Both give loss and gradients of embeddings and temperature with soft targets and repeated pictures, in float32 on the CPU,
 and have to agree. Time: they take turns, and the figure is the ratio of the medians. Memory: each has a process of its
 own, and the figure is how far its resident memory rises above that of the inputs. One thread by default: on a machine
 that does other work several wait for one another, and the figure would tell of that work. Exit code 1: a bound is
@@ -31,17 +31,17 @@ ALPHA, TEMPERATURE, PICTURES = 0.4, 0.07, 6000
 
 
 class Inputs:
-    """A batch, its keys and a full queue; the first keys are the batch's own, near its vectors."""
+    """A batch, its keys and a full queue; the first keys are the batch's own, near its embeddings."""
 
     def __init__(self, queue: int, batch: int, dim: int) -> None:
         generator = torch.Generator().manual_seed(0)
         self.batch = batch
 
-        def vectors(rows: int) -> Tensor:
+        def embeddings(rows: int) -> Tensor:
             return F.normalize(torch.randn(rows, dim, generator=generator), dim=1)
 
-        self.keys = [[vectors(batch), vectors(queue)] for _ in range(2)]
-        own = [F.normalize(batch_keys + 0.5 * vectors(batch), dim=1) for batch_keys, _ in self.keys]
+        self.keys = [[embeddings(batch), embeddings(queue)] for _ in range(2)]
+        own = [F.normalize(batch_keys + 0.5 * embeddings(batch), dim=1) for batch_keys, _ in self.keys]
         self.speech, self.image = (side.requires_grad_() for side in own)
         self.key_ids = torch.randint(0, PICTURES, (batch + queue,), generator=generator)
         self.ids = self.key_ids[:batch]
@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line rather than a table")
     parser.add_argument("--queue", type=int, default=65536, help="keys of earlier batches (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--dim", type=int, default=256, help="length of the vectors (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=256, help="length of the embeddings (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     parser.add_argument("--memory-of", choices=["ours", "plain"], help="print the bytes of one and leave")
@@ -130,7 +130,7 @@ def main() -> int:
     if options.memory_of:
         print(rise(inputs, options.memory_of))
         return 0
-    what = f"loss and gradients, batch {options.batch}, queue {options.queue}, vectors of {options.dim}"
+    what = f"loss and gradients, batch {options.batch}, queue {options.queue}, embeddings of {options.dim}"
     ours, plain = (rise_alone(name, options) / 2**20 for name in ("ours", "plain"))
     figures = [Figure("sic_memory", ours, plain, "MiB", ours / plain, f"peak above the inputs: {what}", at_most=0.3)]
     ours, plain = seconds(inputs, options.repeats)

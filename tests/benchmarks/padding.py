@@ -4,7 +4,7 @@
 
 Durations are log-normal with the mean and the long tail of SpokenCOCO, cut at 8 s (the reference configurations) and at
 15 s. The frames are counted where they enter the first transformer layer of a trunk with the strides of HuBERT, and the
-vectors have to be those of the padded batch. Time is that of the processor in a forward pass of a group-norm trunk, a
+embeddings have to be those of the padded batch. Time is that of the processor in a forward pass of a group-norm trunk, a
 third as wide and as deep as HuBERT-base, median of turns. Exit code 1: a bound is missed.
 """
 
@@ -78,9 +78,9 @@ def count(batches: int, size: int, groups: int, cut: float) -> list[Figure]:
     for seed in range(batches):
         batch = make_batch(seed, size, cut)
         (ours, frames), (theirs, more) = (counted.encode(*batch, number) for number in (groups, 1))
-        error = float((ours.vector - theirs.vector).abs().max())
+        error = float((ours.embedding - theirs.embedding).abs().max())
         if not error < 1e-4:
-            raise SystemExit(f"the groups' vectors differ from those of the padded batch by {error:.1e}")
+            raise SystemExit(f"the groups' embeddings differ from those of the padded batch by {error:.1e}")
         real, grouped, padded = real + int(ours.mask.sum()), grouped + frames, padded + more
     what = f"{batches} batches of {size}, captions cut at {cut} s, {groups} groups"
     share = f"frames of padding in all that are encoded, in one padded batch {1 - real / padded:.1%}: {what}"

@@ -48,7 +48,7 @@ class PlainStep:
             speech_m, image_m = self.teacher(batch.images, batch.waveforms, batch.lengths)
         losses = {"contrastive": self.contrastive(speech, image, speech_m, image_m, batch.ids, temperature)}
         with torch.no_grad():
-            own = (speech.vector, image.vector, speech_m.vector, image_m.vector, batch.ids, temperature)
+            own = (speech.embedding, image.embedding, speech_m.embedding, image_m.embedding, batch.ids, temperature)
             rows = draw_row_by_row(*own) if row_by_row else draw_as_ours(*own, draws.negatives)
         losses["matching"] = self.matching(speech, image, *rows)
         losses["denoising"] = self.denoising(speech, image, image_m, batch.ids, draws)
@@ -57,7 +57,7 @@ class PlainStep:
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in self.groups for p in group["params"]], self.clip)
         self.optimizer.step()
-        self.push(speech_m.vector, image_m.vector, batch.ids)
+        self.push(speech_m.embedding, image_m.embedding, batch.ids)
         return {name: value.detach() for name, value in losses.items()}
 
     def contrastive(
@@ -66,16 +66,16 @@ class PlainStep:
         """SIC with the logits of batch and queue, four times over."""
         alpha = self.c.contrastive.alpha
         with torch.no_grad():
-            speech_keys = torch.cat([speech_m.vector.T, self.speech_queue], dim=1)
-            image_keys = torch.cat([image_m.vector.T, self.image_queue], dim=1)
+            speech_keys = torch.cat([speech_m.embedding.T, self.speech_queue], dim=1)
+            image_keys = torch.cat([image_m.embedding.T, self.image_queue], dim=1)
             positive = torch.eq(ids[:, None], torch.cat([ids[None], self.queue_ids], dim=1)).float()
             targets = positive / positive.sum(1, keepdim=True)
-            soft_s2i = F.softmax(speech_m.vector @ image_keys / temperature, dim=1)
-            soft_i2s = F.softmax(image_m.vector @ speech_keys / temperature, dim=1)
+            soft_s2i = F.softmax(speech_m.embedding @ image_keys / temperature, dim=1)
+            soft_i2s = F.softmax(image_m.embedding @ speech_keys / temperature, dim=1)
             targets_s2i = alpha * soft_s2i + (1 - alpha) * targets
             targets_i2s = alpha * soft_i2s + (1 - alpha) * targets
-        s2i = speech.vector @ image_keys / temperature
-        i2s = image.vector @ speech_keys / temperature
+        s2i = speech.embedding @ image_keys / temperature
+        i2s = image.embedding @ speech_keys / temperature
         loss_s2i = -torch.sum(F.log_softmax(s2i, dim=1) * targets_s2i, dim=1).mean()
         loss_i2s = -torch.sum(F.log_softmax(i2s, dim=1) * targets_i2s, dim=1).mean()
         return (loss_s2i + loss_i2s) / 2
@@ -84,17 +84,17 @@ class PlainStep:
         """SIM: the fusion of the pairs, then that of both kinds of negatives."""
         right = self.model.match(speech, image)
         images = torch.stack([image.tokens[row] for row in wrong_image])
-        image_vectors = torch.stack([image.vector[row] for row in wrong_image])
+        image_vectors = torch.stack([image.embedding[row] for row in wrong_image])
         tokens = torch.stack([speech.tokens[row] for row in wrong_speech])
         masks = torch.stack([speech.mask[row] for row in wrong_speech])
-        speech_vectors = torch.stack([speech.vector[row] for row in wrong_speech])
+        speech_vectors = torch.stack([speech.embedding[row] for row in wrong_speech])
         speech_all = Encoded(
-            torch.cat([speech.vector, speech_vectors]),
+            torch.cat([speech.embedding, speech_vectors]),
             torch.cat([speech.tokens, tokens]),
             torch.cat([speech.mask, masks]),
         )
         image_all = Encoded(
-            torch.cat([image_vectors, image.vector]),
+            torch.cat([image_vectors, image.embedding]),
             torch.cat([images, image.tokens]),
             torch.cat([image.mask, image.mask]),
         )

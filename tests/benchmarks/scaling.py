@@ -1,10 +1,10 @@
 """What a training step sends, by formula, for the project and for the plain design, and how long that takes.
 
 Bytes are those that a rank receives, as `traffic.py` counts them; it sends as many. With N ranks, B pairs a rank,
-vectors of D numbers, S and P numbers in the speech and image tokens of a pair, of b bytes each, and G bytes of
+embeddings of D numbers, S and P numbers in the speech and image tokens of a pair, of b bytes each, and G bytes of
 gradients, W of trained weights, E of these in the teacher's working copy:
 
-    here     keys       (N - 1) B (8 D + 8)                 one gather of both vectors and identities, in float32
+    here     keys       (N - 1) B (8 D + 8)                 one gather of both embeddings and identities, in float32
              requests   (N - 1) (16 B + 16)                 one gather of the rows wanted and of the longest sequences
              negatives  q B [(S + P) b + masks]             the rows asked for, and the gradients of those tokens that
                         + q B (those with gradient) b       have one; q = (N - 1) B / (N B - 1) of them are elsewhere
@@ -31,7 +31,7 @@ class Sizes:
 
     Attributes:
         batch: Pairs a rank, B.
-        dim: Length of a vector, D.
+        dim: Length of a embedding, D.
         speech: Numbers in the speech tokens of a pair, padded to the longest of all ranks, S.
         image: Numbers in the image tokens of a pair, P.
         frames: Of an utterance; a mask of a byte each travels.

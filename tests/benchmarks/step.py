@@ -48,8 +48,8 @@ def configure(options: argparse.Namespace) -> config.Config:
 
 def fill(queue: EmbeddingQueue) -> None:
     """Keys of pictures that the batches do not hold."""
-    vectors = [F.normalize(torch.randn(queue.size, queue.speech.shape[1]), dim=1) for _ in range(2)]
-    queue.push(*vectors, torch.arange(queue.size) + 2**31)
+    embeddings = [F.normalize(torch.randn(queue.size, queue.speech.shape[1]), dim=1) for _ in range(2)]
+    queue.push(*embeddings, torch.arange(queue.size) + 2**31)
 
 
 def check(trainer: Trainer, plain: PlainStep, batch_size: int) -> float:

@@ -105,7 +105,7 @@ def singly(folder):
 
 
 def cosine(spoken, shown):
-    return float(spoken.vector[0] @ shown.vector[0])
+    return float(spoken.embedding[0] @ shown.embedding[0])
 
 
 @torch.no_grad()
@@ -146,9 +146,9 @@ def test_each_picture_and_caption_is_encoded_once_and_as_if_alone(singly):
     owners = [at for at, sample in enumerate(samples) for _ in manifest.captions(sample)]
     assert encodings.picture.tolist() == owners
     for at, sample in enumerate(samples):
-        torch.testing.assert_close(encodings.images[at], images[sample].vector[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(encodings.images[at], images[sample].embedding[0], atol=1e-5, rtol=0)
     for at, row in enumerate(encodings.captions):
-        torch.testing.assert_close(encodings.speech[at], speech[row].vector[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(encodings.speech[at], speech[row].embedding[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("limit", [60.0, 1.2])
@@ -163,7 +163,7 @@ def test_captions_are_heard_whole_up_to_the_evaluations_own_limit(folder, limit)
         wave = torch.from_numpy(decode_audio(Reader(manifest).audio(longest)))
         assert len(wave) > 1.2 * SAMPLE_RATE
         cut = wave[: int(limit * SAMPLE_RATE)]
-        alone = model.encode_speech(cut[None], torch.tensor([len(cut)])).vector[0]
+        alone = model.encode_speech(cut[None], torch.tensor([len(cut)])).embedding[0]
     at = encodings.captions.tolist().index(longest)
     torch.testing.assert_close(encodings.speech[at], alone, atol=1e-5, rtol=0)
     assert measure(model, manifest, "test", settled, 4, 0, 1, CPU)["max_seconds"] == limit
@@ -267,7 +267,7 @@ def test_a_damaged_sample_ends_all_ranks_with_the_reason(folder, tmp_path):
 
 
 def on_rank(rank, world_size, folder):
-    """The figures in fp32 and bf16, the bytes of all vectors, and how often this rank called the model."""
+    """The figures in fp32 and bf16, the bytes of all embeddings, and how often this rank called the model."""
     torch.set_num_threads(1)  # or the bits differ
     model, manifest, calls = random_model(), load(folder), []
     for name in ("encode_image", "encode_speech", "match"):
@@ -276,12 +276,12 @@ def on_rank(rank, world_size, folder):
     samples, process = manifest.rows("test"), Process(rank, world_size, CPU)
     with torch.no_grad():
         encodings = encode(model.eval(), manifest, samples, settings(folder), process)
-    vectors = encodings.images.numpy().tobytes() + encodings.speech.numpy().tobytes()
+    embeddings = encodings.images.numpy().tobytes() + encodings.speech.numpy().tobytes()
     reports = []
     for each in (model, model.bfloat16()):
         reports.append(measure(each, manifest, "test", settings(folder), 4, rank, world_size, CPU))
         del reports[-1]["reranked"]["seconds_per_query"]
-    return (reports, vectors), calls
+    return (reports, embeddings), calls
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

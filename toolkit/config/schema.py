@@ -83,7 +83,7 @@ class Image:
     )
     head_heads: int = 8
     dropout: float = 0.1
-    freeze_projection: bool = False  # keep CLIP's own projection; with a frozen trunk pictures' vectors are CLIP's
+    freeze_projection: bool = False  # keep CLIP's own projection; with a frozen trunk pictures' embeddings are CLIP's
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Fusion:
 class Model:
     """The retrieval model."""
 
-    embed_dim: int = 256  # length of the global vectors; CLIP's projection_dim lets pictures' begin as CLIP's own
+    embed_dim: int = 256  # length of the global embeddings; CLIP's projection_dim lets pictures' begin as CLIP's own
     speech: Speech = field(default_factory=Speech)
     image: Image = field(default_factory=Image)
     fusion: Fusion = field(default_factory=Fusion)
@@ -111,7 +111,7 @@ class Model:
 class Momentum:
     """Momentum encoder (teacher) that supplies the keys, the soft targets and the denoising targets."""
 
-    enabled: bool = True  # off: keys are the student's own vectors, gathered with gradient
+    enabled: bool = True  # off: keys are the student's own embeddings, gathered with gradient
     decay: float = 0.995
 
 
@@ -164,7 +164,9 @@ class Denoising:
 class Objectives:
     """What is minimised: contrastive + matching + denoising, each times its weight."""
 
-    coarse_steps: int = 0  # steps at the start with SIC alone, on the batch's own vectors: without teacher and queues
+    coarse_steps: int = (
+        0  # steps at the start with SIC alone, on the batch's own embeddings: without teacher and queues
+    )
     contrastive: Contrastive = field(default_factory=Contrastive)
     matching: Matching = field(default_factory=Matching)
     denoising: Denoising = field(default_factory=Denoising)

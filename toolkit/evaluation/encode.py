@@ -1,6 +1,6 @@
 """Encode pictures and captions exactly once, spread over the ranks.
 
-Batch b is encoded by rank b mod W, and the batches are the same for any number of ranks W, so that the vectors are too.
+Batch b is encoded by rank b mod W, and the batches are the same for any number of ranks W, so that the embeddings are too.
 All ranks make the same number of model calls, because under ZeRO-3 every call is a collective: a rank whose batches are
 used up encodes the last one too, and its result is dropped.
 """
@@ -63,7 +63,7 @@ class Tokens:
 
 @dataclass
 class Encodings:
-    """P pictures and their C captions; the vectors are whole on every rank."""
+    """P pictures and their C captions; the embeddings are whole on every rank."""
 
     samples: np.ndarray  # int64 [P], sample numbers
     captions: np.ndarray  # int64 [C], caption rows of the manifest, in the order of `samples`
@@ -97,7 +97,7 @@ def encode(
     sweep = _Sweep(process, [size] * -(-len(samples) // size), np.arange(len(samples)), config.data.workers)
     for rows, loaded in sweep.run("pictures", source.picture):
         encoded = model.encode_image(torch.stack(loaded).to(device))
-        images.put(rows, _gather(encoded.vector, rows, world_size))
+        images.put(rows, _gather(encoded.embedding, rows, world_size))
         if keep_tokens:
             image_tokens.put(rows, _gather(encoded.tokens, rows, world_size).cpu())
 
@@ -110,9 +110,9 @@ def encode(
     for rows, loaded in sweep.run("captions", source.speech):
         lengths = torch.tensor([len(wave) for wave in loaded], device=device)
         encoded = model.encode_speech(pad_sequence(loaded, batch_first=True).to(device), lengths)
-        speech.put(rows, _gather(encoded.vector, rows, world_size))
+        speech.put(rows, _gather(encoded.embedding, rows, world_size))
         if keep_tokens:
-            batches.append(Encoded(encoded.vector.cpu(), encoded.tokens.cpu(), encoded.mask.cpu()))
+            batches.append(Encoded(encoded.embedding.cpu(), encoded.tokens.cpu(), encoded.mask.cpu()))
 
     tokens = Tokens(image_tokens.whole(), batches, *sweep.find(), sizes) if keep_tokens else None
     owner = torch.from_numpy(source.owner)

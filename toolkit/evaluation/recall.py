@@ -83,9 +83,9 @@ def rank_answers(
     The chunks are cut alike for any number of ranks, so that the figures are the same bits for any number of ranks.
 
     Args:
-        queries: unit vectors [Q, D], the same on all ranks.
+        queries: unit embeddings [Q, D], the same on all ranks.
         query_ids: int64 [Q], identity of the picture that each query belongs to.
-        answers: unit vectors [N, D].
+        answers: unit embeddings [N, D].
         answer_ids: int64 [N]. Every query id occurs among them.
         k: candidates kept for each query, at most N.
         rank: this process.

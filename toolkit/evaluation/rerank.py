@@ -3,7 +3,7 @@
 The new score of a candidate is, by `evaluation.fuse`,
 
     fitted      cosine + w * match logit, with the weight w that fits dev best; kept in the exported model
-    sum         match logit + cosine of the global vectors, without temperature (BLIP: score + topk_sim)
+    sum         match logit + cosine of the global embeddings, without temperature (BLIP: score + topk_sim)
     matching    match logit (ALBEF: itm_head(...)[:, 1])
 
 Only the best k change places; the rest stay behind them in SIC's order. Where equal cosines meet at the border of the
@@ -194,7 +194,7 @@ def match_pairs(model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, 
 
 
 def cosines(encodings: Encodings, pairs: Tensor) -> Tensor:
-    """Cosines of the global vectors: float32 [M] for pairs int64 [M, 2] of caption and picture, on the device."""
+    """Cosines of the global embeddings: float32 [M] for pairs int64 [M, 2] of caption and picture, on the device."""
     captions, pictures = pairs.to(encodings.images.device).T
     return (encodings.speech[captions] * encodings.images[pictures]).sum(dim=1)
 
@@ -213,5 +213,5 @@ def _match(model: "SpeechImageModel", encodings: Encodings, number: int, places:
     speech = encodings.tokens.speech[number][places]
     patches = encodings.tokens.images[pictures].to(device)
     seen = torch.ones(patches.shape[:2], dtype=torch.bool, device=device)
-    spoken = Encoded(speech.vector.to(device), speech.tokens.to(device), speech.mask.to(device))
+    spoken = Encoded(speech.embedding.to(device), speech.tokens.to(device), speech.mask.to(device))
     return model.match(spoken, Encoded(encodings.images[pictures.to(device)], patches, seen))[:, 1].float()

@@ -83,7 +83,7 @@ def retrieve(
 
 
 def _coarse(encodings: Encodings, count: int, k: int, process: Process) -> Retrieval:
-    """Rank by the global vectors among the first `count` pictures; those behind them are twins."""
+    """Rank by the global embeddings among the first `count` pictures; those behind them are twins."""
     captions = int((encodings.picture < count).sum())
     images, speech = encodings.images[:count], encodings.speech[:captions]
     owner = encodings.picture[:captions]

@@ -67,20 +67,20 @@ class ConvolutionalStem(nn.Sequential):
 
 
 class ImageEncoder(PartlyFrozen):
-    """Encode pictures as one vector and a sequence of patches each.
+    """Encode pictures as one embedding and a sequence of patches each.
 
     Args:
         trunk: CLIPVisionModel (before transformers 5: its `vision_model`) or Blip2VisionModel; its layers are called
             one by one, never its `forward`.
-        embed_dim: length of the vector.
+        embed_dim: length of the embedding.
         train: "none", "all" or the number of top layers that are trained. Whatever is frozen stays in eval mode.
         head_layers: transformer layers of the head.
         pool: what a head without layers projects: the trunk's "class" token; the "mean" of the patches, which
             trains the patches directly when a trunk starts from random weights; or the means over the cells of a 4 x 4
-            "grid", side by side (a spatial pyramid's level), so that the vector can say what is where from the start.
+            "grid", side by side (a spatial pyramid's level), so that the embedding can say what is where from the start.
         head_heads: their attention heads.
         dropout: of the head.
-        freeze_projection: what projects the vector is never trained; it is to be set by `begin_projection`.
+        freeze_projection: what projects the embedding is never trained; it is to be set by `begin_projection`.
         mean: of red, green and blue, subtracted from values in [0, 1] before the trunk sees them.
         std: what they are divided by then.
         stem: "patches": the trunk's own projection of patches; "convolutions": a `ConvolutionalStem` in its place.
@@ -132,7 +132,7 @@ class ImageEncoder(PartlyFrozen):
 
     @torch.no_grad()
     def begin_projection(self, weight: Tensor) -> None:
-        """Let the vector begin as a trunk's own embedding.
+        """Let the embedding begin as a trunk's own embedding.
 
         Args:
             weight: [D, H], of a projection of the class token, without bias.
@@ -177,8 +177,8 @@ class ImageEncoder(PartlyFrozen):
         hidden = self._run_layers(hidden, self.frozen_layers or 0, len(self.trunk.encoder.layers))
         if not self._all_frozen:
             hidden = self.trunk.post_layernorm(hidden)
-        vector, tokens = self.head(hidden[:, 1:], None, self._summary(hidden))
-        return Encoded(vector, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+        embedding, tokens = self.head(hidden[:, 1:], None, self._summary(hidden))
+        return Encoded(embedding, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 
     def _summary(self, hidden: Tensor) -> Tensor | None:
         """What a head without layers projects, of the class token and the patches [B, 1 + P, H]; None: their mean."""

@@ -110,11 +110,11 @@ class FrozenLinear(nn.Linear):
 
 
 class Head(nn.Module):
-    """From a trunk's tokens to one global vector of unit length, and token features.
+    """From a trunk's tokens to one global embedding of unit length, and token features.
 
     With layers: a class token is put before the tokens, all pass through post-norm transformer layers and a layer norm,
     and the class token is projected (the parallel branch of SpeechCLIP, arXiv 2210.00705). Without: a summary of the
-    tokens, `places` vectors long, is projected, and the tokens are left as they are.
+    tokens, `places` embeddings long, is projected, and the tokens are left as they are.
     """
 
     def __init__(self, width: int, embed_dim: int, layers: int, heads: int, dropout: float, places: int = 1) -> None:
@@ -133,7 +133,7 @@ class Head(nn.Module):
             summary: [B, places * W], what a head without layers projects; None: the mean of the real tokens.
 
         Returns:
-            vector [B, D], float32, unit length; tokens [B, L, W].
+            embedding [B, D], float32, unit length; tokens [B, L, W].
         """
         if self.class_token is not None and self.norm is not None:
             x, mask = self.class_token(tokens, mask)

@@ -28,19 +28,19 @@ class Encoded:
     """One modality, encoded.
 
     Attributes:
-        vector: [B, D] float32 of unit length.
+        embedding: [B, D] float32 of unit length.
         tokens: [B, L, H] frame or patch features.
         mask: bool [B, L], True on real tokens.
     """
 
-    vector: Tensor
+    embedding: Tensor
     tokens: Tensor
     mask: Tensor
 
     def __getitem__(self, rows: Tensor | slice) -> "Encoded":
         """The chosen rows of the batch."""
-        return Encoded(self.vector[rows], self.tokens[rows], self.mask[rows])
+        return Encoded(self.embedding[rows], self.tokens[rows], self.mask[rows])
 
     def detach(self) -> "Encoded":
         """The same values, cut from the graph."""
-        return Encoded(self.vector.detach(), self.tokens.detach(), self.mask)
+        return Encoded(self.embedding.detach(), self.tokens.detach(), self.mask)

@@ -35,7 +35,7 @@ class SpeechImageConfig(PretrainedConfig):
     """The whole architecture, trunks included: a saved model needs no other folder.
 
     Attributes:
-        embed_dim: length of the global vectors.
+        embed_dim: length of the global embeddings.
         speech: HubertConfig values under "trunk"; train, head_layers, head_heads, dropout.
         image: architecture ("clip" or "blip2"); the values of its vision configuration under "trunk"; the rest as for
             speech.
@@ -98,7 +98,7 @@ class Temperature(nn.Module):
 
 
 class SpeechImageModel(PreTrainedModel):
-    """Speech-image retrieval: coarse by the vectors' dot product, fine by `match`.
+    """Speech-image retrieval: coarse by the embeddings' dot product, fine by `match`.
 
     Args:
         config: the architecture.
@@ -129,7 +129,7 @@ class SpeechImageModel(PreTrainedModel):
         fusion = dict(config.fusion)
         if fusion.pop("agreement", False):
             raise UserError(
-                "this model's match score reads the global vectors (fusion.agreement), which it can only repeat: "
+                "this model's match score reads the global embeddings (fusion.agreement), which it can only repeat: "
                 "train it anew, or evaluate it with the version that wrote it"
             )
         self.fusion = FusionEncoder(self.speech.token_dim, self.image.token_dim, **fusion)
@@ -199,7 +199,7 @@ class SpeechImageModel(PreTrainedModel):
     def match(self, speech: Encoded, image: Encoded) -> Tensor:
         """Logits [B, 2], float32, of whether utterance and picture of a row belong together (index 1: they do).
 
-        They are a function of the tokens alone: what the global vectors tell is SIC's part.
+        They are a function of the tokens alone: what the global embeddings tell is SIC's part.
         """
         fused = self.fusion(speech.tokens, speech.mask, image.tokens)
         return self.match_head(fused[:, 0]).float()

@@ -41,7 +41,7 @@ class LayerMix(nn.Module):
 
 
 class SpeechEncoder(PartlyFrozen):
-    """Encode utterances as one vector and a sequence of frames each.
+    """Encode utterances as one embedding and a sequence of frames each.
 
     The waveform of a layer-norm trunk (HuBERT-large) is normalised to zero mean and unit variance per utterance, and
     its hidden states are layer-normed before the mix, as in SpeechCLIP large (arXiv 2210.00705). An utterance is
@@ -50,14 +50,14 @@ class SpeechEncoder(PartlyFrozen):
 
     Args:
         trunk: the HuBERT; its hidden layers are called one by one, never its `forward`.
-        embed_dim: length of the vector.
+        embed_dim: length of the embedding.
         train: "none", "all" or the number of top layers that are trained. Whatever is frozen stays in eval mode.
         head_layers: transformer layers of the head; 0: mean over the frames and a projection.
         head_heads: their attention heads.
         dropout: of the head.
         groups: parts that a batch is encoded in, by length.
         pool: what a head without layers projects: the "mean" of the frames, or the means over the "thirds" of an
-            utterance, side by side, so that the vector can say what is said first from the start.
+            utterance, side by side, so that the embedding can say what is said first from the start.
         waveform_epsilon: what is added to a waveform's variance where a layer-norm trunk takes it at unit variance;
             None: the trunk takes it as it is.
         final_norm: of a layer-norm trunk, whether its last state passes the trunk's final norm before the plain norm
@@ -158,7 +158,7 @@ class SpeechEncoder(PartlyFrozen):
             return encoded[0]
         place = torch.cat([part.rows for part in features if part.rows is not None]).argsort()
         return Encoded(
-            torch.cat([part.vector for part in encoded])[place],
+            torch.cat([part.embedding for part in encoded])[place],
             _padded([part.tokens for part in encoded])[place],
             _padded([part.mask for part in encoded])[place],
         )
@@ -172,8 +172,8 @@ class SpeechEncoder(PartlyFrozen):
         else:
             states = self._run_layers(hidden, mask, self.frozen_layers, self.layers)[1:]
         mixed = self.mix(features.states + self._for_mix(states, last=True))
-        vector, tokens = self.head(mixed, mask, thirds(mixed, mask) if self.pool == "thirds" else None)
-        return Encoded(vector, tokens, mask)
+        embedding, tokens = self.head(mixed, mask, thirds(mixed, mask) if self.pool == "thirds" else None)
+        return Encoded(embedding, tokens, mask)
 
     def _prepare(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Waveforms [B, T], normalised if the trunk wants it, one frame long at least; mask bool [B, T] of samples."""

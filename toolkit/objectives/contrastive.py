@@ -1,6 +1,6 @@
-r"""SIC, speech-image contrastive: the coarse alignment of global vectors.
+r"""SIC, speech-image contrastive: the coarse alignment of global embeddings.
 
-With unit vectors :math:`s_i, v_i` of the student, keys :math:`s'_m, v'_m` of the momentum encoder, identities `id` of
+With unit embeddings :math:`s_i, v_i` of the student, keys :math:`s'_m, v'_m` of the momentum encoder, identities `id` of
 pictures and temperature :math:`\tau`, over the M keys of all ranks' batch and the queue:
 
 .. math::
@@ -55,11 +55,11 @@ def contrastive_loss(
 ) -> Tensor:
     """Symmetric contrastive loss over batch and queue, with momentum distillation: this module's equation.
 
-    Without a momentum encoder the keys are all ranks' student vectors with their gradient (`gather_packed`). Can be
+    Without a momentum encoder the keys are all ranks' student embeddings with their gradient (`gather_packed`). Can be
     differentiated once.
 
     Args:
-        speech: [B, D] student's vectors of this rank's rows.
+        speech: [B, D] student's embeddings of this rank's rows.
         image: [B, D] alike.
         speech_keys: [M, D] keys of all ranks' rows, then the queue; or these as parts, which are not copied together.
         image_keys: [M, D] alike.
@@ -67,7 +67,7 @@ def contrastive_loss(
         key_ids: int64 [M]; -1 marks an empty slot, which counts nowhere.
         temperature: Scalar; its gradient comes from p alone.
         alpha: Weight of the soft targets.
-        own_speech_keys: [B, D] momentum vectors of this rank's rows; needed if alpha is not 0.
+        own_speech_keys: [B, D] momentum embeddings of this rank's rows; needed if alpha is not 0.
         own_image_keys: [B, D] alike.
         block: Logits of the student held at once; changes memory and time, not the result.
 
@@ -75,7 +75,7 @@ def contrastive_loss(
         Scalar, the mean over this rank's B rows.
 
     Raises:
-        ValueError: alpha is not 0 and the momentum vectors of the rows are missing.
+        ValueError: alpha is not 0 and the momentum embeddings of the rows are missing.
     """
     if alpha and (own_speech_keys is None or own_image_keys is None):
         raise ValueError("soft targets (alpha not 0) need own_speech_keys and own_image_keys")
@@ -180,6 +180,6 @@ def _keep(ctx: Any, by_query: Tensor, by_part: Sequence[Tensor | None], queries:
     ctx.save_for_backward(by_query, by_temperature, *by_part)
 
 
-def _wide(vectors: Tensor) -> Tensor:
+def _wide(embeddings: Tensor) -> Tensor:
     """In float32 or wider."""
-    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

@@ -55,9 +55,9 @@ def draw_negatives(
     weights do not sum to anything finite, every other picture is equally likely.
 
     Args:
-        speech: [B, D] vectors of this rank's rows.
+        speech: [B, D] embeddings of this rank's rows.
         image: [B, D] alike.
-        speech_keys: [N, D] vectors to draw from: this rank's batch or all ranks', then the queue's.
+        speech_keys: [N, D] embeddings to draw from: this rank's batch or all ranks', then the queue's.
         image_keys: [N, D] alike.
         ids: int64 [B] picture identities of the rows.
         key_ids: int64 [N]; -1 is never drawn.

@@ -1,7 +1,7 @@
 r"""Cached-gradient steps: SIC over a whole accumulated batch, in the memory of one micro-batch.
 
 SIC compares every row with all others, so the micro-batches' losses do not make up the loss L of the whole batch. But
-L reads the rows through their vectors alone. With :math:`s_r, v_r` the vectors of row r, :math:`\tau` the temperature
+L reads the rows through their embeddings alone. With :math:`s_r, v_r` the embeddings of row r, :math:`\tau` the temperature
 and :math:`\theta` the weights,
 
 .. math::
@@ -9,8 +9,8 @@ and :math:`\theta` the weights,
     + \frac{\partial L}{\partial v_r} \frac{dv_r}{d\theta} \Big]
     + \frac{\partial L}{\partial \tau} \frac{d\tau}{d\theta}
 
-1. Without a graph, the vectors of all micro-batches.
-2. Keys of all ranks, L and its partial derivatives, on the vectors alone.
+1. Without a graph, the embeddings of all micro-batches.
+2. Keys of all ranks, L and its partial derivatives, on the embeddings alone.
 3. Each micro-batch once more with its graph: SIM and CMD as ever, and in place of SIC a term with the value L, the
    gradient of which is the micro-batch's part of the sum above.
 
@@ -56,7 +56,7 @@ def make_caches(
     with torch.no_grad():
         for place, batch in enumerate(batches):
             seed(place)
-            parts.append(learner.vectors(batch, teacher))
+            parts.append(learner.embeddings(batch, teacher))
         temperature = learner.model.temperature().requires_grad_()
     speech, image, clean_speech, clean_image = (torch.cat(part) for part in zip(*parts, strict=True))
     speech.requires_grad_()

@@ -1,8 +1,8 @@
 """What a training step computes: the student, the three objectives and their sum, for one micro-batch.
 
-batch -> frozen trunks (once) -> student: vectors, tokens
+batch -> frozen trunks (once) -> student: embeddings, tokens
                               -> teacher: keys, clean tokens          no gradient
-SIC  student vectors against the keys of all ranks and the queue
+SIC  student embeddings against the keys of all ranks and the queue
 SIM  fusion of matching pairs and of hard negatives drawn by SIC's similarities
 CMD  noised tokens of one modality rebuilt by attending to the other
 """
@@ -31,7 +31,7 @@ from toolkit.training.queue import EmbeddingQueue, TokenQueue
 
 @dataclass
 class ContrastiveKeys:
-    """Vectors that SIC compares with: speech and image [M, D], and the picture identities [M]."""
+    """Embeddings that SIC compares with: speech and image [M, D], and the picture identities [M]."""
 
     speech: Tensor
     image: Tensor
@@ -53,7 +53,7 @@ class CachedGradients:
 
     Attributes:
         loss: SIC of the whole batch, a scalar.
-        by_speech: [B, D] its gradient by the micro-batch's speech vectors, times the number of micro-batches.
+        by_speech: [B, D] its gradient by the micro-batch's speech embeddings, times the number of micro-batches.
         by_image: [B, D] alike.
         by_temperature: Its gradient by the temperature, a scalar.
         keys: Of the micro-batch, from all ranks.
@@ -138,10 +138,10 @@ class Learner(nn.Module):
         temperature = self.model.temperature()
         if cache:
             keys = cache.keys
-            losses = {"contrastive": cache.surrogate_loss(speech.vector, image.vector, temperature)}
+            losses = {"contrastive": cache.surrogate_loss(speech.embedding, image.embedding, temperature)}
         else:
-            keys = self.keys(clean_speech.vector, clean_image.vector, batch.ids, differentiable=teacher is None)
-            own = (speech.vector, image.vector)
+            keys = self.keys(clean_speech.embedding, clean_image.embedding, batch.ids, differentiable=teacher is None)
+            own = (speech.embedding, image.embedding)
             losses = {"contrastive": self.contrast(*own, keys, queue, batch.ids, temperature, alpha)}
         if match:
             negatives = self._draw(speech, image, keys, batch.ids, temperature.detach(), draws.negatives, tokens)
@@ -160,18 +160,18 @@ class Learner(nn.Module):
         pairs = Pairs(keys, *((speech.detach(), image.detach()) if tokens else ()))
         return {"loss": loss, **values, "temperature": temperature.detach()}, pairs
 
-    def vectors(self, batch: Batch, teacher: MomentumEncoder | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Vectors [B, D] of a micro-batch: speech, image, and the teacher's or without one the same again."""
+    def embeddings(self, batch: Batch, teacher: MomentumEncoder | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Embeddings [B, D] of a micro-batch: speech, image, and the teacher's or without one the same again."""
         features = self._frozen(batch)
         speech, image = self._encode(*features)
         clean_speech, clean_image = _cleaned(teacher, *features) if teacher else (speech, image)
-        return speech.vector, image.vector, clean_speech.vector, clean_image.vector
+        return speech.embedding, image.embedding, clean_speech.embedding, clean_image.embedding
 
     @spanned("gather of keys")
     def keys(self, speech: Tensor, image: Tensor, ids: Tensor, differentiable: bool) -> ContrastiveKeys:
         """Gather the keys of all ranks: one collective for both modalities and the identities."""
-        vectors, numbers = gather_packed([speech, image], [ids], self.rank, self.world_size, differentiable)
-        return ContrastiveKeys(*vectors, *numbers)
+        embeddings, numbers = gather_packed([speech, image], [ids], self.rank, self.world_size, differentiable)
+        return ContrastiveKeys(*embeddings, *numbers)
 
     @spanned("SIC")
     def contrast(
@@ -184,7 +184,7 @@ class Learner(nn.Module):
         temperature: Tensor,
         alpha: float,
     ) -> Tensor:
-        """SIC of this rank's vectors [B, D] against the keys of all ranks, its own among them, and the queue."""
+        """SIC of this rank's embeddings [B, D] against the keys of all ranks, its own among them, and the queue."""
         own = slice(self.rank * len(ids), (self.rank + 1) * len(ids))
         return contrastive_loss(
             speech,
@@ -225,8 +225,8 @@ class Learner(nn.Module):
         if tokens:
             parts.append(ContrastiveKeys(tokens.keys.speech, tokens.keys.image, tokens.keys.ids))
         return draw_negatives(
-            speech.vector.detach(),
-            image.vector.detach(),
+            speech.embedding.detach(),
+            image.embedding.detach(),
             torch.cat([part.speech for part in parts]),
             torch.cat([part.image for part in parts]),
             ids,
@@ -323,9 +323,9 @@ def _fetch(encoded: Encoded, requests: RowExchange, batch: int, queue: TokenQueu
     earlier = queue.tokens(length) if queue else None
     if batch == 0:
         fetched = requests.fetch(0, tokens, earlier[2] if earlier else None)
-        return Encoded(encoded.vector, fetched, mask.new_ones(fetched.shape[:2]))
+        return Encoded(encoded.embedding, fetched, mask.new_ones(fetched.shape[:2]))
     fetched = requests.fetch(1, tokens, earlier[0] if earlier else None)
-    return Encoded(encoded.vector, fetched, requests.fetch(1, mask.byte(), earlier[1] if earlier else None).bool())
+    return Encoded(encoded.embedding, fetched, requests.fetch(1, mask.byte(), earlier[1] if earlier else None).bool())
 
 
 @contextlib.contextmanager
@@ -346,4 +346,4 @@ def _stack(*parts: Encoded) -> Encoded:
     length = max(part.tokens.shape[1] for part in parts)
     tokens = [nn.functional.pad(p.tokens, (0, 0, 0, length - p.tokens.shape[1])) for p in parts]
     mask = [nn.functional.pad(p.mask, (0, length - p.mask.shape[1])) for p in parts]
-    return Encoded(torch.cat([p.vector for p in parts]), torch.cat(tokens), torch.cat(mask))
+    return Encoded(torch.cat([p.embedding for p in parts]), torch.cat(tokens), torch.cat(mask))

@@ -1,6 +1,6 @@
 """Queues: pairs of earlier batches, as keys of SIC and as hard negatives of SIM.
 
-SIC's queue holds vectors (MoCo, arXiv 1911.05722; ALBEF, arXiv 2107.07651). SIM's holds token sequences as well: hard
+SIC's queue holds embeddings (MoCo, arXiv 1911.05722; ALBEF, arXiv 2107.07651). SIM's holds token sequences as well: hard
 negatives are mined in the queue by the contrastive similarities (arXiv 2408.13119).
 """
 
@@ -18,7 +18,7 @@ _TOKENS = ("speech", "speech_mask", "image")
 
 
 class EmbeddingQueue(nn.Module):
-    """Ring of the newest `size` pairs of vectors with the identity of their picture.
+    """Ring of the newest `size` pairs of embeddings with the identity of their picture.
 
     Takes batches of any size, larger than itself too. All ranks push the same gathered rows and so hold the same queue.
 
@@ -39,7 +39,7 @@ class EmbeddingQueue(nn.Module):
 
         Args:
             size: Pairs kept; 0 keeps none.
-            dim: Length of the vectors.
+            dim: Length of the embeddings.
         """
         super().__init__()
         self.size = size
@@ -79,7 +79,7 @@ class TokenQueue:
         global row r * (1 + K) * B + k * B + i        what a row exchange asks for
 
     Attributes:
-        keys: Vectors and identities of the K * W * B pairs.
+        keys: Embeddings and identities of the K * W * B pairs.
         speech: [K, B, L, H] frames of this rank's pairs, in the model's precision.
         speech_mask: uint8 [K, B, L], 1 on real frames.
         image: [K, B, P, H] patches.
@@ -105,7 +105,7 @@ class TokenQueue:
             size: Pairs kept over all ranks, rounded down to whole micro-batches; 0 keeps none.
             rows: B, pairs of a rank in a micro-batch.
             world_size: W, number of ranks; 1 where negatives are drawn from this rank's own pairs only.
-            embed_dim: Length of the vectors.
+            embed_dim: Length of the embeddings.
             speech_shape: Frames of the longest caption, and their size.
             image_shape: Patches, and their size.
             dtype: Of the tokens.
@@ -138,7 +138,7 @@ class TokenQueue:
         Args:
             speech: This rank's B utterances.
             image: Their pictures.
-            speech_keys: [W * B, D] vectors of all ranks' pairs.
+            speech_keys: [W * B, D] embeddings of all ranks' pairs.
             image_keys: [W * B, D].
             ids: int64 [W * B].
         """

@@ -69,9 +69,9 @@ def test_both_directions_equal_a_full_sort():
 
 
 def test_a_model_that_tells_nothing_gets_chance():
-    vectors = torch.nn.functional.normalize(torch.ones(40, 4), dim=1)
+    embeddings = torch.nn.functional.normalize(torch.ones(40, 4), dim=1)
     ids = torch.arange(40)
-    ranking = rank_answers(vectors, ids, vectors, ids, k=10)
+    ranking = rank_answers(embeddings, ids, embeddings, ids, k=10)
     assert [recall_at(ranking.standing, k) for k in (1, 5, 10)] == pytest.approx([2.5, 12.5, 25.0])
 
 

@@ -38,10 +38,10 @@ def test_features_are_those_of_transformers(architecture, train):
         if architecture == "clip":  # BLIP-2's is normed already
             hidden = encoder.trunk.post_layernorm(hidden)
         encoded = encoder(encoder.frozen(images))
-        vector = F.normalize(encoder.head.project(hidden[:, 0]), dim=-1)
+        embedding = F.normalize(encoder.head.project(hidden[:, 0]), dim=-1)
 
     assert trunk.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(encoded.vector, vector, atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoded.embedding, embedding, atol=1e-6, rtol=0)
     torch.testing.assert_close(encoded.tokens, hidden[:, 1:], atol=1e-5, rtol=0)
     assert encoded.mask.shape == encoded.tokens.shape[:2]
     assert encoded.mask.all()
@@ -57,7 +57,7 @@ def test_features_are_those_of_transformers(architecture, train):
 )
 def test_gradients_reach_exactly_what_is_trained(train, trained):
     encoder = make_encoder(make_trunk(), train, head_layers=1).train()
-    encoder(encoder.frozen(make_pictures())).vector[:, 0].sum().backward()
+    encoder(encoder.frozen(make_pictures())).embedding[:, 0].sum().backward()
     for name, parameter in encoder.trunk.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == name.startswith(trained), name
     for name, parameter in encoder.head.named_parameters():
@@ -69,7 +69,9 @@ def test_what_is_frozen_never_drops_out():
     images = make_pictures()
     features = encoder.frozen(images)
     assert torch.equal(features.hidden, encoder.frozen(images).hidden)
-    assert not torch.equal(encoder(features).vector, encoder(features).vector), "the trained layer should drop out"
+    assert not torch.equal(encoder(features).embedding, encoder(features).embedding), (
+        "the trained layer should drop out"
+    )
 
 
 @pytest.mark.parametrize("architecture", ["clip", "blip2"])
@@ -90,10 +92,10 @@ def test_bf16_gives_float32_vectors():
     encoder = make_encoder(make_trunk(), "all", head_layers=1)
     images = make_pictures()
     with torch.no_grad():
-        full = encoder(encoder.frozen(images)).vector
+        full = encoder(encoder.frozen(images)).embedding
         half = encoder.bfloat16()(encoder.frozen(images))
-    assert (half.vector.dtype, half.tokens.dtype) == (torch.float32, torch.bfloat16)
-    assert (F.cosine_similarity(half.vector, full) > 0.99).all()
+    assert (half.embedding.dtype, half.tokens.dtype) == (torch.float32, torch.bfloat16)
+    assert (F.cosine_similarity(half.embedding, full) > 0.99).all()
 
 
 def test_more_layers_than_there_are_is_refused():
@@ -119,9 +121,9 @@ def test_a_grid_is_the_mean_of_each_cells_patches(size):
             for y in range(4)
             for x in range(4)
         ], dim=-1)  # fmt: skip
-        vector = F.normalize(encoder.head.project(means.flatten(1)), dim=-1)
+        embedding = F.normalize(encoder.head.project(means.flatten(1)), dim=-1)
     assert encoder.head.project.in_features == 16 * VIT["hidden_size"]
-    torch.testing.assert_close(encoded.vector, vector, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoded.embedding, embedding, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["clip", "blip2"])

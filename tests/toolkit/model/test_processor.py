@@ -59,7 +59,7 @@ def test_its_output_is_the_models_input():
     model = build_model(tiny_model()).eval()
     inputs = PROCESSOR(images=[make_picture()] * 2, speech=[make_wave(0.5), make_wave(0.7)])
     speech, image = model(**inputs)
-    assert speech.vector.shape == image.vector.shape == (2, 16)
+    assert speech.embedding.shape == image.embedding.shape == (2, 16)
 
 
 def test_squashed_pictures_show_their_whole_width():

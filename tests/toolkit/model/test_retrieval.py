@@ -32,7 +32,7 @@ def make_batch():
 def results(model: SpeechImageModel) -> list[torch.Tensor]:
     with torch.no_grad():
         speech, image = model.eval()(*make_batch())
-        return [speech.vector, speech.tokens, image.vector, image.tokens, model.match(speech, image)]
+        return [speech.embedding, speech.tokens, image.embedding, image.tokens, model.match(speech, image)]
 
 
 @pytest.mark.parametrize("train", ["none", "1", "all"])
@@ -78,7 +78,7 @@ def test_match_reads_speech_by_the_pictures_patches():
     assert logits.shape == (3, 2)
     logits.sum().backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None]
-    # Global vectors and their temperature belong to the contrastive part.
+    # Global embeddings and their temperature belong to the contrastive part.
     assert unused == [n for n, _ in model.named_parameters() if ".head.project." in n or n.startswith("temperature")]
     swapped = model.match(speech, image[torch.tensor([1, 2, 0])])
     assert not torch.allclose(swapped, logits, atol=1e-4)
@@ -87,12 +87,12 @@ def test_match_reads_speech_by_the_pictures_patches():
 def test_everything_runs_in_bf16():
     model = build().bfloat16()
     speech, image = model(*make_batch())
-    assert speech.vector.dtype == image.vector.dtype == torch.float32
+    assert speech.embedding.dtype == image.embedding.dtype == torch.float32
     assert speech.tokens.dtype == image.tokens.dtype == torch.bfloat16
-    torch.testing.assert_close(speech.vector.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(speech.embedding.norm(dim=1), torch.ones(3))
     logits = model.match(speech, image)
     assert logits.dtype == model.temperature().dtype == torch.float32
-    (logits.sum() + (speech.vector * image.vector).sum() / model.temperature()).backward()
+    (logits.sum() + (speech.embedding * image.embedding).sum() / model.temperature()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -125,7 +125,7 @@ def test_parameters_are_used_only_by_the_module_that_owns_them(train):
     with torch.no_grad():
         images, waveforms, lengths = make_batch()
         speech, image = model.encode_speech(waveforms, lengths), model.encode_image(images)
-        got = [speech.vector, speech.tokens, image.vector, image.tokens, model.match(speech, image)]
+        got = [speech.embedding, speech.tokens, image.embedding, image.tokens, model.match(speech, image)]
         assert model.temperature() > 0
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
@@ -153,9 +153,9 @@ def test_teacher_shares_what_is_frozen(train):
     features = student.frozen(*make_batch())
     student.eval()
     for mine, theirs in zip(student.encode(*features), teacher.encode(*features), strict=True):
-        assert torch.equal(mine.vector, theirs.vector)
+        assert torch.equal(mine.embedding, theirs.embedding)
         assert torch.equal(mine.tokens, theirs.tokens)
-        assert not theirs.vector.requires_grad
+        assert not theirs.embedding.requires_grad
 
 
 @pytest.mark.parametrize("train", ["none", "1"])
@@ -164,14 +164,14 @@ def test_what_is_frozen_is_not_needed_after_it_ran_once(train):
     teacher = teacher_of(model)
     with torch.no_grad():
         features = model.frozen(*make_batch())
-        wanted = [part.vector for part in model.encode(*features)]
+        wanted = [part.embedding for part in model.encode(*features)]
         for encoder in (model.speech, model.image):
             for module in encoder.frozen_modules():
                 for parameter in module.parameters():
                     parameter.data = torch.empty(0)  # as ZeRO-3 leaves it, which gathers for the student's modules only
         for encoders in (model, teacher):
-            for got, vector in zip(encoders.encode(*features), wanted, strict=True):
-                assert torch.equal(got.vector, vector)
+            for got, embedding in zip(encoders.encode(*features), wanted, strict=True):
+                assert torch.equal(got.embedding, embedding)
 
 
 def test_teacher_does_not_follow_by_itself():
@@ -209,7 +209,7 @@ def test_an_export_whose_match_score_reads_the_global_vectors_is_refused(tmp_pat
     assert SpeechImageModel.from_pretrained(tmp_path).config.match_weight is None
     model.config.fusion["agreement"] = True
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"match score reads the global vectors \(fusion.agreement\)"):
+    with pytest.raises(UserError, match=r"match score reads the global embeddings \(fusion.agreement\)"):
         SpeechImageModel.from_pretrained(tmp_path)
 
 
@@ -250,9 +250,9 @@ def test_temperature_comes_from_the_configuration(tmp_path):
 
 def test_vectors_have_unit_length():
     speech, _, image, _, _ = results(build())
-    for vector in (speech, image):
-        assert vector.shape == (3, 16)
-        torch.testing.assert_close(vector, F.normalize(vector, dim=1))
+    for embedding in (speech, image):
+        assert embedding.shape == (3, 16)
+        torch.testing.assert_close(embedding, F.normalize(embedding, dim=1))
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_what_is_trained_does_not_change_the_result(values, train):
     frozen, trained = make_encoder(values, "none"), make_encoder(values, train)
     with torch.no_grad():
         wanted, got = (encoder(encoder.frozen(waves, lengths)) for encoder in (frozen, trained))
-    torch.testing.assert_close(got.vector, wanted.vector, atol=1e-6, rtol=0)
+    torch.testing.assert_close(got.embedding, wanted.embedding, atol=1e-6, rtol=0)
     torch.testing.assert_close(got.tokens, wanted.tokens, atol=1e-5, rtol=0)
     assert torch.equal(got.mask, wanted.mask)
 
@@ -112,11 +112,11 @@ def test_an_utterance_is_encoded_the_same_in_any_batch(values, stock_moves, trai
                 check_same(together, row, alone)
 
 
-def check_same(together, row: int, alone, vector: float = 1e-4, tokens: float = 1e-4) -> None:
+def check_same(together, row: int, alone, embedding: float = 1e-4, tokens: float = 1e-4) -> None:
     """Whether a row of a batch is encoded as alone, to these distances."""
     real = together.mask[row]
     assert int(real.sum()) == alone.tokens.shape[1]
-    torch.testing.assert_close(together.vector[row], alone.vector[0], atol=vector, rtol=0)
+    torch.testing.assert_close(together.embedding[row], alone.embedding[0], atol=embedding, rtol=0)
     torch.testing.assert_close(together.tokens[row][real], alone.tokens[0], atol=tokens, rtol=0)
 
 
@@ -147,11 +147,11 @@ def test_bf16_moves_by_its_rounding_only(values):
         for row, length in enumerate(lengths):
             alone = half(half.frozen(waves[row : row + 1, :length], lengths[row : row + 1]))
             real = together.mask[row]
-            vector = float((alone.vector[0] - wanted.vector[row]).abs().max())
+            embedding = float((alone.embedding[0] - wanted.embedding[row]).abs().max())
             tokens = float((alone.tokens[0].float() - wanted.tokens[row][real]).abs().max())
-            assert vector < 0.02
+            assert embedding < 0.02
             assert tokens < 0.15
-            check_same(together, row, alone, 2 * vector, 2 * tokens)
+            check_same(together, row, alone, 2 * embedding, 2 * tokens)
 
 
 @pytest.mark.parametrize("values", [BASE, LARGE])
@@ -173,7 +173,7 @@ def test_speech_shorter_than_a_frame_still_has_one():
     waves, lengths = make_waves(1, 40)
     encoded = encoder(encoder.frozen(waves, lengths))
     assert encoded.mask.tolist() == [[True], [True]]
-    assert encoded.vector.isfinite().all()
+    assert encoded.embedding.isfinite().all()
 
 
 @pytest.mark.parametrize("values", [BASE, LARGE])
@@ -195,7 +195,7 @@ TRAINED = {
 @pytest.mark.parametrize("train", ["none", "1", "2", "all"])
 def test_gradients_reach_exactly_what_is_trained(train):
     encoder = make_encoder(LARGE, train).train()
-    encoder(encoder.frozen(*make_waves(6000, 5000))).vector[:, 0].sum().backward()
+    encoder(encoder.frozen(*make_waves(6000, 5000))).embedding[:, 0].sum().backward()
     for name, parameter in encoder.trunk.named_parameters():
         expected = train == "all" or any(name.startswith(part) for part in TRAINED[train])
         assert parameter.requires_grad == expected, name
@@ -212,7 +212,9 @@ def test_what_is_frozen_never_drops_out(values):
     (first,), (second,) = encoder.frozen(*inputs), encoder.frozen(*inputs)
     assert torch.equal(first.hidden, second.hidden)
     assert all(torch.equal(a, b) for a, b in zip(first.states, second.states, strict=True))
-    assert not torch.equal(encoder((first,)).vector, encoder((first,)).vector), "the trained layer should drop out"
+    assert not torch.equal(encoder((first,)).embedding, encoder((first,)).embedding), (
+        "the trained layer should drop out"
+    )
     assert not first.hidden.requires_grad
 
 
@@ -244,18 +246,18 @@ def test_head_is_speechclips_transformer():
     with_class = torch.cat([head.class_token.token.expand(3, 1, -1), tokens], dim=1)
 
     expected = theirs(with_class, src_key_padding_mask=F.pad(~mask, (1, 0), value=False))
-    vector, frames = head(tokens, mask)
+    embedding, frames = head(tokens, mask)
 
-    torch.testing.assert_close(vector, F.normalize(head.project(expected[:, 0]), dim=-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(embedding, F.normalize(head.project(expected[:, 0]), dim=-1), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(frames[mask], expected[:, 1:][mask], atol=1e-5, rtol=1e-5)
 
 
 def test_head_without_layers_is_the_mean_of_the_real_frames():
     head = Head(width=8, embed_dim=4, layers=0, heads=1, dropout=0.0)
     tokens, mask = torch.randn(2, 5, 8), torch.arange(5) < torch.tensor([5, 2])[:, None]
-    vector, same = head(tokens, mask)
+    embedding, same = head(tokens, mask)
     means = torch.stack([tokens[0].mean(0), tokens[1, :2].mean(0)])
-    torch.testing.assert_close(vector, F.normalize(head.project(means), dim=-1))
+    torch.testing.assert_close(embedding, F.normalize(head.project(means), dim=-1))
     assert same is tokens
 
 
@@ -264,10 +266,10 @@ def test_bf16_gives_float32_vectors(train):
     encoder = make_encoder(LARGE, train)
     waves, lengths = make_waves(9000, 6000)
     with torch.no_grad():
-        full = encoder(encoder.frozen(waves, lengths)).vector
+        full = encoder(encoder.frozen(waves, lengths)).embedding
         half = encoder.bfloat16()(encoder.frozen(waves, lengths))
-    assert (half.vector.dtype, half.tokens.dtype) == (torch.float32, torch.bfloat16)
-    assert (F.cosine_similarity(half.vector, full) > 0.99).all()
+    assert (half.embedding.dtype, half.tokens.dtype) == (torch.float32, torch.bfloat16)
+    assert (F.cosine_similarity(half.embedding, full) > 0.99).all()
 
 
 def test_narrow_convolutions_in_bf16_are_refused_on_cpu():
@@ -296,7 +298,7 @@ def test_groups_by_length_change_nothing(train: str, values: dict) -> None:
         encoded.append(model.speech(model.speech.frozen(waves, lengths, lengths.tolist())))
     for other in encoded[1:]:
         assert torch.equal(other.mask, encoded[0].mask)
-        torch.testing.assert_close(other.vector, encoded[0].vector, atol=1e-5, rtol=0)
+        torch.testing.assert_close(other.embedding, encoded[0].embedding, atol=1e-5, rtol=0)
         real = other.mask
         torch.testing.assert_close(other.tokens[real], encoded[0].tokens[real], atol=1e-4, rtol=0)
 
@@ -334,7 +336,7 @@ class Loss(nn.Module):
         self.encoder = encoder
 
     def forward(self, waves: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return self.encoder(self.encoder.frozen(waves, lengths, lengths.tolist())).vector.square().sum(0).std()
+        return self.encoder(self.encoder.frozen(waves, lengths, lengths.tolist())).embedding.square().sum(0).std()
 
 
 def losses_of_stages(rank: int, world_size: int) -> list[list[float]]:
@@ -404,8 +406,8 @@ def test_the_vector_of_thirds_depends_on_the_order_and_not_on_the_padding():
     encoder = SpeechEncoder(make_trunk(), 16, "all", 0, head_heads=4, dropout=0.0, pool="thirds").eval()
     waves, lengths = make_waves(16000, 9000)
     with torch.no_grad():
-        together = encoder(encoder.frozen(waves, lengths)).vector
-        alone = encoder(encoder.frozen(waves[1:, :9000], lengths[1:])).vector
+        together = encoder(encoder.frozen(waves, lengths)).embedding
+        alone = encoder(encoder.frozen(waves[1:, :9000], lengths[1:])).embedding
         frames = torch.randn(1, 12, 32)
         mask = torch.ones(1, 12, dtype=torch.bool)
         forwards, backwards = thirds(frames, mask), thirds(frames.flip(1), mask)

@@ -299,16 +299,16 @@ def test_pictures_vectors_begin_as_clips_own(tmp_path, cls, freeze):
     with torch.no_grad():
         hidden = clip.vision_model(**pixels).pooler_output
         wanted = F.normalize(clip.visual_projection(hidden), dim=-1)
-        torch.testing.assert_close(model.encode_image(pictures()).vector, wanted, atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.encode_image(pictures()).embedding, wanted, atol=1e-6, rtol=0)
 
     trained = {name for name, p in model.image.named_parameters() if p.requires_grad}
     assert trained == (set() if freeze else {"head.project.weight", "head.project.bias"})
     model.save_pretrained(tmp_path / "model")
     again = SpeechImageModel.from_pretrained(tmp_path / "model")
-    torch.testing.assert_close(again.encode_image(pictures()).vector, wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(again.encode_image(pictures()).embedding, wanted, atol=1e-6, rtol=0)
     assert {name for name, p in again.image.named_parameters() if p.requires_grad} == trained
     teacher = teacher_of(model).bfloat16() if freeze else teacher_of(model)
-    assert F.cosine_similarity(teacher.encode_image(pictures()).vector, wanted).min() > 0.99
+    assert F.cosine_similarity(teacher.encode_image(pictures()).embedding, wanted).min() > 0.99
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,13 @@ class Case:
         def number(low: int, high: int) -> int:
             return int(torch.randint(low, high + 1, (), generator=generator))
 
-        def vectors(rows: int) -> torch.Tensor:
+        def embeddings(rows: int) -> torch.Tensor:
             return F.normalize(torch.randn(rows, width, generator=generator, dtype=torch.float64), dim=1).to(dtype)
 
         batch, others, queue, width = number(1, 5), number(0, 5), number(0, 6), number(2, 6)
         keys = batch + others + queue
-        self.speech, self.image = vectors(batch).requires_grad_(), vectors(batch).requires_grad_()
-        self.speech_keys, self.image_keys = vectors(keys), vectors(keys)
+        self.speech, self.image = embeddings(batch).requires_grad_(), embeddings(batch).requires_grad_()
+        self.speech_keys, self.image_keys = embeddings(keys), embeddings(keys)
         self.own_speech, self.own_image = self.speech_keys[:batch], self.image_keys[:batch]
         self.ids = torch.randint(0, 4, (batch,), generator=generator)
         further = torch.randint(-1, 6, (others + queue,), generator=generator)

@@ -9,7 +9,7 @@ from toolkit.objectives.matching import draw_negatives, matching_loss
 ALMOST_ONE = (1 - 2**-24, 1 - 2**-53)  # the largest float32 and float64 below 1
 
 
-def vectors(seed: int, rows: int, width: int = 4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def embeddings(seed: int, rows: int, width: int = 4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(rows, width, generator=generator, dtype=torch.float64), dim=1).to(dtype)
 
@@ -31,8 +31,8 @@ def assert_frequencies(drawn: torch.Tensor, probabilities: list[float]) -> None:
 
 def test_frequencies_are_the_softmax_of_the_similarities():
     rows = 8000
-    speech, image = vectors(0, 1).expand(rows, -1), vectors(1, 1).expand(rows, -1)
-    speech_keys, image_keys = vectors(2, 9), vectors(3, 9)
+    speech, image = embeddings(0, 1).expand(rows, -1), embeddings(1, 1).expand(rows, -1)
+    speech_keys, image_keys = embeddings(2, 9), embeddings(3, 9)
     key_ids = torch.tensor([5, 1, 2, 5, 3, 3, -1, 4, 5])
     ids = torch.full((rows,), 5)
     temperature = torch.tensor(0.5)
@@ -44,7 +44,7 @@ def test_frequencies_are_the_softmax_of_the_similarities():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_draws_equal_a_walk_along_the_cumulative_distribution(seed):
-    speech, image, speech_keys, image_keys = (vectors(10 * seed + n, 6, dtype=torch.float64) for n in range(4))
+    speech, image, speech_keys, image_keys = (embeddings(10 * seed + n, 6, dtype=torch.float64) for n in range(4))
     ids = torch.randint(0, 4, (6,), generator=torch.Generator().manual_seed(seed))
     chances = uniforms(6, seed)
     drawn = draw_negatives(speech, image, speech_keys, image_keys, ids, ids, torch.tensor(0.3), chances)
@@ -88,7 +88,7 @@ def test_draws_evenly_where_the_similarities_are_not_finite(broken):
 
 
 def test_marks_rows_without_any_other_picture():
-    x = vectors(0, 3)
+    x = embeddings(0, 3)
     ids = torch.tensor([4, 4, 4])
     drawn = draw_negatives(x, x, x, x, ids, ids, torch.tensor(0.07), uniforms(3))
     assert not drawn.valid.any()
@@ -96,7 +96,7 @@ def test_marks_rows_without_any_other_picture():
 
 
 def test_draws_do_not_depend_on_the_number_of_ranks():
-    x, y, ids, chances = vectors(0, 12), vectors(1, 12), torch.arange(12) % 7, uniforms(12)
+    x, y, ids, chances = embeddings(0, 12), embeddings(1, 12), torch.arange(12) % 7, uniforms(12)
     whole = draw_negatives(x, y, x, y, ids, ids, torch.tensor(0.2), chances)
     for own in torch.arange(12).chunk(4):
         part = draw_negatives(x[own], y[own], x, y, ids[own], ids, torch.tensor(0.2), chances[:, own])
@@ -125,7 +125,7 @@ def test_invalid_negatives_weigh_nothing():
 
 
 def test_does_not_wait_for_the_device():
-    x, ids = vectors(0, 4), torch.arange(4)
+    x, ids = embeddings(0, 4), torch.arange(4)
     with FakeTensorMode() as mode:  # refuses whatever needs a value on the host
         x, ids, temperature, chances = map(mode.from_tensor, (x, ids, torch.tensor(0.07), uniforms(4)))
         drawn = draw_negatives(x, x, x, x, ids, ids, temperature, chances)

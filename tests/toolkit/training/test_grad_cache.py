@@ -99,7 +99,7 @@ def test_both_passes_draw_the_same_dropout() -> None:
 
     def watched(*features: Any) -> Any:
         speech, image = encode(*features)
-        seen.append(speech.vector.detach())
+        seen.append(speech.embedding.detach())
         return speech, image
 
     setting.learner.model.encode = watched
@@ -111,7 +111,7 @@ def test_both_passes_draw_the_same_dropout() -> None:
     first, second = seen[:2], seen[2:]
     torch.testing.assert_close(first, second)
     torch.manual_seed(5)
-    assert not torch.allclose(setting.learner.vectors(micros[0], None)[0], first[0]), "there is no dropout to draw"
+    assert not torch.allclose(setting.learner.embeddings(micros[0], None)[0], first[0]), "there is no dropout to draw"
 
 
 def settings(shards: Path, run: Path, alone: bool, **training: Any) -> config.Config:

@@ -73,8 +73,8 @@ def test_matching_and_its_control_read_tokens_and_nothing_else() -> None:
 
     def without_vectors(speech: Encoded, image: Encoded) -> torch.Tensor:
         seen.append(len(speech.tokens))
-        nothing = torch.full_like(speech.vector, torch.nan), torch.full_like(image.vector, torch.nan)
-        return match(replace(speech, vector=nothing[0]), replace(image, vector=nothing[1]))
+        nothing = torch.full_like(speech.embedding, torch.nan), torch.full_like(image.embedding, torch.nan)
+        return match(replace(speech, embedding=nothing[0]), replace(image, embedding=nothing[1]))
 
     learner.model.match = without_vectors
     assert losses(learner, *pairs()) == found

@@ -201,10 +201,10 @@ def test_in_float32_the_average_is_what_encodes() -> None:
     student = build_model(tiny_model())
     teacher = MomentumEncoder(student, decay=0.5).to(CPU, torch.float32)
     features = student.frozen(*some_input())
-    before = teacher(*features)[0].vector
+    before = teacher(*features)[0].embedding
     wander(student, torch.Generator().manual_seed(0))
     teacher.update()
-    after = teacher(*features)[0].vector
+    after = teacher(*features)[0].embedding
     assert not torch.allclose(before, after), "an update did not reach the forward pass"
     assert not after.requires_grad
 

@@ -54,12 +54,12 @@ def test_starts_empty_and_is_not_trained():
 
 def test_takes_no_gradient_and_leaves_earlier_graphs_alone():
     queue = EmbeddingQueue(4, WIDTH)
-    vectors = torch.randn(3, WIDTH, requires_grad=True)
-    loss = (vectors @ torch.cat([vectors, queue.speech]).T).square().sum()
-    queue.push(vectors, vectors, torch.arange(3))
+    embeddings = torch.randn(3, WIDTH, requires_grad=True)
+    loss = (embeddings @ torch.cat([embeddings, queue.speech]).T).square().sum()
+    queue.push(embeddings, embeddings, torch.arange(3))
     assert not queue.speech.requires_grad
     loss.backward()
-    assert vectors.grad.isfinite().all()
+    assert embeddings.grad.isfinite().all()
 
 
 def test_keeps_low_precision_vectors_in_float32():

@@ -126,8 +126,8 @@ def draw_plainly(rows: list[Earlier], candidates: list[Earlier | None], uniforms
         places = []
         for row, pair in enumerate(rows):
             allowed = [n for n, each in enumerate(candidates) if each is not None and each.identity != pair.identity]
-            query = getattr(pair, own).vector[0].detach()
-            similar = [float(query @ getattr(candidates[n], other).vector[0]) / 0.07 for n in allowed]
+            query = getattr(pair, own).embedding[0].detach()
+            similar = [float(query @ getattr(candidates[n], other).embedding[0]) / 0.07 for n in allowed]
             passed = torch.tensor(similar).double().softmax(0).cumsum(0) > float(uniforms[direction, row])
             places.append(allowed[int(passed.float().argmax())])
         found.append(places)

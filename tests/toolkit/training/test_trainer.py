@@ -224,8 +224,8 @@ def complete_run(rank: int, world_size: int, run: config.Config) -> dict[str, An
         return None
     model = SpeechImageModel.from_pretrained(Path(run.run) / "export" / "best")
     with torch.no_grad():
-        vector = model.encode_speech(torch.randn(1, RATE), torch.tensor([RATE])).vector
-    return {"norm": float(vector.norm()), "denoisers": [n for n, _ in model.named_parameters() if "denois" in n]}
+        embedding = model.encode_speech(torch.randn(1, RATE), torch.tensor([RATE])).embedding
+    return {"norm": float(embedding.norm()), "denoisers": [n for n, _ in model.named_parameters() if "denois" in n]}
 
 
 @pytest.mark.timeout(240)

@@ -202,7 +202,7 @@ def _examples(run: Path, records: Sequence[dict[str, Any]]) -> list[str]:
             found = _read_examples(run / name)
             if found:
                 cards = "".join(_query(query) for query in found["queries"] if isinstance(query, dict))
-                how = "re-ranked" if found.get("reranked") else "by the global vectors"
+                how = "re-ranked" if found.get("reranked") else "by the global embeddings"
                 note = (
                     f"Step {record.get('step')}, {found.get('split')}, {how}: spoken queries drawn once by the run's "
                     "seed, whatever is found for them, and the pictures found, best first. Framed: the right one."
