@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from shards.errors import UserError
+from shards.logs import add_log_level, setup_logging
 from toolkit.config.schema import RENAMED_KEYS, Config
 from toolkit.config.validate import check
 
@@ -40,6 +41,7 @@ def load_config(arguments: list[str], description: str | None = None) -> Config:
 def parse(arguments: list[str], parser: "Parser") -> tuple[Config, argparse.Namespace]:
     """Read the configuration and the entry point's own options, which were added to `parser`."""
     options, rest = parser.parse_known_args(arguments)
+    setup_logging(options.log_level)
     overrides = _pairs(rest)
     config = Config()
     _apply_file(config, _start(options.config, dict(overrides).get("run")))
@@ -60,6 +62,7 @@ class Parser(argparse.ArgumentParser):
         )
         choices = f"a YAML file, or one of: {', '.join(_names())} (default: quickstart)"
         self.add_argument("--config", metavar="NAME|FILE", help=choices)
+        add_log_level(self)
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
     def format_help(self) -> str:
