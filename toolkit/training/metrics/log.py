@@ -269,7 +269,7 @@ class Log:
             parts.append(f"{self.config.data.dev} R@1 {self.dev:.1f}")
         if r["skipped"]:
             parts.append(f"skipped {r['skipped']}")
-        if r["faults"]:
+        if r["bad_samples"]:
             parts.append(f"unreadable {r['bad_samples']}")
         trained = r["seconds"] - self.before
         left = trained / max(1, r["step"] - self.first) * (self.config.training.steps - r["step"])
