@@ -18,7 +18,7 @@ from toolkit.run_folder import load_run
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
-    from toolkit.evaluation.encode import Process
+    from toolkit.evaluation.encode import ProcessInfo
     from toolkit.model.retrieval import SpeechImageModel
 
 RECALL, GALLERY = "recall.json", "retrieved.png"
@@ -47,14 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
     manifest.rows(split)  # an unknown split is told before the model is loaded
 
     from toolkit.distributed import initialise
-    from toolkit.evaluation.encode import Process
+    from toolkit.evaluation.encode import ProcessInfo
     from toolkit.evaluation.gallery import save_gallery
     from toolkit.evaluation.retrieve import retrieve
 
     rank, world_size, device = initialise()
     model = load_model(export)
     model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
-    process = Process(rank, world_size, device, show_progress=rank == 0)
+    process = ProcessInfo(rank, world_size, device, show_progress=rank == 0)
     if k and config.evaluation.fuse == "fitted" and model.config.match_weight is None:
         fit_match_weight(model, config, k, process)
     found = retrieve(model, manifest, split, config, k, process)
@@ -94,7 +94,7 @@ def read_arguments(arguments: list[str]) -> tuple[Config, str, int, str | None]:
     return config, options.split or config.final.split or "test", k, options.checkpoint
 
 
-def fit_match_weight(model: "SpeechImageModel", config: Config, k: int, process: "Process") -> None:
+def fit_match_weight(model: "SpeechImageModel", config: Config, k: int, process: "ProcessInfo") -> None:
     """Fit the weight of the match score on the run's own dev split, for a model that was exported without one.
 
     Raises:

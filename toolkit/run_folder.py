@@ -48,7 +48,7 @@ def prepare_run(config: Config) -> Path:
     return folder
 
 
-def keep_configuration(config: Config) -> None:
+def save_configuration(config: Config) -> None:
     """Write the run's configuration as it is now; to be called by one process, once a start has succeeded.
 
     One that is refused after all, by what the checkpoints hold, is to leave no mistake behind.

@@ -55,7 +55,7 @@ def count_ours(rank: int, ranks: int, zero: int) -> tuple[dict[str, float], dict
         trainer.teacher.wait_pending()
         trained = [p for p in trainer.learner.parameters() if p.requires_grad]
         model = trainer.learner.model
-        _, features = model.frozen(batch.images, batch.waveforms, batch.lengths)
+        _, features = model.frozen_features(batch.images, batch.waveforms, batch.lengths)
         frames = int(model.speech._frames(batch.lengths).max())
         patches = features.hidden.shape[1] - 1
         sizes = {

@@ -68,19 +68,19 @@ def measure(run: Path) -> Result:
 
     from shards.manifest import load
     from toolkit.evaluate import find_export, load_model
-    from toolkit.evaluation.encode import Process
+    from toolkit.evaluation.encode import ProcessInfo
     from toolkit.evaluation.recall import hits_at
     from toolkit.evaluation.retrieve import retrieve
     from toolkit.run_folder import load_run
 
     config = load_run(run)
     model = load_model(find_export(run, None))
-    manifest, process = load(config.data.shards), Process(0, 1, torch.device("cpu"))
+    manifest, process = load(config.data.shards), ProcessInfo(0, 1, torch.device("cpu"))
     by_stage = []
     for k in (0, config.final.rerank):
         found = retrieve(model, manifest, config.final.split or "test", config, k, process)
-        spoken = hits_at(found.speech_to_image.standing, 1) / len(found.captions)
-        shown = hits_at(found.image_to_speech.standing, 1) / len(found.queries)
+        spoken = hits_at(found.speech_to_image.rank_counts, 1) / len(found.captions)
+        shown = hits_at(found.image_to_speech.rank_counts, 1) / len(found.queries)
         added = torch.zeros(len(found.samples), dtype=torch.float64)
         added.index_add_(0, found.picture, spoken).index_add_(0, found.queries, shown)
         by_stage.append(50.0 * added.numpy())  # the mean of two directions, in per cent

@@ -57,7 +57,7 @@ class Counted:
     def encode(self, waves: Tensor, lengths: list[int], groups: int) -> tuple[Encoded, int]:
         """Encode a batch in so many groups: what comes out, and the frames it took."""
         self.encoder.groups, self.frames = groups, 0
-        encoded = self.encoder(self.encoder.frozen(waves, torch.tensor(lengths), lengths))
+        encoded = self.encoder(self.encoder.frozen_features(waves, torch.tensor(lengths), lengths))
         return encoded, self.frames
 
 

@@ -25,7 +25,7 @@ from tests.shards.media.noise import spoil
 from tests.tiny import tiny_model
 from toolkit import evaluate
 from toolkit.config import schema as config
-from toolkit.evaluation.encode import Process, _batch_sizes, encode
+from toolkit.evaluation.encode import ProcessInfo, _batch_sizes, encode
 from toolkit.evaluation.retrieve import retrieve
 from toolkit.model.build import build_model
 from toolkit.run_folder import to_yaml
@@ -37,7 +37,7 @@ USUAL = 0.6  # seconds; batches of longer captions are smaller
 
 
 def measure(model, manifest, split, settings, rerank, rank, world_size, device):
-    return retrieve(model, manifest, split, settings, rerank, Process(rank, world_size, device)).report
+    return retrieve(model, manifest, split, settings, rerank, ProcessInfo(rank, world_size, device)).report
 
 
 def drawn(seed):
@@ -132,7 +132,7 @@ def test_each_picture_and_caption_is_encoded_once_and_as_if_alone(singly):
     shapes, encode_speech = [], model.encode_speech
     model.encode_speech = lambda waves, each: shapes.append(tuple(waves.shape)) or encode_speech(waves, each)
     with torch.no_grad():
-        encodings = encode(model, manifest, samples, settings(manifest.folder), Process(0, 1, CPU))
+        encodings = encode(model, manifest, samples, settings(manifest.folder), ProcessInfo(0, 1, CPU))
     del model.encode_image, model.encode_speech
     assert calls == [4, 4, 4, 1], "13 pictures in batches of 4"
     lengths = [length for _, length in shapes]
@@ -158,7 +158,7 @@ def test_captions_are_heard_whole_up_to_the_evaluations_own_limit(folder, limit)
     settled.evaluation.max_seconds = limit
     samples = manifest.rows("test")
     with torch.no_grad():
-        encodings = encode(model, manifest, samples, settled, Process(0, 1, CPU))
+        encodings = encode(model, manifest, samples, settled, ProcessInfo(0, 1, CPU))
         longest = int(encodings.captions[np.argmax(manifest.duration[encodings.captions])])
         wave = torch.from_numpy(decode_audio(Reader(manifest).audio(longest)))
         assert len(wave) > 1.2 * SAMPLE_RATE
@@ -228,7 +228,7 @@ def test_coarse_only_keeps_no_tokens_and_other_splits_have_no_twins(folder):
     manifest, model = load(folder), random_model()
     model.match = None
     model.train()
-    found = retrieve(model, manifest, "test", settings(folder), 0, Process(0, 1, CPU))
+    found = retrieve(model, manifest, "test", settings(folder), 0, ProcessInfo(0, 1, CPU))
     assert found.report["reranked"] is None
     assert found.report["twins"]["matching"] is None
     assert model.training, "the model's mode was not restored"
@@ -273,7 +273,7 @@ def on_rank(rank, world_size, folder):
     for name in ("encode_image", "encode_speech", "match"):
         inner = getattr(model, name)
         setattr(model, name, lambda *inputs, name=name, inner=inner: calls.append(name) or inner(*inputs))
-    samples, process = manifest.rows("test"), Process(rank, world_size, CPU)
+    samples, process = manifest.rows("test"), ProcessInfo(rank, world_size, CPU)
     with torch.no_grad():
         encodings = encode(model.eval(), manifest, samples, settings(folder), process)
     embeddings = encodings.images.numpy().tobytes() + encodings.speech.numpy().tobytes()

@@ -5,7 +5,7 @@ import pytest
 from shards.errors import UserError
 from toolkit.config.load import load_config
 from toolkit.config.schema import Config
-from toolkit.run_folder import check_run, fingerprint, keep_configuration, load_run, prepare_run
+from toolkit.run_folder import check_run, fingerprint, load_run, prepare_run, save_configuration
 
 
 def changed(config, **values):
@@ -23,7 +23,7 @@ def test_run_folder_keeps_its_configuration(tmp_path):
     config = load_config(["--run", str(run), "--training.stop_after", "5"])
     assert prepare_run(config) == run
     assert [path.name for path in run.iterdir()] == ["lease.json"], "the start may be refused yet"
-    keep_configuration(config)
+    save_configuration(config)
     saved = load_run(run)
     assert saved.training.stop_after is None
     assert saved == changed(config, training__stop_after=None)
@@ -37,7 +37,7 @@ def test_run_folder_keeps_its_configuration(tmp_path):
 def test_run_folder_of_another_configuration(tmp_path):
     run = str(tmp_path / "run")
     prepare_run(load_config(["--run", run]))
-    keep_configuration(load_config(["--run", run]))
+    save_configuration(load_config(["--run", run]))
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     free = [
         "--launch.nodes", "4", "--wandb.mode", "offline", "--evaluation.rerank", "3", "--final.rerank", "5",
@@ -58,7 +58,7 @@ def test_run_folder_of_another_configuration(tmp_path):
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
     prepare_run(load_config(["--run", run, *free]))
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before, "it may be refused yet"
-    keep_configuration(load_config(["--run", run, *free]))
+    save_configuration(load_config(["--run", run, *free]))
     assert load_run(run) == load_config(["--run", run, *free])
 
 
@@ -66,7 +66,7 @@ def test_never_is_of_one_start_and_not_of_the_run(tmp_path, monkeypatch):
     run = str(tmp_path / "run")
     never = ["--run", run, "--training.resume", "never"]
     prepare_run(load_config(never))
-    keep_configuration(load_config(never))
+    save_configuration(load_config(never))
     assert load_run(run).training.resume == "auto"
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
     with pytest.raises(UserError, match=r"never: .*run/checkpoints holds checkpoints; name another folder"):

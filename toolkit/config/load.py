@@ -16,7 +16,7 @@ import yaml
 from shards.errors import UserError
 from shards.logs import add_log_level, setup_logging
 from toolkit.config.schema import RENAMED_KEYS, Config
-from toolkit.config.validate import check
+from toolkit.config.validate import check_config
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def parse(arguments: list[str], parser: "Parser") -> tuple[Config, argparse.Name
     _apply_file(config, _start(options.config, dict(overrides).get("run")))
     for key, text in overrides:
         _override(config, key, text)
-    check(config)
+    check_config(config)
     return config, options
 
 

@@ -7,7 +7,7 @@ from shards.errors import UserError
 from toolkit.config.schema import GPUS, Config, micro_batch
 
 
-def check(config: Config) -> None:
+def check_config(config: Config) -> None:
     """Make sure that every value is in its range and that the values fit one another.
 
     Raises:

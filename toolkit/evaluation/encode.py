@@ -36,7 +36,7 @@ _SECONDS_A_LINE = 20  # of progress, where there is no terminal
 
 
 @dataclass(frozen=True)
-class Process:
+class ProcessInfo:
     """This process among the ranks."""
 
     rank: int
@@ -78,7 +78,7 @@ def encode(
     manifest: Manifest,
     samples: np.ndarray,
     config: Config,
-    process: Process,
+    process: ProcessInfo,
     keep_tokens: bool = False,
 ) -> Encodings:
     """Encode the given pictures and all their captions; every rank calls this.
@@ -93,8 +93,8 @@ def encode(
     source = _Source(manifest, samples, config)
     size, device, world_size = config.evaluation.batch_size, process.device, process.world_size
 
-    images, image_tokens = _Rows(len(samples)), _Rows(len(samples))
-    sweep = _Sweep(process, [size] * -(-len(samples) // size), np.arange(len(samples)), config.data.workers)
+    images, image_tokens = _RowBuffer(len(samples)), _RowBuffer(len(samples))
+    sweep = _BatchSchedule(process, [size] * -(-len(samples) // size), np.arange(len(samples)), config.data.workers)
     for rows, loaded in sweep.run("pictures", source.picture):
         encoded = model.encode_image(torch.stack(loaded).to(device))
         images.put(rows, _gather(encoded.embedding, rows, world_size))
@@ -105,8 +105,8 @@ def encode(
     seconds = manifest.duration[source.captions].clip(max=config.evaluation.max_seconds)
     order = np.argsort(-seconds, kind="stable")
     sizes = _batch_sizes(seconds[order], size, config.data.max_seconds)
-    sweep = _Sweep(process, sizes, order, config.data.workers)
-    speech, batches = _Rows(len(order)), []
+    sweep = _BatchSchedule(process, sizes, order, config.data.workers)
+    speech, batches = _RowBuffer(len(order)), []
     for rows, loaded in sweep.run("captions", source.speech):
         lengths = torch.tensor([len(wave) for wave in loaded], device=device)
         encoded = model.encode_speech(pad_sequence(loaded, batch_first=True).to(device), lengths)
@@ -177,10 +177,10 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _Sweep:
+class _BatchSchedule:
     """How N rows are dealt to the ranks: batch b to rank b mod W."""
 
-    process: Process
+    process: ProcessInfo
     sizes: list[int]  # rows a batch; the last one may have fewer
     order: np.ndarray  # int64 [N], the rows in the order of their batches
     threads: int
@@ -210,7 +210,7 @@ class _Sweep:
         return batch, turn - (ends - torch.tensor(self.sizes))[batch]
 
 
-class _Rows:
+class _RowBuffer:
     """N rows that come in parts, of a shape that the first part tells."""
 
     def __init__(self, count: int) -> None:

@@ -29,7 +29,7 @@ _QUALITY = 75  # of the JPEGs: 3 kB or so each
 _MAX_TEXT = 300  # characters of a caption
 
 
-def keep_examples(run: Path, step: int, manifest: Manifest, found: Retrieval, config: Config) -> str | None:
+def save_examples(run: Path, step: int, manifest: Manifest, found: Retrieval, config: Config) -> str | None:
     """Write examples of an evaluation beside the log; what cannot be read or written ends no run.
 
     Args:
@@ -72,7 +72,7 @@ def draw_examples(reader: Reader, found: Retrieval, seed: int) -> list[dict[str,
             {"right": at == int(found.picture[query]), "picture": _data_uri(reader.picture(int(found.samples[at])))}
             for at in best
         ]
-        rank = 1 + int(found.speech_to_image.standing.ahead[query])
+        rank = 1 + int(found.speech_to_image.rank_counts.ahead[query])
         queries.append({"text": caption_text(reader, found, query)[:_MAX_TEXT], "rank": rank, "answers": answers})
     return queries
 

@@ -70,14 +70,14 @@ def examples(reader: Reader, found: Retrieval) -> tuple[list[Spoken], list[Shown
     for query in equally_spaced(len(found.captions), SPOKEN):
         best = found.speech_to_image.candidates[query, :PICTURES].tolist()
         right = [at == int(found.picture[query]) for at in best]
-        rank = _rank(found.speech_to_image.standing, query)
+        rank = _rank(found.speech_to_image.rank_counts, query)
         spoken.append(Spoken(text(query), rank, [picture(at) for at in best], right))
     shown = []
     for query in equally_spaced(len(found.queries), SHOWN):
         best = found.image_to_speech.candidates[query, :CAPTIONS].tolist()
         at = int(found.queries[query])
         right = [int(found.picture[caption]) == at for caption in best]
-        rank = _rank(found.image_to_speech.standing, query)
+        rank = _rank(found.image_to_speech.rank_counts, query)
         shown.append(Shown(picture(at), rank, [text(caption) for caption in best], right))
     return spoken, shown
 
@@ -90,8 +90,8 @@ def caption_text(reader: Reader, found: Retrieval, at: int) -> str:
     return caption.get("text") or f"(no text: utterance {caption.get('utterance')})"
 
 
-def _rank(standing: RankCounts, query: int) -> int:
-    return 1 + int(standing.ahead[query])
+def _rank(rank_counts: RankCounts, query: int) -> int:
+    return 1 + int(rank_counts.ahead[query])
 
 
 def titles(report: dict[str, Any], corpus: str) -> list[str]:

@@ -36,7 +36,7 @@ def find_minimal_pairs(manifest: Manifest, samples: np.ndarray) -> np.ndarray:
     return rows[np.isin(manifest.twin[rows], samples)]
 
 
-def ask(manifest: Manifest, samples: np.ndarray, picture: Tensor) -> Questions:
+def make_questions(manifest: Manifest, samples: np.ndarray, picture: Tensor) -> Questions:
     """Make the questions of all pairs of twins among the encoded samples.
 
     Args:
@@ -54,7 +54,7 @@ def ask(manifest: Manifest, samples: np.ndarray, picture: Tensor) -> Questions:
         original = position.get(int(manifest.twin[sample]))
         if original is None:
             continue
-        kind = kind_of(manifest.image_id[sample].decode(), manifest.image_id[samples[original]].decode())
+        kind = swap_kind(manifest.image_id[sample].decode(), manifest.image_id[samples[original]].decode())
         for this, other in ((original, at), (at, original)):
             own = range(first[this], first[this + 1])
             captions += own
@@ -64,7 +64,7 @@ def ask(manifest: Manifest, samples: np.ndarray, picture: Tensor) -> Questions:
     return Questions(torch.tensor(captions), torch.tensor(right), torch.tensor(wrong), kinds)
 
 
-def kind_of(twin: str, original: str) -> str:
+def swap_kind(twin: str, original: str) -> str:
     """Tell what was swapped: KIND where the twin's image id is the original's with -KIND behind it, else ""."""
     found = re.fullmatch(re.escape(original) + "-([a-z]+)", twin)
     return found[1] if found else ""

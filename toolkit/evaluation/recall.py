@@ -32,7 +32,7 @@ class RankCounts:
 class Ranking:
     """The result of one direction, on the CPU."""
 
-    standing: RankCounts  # [Q]
+    rank_counts: RankCounts  # [Q]
     candidates: Tensor  # int64 [Q, k], the best answers of each query, best first
 
 
@@ -49,22 +49,22 @@ def rank_of_best(scores: Tensor, right: Tensor) -> RankCounts:
     return RankCounts(ahead.sum(1), (~right & same).sum(1), (right & same).sum(1).clamp(min=1))
 
 
-def recall_at(standing: RankCounts, k: int) -> float:
+def recall_at(rank_counts: RankCounts, k: int) -> float:
     """Recall at k in per cent: the expected share of queries with a right answer among the first k."""
-    return 100.0 * hits_at(standing, k).mean().item()
+    return 100.0 * hits_at(rank_counts, k).mean().item()
 
 
-def hits_at(standing: RankCounts, k: int) -> Tensor:
+def hits_at(rank_counts: RankCounts, k: int) -> Tensor:
     """Probability of each query that a right answer is among the first k, float64 [Q].
 
     With s = k - ahead places left for `tied` wrong and `right` right answers in random order, all s are wrong with
     probability prod_{j<s} (tied - j) / (tied + right - j).
     """
-    miss = torch.ones(len(standing.ahead), dtype=torch.float64)
+    miss = torch.ones(len(rank_counts.ahead), dtype=torch.float64)
     for place in range(k):
-        wrong = (standing.tied - place).clamp(min=0).double()
-        taken = standing.ahead + place < k
-        miss = torch.where(taken, miss * wrong / (wrong + standing.right), miss)
+        wrong = (rank_counts.tied - place).clamp(min=0).double()
+        taken = rank_counts.ahead + place < k
+        miss = torch.where(taken, miss * wrong / (wrong + rank_counts.right), miss)
     return 1.0 - miss
 
 
@@ -99,24 +99,24 @@ def rank_answers(
     for start in range(rank * chunk, len(queries), world_size * chunk):
         rows = slice(start, start + chunk)
         similarity = queries[rows] @ answers.T
-        standing = rank_of_best(similarity, query_ids[rows, None] == answer_ids[None, :])
-        counts[:, rows] = torch.stack([standing.ahead, standing.tied, standing.right])
+        rank_counts = rank_of_best(similarity, query_ids[rows, None] == answer_ids[None, :])
+        counts[:, rows] = torch.stack([rank_counts.ahead, rank_counts.tied, rank_counts.right])
         candidates[rows] = similarity.topk(k, dim=1).indices
-    return Ranking(RankCounts(*add_up(counts, world_size).cpu()), add_up(candidates, world_size).cpu())
+    return Ranking(RankCounts(*all_reduce_sum(counts, world_size).cpu()), all_reduce_sum(candidates, world_size).cpu())
 
 
-def add_up(part: Tensor, world_size: int) -> Tensor:
+def all_reduce_sum(part: Tensor, world_size: int) -> Tensor:
     """Put together a tensor of which every rank filled its own places and left zeros elsewhere; in place, exact."""
     if world_size > 1:
         torch.distributed.all_reduce(part)
     return part
 
 
-def summarise(speech_to_image: Ranking, image_to_speech: Ranking) -> dict[str, Any]:
+def summarize_recall(speech_to_image: Ranking, image_to_speech: Ranking) -> dict[str, Any]:
     """R@1, R@5, R@10 of both directions and the mean of both R@1, in per cent."""
     directions = {"speech_to_image": speech_to_image, "image_to_speech": image_to_speech}
     report: dict[str, Any] = {}
     for name, ranking in directions.items():
-        report[name] = {f"R@{k}": round(recall_at(ranking.standing, k), 3) for k in CUTOFFS}
-    mean = sum(recall_at(ranking.standing, 1) for ranking in directions.values()) / 2
+        report[name] = {f"R@{k}": round(recall_at(ranking.rank_counts, k), 3) for k in CUTOFFS}
+    mean = sum(recall_at(ranking.rank_counts, 1) for ranking in directions.values()) / 2
     return report | {"mean_R@1": round(mean, 3)}

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from shards.errors import UserError
 from toolkit.config import schema as config
-from toolkit.evaluation.encode import Encodings, Process, progress
-from toolkit.evaluation.recall import RankCounts, Ranking, add_up, rank_of_best
+from toolkit.evaluation.encode import Encodings, ProcessInfo, progress
+from toolkit.evaluation.recall import RankCounts, Ranking, all_reduce_sum, rank_of_best
 from toolkit.model.outputs import Encoded
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def rerank(
     queries: Tensor,
     k: int,
     evaluation: config.Evaluation,
-    process: Process,
+    process: ProcessInfo,
     fit: bool = False,
 ) -> tuple[Ranking, Ranking, float]:
     """Reorder both directions' best k; a pair that is a candidate in both is matched once.
@@ -87,18 +87,18 @@ def reorder(ranking: Ranking, scores: Tensor, right: Tensor) -> Ranking:
         scores: [Q, k], the first k candidates' new scores.
         right: bool [Q, k], which of them are right answers.
     """
-    old, k = ranking.standing, scores.shape[1]
+    old, k = ranking.rank_counts, scores.shape[1]
     inside = right.any(dim=1)
     new = rank_of_best(scores, right | ~inside[:, None])  # a row without right answers is not used, but has to have one
     ahead = old.ahead.clamp(min=k)  # outside, all k are ahead, even those of the same old score
-    standing = RankCounts(
+    rank_counts = RankCounts(
         torch.where(inside, new.ahead, ahead),
         torch.where(inside, new.tied, (old.ahead + old.tied - ahead).clamp(min=0)),
         torch.where(inside, new.right, old.right),
     )
     order = scores.argsort(dim=1, descending=True, stable=True)
     candidates = torch.cat([ranking.candidates.gather(1, order), ranking.candidates[:, k:]], dim=1)
-    return Ranking(standing, candidates)
+    return Ranking(rank_counts, candidates)
 
 
 def fit_weight(directions: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
@@ -155,14 +155,14 @@ def join(model: "SpeechImageModel", similarity: Tensor, logits: Tensor, evaluati
 
 
 def score_pairs(
-    model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, evaluation: config.Evaluation, process: Process
+    model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, evaluation: config.Evaluation, process: ProcessInfo
 ) -> Tensor:
     """Score pairs int64 [M, 2] of caption and picture as re-ranking does: float32 [M] on the CPU."""
     logits = match_pairs(model, encodings, pairs, process)
     return join(model, cosines(encodings, pairs).cpu(), logits, evaluation)
 
 
-def match_pairs(model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, process: Process) -> Tensor:
+def match_pairs(model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, process: ProcessInfo) -> Tensor:
     """Match logits of pairs by the fusion encoder, each on the rank that has the caption's tokens.
 
     Every rank makes the same number of model calls, as ZeRO-3 demands.
@@ -190,7 +190,7 @@ def match_pairs(model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, 
             scores[rows.to(device)] = logits
         else:  # no pair is left for this rank: one that counts for nothing
             _match(model, encodings, 0, *torch.zeros(2, 1, dtype=torch.int64))
-    return add_up(scores, ranks).cpu()
+    return all_reduce_sum(scores, ranks).cpu()
 
 
 def cosines(encodings: Encodings, pairs: Tensor) -> Tensor:

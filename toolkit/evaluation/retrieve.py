@@ -10,8 +10,8 @@ from torch import Tensor
 from shards.manifest import Manifest
 from toolkit.config.schema import Config
 from toolkit.evaluation import minimal_pairs
-from toolkit.evaluation.encode import Encodings, Process, encode
-from toolkit.evaluation.recall import Ranking, rank_answers, summarise
+from toolkit.evaluation.encode import Encodings, ProcessInfo, encode
+from toolkit.evaluation.recall import Ranking, rank_answers, summarize_recall
 from toolkit.evaluation.rerank import cosines, score_pairs
 from toolkit.evaluation.rerank import rerank as rerank_both
 
@@ -41,7 +41,7 @@ def retrieve(
     split: str,
     config: Config,
     rerank: int,
-    process: Process,
+    process: ProcessInfo,
     fit: bool = False,
 ) -> Retrieval:
     """Measure recall of a split; every rank calls this and gets the same.
@@ -82,7 +82,7 @@ def retrieve(
     return found
 
 
-def _coarse(encodings: Encodings, count: int, k: int, process: Process) -> Retrieval:
+def _coarse(encodings: Encodings, count: int, k: int, process: ProcessInfo) -> Retrieval:
     """Rank by the global embeddings among the first `count` pictures; those behind them are twins."""
     captions = int((encodings.picture < count).sum())
     images, speech = encodings.images[:count], encodings.speech[:captions]
@@ -92,7 +92,7 @@ def _coarse(encodings: Encodings, count: int, k: int, process: Process) -> Retri
     place = process.rank, process.world_size
     speech_to_image = rank_answers(speech, ids, images, torch.arange(count, device=process.device), k, *place)
     image_to_speech = rank_answers(images[query_ids], query_ids, speech, ids, k, *place)
-    report = {"coarse": summarise(speech_to_image, image_to_speech), "reranked": None, "twins": None}
+    report = {"coarse": summarize_recall(speech_to_image, image_to_speech), "reranked": None, "twins": None}
     names = encodings.samples[:count], encodings.captions[:captions]
     return Retrieval(report, *names, owner, queries, speech_to_image, image_to_speech)
 
@@ -103,7 +103,7 @@ def _rerank(
     encodings: Encodings,
     k: int,
     config: Config,
-    process: Process,
+    process: ProcessInfo,
     fit: bool,
 ) -> None:
     coarse = found.speech_to_image, found.image_to_speech
@@ -112,13 +112,18 @@ def _rerank(
     fuse = config.evaluation.fuse
     weight = {"match_weight": model.config.match_weight} if fuse == "fitted" else {}
     details = {"k": k, "fuse": fuse, **weight, "seconds_per_query": round(seconds, 6)}
-    found.report["reranked"] = summarise(*both) | details
+    found.report["reranked"] = summarize_recall(*both) | details
 
 
 def _twins(
-    manifest: Manifest, model: "SpeechImageModel", encodings: Encodings, match: bool, config: Config, process: Process
+    manifest: Manifest,
+    model: "SpeechImageModel",
+    encodings: Encodings,
+    match: bool,
+    config: Config,
+    process: ProcessInfo,
 ) -> dict[str, Any]:
-    questions = minimal_pairs.ask(manifest, encodings.samples, encodings.picture)
+    questions = minimal_pairs.make_questions(manifest, encodings.samples, encodings.picture)
     coarse = minimal_pairs.accuracy(questions, lambda pairs: cosines(encodings, pairs).cpu())
     matching: dict[str, float] = {}
     if match:

@@ -88,7 +88,7 @@ def build_model(
     built = SpeechImageModel(architecture, hubert, vision)
     projection = getattr(vision, "visual_projection", None)
     if projection is not None:
-        built.image.begin_projection(projection.weight)
+        built.image.init_projection(projection.weight)
     if model.speech.filterbank and not model.speech.trunk:
         set_mel_filters(built.speech.trunk.feature_extractor.get_parameter("conv_layers.0.conv.weight"))
     return built

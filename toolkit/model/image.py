@@ -80,7 +80,7 @@ class ImageEncoder(PartlyFrozen):
             "grid", side by side (a spatial pyramid's level), so that the embedding can say what is where from the start.
         head_heads: their attention heads.
         dropout: of the head.
-        freeze_projection: what projects the embedding is never trained; it is to be set by `begin_projection`.
+        freeze_projection: what projects the embedding is never trained; it is to be set by `init_projection`.
         mean: of red, green and blue, subtracted from values in [0, 1] before the trunk sees them.
         std: what they are divided by then.
         stem: "patches": the trunk's own projection of patches; "convolutions": a `ConvolutionalStem` in its place.
@@ -131,7 +131,7 @@ class ImageEncoder(PartlyFrozen):
         return self.trunk.config.image_size
 
     @torch.no_grad()
-    def begin_projection(self, weight: Tensor) -> None:
+    def init_projection(self, weight: Tensor) -> None:
         """Let the embedding begin as a trunk's own embedding.
 
         Args:
@@ -156,7 +156,7 @@ class ImageEncoder(PartlyFrozen):
         return self.frozen_layers == len(self.trunk.encoder.layers)
 
     @torch.no_grad()
-    def frozen(self, images: Tensor) -> Features:
+    def frozen_features(self, images: Tensor) -> Features:
         """Normalise the pictures and run the frozen part of the trunk.
 
         Args:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 
-class MeasuredConv(nn.Conv1d):
+class ConvWithMoments(nn.Conv1d):
     """A convolution of one channel, without padding or dilation, that can tell its output's moments."""
 
     def forward(self, waveforms: Tensor, frames: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
@@ -48,7 +48,7 @@ class MeasuredConv(nn.Conv1d):
         return mean, ((weight @ covariance) * weight).sum(dim=-1)
 
 
-class GivenNorm(nn.GroupNorm):
+class GroupNormFromMoments(nn.GroupNorm):
     """A group norm, a channel a group, by moments that are given."""
 
     def forward(self, hidden: Tensor, mean: Tensor | None = None, variance: Tensor | None = None) -> Tensor:
@@ -60,13 +60,13 @@ class GivenNorm(nn.GroupNorm):
         return torch.addcmul(shift.to(hidden.dtype).unsqueeze(-1), hidden, scale.to(hidden.dtype).unsqueeze(-1))
 
 
-def measure(layer: Any) -> None:
+def install(layer: Any) -> None:
     """Make `run` possible on a HubertGroupNormConvLayer of transformers; its parameters stay the same objects."""
-    layer.conv.__class__ = MeasuredConv
-    layer.layer_norm.__class__ = GivenNorm
+    layer.conv.__class__ = ConvWithMoments
+    layer.layer_norm.__class__ = GroupNormFromMoments
 
 
-def run(layer: Any, waveforms: Tensor, frames: Tensor) -> Tensor:
+def forward(layer: Any, waveforms: Tensor, frames: Tensor) -> Tensor:
     """Call such a layer on [B, 1, T], the norm over the real frames only, of which each row has so many."""
     hidden, mean, variance = layer.conv(waveforms, frames)
     return layer.activation(layer.layer_norm(hidden, mean, variance))

@@ -168,7 +168,7 @@ class SpeechImageModel(PreTrainedModel):
         self.image.freeze()
         self.temperature.log_temperature.requires_grad_(self.temperature.learned)
 
-    def frozen(
+    def frozen_features(
         self, images: Tensor, waveforms: Tensor, lengths: Tensor, host_lengths: Sequence[int] | None = None
     ) -> tuple[tuple[Features, ...], Features]:
         """Run the frozen parts of both trunks, without gradient.
@@ -182,7 +182,7 @@ class SpeechImageModel(PreTrainedModel):
         Returns:
             Speech features, a group each; image features.
         """
-        return self.speech.frozen(waveforms, lengths, host_lengths), self.image.frozen(images)
+        return self.speech.frozen_features(waveforms, lengths, host_lengths), self.image.frozen_features(images)
 
     def encode(self, speech: tuple[Features, ...], image: Features) -> tuple[Encoded, Encoded]:
         """Encode what `frozen` made: speech, image."""
@@ -190,11 +190,11 @@ class SpeechImageModel(PreTrainedModel):
 
     def encode_speech(self, waveforms: Tensor, lengths: Tensor) -> Encoded:
         """Encode waveforms [B, T] of `lengths` int64 [B] samples."""
-        return self.speech(self.speech.frozen(waveforms, lengths))
+        return self.speech(self.speech.frozen_features(waveforms, lengths))
 
     def encode_image(self, images: Tensor) -> Encoded:
         """Encode images uint8 [B, 3, S, S]."""
-        return self.image(self.image.frozen(images))
+        return self.image(self.image.frozen_features(images))
 
     def match(self, speech: Encoded, image: Encoded) -> Tensor:
         """Logits [B, 2], float32, of whether utterance and picture of a row belong together (index 1: they do).
@@ -206,10 +206,10 @@ class SpeechImageModel(PreTrainedModel):
 
     def forward(self, images: Tensor, waveforms: Tensor, lengths: Tensor) -> tuple[Encoded, Encoded]:
         """Encode utterances and pictures: speech, image."""
-        return self.encode(*self.frozen(images, waveforms, lengths))
+        return self.encode(*self.frozen_features(images, waveforms, lengths))
 
 
-def teacher_of(model: SpeechImageModel) -> SpeechImageModel:
+def build_teacher(model: SpeechImageModel) -> SpeechImageModel:
     """A copy of the encoders, to be moved by a moving average: eval mode, no gradients.
 
     What is frozen in the model is shared with it, not copied; what is trained starts equal. The fusion encoder, which

@@ -83,7 +83,7 @@ class SpeechEncoder(PartlyFrozen):
         self.groups = groups
         self.normed = config.feat_extract_norm == "layer"
         if not self.normed:
-            masked_group_norm.measure(trunk.feature_extractor.conv_layers[0])
+            masked_group_norm.install(trunk.feature_extractor.conv_layers[0])
         self.epsilon = waveform_epsilon if self.normed else None
         self.pre_norm = config.do_stable_layer_norm
         self.final_norm = final_norm and self.pre_norm
@@ -120,7 +120,7 @@ class SpeechEncoder(PartlyFrozen):
         yield from encoder.layers[: self.frozen_layers]
 
     @torch.no_grad()
-    def frozen(
+    def frozen_features(
         self, waveforms: Tensor, lengths: Tensor, host_lengths: Sequence[int] | None = None
     ) -> tuple[Features, ...]:
         """Run the frozen part of the trunk, or, where nothing is frozen, only prepare the waveforms.
@@ -193,7 +193,7 @@ class SpeechEncoder(PartlyFrozen):
         # What is shorter than a frame is encoded as if it ended in silence.
         samples = mask.sum(dim=1).clamp(min=self.shortest)
         first, *others = self.trunk.feature_extractor.conv_layers
-        hidden = first(hidden) if self.normed else masked_group_norm.run(first, hidden, self._frames(samples, 1))
+        hidden = first(hidden) if self.normed else masked_group_norm.forward(first, hidden, self._frames(samples, 1))
         for layer in others:
             hidden = layer(hidden)
         hidden = self.trunk.feature_projection(hidden.transpose(1, 2))

@@ -73,7 +73,7 @@ def test_the_queries_are_the_runs_own(shards: Path) -> None:
 
 def test_a_file_of_examples_is_small(shards: Path, tmp_path: Path) -> None:
     settings = test_trainer.settings(shards, tmp_path)
-    name = examples.keep_examples(tmp_path, 7, load(shards), retrieval(shards, 1), settings)
+    name = examples.save_examples(tmp_path, 7, load(shards), retrieval(shards, 1), settings)
     assert name == "examples-00000007.json"
     assert (tmp_path / name).stat().st_size < 400_000, "pictures of noise, the worst there are"
     assert set(json.loads((tmp_path / name).read_text())) == {"split", "reranked", "queries"}
@@ -88,7 +88,7 @@ def test_trouble_is_one_line(shards: Path, tmp_path: Path, capsys: pytest.Captur
         for sample in load(folder).rows("dev"):
             spoil(load(folder), int(sample))
     settings: config.Config = test_trainer.settings(folder, run)
-    assert examples.keep_examples(run, 7, load(folder), retrieval(folder, 0), settings) is None
+    assert examples.save_examples(run, 7, load(folder), retrieval(folder, 0), settings) is None
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "examples-00000007.json was not written" in said

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from toolkit.evaluation.minimal_pairs import accuracy, ask, find_minimal_pairs, kind_of
+from toolkit.evaluation.minimal_pairs import accuracy, find_minimal_pairs, make_questions, swap_kind
 
 
 def shards():
@@ -25,7 +25,7 @@ def questions():
     """Encoded: test and its twins, with 2, 1, 3, 1, 1, 2 captions."""
     samples = np.array([2, 3, 4, 5, 6, 7])
     picture = torch.repeat_interleave(torch.arange(6), torch.tensor([2, 1, 3, 1, 1, 2]))
-    return ask(shards(), samples, picture)
+    return make_questions(shards(), samples, picture)
 
 
 def test_twins_are_those_of_the_given_samples():
@@ -73,4 +73,4 @@ def test_a_constant_score_gets_half_and_no_number_gets_nothing():
     [("t7-colour", "t7", "colour"), ("t7-relation", "t7", "relation"), ("t8-colour", "t7", ""), ("t7-2", "t7", "")],
 )
 def test_kind_is_told_by_the_suffix(twin, original, kind):
-    assert kind_of(twin, original) == kind
+    assert swap_kind(twin, original) == kind

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from toolkit.evaluation.recall import RankCounts, rank_answers, rank_of_best, recall_at, summarise
+from toolkit.evaluation.recall import RankCounts, rank_answers, rank_of_best, recall_at, summarize_recall
 
 
 def naive_recall(scores, right, k):
@@ -59,10 +59,10 @@ def test_both_directions_equal_a_full_sort():
     forward = rank_answers(speech, owner, images, pictures, k=5, chunk=4)
     backward = rank_answers(images, pictures, speech, owner, k=5, chunk=5)
     for k in (1, 5, 10):
-        assert recall_at(forward.standing, k) == pytest.approx(sorted_recall(scores, right, k))
-        assert recall_at(backward.standing, k) == pytest.approx(sorted_recall(scores.T, right.T, k))
+        assert recall_at(forward.rank_counts, k) == pytest.approx(sorted_recall(scores, right, k))
+        assert recall_at(backward.rank_counts, k) == pytest.approx(sorted_recall(scores.T, right.T, k))
     assert forward.candidates.tolist() == scores.argsort(dim=1, descending=True)[:, :5].tolist()
-    report = summarise(forward, backward)
+    report = summarize_recall(forward, backward)
     assert report["speech_to_image"]["R@5"] == pytest.approx(sorted_recall(scores, right, 5), abs=1e-3)
     both = (sorted_recall(scores, right, 1) + sorted_recall(scores.T, right.T, 1)) / 2
     assert report["mean_R@1"] == pytest.approx(both, abs=1e-3)
@@ -72,21 +72,21 @@ def test_a_model_that_tells_nothing_gets_chance():
     embeddings = torch.nn.functional.normalize(torch.ones(40, 4), dim=1)
     ids = torch.arange(40)
     ranking = rank_answers(embeddings, ids, embeddings, ids, k=10)
-    assert [recall_at(ranking.standing, k) for k in (1, 5, 10)] == pytest.approx([2.5, 12.5, 25.0])
+    assert [recall_at(ranking.rank_counts, k) for k in (1, 5, 10)] == pytest.approx([2.5, 12.5, 25.0])
 
 
 def test_scores_that_are_no_numbers_are_misses():
     ids = torch.arange(20)
     good = torch.eye(20)
     for broken in (torch.full((20, 20), torch.nan), torch.where(good == 1, torch.nan, good)):
-        assert recall_at(rank_answers(broken, ids, good, ids, k=5).standing, 5) == 0.0
+        assert recall_at(rank_answers(broken, ids, good, ids, k=5).rank_counts, 5) == 0.0
     scores = torch.tensor([[0.9, torch.nan, 0.1]])
     assert rank_of_best(scores, torch.tensor([[True, False, False]])).ahead.tolist() == [1]
 
 
 def test_fewer_answers_than_k_are_all_found():
-    standing = RankCounts(torch.tensor([2]), torch.tensor([0]), torch.tensor([1]))
-    assert recall_at(standing, 10) == 100.0
+    rank_counts = RankCounts(torch.tensor([2]), torch.tensor([0]), torch.tensor([1]))
+    assert recall_at(rank_counts, 10) == 100.0
     ids = torch.arange(3)
     assert rank_answers(torch.eye(3), ids, torch.eye(3), ids, k=10).candidates.shape == (3, 3)
 
@@ -96,7 +96,7 @@ def ranking_of(rank, world_size):
     owner = ragged_owner()
     images, speech = unit_vectors(12, generator), unit_vectors(len(owner), generator)
     ranking = rank_answers(speech, owner, images, torch.arange(12), 4, rank, world_size, chunk=3)
-    return vars(ranking.standing), ranking.candidates
+    return vars(ranking.rank_counts), ranking.candidates
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])

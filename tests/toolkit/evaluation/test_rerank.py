@@ -9,7 +9,7 @@ import torch
 from shards.errors import UserError
 from tests.distributed import run_ranks
 from toolkit.config import schema as config
-from toolkit.evaluation.encode import Encodings, Process, Tokens
+from toolkit.evaluation.encode import Encodings, ProcessInfo, Tokens
 from toolkit.evaluation.recall import RankCounts, Ranking, rank_answers, recall_at
 from toolkit.evaluation.rerank import fit_weight, join, reorder, rerank, score_pairs
 from toolkit.model.outputs import Encoded
@@ -81,10 +81,10 @@ def reranked(rank, world_size, k, fuse):
     forward = rank_answers(encodings.speech, OWNER, encodings.images, pictures, max(k, 6), rank, world_size)
     backward = rank_answers(encodings.images, pictures, encodings.speech, OWNER, max(k, 6), rank, world_size)
     evaluation = config.Evaluation(batch_size=3, fuse=fuse)
-    process = Process(rank, world_size, torch.device("cpu"))
+    process = ProcessInfo(rank, world_size, torch.device("cpu"))
     spoken, shown, seconds = rerank(model, encodings, forward, backward, pictures, k, evaluation, process)
     assert seconds > 0
-    return [(ranking.standing.ahead, ranking.candidates) for ranking in (spoken, shown)], model.calls
+    return [(ranking.rank_counts.ahead, ranking.candidates) for ranking in (spoken, shown)], model.calls
 
 
 @pytest.mark.parametrize("fuse", ["matching", "sum"])
@@ -116,13 +116,13 @@ def test_candidates_come_in_the_new_order_and_the_rest_behind_them():
     old = Ranking(RankCounts(*torch.tensor([[1], [0], [1]])), torch.tensor([[4, 2, 7, 1]]))
     new = reorder(old, torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[False, True, False]]))
     assert new.candidates.tolist() == [[2, 7, 4, 1]]
-    assert new.standing.ahead.tolist() == [0]
+    assert new.rank_counts.ahead.tolist() == [0]
 
 
 def test_what_is_not_among_the_best_k_stays_behind_them_even_at_the_same_old_score():
     # All ten answers had the same cosine, the right one is not among the best 3.
     old = Ranking(RankCounts(*torch.tensor([[0], [9], [1]])), torch.tensor([[0, 1, 2]]))
-    new = reorder(old, torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool)).standing
+    new = reorder(old, torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool)).rank_counts
     assert (new.ahead.item(), new.tied.item(), new.right.item()) == (3, 6, 1)
     assert recall_at(new, 3) == 0.0
     assert recall_at(new, 10) == 100.0
@@ -131,11 +131,11 @@ def test_what_is_not_among_the_best_k_stays_behind_them_even_at_the_same_old_sco
 def test_equal_new_scores_share_their_places():
     old = Ranking(RankCounts(*torch.tensor([[2], [0], [1]])), torch.tensor([[5, 6, 7, 8]]))
     new = reorder(old, torch.ones(1, 4), torch.tensor([[False, False, True, False]]))
-    assert recall_at(new.standing, 1) == pytest.approx(25.0)
+    assert recall_at(new.rank_counts, 1) == pytest.approx(25.0)
 
 
 def test_scores_of_single_pairs_and_the_need_for_tokens():
-    encodings, process = encodings_of(0, 1), Process(0, 1, torch.device("cpu"))
+    encodings, process = encodings_of(0, 1), ProcessInfo(0, 1, torch.device("cpu"))
     pairs = torch.tensor([[16, 0], [0, 8], [3, 3], [16, 0]])
     scores = score_pairs(Matcher(), encodings, pairs, config.Evaluation(batch_size=2, fuse="matching"), process)
     expected = [naive_score(caption, picture, "matching") for caption, picture in pairs.tolist()]

@@ -37,7 +37,7 @@ def test_features_are_those_of_transformers(architecture, train):
         hidden = output.last_hidden_state
         if architecture == "clip":  # BLIP-2's is normed already
             hidden = encoder.trunk.post_layernorm(hidden)
-        encoded = encoder(encoder.frozen(images))
+        encoded = encoder(encoder.frozen_features(images))
         embedding = F.normalize(encoder.head.project(hidden[:, 0]), dim=-1)
 
     assert trunk.config._attn_implementation == "sdpa"
@@ -57,7 +57,7 @@ def test_features_are_those_of_transformers(architecture, train):
 )
 def test_gradients_reach_exactly_what_is_trained(train, trained):
     encoder = make_encoder(make_trunk(), train, head_layers=1).train()
-    encoder(encoder.frozen(make_pictures())).embedding[:, 0].sum().backward()
+    encoder(encoder.frozen_features(make_pictures())).embedding[:, 0].sum().backward()
     for name, parameter in encoder.trunk.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == name.startswith(trained), name
     for name, parameter in encoder.head.named_parameters():
@@ -67,8 +67,8 @@ def test_gradients_reach_exactly_what_is_trained(train, trained):
 def test_what_is_frozen_never_drops_out():
     encoder = make_encoder(make_trunk(attention_dropout=0.5), "1").train()
     images = make_pictures()
-    features = encoder.frozen(images)
-    assert torch.equal(features.hidden, encoder.frozen(images).hidden)
+    features = encoder.frozen_features(images)
+    assert torch.equal(features.hidden, encoder.frozen_features(images).hidden)
     assert not torch.equal(encoder(features).embedding, encoder(features).embedding), (
         "the trained layer should drop out"
     )
@@ -79,7 +79,7 @@ def test_pictures_of_another_size_have_interpolated_positions(architecture):
     trunk = make_trunk(architecture)
     encoder = make_encoder(trunk)
     images = make_pictures(48)
-    encoded = encoder(encoder.frozen(images))
+    encoded = encoder(encoder.frozen_features(images))
     assert encoded.tokens.shape == (3, 36, 32)
     pixels = CLIPImageProcessor(do_resize=False, do_center_crop=False)(list(images), return_tensors="pt").pixel_values
     with torch.no_grad():
@@ -92,8 +92,8 @@ def test_bf16_gives_float32_vectors():
     encoder = make_encoder(make_trunk(), "all", head_layers=1)
     images = make_pictures()
     with torch.no_grad():
-        full = encoder(encoder.frozen(images)).embedding
-        half = encoder.bfloat16()(encoder.frozen(images))
+        full = encoder(encoder.frozen_features(images)).embedding
+        half = encoder.bfloat16()(encoder.frozen_features(images))
     assert (half.embedding.dtype, half.tokens.dtype) == (torch.float32, torch.bfloat16)
     assert (F.cosine_similarity(half.embedding, full) > 0.99).all()
 
@@ -111,7 +111,7 @@ def test_a_grid_is_the_mean_of_each_cells_patches(size):
         getattr(trunk, "vision_model", trunk), 16, "all", 0, head_heads=4, dropout=0.0, pool="grid"
     ).eval()
     with torch.no_grad():
-        encoded = encoder(encoder.frozen(make_pictures(size)))
+        encoded = encoder(encoder.frozen_features(make_pictures(size)))
         side = size // 4
         patches = encoded.tokens.view(3, side, side, -1)
         cell = side // 4
@@ -134,12 +134,14 @@ def test_a_stem_takes_the_place_of_the_patch_projection(architecture):
     stem = trunk.embeddings.patch_embedding
     assert isinstance(stem, ConvolutionalStem)
     pictures = make_pictures()
-    encoded = encoder(encoder.frozen(pictures))
+    encoded = encoder(encoder.frozen_features(pictures))
     assert encoded.tokens.shape == (3, (32 // VIT["patch_size"]) ** 2, VIT["hidden_size"])
     encoded.tokens.sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in stem.parameters())
     # A picture is embedded the same whatever it is batched with.
-    torch.testing.assert_close(encoder(encoder.frozen(pictures[1:2])).tokens, encoded.tokens[1:2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        encoder(encoder.frozen_features(pictures[1:2])).tokens, encoded.tokens[1:2], atol=1e-5, rtol=0
+    )
 
 
 def test_a_stem_is_convolutions_that_halve_the_side():

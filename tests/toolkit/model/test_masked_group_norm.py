@@ -25,7 +25,7 @@ def make_layer(bias: bool = False, channels: int = 24) -> HubertGroupNormConvLay
 
 def measured(layer: nn.Module) -> nn.Module:
     layer = copy.deepcopy(layer)
-    masked_group_norm.measure(layer)
+    masked_group_norm.install(layer)
     return layer
 
 
@@ -45,7 +45,7 @@ def test_each_row_is_transformers_layer_on_it_alone(bias: bool, scale: float, of
     layer = make_layer(bias)
     waves, lengths = make_waves(4000, 1203, 10, 2999, scale=scale, offset=offset)
     frames = frames_of(lengths)
-    got = masked_group_norm.run(measured(layer), waves, frames)
+    got = masked_group_norm.forward(measured(layer), waves, frames)
     for row, (length, count) in enumerate(zip(lengths, frames, strict=True)):
         if count > 1:  # of one value the variance is 0, and both give rounding times 1 / sqrt(eps)
             wanted = layer(waves[row : row + 1, :, :length])
@@ -59,7 +59,7 @@ def test_without_padding_gradients_are_those_of_transformers() -> None:
     waves, lengths = make_waves(3000, 3000)
     weight = torch.randn(1, 24, 1)  # the norm takes the mean of a gradient away
     layer(waves).square().mul(weight).mean().backward()
-    masked_group_norm.run(ours, waves, frames_of(lengths)).square().mul(weight).mean().backward()
+    masked_group_norm.forward(ours, waves, frames_of(lengths)).square().mul(weight).mean().backward()
     for (name, parameter), (_, mine) in zip(layer.named_parameters(), ours.named_parameters(), strict=True):
         assert parameter.grad is not None
         assert mine.grad is not None

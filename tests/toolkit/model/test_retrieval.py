@@ -11,7 +11,7 @@ from shards.errors import UserError
 from tests.tiny import tiny_model
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.model.retrieval import SpeechImageModel, Temperature, teacher_of
+from toolkit.model.retrieval import SpeechImageModel, Temperature, build_teacher
 
 
 def build(train="all") -> SpeechImageModel:
@@ -134,7 +134,7 @@ def test_parameters_are_used_only_by_the_module_that_owns_them(train):
 @pytest.mark.parametrize("train", ["none", "1", "all"])
 def test_teacher_shares_what_is_frozen(train):
     student = build(train).train()
-    teacher = teacher_of(student)
+    teacher = build_teacher(student)
     copies = dict(teacher.named_parameters())
     encoders = [name for name, _ in student.named_parameters() if name.startswith(("speech.", "image."))]
     shared = 0
@@ -150,7 +150,7 @@ def test_teacher_shares_what_is_frozen(train):
     assert student.match_head.weight.requires_grad
     assert not any(name.startswith("fusion") for name in copies), "the teacher needs no fusion encoder"
 
-    features = student.frozen(*make_batch())
+    features = student.frozen_features(*make_batch())
     student.eval()
     for mine, theirs in zip(student.encode(*features), teacher.encode(*features), strict=True):
         assert torch.equal(mine.embedding, theirs.embedding)
@@ -161,9 +161,9 @@ def test_teacher_shares_what_is_frozen(train):
 @pytest.mark.parametrize("train", ["none", "1"])
 def test_what_is_frozen_is_not_needed_after_it_ran_once(train):
     model = build(train)
-    teacher = teacher_of(model)
+    teacher = build_teacher(model)
     with torch.no_grad():
-        features = model.frozen(*make_batch())
+        features = model.frozen_features(*make_batch())
         wanted = [part.embedding for part in model.encode(*features)]
         for encoder in (model.speech, model.image):
             for module in encoder.frozen_modules():
@@ -176,7 +176,7 @@ def test_what_is_frozen_is_not_needed_after_it_ran_once(train):
 
 def test_teacher_does_not_follow_by_itself():
     student = build("1")
-    teacher = teacher_of(student)
+    teacher = build_teacher(student)
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:

@@ -62,7 +62,7 @@ def test_hidden_states_are_those_of_transformers(values, lengths):
     normed = values is LARGE
     expected, mask = reference(encoder.trunk, waves, lengths, normed)
 
-    (features,) = encoder.frozen(waves, lengths)
+    (features,) = encoder.frozen_features(waves, lengths)
 
     assert torch.equal(features.mask, mask.bool())
     assert len(features.states) == len(expected)
@@ -77,7 +77,7 @@ def test_what_is_trained_does_not_change_the_result(values, train):
     waves, lengths = make_waves(9000, 6000)
     frozen, trained = make_encoder(values, "none"), make_encoder(values, train)
     with torch.no_grad():
-        wanted, got = (encoder(encoder.frozen(waves, lengths)) for encoder in (frozen, trained))
+        wanted, got = (encoder(encoder.frozen_features(waves, lengths)) for encoder in (frozen, trained))
     torch.testing.assert_close(got.embedding, wanted.embedding, atol=1e-6, rtol=0)
     torch.testing.assert_close(got.tokens, wanted.tokens, atol=1e-5, rtol=0)
     assert torch.equal(got.mask, wanted.mask)
@@ -106,9 +106,9 @@ def test_an_utterance_is_encoded_the_same_in_any_batch(values, stock_moves, trai
     for groups in (1, 2):
         encoder.groups = groups
         with torch.no_grad():
-            together = encoder(encoder.frozen(waves, lengths, lengths.tolist()))
+            together = encoder(encoder.frozen_features(waves, lengths, lengths.tolist()))
             for row, length in enumerate(lengths):
-                alone = encoder(encoder.frozen(waves[row : row + 1, :length], lengths[row : row + 1]))
+                alone = encoder(encoder.frozen_features(waves[row : row + 1, :length], lengths[row : row + 1]))
                 check_same(together, row, alone)
 
 
@@ -132,8 +132,8 @@ def test_any_partners_and_any_padding(values, lengths, extra, groups):
     encoder.groups = groups
     waves, lengths = make_waves(*lengths)
     with torch.no_grad():
-        together = encoder(encoder.frozen(F.pad(waves, (0, extra)), lengths, lengths.tolist()))
-        alone = encoder(encoder.frozen(waves[:1, : lengths[0]], lengths[:1]))
+        together = encoder(encoder.frozen_features(F.pad(waves, (0, extra)), lengths, lengths.tolist()))
+        alone = encoder(encoder.frozen_features(waves[:1, : lengths[0]], lengths[:1]))
     check_same(together, 0, alone)
 
 
@@ -142,10 +142,10 @@ def test_bf16_moves_by_its_rounding_only(values):
     exact, half = make_encoder(values), make_encoder(values).bfloat16()
     waves, lengths = make_waves(16000, 7000, 9001)
     with torch.no_grad():
-        wanted = exact(exact.frozen(waves, lengths))
-        together = half(half.frozen(waves, lengths))
+        wanted = exact(exact.frozen_features(waves, lengths))
+        together = half(half.frozen_features(waves, lengths))
         for row, length in enumerate(lengths):
-            alone = half(half.frozen(waves[row : row + 1, :length], lengths[row : row + 1]))
+            alone = half(half.frozen_features(waves[row : row + 1, :length], lengths[row : row + 1]))
             real = together.mask[row]
             embedding = float((alone.embedding[0] - wanted.embedding[row]).abs().max())
             tokens = float((alone.tokens[0].float() - wanted.tokens[row][real]).abs().max())
@@ -158,7 +158,7 @@ def test_bf16_moves_by_its_rounding_only(values):
 def test_a_padded_utterance_is_transformers_unpadded_one(values):
     encoder, trunk = make_encoder(values), make_trunk(values)
     waves, lengths = make_waves(16000, 9000, 5001)
-    (features,) = encoder.frozen(F.pad(waves, (0, 3000)), lengths)
+    (features,) = encoder.frozen_features(F.pad(waves, (0, 3000)), lengths)
     for row in range(3):
         expected, mask = reference(trunk, waves[row : row + 1], lengths[row : row + 1], values is LARGE)
         frames = int(mask.sum())
@@ -171,7 +171,7 @@ def test_a_padded_utterance_is_transformers_unpadded_one(values):
 def test_speech_shorter_than_a_frame_still_has_one():
     encoder = make_encoder()
     waves, lengths = make_waves(1, 40)
-    encoded = encoder(encoder.frozen(waves, lengths))
+    encoded = encoder(encoder.frozen_features(waves, lengths))
     assert encoded.mask.tolist() == [[True], [True]]
     assert encoded.embedding.isfinite().all()
 
@@ -180,8 +180,8 @@ def test_speech_shorter_than_a_frame_still_has_one():
 def test_speech_shorter_than_a_frame_is_encoded_as_if_it_ended_in_silence(values):
     encoder = make_encoder(values)
     waves, _ = make_waves(40, 9000)
-    alone = encoder(encoder.frozen(waves[:1, :40], torch.tensor([40])))
-    together = encoder(encoder.frozen(waves, torch.tensor([40, 9000])))
+    alone = encoder(encoder.frozen_features(waves[:1, :40], torch.tensor([40])))
+    together = encoder(encoder.frozen_features(waves, torch.tensor([40, 9000])))
     check_same(together, 0, alone)
 
 
@@ -195,7 +195,7 @@ TRAINED = {
 @pytest.mark.parametrize("train", ["none", "1", "2", "all"])
 def test_gradients_reach_exactly_what_is_trained(train):
     encoder = make_encoder(LARGE, train).train()
-    encoder(encoder.frozen(*make_waves(6000, 5000))).embedding[:, 0].sum().backward()
+    encoder(encoder.frozen_features(*make_waves(6000, 5000))).embedding[:, 0].sum().backward()
     for name, parameter in encoder.trunk.named_parameters():
         expected = train == "all" or any(name.startswith(part) for part in TRAINED[train])
         assert parameter.requires_grad == expected, name
@@ -209,7 +209,7 @@ def test_what_is_frozen_never_drops_out(values):
     dropout = {name: 0.5 for name in HUBERT if name.endswith("dropout")}
     encoder = make_encoder(values, "1", **dropout).train()
     inputs = make_waves(6000, 5000)
-    (first,), (second,) = encoder.frozen(*inputs), encoder.frozen(*inputs)
+    (first,), (second,) = encoder.frozen_features(*inputs), encoder.frozen_features(*inputs)
     assert torch.equal(first.hidden, second.hidden)
     assert all(torch.equal(a, b) for a, b in zip(first.states, second.states, strict=True))
     assert not torch.equal(encoder((first,)).embedding, encoder((first,)).embedding), (
@@ -266,8 +266,8 @@ def test_bf16_gives_float32_vectors(train):
     encoder = make_encoder(LARGE, train)
     waves, lengths = make_waves(9000, 6000)
     with torch.no_grad():
-        full = encoder(encoder.frozen(waves, lengths)).embedding
-        half = encoder.bfloat16()(encoder.frozen(waves, lengths))
+        full = encoder(encoder.frozen_features(waves, lengths)).embedding
+        half = encoder.bfloat16()(encoder.frozen_features(waves, lengths))
     assert (half.embedding.dtype, half.tokens.dtype) == (torch.float32, torch.bfloat16)
     assert (F.cosine_similarity(half.embedding, full) > 0.99).all()
 
@@ -275,7 +275,7 @@ def test_bf16_gives_float32_vectors(train):
 def test_narrow_convolutions_in_bf16_are_refused_on_cpu():
     encoder = make_encoder(conv_dim=[16, 16, 16]).bfloat16()
     with pytest.raises(UserError, match="at least 32"):
-        encoder.frozen(*make_waves(6000))
+        encoder.frozen_features(*make_waves(6000))
 
 
 @pytest.mark.parametrize("train", ["some", "-1", "3", "1.5", ""])
@@ -295,7 +295,7 @@ def test_groups_by_length_change_nothing(train: str, values: dict) -> None:
     encoded = []
     for groups in (1, 3, 7, 20):
         model.speech.groups = groups
-        encoded.append(model.speech(model.speech.frozen(waves, lengths, lengths.tolist())))
+        encoded.append(model.speech(model.speech.frozen_features(waves, lengths, lengths.tolist())))
     for other in encoded[1:]:
         assert torch.equal(other.mask, encoded[0].mask)
         torch.testing.assert_close(other.embedding, encoded[0].embedding, atol=1e-5, rtol=0)
@@ -313,7 +313,7 @@ def test_each_group_is_padded_to_its_own_longest_only(train: str) -> None:
     hook = model.speech.trunk.feature_extractor.conv_layers[0].register_forward_hook(
         lambda module, inputs, output: seen.append(tuple(inputs[0].shape))
     )
-    model.speech(model.speech.frozen(torch.randn(7, 16000), torch.tensor(lengths), lengths))
+    model.speech(model.speech.frozen_features(torch.randn(7, 16000), torch.tensor(lengths), lengths))
     hook.remove()
     assert seen == [(3, 1, 4000), (2, 1, 9000), (2, 1, 16000)]
     assert sum(rows * samples for rows, _, samples in seen) == padded_length(lengths, 3), "what the dry run counts"
@@ -336,7 +336,9 @@ class Loss(nn.Module):
         self.encoder = encoder
 
     def forward(self, waves: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return self.encoder(self.encoder.frozen(waves, lengths, lengths.tolist())).embedding.square().sum(0).std()
+        return (
+            self.encoder(self.encoder.frozen_features(waves, lengths, lengths.tolist())).embedding.square().sum(0).std()
+        )
 
 
 def losses_of_stages(rank: int, world_size: int) -> list[list[float]]:
@@ -406,8 +408,8 @@ def test_the_vector_of_thirds_depends_on_the_order_and_not_on_the_padding():
     encoder = SpeechEncoder(make_trunk(), 16, "all", 0, head_heads=4, dropout=0.0, pool="thirds").eval()
     waves, lengths = make_waves(16000, 9000)
     with torch.no_grad():
-        together = encoder(encoder.frozen(waves, lengths)).embedding
-        alone = encoder(encoder.frozen(waves[1:, :9000], lengths[1:])).embedding
+        together = encoder(encoder.frozen_features(waves, lengths)).embedding
+        alone = encoder(encoder.frozen_features(waves[1:, :9000], lengths[1:])).embedding
         frames = torch.randn(1, 12, 32)
         mask = torch.ones(1, 12, dtype=torch.bool)
         forwards, backwards = thirds(frames, mask), thirds(frames.flip(1), mask)

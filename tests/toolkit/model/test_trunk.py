@@ -41,9 +41,9 @@ from tests.toolkit.model.test_retrieval import results
 from tests.toolkit.training.test_trainer import losses, shards, train  # noqa: F401  the fixture
 from tests.toolkit.training.test_trainer import settings as run_settings
 from toolkit.config import schema as config
-from toolkit.config.validate import check
+from toolkit.config.validate import check_config
 from toolkit.model.build import build_model
-from toolkit.model.retrieval import SpeechImageModel, teacher_of
+from toolkit.model.retrieval import SpeechImageModel, build_teacher
 
 BASE = {**HUBERT, "feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
@@ -307,7 +307,7 @@ def test_pictures_vectors_begin_as_clips_own(tmp_path, cls, freeze):
     again = SpeechImageModel.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(again.encode_image(pictures()).embedding, wanted, atol=1e-6, rtol=0)
     assert {name for name, p in again.image.named_parameters() if p.requires_grad} == trained
-    teacher = teacher_of(model).bfloat16() if freeze else teacher_of(model)
+    teacher = build_teacher(model).bfloat16() if freeze else build_teacher(model)
     assert F.cosine_similarity(teacher.encode_image(pictures()).embedding, wanted).min() > 0.99
 
 
@@ -329,7 +329,7 @@ def test_where_the_projection_does_not_fit_it_begins_at_random_or_is_refused(tmp
     assert weight.shape == (settings.embed_dim, 32)
     assert weight.requires_grad
     settings.image.freeze_projection = True
-    build_checked = (lambda: check(config.Config(model=settings)), lambda: build_model(settings))
+    build_checked = (lambda: check_config(config.Config(model=settings)), lambda: build_model(settings))
     with pytest.raises(UserError, match=r"model\.image\.freeze_projection") as raised:
         [step() for step in build_checked]
     assert "\n" not in str(raised.value)
@@ -367,10 +367,10 @@ def test_pixels_are_normalised_as_the_folder_says(tmp_path, values, nested):
         processor = CLIPImageProcessor(do_resize=False, do_center_crop=False, **chosen)
     model = build(image=tmp_path / "clip").eval()
     pixels = processor(list(pictures()), return_tensors="pt").pixel_values
-    torch.testing.assert_close(model.image.frozen(pictures()).hidden, pixels, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.image.frozen_features(pictures()).hidden, pixels, atol=1e-5, rtol=0)
     model.save_pretrained(tmp_path / "model")
     again = SpeechImageModel.from_pretrained(tmp_path / "model")
-    assert torch.equal(again.image.frozen(pictures()).hidden, model.image.frozen(pictures()).hidden)
+    assert torch.equal(again.image.frozen_features(pictures()).hidden, model.image.frozen_features(pictures()).hidden)
 
 
 SQUASHED, CROPPED = BlipImageProcessor().to_dict(), CLIPImageProcessor().to_dict()
@@ -413,7 +413,7 @@ def test_waveforms_are_normalised_as_the_trunk_was_trained(tmp_path, normalise, 
     if normalise is not None:
         write_inputs(tmp_path, Wav2Vec2FeatureExtractor(do_normalize=normalise).to_dict(), nested)
     wave = loudness * torch.randn(1, 8000, generator=torch.Generator().manual_seed(3)) + 0.1 * loudness
-    (features,) = build(speech=tmp_path).speech.frozen(F.pad(wave, (0, 500)), torch.tensor([8000]))
+    (features,) = build(speech=tmp_path).speech.frozen_features(F.pad(wave, (0, 500)), torch.tensor([8000]))
     wanted = wave if normalise is False else F.layer_norm(wave, wave.shape[-1:], eps=1e-5)  # as fairseq
     torch.testing.assert_close(features.hidden[:, :8000], wanted, atol=1e-5, rtol=0)
 
@@ -454,7 +454,7 @@ def test_a_large_trunks_last_state_is_mixed_without_its_final_norm(tmp_path, tra
     encoder.mix.register_forward_hook(lambda module, inputs, output: seen.extend(inputs[0]))
     last = []
     encoder.trunk.encoder.layers[-1].register_forward_hook(lambda module, inputs, output: last.append(output))
-    encoder(encoder.frozen(torch.randn(1, 8000), torch.tensor([8000])))
+    encoder(encoder.frozen_features(torch.randn(1, 8000), torch.tensor([8000])))
     state = last[0][0] if isinstance(last[0], tuple) else last[0]
     torch.testing.assert_close(seen[-1], F.layer_norm(state, state.shape[-1:]))
     assert len(seen) == 3

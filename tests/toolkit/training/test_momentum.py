@@ -200,7 +200,7 @@ def test_in_float32_the_average_is_what_encodes() -> None:
     torch.manual_seed(0)
     student = build_model(tiny_model())
     teacher = MomentumEncoder(student, decay=0.5).to(CPU, torch.float32)
-    features = student.frozen(*some_input())
+    features = student.frozen_features(*some_input())
     before = teacher(*features)[0].embedding
     wander(student, torch.Generator().manual_seed(0))
     teacher.update()

@@ -15,7 +15,7 @@ from shards.errors import UserError
 from tests.distributed import run_ranks
 from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
-from toolkit.run_folder import keep_configuration, prepare_run
+from toolkit.run_folder import save_configuration, prepare_run
 from toolkit.training.fault_tolerance import lease
 
 shards = test_trainer.shards
@@ -125,7 +125,7 @@ def test_a_living_process_of_this_machine_keeps_its_folder(other: Any, tmp_path:
 def test_a_start_that_is_refused_leaves_the_folder_as_it_was(other: Any, tmp_path: Path) -> None:
     run = config.Config(run=str(tmp_path))
     prepare_run(run)
-    keep_configuration(run)
+    save_configuration(run)
     held_by(other, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     run.data.workers = 7

@@ -66,7 +66,7 @@ def test_flops_of_a_stem_are_those_that_torch_counts() -> None:
     settings.model.image.stem = "convolutions"
     image = made(settings)[0].model.image
     pictures = batch(SAMPLES).images
-    assert flops.image_flops(image, PATCHES) == (0, counted(lambda: image(image.frozen(pictures)))[1])
+    assert flops.image_flops(image, PATCHES) == (0, counted(lambda: image(image.frozen_features(pictures)))[1])
 
 
 @pytest.mark.parametrize("train", ["none", "1", "all"])
@@ -74,9 +74,9 @@ def test_flops_of_a_stem_are_those_that_torch_counts() -> None:
 def test_flops_of_the_parts_are_those_that_torch_counts(train: str, head_layers: int) -> None:
     learner, count = made(whole(train, head_layers))
     model, one = learner.model, batch(*[SAMPLES] * ROWS)
-    frozen_speech, a = counted(lambda: model.speech.frozen(one.waveforms, one.lengths))
+    frozen_speech, a = counted(lambda: model.speech.frozen_features(one.waveforms, one.lengths))
     speech, b = counted(lambda: model.speech(frozen_speech))
-    frozen_image, c = counted(lambda: model.image.frozen(one.images))
+    frozen_image, c = counted(lambda: model.image.frozen_features(one.images))
     image, d = counted(lambda: model.image(frozen_image))
     assert flops.speech_flops(model.speech, np.full(ROWS, SAMPLES)) == (
         a,
