@@ -95,7 +95,7 @@ def test_mixture_and_lanes(folder: Path, tmp_path: Path) -> None:
         (["--ranks", "2"], "--ranks is an option of --dry-run"),
         (["--dry-run", "--ranks", "0"], "--ranks is 0; expected 1 or more"),
         (["--dry-run", "--ranks", "two"], "--ranks"),
-        (["--dry-run", "--ranks", "3"], "--training.batch_size 2 does not divide"),
+        (["--dry-run", "--ranks", "3"], "--training.batch_size 2 is not divisible"),
         (["--dry-run", "--data.shards", "/no/where"], "no shards in /no/where"),
         (["--dry-run", "--data.dev", "val"], "no split 'val' in .*: it has train, dev, test"),
         (["--data.dev", "val"], "no split 'val' in .*: it has train, dev, test"),

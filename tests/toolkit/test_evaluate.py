@@ -18,7 +18,7 @@ from shards.errors import UserError
 from shards.manifest import load
 from shards.media.audio import SAMPLE_RATE, decode_audio
 from shards.media.picture import decode_picture
-from shards.reading.dataset import Reader
+from shards.reading.reader import Reader
 from shards.writing.writer import Format, write_shards
 from tests.distributed import run_ranks
 from tests.shards.media.noise import spoil

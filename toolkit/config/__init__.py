@@ -1,1 +1,1 @@
-"""The configuration: its schema, how it is loaded, and which values it may have."""
+"""Configuration: schema, loading and validation."""

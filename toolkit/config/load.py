@@ -1,4 +1,9 @@
-"""Reads the configuration: a YAML file, then `--section.key value` on top, each value checked against its type."""
+"""Load the configuration: a YAML file, then overrides `--section.key value`, each value checked against its type.
+
+Hand-written because one-line errors with the nearest key, `base:` files, YAML 1.2 scalars and free mappings are all
+needed: with tyro 1.0 an unknown key prints a box of 13 lines, jsonargparse 4 suggests no key and lists all of them, and
+both leave `base:` and scalars such as 24:00:00 to code like this.
+"""
 
 import argparse
 import difflib
@@ -21,15 +26,15 @@ from toolkit.config.validate import check_config
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SAVED = "config.yaml"  # in a run folder
+SAVED = "config.yaml"  # name of a run's configuration in its run folder
 
 
 def load_config(arguments: list[str], description: str | None = None) -> Config:
-    """Read and check the configuration of an entry point that has no options of its own.
+    """Load and validate the configuration of an entry point without further options.
 
     Args:
-        arguments: `--config NAME|FILE` and any number of `--section.key value`. Without `--config`, a run folder that
-            holds a configuration continues with it; else it is `quickstart`.
+        arguments: `--config NAME|FILE` and any number of `--section.key value`. Default of `--config`: the
+            configuration saved in the run folder, if there is one, else `quickstart`.
         description: First line of `--help`.
 
     Raises:
@@ -39,12 +44,12 @@ def load_config(arguments: list[str], description: str | None = None) -> Config:
 
 
 def parse(arguments: list[str], parser: "Parser") -> tuple[Config, argparse.Namespace]:
-    """Read the configuration and the entry point's own options, which were added to `parser`."""
+    """Set up logging, and parse the configuration and the options that an entry point has added to `parser`."""
     options, rest = parser.parse_known_args(arguments)
     setup_logging(options.log_level)
-    overrides = _pairs(rest)
+    overrides = _split_overrides(rest)
     config = Config()
-    _apply_file(config, _start(options.config, dict(overrides).get("run")))
+    _apply_file(config, _initial_file(options.config, dict(overrides).get("run")))
     for key, text in overrides:
         _override(config, key, text)
     check_config(config)
@@ -52,7 +57,7 @@ def parse(arguments: list[str], parser: "Parser") -> tuple[Config, argparse.Name
 
 
 class Parser(argparse.ArgumentParser):
-    """Command line of an entry point: its own options, and every key of the configuration."""
+    """Command-line parser of an entry point: its options, and every key of the configuration."""
 
     def __init__(self, description: str | None = None) -> None:
         super().__init__(
@@ -60,136 +65,141 @@ class Parser(argparse.ArgumentParser):
             usage="%(prog)s [--config NAME|FILE] [--run DIR] [--section.key VALUE ...]",
             allow_abbrev=False,
         )
-        choices = f"a YAML file, or one of: {', '.join(_names())} (default: quickstart)"
+        choices = f"a YAML file, or one of: {', '.join(_config_names())} (default: quickstart)"
         self.add_argument("--config", metavar="NAME|FILE", help=choices)
         add_log_level(self)
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
     def format_help(self) -> str:
-        """Append the keys of the configuration, read from where they are defined."""
+        """Append the keys of the configuration."""
         from toolkit.config.help import describe_keys
 
         return f"{super().format_help()}\n{describe_keys()}"
 
     def error(self, message: str) -> Any:
-        """Report a wrong option in one line."""
+        """Raise a one-line error for a wrong option."""
         raise UserError(message)
 
 
 def apply_yaml(config: Config, path: Path) -> None:
-    """Set what a YAML file says, on top of what `config` holds."""
+    """Update `config` in place from a YAML file."""
     _apply_file(config, path)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The most similar of the valid names: by the whole, by what stands after the last dot, and by the section."""
+    """Return the valid key most similar to `name`: similarity of the full key and its last part, same section first."""
     section, _, last = name.rpartition(".")
 
     def similarity(candidate: str) -> float:
-        its_section, _, its_last = candidate.rpartition(".")
-        pairs = ((name, candidate), (last, its_last))
-        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs) + 0.2 * (section == its_section)
+        candidate_section, _, candidate_last = candidate.rpartition(".")
+        pairs = ((name, candidate), (last, candidate_last))
+        ratios = sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return ratios + 0.2 * (section == candidate_section)
 
     return max(valid, key=similarity)
 
 
 def merged(base: Any, over: Any) -> Any:
-    """`over` laid on `base`: mappings key by key, at any depth; anything else is replaced."""
+    """Merge `over` into `base` recursively: mappings key by key; any other value is replaced."""
     if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
         return over
     return {**base, **{key: merged(base.get(key), value) for key, value in over.items()}}
 
 
-def _names() -> list[str]:
+def _config_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def _start(name: str | None, run: str | None) -> Path:
-    """The file to begin with: the one asked for, else that of the run to be continued, else the quickstart."""
+def _initial_file(name: str | None, run: str | None) -> Path:
+    """Return the requested configuration file, else the one saved in the run folder, else the quickstart's."""
     if name is None and run is not None and (Path(run) / SAVED).is_file():
         return Path(run) / SAVED
-    return _find("quickstart" if name is None else name, Path())
+    return _find_file("quickstart" if name is None else name, Path())
 
 
-def _find(name: str, folder: Path) -> Path:
-    """A configuration by name, or by path relative to `folder`."""
+def _find_file(name: str, folder: Path) -> Path:
+    """Find a configuration by path relative to `folder`, or by name."""
     for path in (folder / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path
-    near, names = nearest(name, _names()), ", ".join(_names())
-    raise UserError(f"configuration {name}: no such file or name; did you mean {near}? (there are {names})")
+    near, names = nearest(name, _config_names()), ", ".join(_config_names())
+    raise UserError(f"configuration {name}: no such file or name; did you mean {near}? (available: {names})")
 
 
-def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
+def _split_overrides(arguments: list[str]) -> list[tuple[str, str]]:
     """Split `--key value` and `--key=value` into pairs."""
-    pairs, waiting = [], list(reversed(arguments))
-    while waiting:
-        word = waiting.pop()
+    pairs, remaining = [], list(reversed(arguments))
+    while remaining:
+        word = remaining.pop()
         if not word.startswith("--"):
             raise UserError(f"{word}: expected --section.key VALUE; --help lists the keys")
         key, equals, value = word[2:].partition("=")
         if not equals:
-            if not waiting or waiting[-1].startswith("--"):
+            if not remaining or remaining[-1].startswith("--"):
                 raise UserError(f"--{key} has no value")
-            value = waiting.pop()
+            value = remaining.pop()
         pairs.append((key, value))
     return pairs
 
 
-def _apply_file(config: Config, path: Path, heirs: tuple[Path, ...] = ()) -> None:
-    """Set what a YAML file says; its `base: NAME|FILE` comes first."""
+def _apply_file(config: Config, path: Path, derived: tuple[Path, ...] = ()) -> None:
+    """Update the configuration from a YAML file, after the file or name in its `base:`.
+
+    Args:
+        config: Updated in place.
+        path: The file.
+        derived: Files that lead to this one by their `base:`.
+    """
     values = current_keys(read_yaml(path), "" if path.name == SAVED else f"{path}: ")
     base = values.pop("base", None)
     if base is not None:
-        parent = _find(str(base), path.parent)
-        if parent in (path, *heirs):
+        parent = _find_file(str(base), path.parent)
+        if parent in (path, *derived):
             raise UserError(f"{path}: base {base} leads back to the file itself")
-        _apply_file(config, parent, (*heirs, path))
+        _apply_file(config, parent, (*derived, path))
     _apply(config, values, "", f"{path}: ")
 
 
 def read_yaml(path: Path, fractions: bool = True) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty one.
+    """Read a YAML file that holds a mapping; an empty file gives an empty one.
 
     Args:
         path: The file.
-        fractions: Read 1.10 as a number; else as the text that it is.
+        fractions: Read 1.10 as a float; else as the string "1.10".
 
     Raises:
-        UserError: It cannot be read, is not YAML, or holds something else.
+        UserError: The file cannot be read, is not YAML, or does not hold a mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader if fractions else _LoaderOfWords)
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader if fractions else _LoaderWithoutFloats)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}{_problem(error)}") from None
+        raise UserError(f"{path}{_yaml_problem(error)}") from None
     if not isinstance(values, dict | None):
-        raise UserError(f"{path}: expected sections with keys, not {_shown(values)}")
+        raise UserError(f"{path}: expected sections with keys, not {_format_value(values)}")
     return values or {}
 
 
 def _override(config: Config, key: str, text: str) -> None:
-    """Set one value of the command line; a key may lead into a free mapping, such as `deepspeed`."""
+    """Set one value from the command line; a key may lead into a free mapping, such as `deepspeed`."""
     section, names = config, key.split(".")
     while names and is_dataclass(getattr(section, names[0], None)):
         section = getattr(section, names.pop(0))
     kind = get_type_hints(type(section)).get(names[0]) if names else None
-    value = _from_text(text, kind, f"--{key} {_shown(text)}")
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    _apply(config, current_keys(value, "--"), "", "--")
+    value = _parse_word(text, kind, f"--{key} {_format_value(text)}")
+    _apply(config, current_keys({key: value}, "--"), "", "--")
 
 
 def current_keys(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Rename the keys of earlier versions.
+    """Rename keys of earlier versions, with a warning of one line that names the new keys.
 
     Args:
-        values: Sections with keys, or keys with dots.
-        where: What the warning, one line that names the new keys, begins with; empty: no warning.
+        values: Nested sections, or keys with dots.
+        where: Prefix of the warning; empty: no warning.
 
     Returns:
-        The values under today's names.
+        The values under the current keys.
     """
     renamed: list[str] = []
     values = _renamed(values, "", renamed)
@@ -210,19 +220,19 @@ def _renamed(values: dict[str, Any], prefix: str, renamed: list[str]) -> dict[st
 
 
 def parse_value(text: str, where: str) -> Any:
-    """A word of the command line as a YAML value.
+    """Parse a word of the command line as YAML.
 
     Raises:
-        UserError: It is not YAML; `where` names the word.
+        UserError: The word is not YAML; the message begins with `where`.
     """
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}{_problem(error)}") from None
+        raise UserError(f"{where}{_yaml_problem(error)}") from None
 
 
-def _from_text(text: str, kind: Any, where: str) -> Any:
-    """A word of the command line as a YAML value; as it stands where a string is wanted."""
+def _parse_word(text: str, kind: Any, where: str) -> Any:
+    """Parse a word of the command line as YAML, or keep it as it is if the key takes a string."""
     if kind is str:
         return text
     value = parse_value(text, where)
@@ -230,44 +240,47 @@ def _from_text(text: str, kind: Any, where: str) -> Any:
 
 
 def _apply(section: Any, values: dict[str, Any], prefix: str, where: str) -> None:
-    """Set the values of a section and of the sections in it, each checked."""
+    """Check and set values of a section and its subsections, given as nested mappings or as keys with dots."""
     kinds = get_type_hints(type(section))
-    for name, value in values.items():
+    for full_name, value in values.items():
+        name, *inner_names = str(full_name).split(".")
+        for inner in reversed(inner_names):
+            value = {inner: value}
         key = f"{prefix}{name}"
         if name not in kinds:
-            raise UserError(f"{where}{key}: unknown key; did you mean {nearest(key, _keys(Config(), ''))}?")
+            raise UserError(f"{where}{key}: unknown key; did you mean {nearest(key, _all_keys(Config(), ''))}?")
         current = getattr(section, name)
         if is_dataclass(current):
             if not isinstance(value, dict):
                 inside = ", ".join(field.name for field in fields(current))
-                raise UserError(f"{where}{key} is {_shown(value)}; expected a section with keys of: {inside}")
+                raise UserError(f"{where}{key} is {_format_value(value)}; expected a section with keys of: {inside}")
             _apply(current, value, f"{key}.", where)
             continue
         try:
             setattr(section, name, merged(current, typed(value, kinds[name])))
         except TypeError:
-            raise UserError(f"{where}{key} is {_shown(value)}; expected {describe(kinds[name])}") from None
+            raise UserError(f"{where}{key} is {_format_value(value)}; expected {describe(kinds[name])}") from None
 
 
-def _keys(section: Any, prefix: str) -> Iterable[str]:
+def _all_keys(section: Any, prefix: str) -> Iterable[str]:
     for field in fields(section):
         yield f"{prefix}{field.name}"
         value = getattr(section, field.name)
         if is_dataclass(value):
-            yield from _keys(value, f"{prefix}{field.name}.")
+            yield from _all_keys(value, f"{prefix}{field.name}.")
 
 
 def typed(value: Any, kind: Any) -> Any:
-    """Check a value against a type of the tree: a bool is no number, a whole number is a float, and a number a string.
+    """Check a value against a type of the schema, and convert an int to a float or a number to a str where needed.
 
     Raises:
-        TypeError: It does not fit.
+        TypeError: The value does not fit the type; a bool is not a number.
     """
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin is Literal and any(value == choice and type(value) is type(choice) for choice in inner):
         return value
     if origin in (Union, types.UnionType):
-        return None if value is None else _typed_as_one(value, inner)
+        return None if value is None else _typed_as_any(value, inner)
     if origin is list and isinstance(value, list):
         return [typed(item, inner[0]) for item in value]
     if origin is dict and isinstance(value, dict) and all(isinstance(name, str) for name in value):
@@ -281,8 +294,8 @@ def typed(value: Any, kind: Any) -> Any:
     raise TypeError
 
 
-def _typed_as_one(value: Any, kinds: Iterable[Any]) -> Any:
-    """Check a value against the first of several types that it fits."""
+def _typed_as_any(value: Any, kinds: Iterable[Any]) -> Any:
+    """Check a value against the members of a union, in order."""
     for kind in kinds:
         try:
             return typed(value, kind)
@@ -292,7 +305,7 @@ def _typed_as_one(value: Any, kinds: Iterable[Any]) -> Any:
 
 
 def describe(kind: Any) -> str:
-    """Name a type of the tree as a user would write its values."""
+    """Describe a type of the schema in the words of YAML."""
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
@@ -304,29 +317,29 @@ def describe(kind: Any) -> str:
     return names.get(origin, getattr(origin, "__name__", str(origin)))
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
-def _problem(error: yaml.YAMLError) -> str:
+def _yaml_problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f" line {error.problem_mark.line + 1}: not YAML: {error.problem}"
     return f": not YAML: {' '.join(str(error).split())}"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the plain scalars of YAML 1.2: 1e-4 is a number, 24:00:00 and `no` are strings; no key twice."""
+    """Safe YAML loader with the scalars of YAML 1.2 (1e-4 is a float, 24:00:00 and `no` are strings), unique keys."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping; a key that stands twice is a mistake."""
+        """Construct a mapping; duplicate keys are an error."""
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
             names = [key.value for key, _ in node.value]
-            twice = next(key for i, (key, _) in enumerate(node.value) if key.value in names[:i])
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice.value} stands twice", twice.start_mark)
+            second = next(key for i, (key, _) in enumerate(node.value) if key.value in names[:i])
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {second.value}", second.start_mark)
         return mapping
 
 
@@ -340,11 +353,11 @@ for tag, pattern, first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, first)
 
 
-class _LoaderOfWords(_Loader):
-    """The same, with fractions as they are written: of 1.10 the number 1.1 would be left."""
+class _LoaderWithoutFloats(_Loader):
+    """The same, with fractions as strings: as a float, 1.10 would become 1.1."""
 
 
-_LoaderOfWords.yaml_implicit_resolvers = {
+_LoaderWithoutFloats.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":float")]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }

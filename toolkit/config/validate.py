@@ -1,4 +1,4 @@
-"""Ranges of the configuration's values, and which values contradict one another."""
+"""Validation of the configuration: the range of each value, and combinations that are not allowed."""
 
 import functools
 from typing import Any
@@ -8,22 +8,22 @@ from toolkit.config.schema import GPUS, Config, micro_batch
 
 
 def check_config(config: Config) -> None:
-    """Make sure that every value is in its range and that the values fit one another.
+    """Check the range of every value and the combinations of values.
 
     Raises:
-        UserError: The first one that does not.
+        UserError: A value is out of range, or values contradict each other.
     """
-    for text, (fits, keys) in _RANGES.items():
+    for expected, (is_valid, keys) in _RANGES.items():
         for key in keys.split():
             value = _get(config, key)
-            if not all(fits(each) for each in (value if isinstance(value, list) else [value])):
-                raise UserError(f"--{key} is {value}; expected {text}")
-    for wrong, mend in _contradictions(config):
-        if wrong:
-            raise UserError(mend)
+            if not all(is_valid(item) for item in (value if isinstance(value, list) else [value])):
+                raise UserError(f"--{key} is {value}; expected {expected}")
+    for is_wrong, message in (*_objective_rules(config), *_model_rules(config), *_training_rules(config)):
+        if is_wrong:
+            raise UserError(message)
 
 
-# What a value must be, and the keys of which this is asked (of every item, where the value is a list).
+# Range in words: predicate, and the keys that it applies to (to every item, if the value is a list).
 _RANGES: dict[str, tuple[Any, str]] = {
     "1 or more": (
         lambda value: value >= 1,
@@ -36,9 +36,8 @@ _RANGES: dict[str, tuple[Any, str]] = {
     ),
     "0 or more": (
         lambda value: value >= 0,
-        """seed data.workers data.max_bad_samples data.max_bad_samples_in_a_row model.speech.head_layers model.image.head_layers
-        objectives.coarse_steps
-        objectives.contrastive.weight objectives.matching.queue
+        """seed data.workers data.max_bad_samples data.max_bad_samples_in_a_row model.speech.head_layers
+        model.image.head_layers objectives.coarse_steps objectives.contrastive.weight objectives.matching.queue
         objectives.contrastive.queue objectives.contrastive.alpha_ramp objectives.matching.weight
         objectives.denoising.weight training.min_lr training.warmup_steps training.weight_decay training.grad_clip
         training.watchdog evaluation.every evaluation.rerank final.rerank launch.ranks_per_node launch.cpus_per_rank
@@ -67,13 +66,14 @@ _RANGES: dict[str, tuple[Any, str]] = {
 }
 
 
-def _contradictions(config: Config) -> list[tuple[bool, str]]:
-    """Pairs of: are these values at odds, and what to say of it."""
+Rule = tuple[bool, str]  # whether the rule is violated, and the error message
+
+
+def _objective_rules(config: Config) -> list[Rule]:
     contrastive, matching, denoising = (
         config.objectives.contrastive, config.objectives.matching, config.objectives.denoising
     )  # fmt: skip
-    training, fusion, teacher = config.training, config.model.fusion, config.objectives.momentum.enabled
-    image = config.model.image
+    teacher = config.objectives.momentum.enabled
     off = "needs the momentum encoder, which --objectives.momentum.enabled false switches off"
     return [
         (
@@ -95,16 +95,29 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
         ),
         (
             denoising.weight > 0 and denoising.noise == "swap" and denoising.swap_group == 1,
-            "--objectives.denoising.swap_group 1 leaves no row to swap with: set it to 2 or more, or noise to another",
+            "--objectives.denoising.swap_group 1 leaves no row to swap with: set it to 2 or more, or change "
+            "--objectives.denoising.noise",
         ),
         (
+            config.evaluation.rerank > 0 and matching.weight == 0,
+            "--evaluation.rerank needs the matching objective, whose weight is 0: set --evaluation.rerank 0",
+        ),
+    ]
+
+
+def _model_rules(config: Config) -> list[Rule]:
+    fusion, image = config.model.fusion, config.model.image
+    defaults = {"clip": (32, 768), "blip2": (14, 1408)}[image.architecture]  # of transformers' configurations
+    patch_size, hidden_size = map(image.config.get, ("patch_size", "hidden_size"), defaults)
+    return [
+        (
             fusion.width % fusion.heads != 0,
-            f"--model.fusion.width {fusion.width} does not divide by --model.fusion.heads {fusion.heads}",
+            f"--model.fusion.width {fusion.width} is not divisible by --model.fusion.heads {fusion.heads}",
         ),
         (
             image.freeze_projection
             and not (image.trunk and image.architecture == "clip" and image.pool == "class" and not image.head_layers),
-            "--model.image.freeze_projection true keeps the projection of a CLIP trunk's class token: it needs "
+            "--model.image.freeze_projection true freezes the projection of a CLIP trunk's class token: it needs "
             "--model.image.trunk, architecture clip, pool class and head_layers 0",
         ),
         (
@@ -114,69 +127,84 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
         ),
         (
             image.stem == "convolutions" and image.train != "all",
-            f"--model.image.train {image.train} would leave the stem's random weights as they are: set it to all, or "
+            f"--model.image.train {image.train} would leave the stem's random weights untrained: set it to all, or "
             "--model.image.stem to patches",
         ),
+        (
+            image.stem == "convolutions" and not stem_supports(patch_size, hidden_size),
+            "--model.image.stem convolutions needs a patch_size that is a power of 2, at least 2, and a hidden_size "
+            f"that is a multiple of 4 (model.image.config): they are {patch_size} and {hidden_size}",
+        ),
+    ]
+
+
+def stem_supports(patch_size: Any, hidden_size: Any) -> bool:
+    """Whether a convolutional stem can embed patches: a power of 2 pixels from 2, and a multiple of 4 channels."""
+    if not isinstance(patch_size, int) or not isinstance(hidden_size, int):
+        return False
+    return patch_size >= 2 and patch_size & (patch_size - 1) == 0 and hidden_size > 0 and hidden_size % 4 == 0
+
+
+def _training_rules(config: Config) -> list[Rule]:
+    training = config.training
+    return [
         (training.min_lr > training.lr, f"--training.min_lr {training.min_lr} is above --training.lr {training.lr}"),
         (len(training.betas) != 2, f"--training.betas is {training.betas}; expected two numbers"),
         (
             training.batch_size % training.accumulation != 0,
-            f"--training.batch_size {training.batch_size} does not divide by accumulation {training.accumulation}",
+            f"--training.batch_size {training.batch_size} is not divisible by --training.accumulation "
+            f"{training.accumulation}",
         ),
         (
             training.stop_after is not None and training.stop_after < 1,
             f"--training.stop_after is {training.stop_after}; expected 1 or more, or null",
         ),
-        (
-            config.evaluation.rerank > 0 and matching.weight == 0,
-            "--evaluation.rerank needs the matching objective, whose weight is 0: set it to 0 too",
-        ),
     ]
 
 
 def batch_warnings(config: Config, world_size: int) -> list[str]:
-    """What an objective loses by the number of steps or a rank's micro-batch; nothing else would show it.
+    """Warn about objectives that train poorly with these steps or micro-batches, which no error would reveal.
 
     Args:
         config: The configuration.
         world_size: Number of ranks.
 
     Returns:
-        A line for each, with what to set.
+        One line per problem, with the value to set.
 
     Raises:
-        UserError: The batch does not divide by ranks and accumulation.
+        UserError: The batch size is not divisible by ranks times accumulation.
     """
     micro, objectives = micro_batch(config, world_size), config.objectives
     matching, denoising = objectives.matching, objectives.denoising
     candidates = micro * (world_size if matching.negatives == "global" else 1)
-    pairs = f"{micro} pair{'s' * (micro > 1)} a rank and micro-batch"
-    raise_it = "raise --training.batch_size, or lower the number of ranks or --training.accumulation"
-    found = []
+    pairs = f"{micro} pair{'s' * (micro > 1)} per rank and micro-batch"
+    advice = "raise --training.batch_size, or lower the number of ranks or --training.accumulation"
+    warnings = []
     if (matching.weight or denoising.weight) and objectives.coarse_steps >= config.training.steps:
-        found.append(
+        warnings.append(
             f"--objectives.coarse_steps {objectives.coarse_steps}: all of {config.training.steps} steps train SIC "
             "alone; lower it, or raise --training.steps"
         )
     if matching.weight > 0 and candidates == 1:
         other = "" if world_size == 1 else ", or set --objectives.matching.negatives global"
-        found.append(
-            f"{pairs}: SIM has no other pair to draw negatives from and sees matching pairs only; {raise_it}{other}"
+        warnings.append(
+            f"{pairs}: SIM has no other pair to sample negatives from and sees matching pairs only; {advice}{other}"
         )
     if denoising.weight > 0 and denoising.noise == "swap":
         if micro == 1:
-            found.append(
-                f"{pairs}: CMD has no other row to swap tokens with, and its loss is 0; {raise_it}, or set "
+            warnings.append(
+                f"{pairs}: CMD has no other row to swap tokens with, and its loss is 0; {advice}, or set "
                 "--objectives.denoising.noise gaussian"
             )
         elif micro % denoising.swap_group and micro < config.training.batch_size:
             divisors = [size for size in range(2, micro + 1) if micro % size == 0]
             best = min(divisors, key=lambda size: (abs(size - denoising.swap_group), size))
-            found.append(
-                f"{pairs}: --objectives.denoising.swap_group {denoising.swap_group} does not divide that, so that CMD's noise "
-                f"depends on the number of ranks; set it to {best}"
+            warnings.append(
+                f"{pairs}: --objectives.denoising.swap_group {denoising.swap_group} does not divide this number, so "
+                f"CMD's noise depends on the number of ranks; set it to {best}"
             )
-    return found
+    return warnings
 
 
 def _get(config: Config, key: str) -> Any:

@@ -1,1 +1,1 @@
-"""Evaluation: encode a split once, recall both ways, re-ranking, twins, and a picture of what was retrieved."""
+"""Evaluation: encode a split, rank, re-rank, and show examples of what was retrieved."""

@@ -1,4 +1,4 @@
-"""A picture of what was retrieved: some spoken queries with their pictures, some pictures with their captions."""
+"""An image of retrieved examples: spoken queries with their pictures, and pictures with their captions."""
 
 import io
 import textwrap
@@ -13,9 +13,9 @@ from shards.reading.reader import Reader
 from toolkit.evaluation.recall import RankCounts
 from toolkit.evaluation.retrieve import Retrieval
 
-SPOKEN, SHOWN = 8, 4  # examples of each direction
-PICTURES, CAPTIONS = 5, 3  # answers shown of each
-NOTE = "Queries are taken at equal distances over the split, whatever was found for them. Green: a right answer."
+SPOKEN, SHOWN = 8, 4  # queries of each direction
+PICTURES, CAPTIONS = 5, 3  # candidates per query
+NOTE = "Queries are equally spaced over the split, not selected by their result. Green: correct."
 
 _SIDE, _GAP, _MARGIN, _LABEL, _FRAME = 112, 12, 28, 260, 5
 _WIDTH = 2 * _MARGIN + _LABEL + PICTURES * (_SIDE + _GAP)
@@ -24,68 +24,68 @@ _INK, _GREY, _GREEN, _PAPER = (25, 25, 28), (120, 120, 126), (22, 148, 72), (255
 
 @dataclass
 class Spoken:
-    """A caption and the pictures found for it, best first."""
+    """A spoken query and the pictures found for it, best first."""
 
     text: str
-    rank: int  # where the right picture stands, from 1
+    rank: int  # of the correct picture, from 1
     pictures: list[Image.Image]
     right: list[bool]
 
 
 @dataclass
 class Shown:
-    """A picture and the captions found for it, best first."""
+    """A picture query and the captions found for it, best first."""
 
     picture: Image.Image
-    rank: int
+    rank: int  # of the first correct caption, from 1
     texts: list[str]
     right: list[bool]
 
 
-def save_gallery(manifest: Manifest, found: Retrieval, path: Path) -> None:
-    """Draw examples of a retrieval as a PNG."""
+def save_gallery(manifest: Manifest, retrieval: Retrieval, path: Path) -> None:
+    """Draw examples of an evaluation, and save them as a PNG."""
     reader = Reader(manifest)
-    spoken, shown = examples(reader, found)
-    image = draw_gallery(titles(found.report, manifest.corpus), spoken, shown)
+    spoken, shown = examples(reader, retrieval)
+    image = draw_gallery(titles(retrieval.report, manifest.corpus), spoken, shown)
     image.save(path, format="PNG")
 
 
 def equally_spaced(total: int, count: int) -> list[int]:
-    """Up to `count` of the numbers below `total`, at equal distances."""
+    """Return up to `count` equally spaced numbers below `total`."""
     count = min(total, count)
     return [(2 * n + 1) * total // (2 * count) for n in range(count)]
 
 
-def examples(reader: Reader, found: Retrieval) -> tuple[list[Spoken], list[Shown]]:
-    """Read the examples that are to be drawn."""
+def examples(reader: Reader, retrieval: Retrieval) -> tuple[list[Spoken], list[Shown]]:
+    """Read the examples to draw."""
 
-    def picture(at: int) -> Image.Image:
-        with Image.open(io.BytesIO(reader.picture(int(found.samples[at])))) as opened:
+    def picture(index: int) -> Image.Image:
+        with Image.open(io.BytesIO(reader.picture(int(retrieval.samples[index])))) as opened:
             return ImageOps.fit(opened.convert("RGB"), (_SIDE, _SIDE))
 
-    def text(at: int) -> str:
-        return caption_text(reader, found, at)
+    def text(index: int) -> str:
+        return caption_text(reader, retrieval, index)
 
     spoken = []
-    for query in equally_spaced(len(found.captions), SPOKEN):
-        best = found.speech_to_image.candidates[query, :PICTURES].tolist()
-        right = [at == int(found.picture[query]) for at in best]
-        rank = _rank(found.speech_to_image.rank_counts, query)
-        spoken.append(Spoken(text(query), rank, [picture(at) for at in best], right))
+    for query in equally_spaced(len(retrieval.captions), SPOKEN):
+        best = retrieval.speech_to_image.candidates[query, :PICTURES].tolist()
+        right = [index == int(retrieval.picture[query]) for index in best]
+        rank = _rank(retrieval.speech_to_image.rank_counts, query)
+        spoken.append(Spoken(text(query), rank, [picture(index) for index in best], right))
     shown = []
-    for query in equally_spaced(len(found.queries), SHOWN):
-        best = found.image_to_speech.candidates[query, :CAPTIONS].tolist()
-        at = int(found.queries[query])
-        right = [int(found.picture[caption]) == at for caption in best]
-        rank = _rank(found.image_to_speech.rank_counts, query)
-        shown.append(Shown(picture(at), rank, [text(caption) for caption in best], right))
+    for query in equally_spaced(len(retrieval.queries), SHOWN):
+        best = retrieval.image_to_speech.candidates[query, :CAPTIONS].tolist()
+        index = int(retrieval.queries[query])
+        right = [int(retrieval.picture[caption]) == index for caption in best]
+        rank = _rank(retrieval.image_to_speech.rank_counts, query)
+        shown.append(Shown(picture(index), rank, [text(caption) for caption in best], right))
     return spoken, shown
 
 
-def caption_text(reader: Reader, found: Retrieval, at: int) -> str:
-    """What caption number `at` of a retrieval says, if the shards know that."""
-    sample = int(found.samples[found.picture[at]])
-    number = int(found.captions[at] - reader.manifests[0].first_caption[sample])
+def caption_text(reader: Reader, retrieval: Retrieval, index: int) -> str:
+    """Return the text of a caption, or its utterance id if the shards contain no text."""
+    sample = int(retrieval.samples[retrieval.picture[index]])
+    number = int(retrieval.captions[index] - reader.manifests[0].first_caption[sample])
     caption = reader.meta(sample)["captions"][number]
     return caption.get("text") or f"(no text: utterance {caption.get('utterance')})"
 
@@ -95,12 +95,12 @@ def _rank(rank_counts: RankCounts, query: int) -> int:
 
 
 def titles(report: dict[str, Any], corpus: str) -> list[str]:
-    """Say what was measured, and each direction's recall."""
+    """Return the heading, and a line with the recall of each direction."""
     reranked = report["reranked"]
     recall = reranked or report["coarse"]
-    how = f"best {reranked['k']} re-ranked" if reranked else "coarse"
+    method = f"best {reranked['k']} re-ranked" if reranked else "coarse"
     size = f"{report['captions']:,} spoken captions, {report['pictures']:,} pictures"
-    lines = [f"{corpus}, {report['split']}: {size}, {how}"]
+    lines = [f"{corpus}, {report['split']}: {size}, {method}"]
     for name in ("speech_to_image", "image_to_speech"):
         figures = "   ".join(f"{cutoff} {value:.1f} %" for cutoff, value in recall[name].items())
         lines.append(f"{name.replace('_', ' ').capitalize()}:   {figures}")
@@ -108,10 +108,10 @@ def titles(report: dict[str, Any], corpus: str) -> list[str]:
 
 
 def draw_gallery(titles: list[str], spoken: list[Spoken], shown: list[Shown]) -> Image.Image:
-    """Lay the examples out on one page.
+    """Draw all examples on one page.
 
     Args:
-        titles: Heading, and the line above each of the two directions.
+        titles: Heading of the page, and of each of the two directions.
         spoken: Rows of the upper part.
         shown: Rows of the lower part.
     """
@@ -134,7 +134,7 @@ def draw_gallery(titles: list[str], spoken: list[Spoken], shown: list[Shown]) ->
 def _draw_spoken(page: Image.Image, pen: ImageDraw.ImageDraw, y: int, example: Any) -> None:
     lines = textwrap.wrap(f"\u201c{example.text}\u201d", 32, max_lines=5, placeholder=" ...")
     pen.multiline_text((_MARGIN, y + 4), "\n".join(lines), _INK, _font(15), spacing=3)
-    pen.text((_MARGIN, y + _SIDE - 14), f"right picture: number {example.rank}", _GREY, _font(12))
+    pen.text((_MARGIN, y + _SIDE - 14), f"rank of the correct picture: {example.rank}", _GREY, _font(12))
     for column, (picture, right) in enumerate(zip(example.pictures, example.right, strict=True)):
         _paste(page, pen, _MARGIN + _LABEL + column * (_SIDE + _GAP), y, picture, right)
 
@@ -145,7 +145,7 @@ def _draw_shown(page: Image.Image, pen: ImageDraw.ImageDraw, y: int, example: An
     for number, (text, right) in enumerate(zip(example.texts, example.right, strict=True)):
         line = textwrap.shorten(text, 80, placeholder=" ...")
         pen.text((left, y + 8 + 26 * number), f"{number + 1}.  {line}", _GREEN if right else _INK, _font(15))
-    pen.text((left, y + _SIDE - 14), f"first right caption: number {example.rank}", _GREY, _font(12))
+    pen.text((left, y + _SIDE - 14), f"rank of the first correct caption: {example.rank}", _GREY, _font(12))
 
 
 def _paste(page: Image.Image, pen: ImageDraw.ImageDraw, x: int, y: int, picture: Image.Image, right: bool) -> None:

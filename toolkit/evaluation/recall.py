@@ -1,12 +1,12 @@
-"""Recall: rank every answer for every query by cosine similarity, and count the right ones among the first k.
+"""Recall at k: rank all candidates of each query by cosine similarity, and look for a correct one among the first k.
 
 Protocol of Flickr8k and SpokenCOCO: each spoken caption queries all distinct pictures of the split; each picture
-queries all captions, and any of its own is a hit. Both are `rank_answers`, the picture being the identity of both
-sides.
+queries all captions, and any of its captions is correct. `rank_answers` serves both directions: a query and a candidate
+match if they belong to the same picture.
 
-Ties are resolved in expectation: a right answer that shares its score with wrong ones stands at each of their places
-with equal probability. So recall does not depend on the order of the answers, and a model that gives every pair the
-same score gets exactly chance. A score that is not a number counts against the model.
+Ties are resolved in expectation: a correct candidate with the same score as incorrect ones takes each of their ranks
+with equal probability. Recall therefore does not depend on the order of the candidates, and a model that scores all
+pairs equally gets exactly chance. NaN scores count against the model.
 """
 
 from dataclasses import dataclass
@@ -16,55 +16,55 @@ import torch
 from torch import Tensor
 
 CUTOFFS = (1, 5, 10)
-_CELLS = 1 << 24  # scores held at once: 64 MB
+_MAX_SCORES = 1 << 24  # computed at once: 64 MB
 
 
 @dataclass
 class RankCounts:
-    """Where the best right answer of each query stands; all int64 [Q]."""
+    """Numbers of candidates that determine the rank of each query's best correct candidate; all int64 [Q]."""
 
-    ahead: Tensor  # wrong answers with a better score
-    tied: Tensor  # wrong answers with the same score
-    right: Tensor  # right answers with the same score, itself included
+    ahead: Tensor  # incorrect candidates with a higher score
+    tied: Tensor  # incorrect candidates with the same score
+    right: Tensor  # correct candidates with the same score, itself included
 
 
 @dataclass
 class Ranking:
-    """The result of one direction, on the CPU."""
+    """Ranking in one direction, on the CPU."""
 
     rank_counts: RankCounts  # [Q]
-    candidates: Tensor  # int64 [Q, k], the best answers of each query, best first
+    candidates: Tensor  # int64 [Q, k], the best candidates of each query, best first
 
 
 def rank_of_best(scores: Tensor, right: Tensor) -> RankCounts:
-    """Find where the best right answer stands.
+    """Count the candidates ahead of and tied with the best correct candidate of each query.
 
     Args:
-        scores: [Q, N], the higher the better.
-        right: bool [Q, N], at least one True in each row.
+        scores: [Q, N], higher is better.
+        right: bool [Q, N], True for correct candidates; at least one per row.
     """
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     same = scores == best
-    ahead = ~right & ~(scores <= best)  # not `>`: whatever is compared with a nan is ahead
+    ahead = ~right & ~(scores <= best)  # not `>`: a NaN on either side counts as ahead
     return RankCounts(ahead.sum(1), (~right & same).sum(1), (right & same).sum(1).clamp(min=1))
 
 
 def recall_at(rank_counts: RankCounts, k: int) -> float:
-    """Recall at k in per cent: the expected share of queries with a right answer among the first k."""
+    """Recall at k in percent: expected fraction of queries with a correct candidate among the first k."""
     return 100.0 * hits_at(rank_counts, k).mean().item()
 
 
 def hits_at(rank_counts: RankCounts, k: int) -> Tensor:
-    """Probability of each query that a right answer is among the first k, float64 [Q].
+    """Probability, for each query, that a correct candidate is among the first k: float64 [Q].
 
-    With s = k - ahead places left for `tied` wrong and `right` right answers in random order, all s are wrong with
-    probability prod_{j<s} (tied - j) / (tied + right - j).
+    With s = k - ahead ranks left for `tied` incorrect and `right` correct candidates in random order, all s are
+    incorrect with probability prod_{j<s} (tied - j) / (tied + right - j).
     """
     miss = torch.ones(len(rank_counts.ahead), dtype=torch.float64)
-    for place in range(k):
-        wrong = (rank_counts.tied - place).clamp(min=0).double()
-        taken = rank_counts.ahead + place < k
-        miss = torch.where(taken, miss * wrong / (wrong + rank_counts.right), miss)
+    for j in range(k):
+        wrong = (rank_counts.tied - j).clamp(min=0).double()
+        within = rank_counts.ahead + j < k
+        miss = torch.where(within, miss * wrong / (wrong + rank_counts.right), miss)
     return 1.0 - miss
 
 
@@ -78,21 +78,21 @@ def rank_answers(
     world_size: int = 1,
     chunk: int | None = None,
 ) -> Ranking:
-    """Rank all answers for all queries, the queries spread over the ranks in chunks; the result is whole on every rank.
+    """Rank all candidates for all queries; chunks of queries are distributed over the ranks, the result is gathered.
 
-    The chunks are cut alike for any number of ranks, so that the figures are the same bits for any number of ranks.
+    The chunks do not depend on the world size, so the result is bitwise identical for any world size.
 
     Args:
-        queries: unit embeddings [Q, D], the same on all ranks.
-        query_ids: int64 [Q], identity of the picture that each query belongs to.
-        answers: unit embeddings [N, D].
-        answer_ids: int64 [N]. Every query id occurs among them.
-        k: candidates kept for each query, at most N.
-        rank: this process.
-        world_size: number of processes.
-        chunk: queries scored at once; by default as many as keep the scores within 64 MB.
+        queries: Unit embeddings [Q, D], the same on all ranks.
+        query_ids: int64 [Q], the picture that each query belongs to.
+        answers: Unit embeddings [N, D] of the candidates.
+        answer_ids: int64 [N], the picture that each candidate belongs to; contains every query id.
+        k: Number of candidates to return for each query, at most N.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        chunk: Queries scored at once; default: as many as keep the scores within 64 MB.
     """
-    chunk = chunk or max(1, _CELLS // len(answers))
+    chunk = chunk or max(1, _MAX_SCORES // len(answers))
     k = min(k, len(answers))
     counts = torch.zeros(3, len(queries), dtype=torch.int64, device=queries.device)
     candidates = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
@@ -106,14 +106,14 @@ def rank_answers(
 
 
 def all_reduce_sum(part: Tensor, world_size: int) -> Tensor:
-    """Put together a tensor of which every rank filled its own places and left zeros elsewhere; in place, exact."""
+    """Sum a tensor over the ranks, in place; exact where only one rank is not zero."""
     if world_size > 1:
         torch.distributed.all_reduce(part)
     return part
 
 
 def summarize_recall(speech_to_image: Ranking, image_to_speech: Ranking) -> dict[str, Any]:
-    """R@1, R@5, R@10 of both directions and the mean of both R@1, in per cent."""
+    """R@1, R@5, R@10 of both directions and the mean of both R@1, in percent."""
     directions = {"speech_to_image": speech_to_image, "image_to_speech": image_to_speech}
     report: dict[str, Any] = {}
     for name, ranking in directions.items():

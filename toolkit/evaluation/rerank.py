@@ -1,13 +1,13 @@
-"""Re-ranking: SIM's matching score reorders the best k answers of SIC, in both directions.
+"""Re-ranking: the best k candidates of SIC are reordered by SIM's match logit, in both directions.
 
-The new score of a candidate is, by `evaluation.fuse`,
+`evaluation.fuse` selects the score that orders the candidates:
 
-    fitted      cosine + w * match logit, with the weight w that fits dev best; kept in the exported model
-    sum         match logit + cosine of the global embeddings, without temperature (BLIP: score + topk_sim)
+    fitted      cosine + w * match logit, with w fitted on the development split and stored in the exported model
+    sum         match logit + cosine of the embeddings, without temperature (BLIP: score + topk_sim)
     matching    match logit (ALBEF: itm_head(...)[:, 1])
 
-Only the best k change places; the rest stay behind them in SIC's order. Where equal cosines meet at the border of the
-best k, position decides who is a candidate.
+Candidates beyond the best k keep their order and follow them. If the k-th and the next candidate have equal cosines,
+their position decides which of them is re-ranked.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shards.errors import UserError
 from toolkit.config import schema as config
-from toolkit.evaluation.encode import Encodings, ProcessInfo, progress
+from toolkit.evaluation.encode import Encodings, ProcessInfo, track_progress
 from toolkit.evaluation.recall import RankCounts, Ranking, all_reduce_sum, rank_of_best
 from toolkit.model.outputs import Encoded
 
@@ -39,58 +39,58 @@ def rerank(
     process: ProcessInfo,
     fit: bool = False,
 ) -> tuple[Ranking, Ranking, float]:
-    """Reorder both directions' best k; a pair that is a candidate in both is matched once.
+    """Re-rank the best k candidates in both directions; a pair that is a candidate in both is scored once.
 
     Args:
         model: In evaluation mode.
         encodings: With tokens.
-        speech_to_image: Captions in the order of `encodings`.
-        image_to_speech: Pictures in the order of `queries`.
-        queries: int64, positions of the pictures that are queries.
-        k: Candidates a query.
-        evaluation: `fuse` chooses the score.
+        speech_to_image: Ranking of the captions in the order of `encodings`.
+        image_to_speech: Ranking of the pictures in the order of `queries`.
+        queries: int64 [Q], positions of the pictures that are queries.
+        k: Candidates per query.
+        evaluation: `fuse` selects the score.
         process: This process.
-        fit: Fit the weight of the match logit to these answers first, into the model's configuration.
+        fit: First fit the weight of the match logit to these candidates, and set it in the model's configuration.
 
     Returns:
-        Both directions reordered, and the seconds that one rank takes for one query.
+        The new rankings of both directions, and the seconds per query and rank.
     """
     started = time.monotonic()
     pictures, captions = speech_to_image.candidates[:, :k], image_to_speech.candidates[:, :k]
-    # One number a pair: caption * P + picture.
+    # One integer per pair: caption * P + picture.
     size = len(encodings.images)
     forward = torch.arange(len(pictures))[:, None] * size + pictures
     backward = captions * size + queries[:, None]
     numbers = torch.unique(torch.cat([forward.flatten(), backward.flatten()]))
     pairs = torch.stack([numbers // size, numbers % size], dim=1)
     logits, similarity = match_pairs(model, encodings, pairs, process), cosines(encodings, pairs).cpu()
-    places = [torch.searchsorted(numbers, wanted) for wanted in (forward, backward)]
+    indices = [torch.searchsorted(numbers, direction) for direction in (forward, backward)]
     owner = encodings.picture
     right = [owner[: len(pictures), None] == pictures, queries[:, None] == owner[captions]]
     if fit:
         model.config.match_weight = fit_weight(
-            [(similarity[p], logits[p], r) for p, r in zip(places, right, strict=True)]
+            [(similarity[i], logits[i], r) for i, r in zip(indices, right, strict=True)]
         )
-    scores = join(model, similarity, logits, evaluation)
+    scores = fuse_scores(model, similarity, logits, evaluation)
 
-    spoken = reorder(speech_to_image, scores[places[0]], right[0])
-    shown = reorder(image_to_speech, scores[places[1]], right[1])
+    new_speech_to_image = reorder(speech_to_image, scores[indices[0]], right[0])
+    new_image_to_speech = reorder(image_to_speech, scores[indices[1]], right[1])
     seconds = (time.monotonic() - started) * process.world_size / (len(forward) + len(backward))
-    return spoken, shown, seconds
+    return new_speech_to_image, new_image_to_speech, seconds
 
 
 def reorder(ranking: Ranking, scores: Tensor, right: Tensor) -> Ranking:
-    """Put the best k candidates in the order of new scores.
+    """Sort the first k candidates of each query by new scores.
 
     Args:
-        ranking: The old order, Q queries.
-        scores: [Q, k], the first k candidates' new scores.
-        right: bool [Q, k], which of them are right answers.
+        ranking: The ranking of Q queries before.
+        scores: [Q, k], new scores of the first k candidates.
+        right: bool [Q, k], True for correct candidates.
     """
     old, k = ranking.rank_counts, scores.shape[1]
     inside = right.any(dim=1)
-    new = rank_of_best(scores, right | ~inside[:, None])  # a row without right answers is not used, but has to have one
-    ahead = old.ahead.clamp(min=k)  # outside, all k are ahead, even those of the same old score
+    new = rank_of_best(scores, right | ~inside[:, None])  # needs a True in each row, also in rows that are not used
+    ahead = old.ahead.clamp(min=k)  # a correct candidate outside is behind all k, even those with its old score
     rank_counts = RankCounts(
         torch.where(inside, new.ahead, ahead),
         torch.where(inside, new.tied, (old.ahead + old.tied - ahead).clamp(min=0)),
@@ -102,16 +102,16 @@ def reorder(ranking: Ranking, scores: Tensor, right: Tensor) -> Ranking:
 
 
 def fit_weight(directions: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
-    r"""The weight w of match logits m beside cosines c that fits right answers best.
+    r"""Fit the weight w of match logits m relative to cosines c by maximum likelihood.
 
-    With y(q) the right answers among the candidates of query q, a and b maximise
+    With y(q) the correct candidates of query q, a and b maximize
 
     .. math:: \sum_q \log \frac{\sum_{n \in y(q)} \exp(a c_{qn} + b m_{qn})}{\sum_n \exp(a c_{qn} + b m_{qn})}
 
-    over the queries with right and wrong candidates, and w = b / a; 0 where match logits are of no help.
+    over the queries with correct and incorrect candidates, and w = b / a; 0 if match logits do not help.
 
     Args:
-        directions: Cosines [Q, k], match logits [Q, k] and right answers bool [Q, k] of each direction.
+        directions: Cosines [Q, k], match logits [Q, k] and correct candidates bool [Q, k] of each direction.
     """
     log_a, b = torch.tensor(2.0, dtype=torch.float64, requires_grad=True), torch.zeros((), dtype=torch.float64)
     b.requires_grad_()
@@ -127,7 +127,7 @@ def fit_weight(directions: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
             scores = (log_a.exp() * cosine + b * logit)[usable]
             likelihood = scores.masked_fill(~right[usable], -torch.inf).logsumexp(1) - scores.logsumexp(1)
             total, count = total - likelihood.sum(), count + len(scores)
-        mean = total / max(count, 1) + 1e-6 * (log_a.square() + b.square())  # finite where all is told apart
+        mean = total / max(count, 1) + 1e-6 * (log_a.square() + b.square())  # finite on separable data
         mean.backward()
         return mean
 
@@ -136,8 +136,8 @@ def fit_weight(directions: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
     return max(weight, 0.0) if math.isfinite(weight) else 0.0
 
 
-def join(model: "SpeechImageModel", similarity: Tensor, logits: Tensor, evaluation: config.Evaluation) -> Tensor:
-    """The scores [M] of pairs by their cosines and match logits [M].
+def fuse_scores(model: "SpeechImageModel", similarity: Tensor, logits: Tensor, evaluation: config.Evaluation) -> Tensor:
+    """Combine cosines [M] and match logits [M] of pairs into scores [M].
 
     Raises:
         UserError: `fuse` is fitted, and the model's weight is not.
@@ -149,7 +149,7 @@ def join(model: "SpeechImageModel", similarity: Tensor, logits: Tensor, evaluati
     weight = model.config.match_weight
     if weight is None:
         raise UserError(
-            "this model holds no fitted weight of its match score: evaluate with --evaluation.fuse sum or matching"
+            "this model has no fitted weight of the match logit: evaluate with --evaluation.fuse sum or matching"
         )
     return similarity + weight * logits
 
@@ -157,15 +157,15 @@ def join(model: "SpeechImageModel", similarity: Tensor, logits: Tensor, evaluati
 def score_pairs(
     model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, evaluation: config.Evaluation, process: ProcessInfo
 ) -> Tensor:
-    """Score pairs int64 [M, 2] of caption and picture as re-ranking does: float32 [M] on the CPU."""
+    """Score pairs int64 [M, 2] of caption and picture by `evaluation.fuse`: float32 [M] on the CPU."""
     logits = match_pairs(model, encodings, pairs, process)
-    return join(model, cosines(encodings, pairs).cpu(), logits, evaluation)
+    return fuse_scores(model, cosines(encodings, pairs).cpu(), logits, evaluation)
 
 
 def match_pairs(model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, process: ProcessInfo) -> Tensor:
-    """Match logits of pairs by the fusion encoder, each on the rank that has the caption's tokens.
+    """Compute match logits of pairs, each on the rank that has the caption's tokens.
 
-    Every rank makes the same number of model calls, as ZeRO-3 demands.
+    Every rank makes the same number of model calls, as ZeRO-3 requires.
 
     Args:
         model: In evaluation mode.
@@ -179,39 +179,40 @@ def match_pairs(model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, 
     tokens, device, ranks = encodings.tokens, encodings.images.device, process.world_size
     if tokens is None:
         raise ValueError("the encodings were made without tokens")
-    batches = _cut(tokens.batch[pairs[:, 0]], tokens.sizes)
+    batches = _split_into_calls(tokens.batch[pairs[:, 0]], tokens.sizes)
     own = [(number // ranks, rows) for number, rows in batches if number % ranks == process.rank]
     calls = torch.bincount(torch.tensor([number % ranks for number, _ in batches])).max()
     scores = torch.zeros(len(pairs), device=device)
-    for call in progress("matching", int(calls), process.show_progress):
+    for call in track_progress("matching", int(calls), process.show_progress):
         if call < len(own):
             number, rows = own[call]
             logits = _match(model, encodings, number, tokens.place[pairs[rows, 0]], pairs[rows, 1])
             scores[rows.to(device)] = logits
-        else:  # no pair is left for this rank: one that counts for nothing
+        else:  # a dummy call: this rank has no pairs left
             _match(model, encodings, 0, *torch.zeros(2, 1, dtype=torch.int64))
     return all_reduce_sum(scores, ranks).cpu()
 
 
 def cosines(encodings: Encodings, pairs: Tensor) -> Tensor:
-    """Cosines of the global embeddings: float32 [M] for pairs int64 [M, 2] of caption and picture, on the device."""
+    """Compute cosines of pairs int64 [M, 2] of caption and picture: float32 [M], on the device."""
     captions, pictures = pairs.to(encodings.images.device).T
     return (encodings.speech[captions] * encodings.images[pictures]).sum(dim=1)
 
 
-def _cut(batch: Tensor, sizes: list[int]) -> list[tuple[int, Tensor]]:
-    """Cut pairs into calls of one speech batch and at most its size: the same cut on any number of ranks."""
+def _split_into_calls(batch: Tensor, sizes: list[int]) -> list[tuple[int, Tensor]]:
+    """Group pairs by speech batch, in chunks of at most that batch's size; the same for any world size."""
     order = batch.argsort(stable=True)
     groups = order.split(batch.bincount().tolist())
     return [(number, rows) for number, group in enumerate(groups) if len(group) for rows in group.split(sizes[number])]
 
 
 def _match(model: "SpeechImageModel", encodings: Encodings, number: int, places: Tensor, pictures: Tensor) -> Tensor:
-    """Match logits [M] of the captions at `places` of this rank's batch `number` with the pictures, int64 [M] each."""
+    """Compute match logits [M] of captions (rows `places` of this rank's batch `number`) and pictures, int64 [M]."""
     assert encodings.tokens is not None
     device = encodings.images.device
     speech = encodings.tokens.speech[number][places]
     patches = encodings.tokens.images[pictures].to(device)
-    seen = torch.ones(patches.shape[:2], dtype=torch.bool, device=device)
-    spoken = Encoded(speech.embedding.to(device), speech.tokens.to(device), speech.mask.to(device))
-    return model.match(spoken, Encoded(encodings.images[pictures.to(device)], patches, seen))[:, 1].float()
+    patch_mask = torch.ones(patches.shape[:2], dtype=torch.bool, device=device)
+    speech_input = Encoded(speech.embedding.to(device), speech.tokens.to(device), speech.mask.to(device))
+    image_input = Encoded(encodings.images[pictures.to(device)], patches, patch_mask)
+    return model.match(speech_input, image_input)[:, 1].float()

@@ -1,4 +1,4 @@
-"""One evaluation: encode a split, coarse recall, re-ranked recall, twins."""
+"""Evaluation of a split: encoding, coarse recall, re-ranked recall, accuracy on minimal pairs."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,16 @@ from toolkit.evaluation.rerank import rerank as rerank_both
 if TYPE_CHECKING:
     from toolkit.model.retrieval import SpeechImageModel
 
-_KEPT = 10  # answers a query, at least
+_MIN_CANDIDATES = 10  # kept per query
 
 
 @dataclass
 class Retrieval:
-    """What was retrieved for P pictures and C captions, and how good that is."""
+    """Rankings and metrics of P pictures and C captions."""
 
-    report: dict[str, Any]  # as in recall.json
+    report: dict[str, Any]  # contents of recall.json
     samples: np.ndarray  # int64 [P], sample numbers
-    captions: np.ndarray  # int64 [C], caption rows
+    captions: np.ndarray  # int64 [C], caption rows of the manifest
     picture: Tensor  # int64 [C], position of each caption's picture
     queries: Tensor  # int64 [Q], positions of the pictures that have captions
     speech_to_image: Ranking  # C queries; candidates are positions of pictures
@@ -44,61 +44,61 @@ def retrieve(
     process: ProcessInfo,
     fit: bool = False,
 ) -> Retrieval:
-    """Measure recall of a split; every rank calls this and gets the same.
+    """Measure recall on a split; called on every rank, with the same result on all.
 
     Args:
-        model: On the device; it is in evaluation mode meanwhile.
+        model: On the device; its training mode is restored afterwards.
         manifest: The shards.
-        split: Name of the split. Twins are measured with the split that holds their originals.
-        config: Sections data and evaluation count.
-        rerank: Candidates that the fusion encoder scores for each query; 0: coarse recall only.
-        process: This process's place among the ranks, and its device.
-        fit: Fit the weight of the match score to this split, into the model's configuration: for dev.
+        split: Name of the split. Minimal pairs are evaluated with the split that holds the original pictures.
+        config: Sections `data` and `evaluation` are used.
+        rerank: Candidates per query that are re-ranked; 0: coarse recall only.
+        process: This process.
+        fit: Fit the weight of the match logit on this split, and set it in the model's configuration.
 
     Returns:
-        The rankings, and a report in per cent, with None for what was not measured:
+        The rankings, and a report with figures in percent and None for what was not measured:
         {"split", "pictures", "captions", "max_seconds",
         "coarse": {"speech_to_image": {"R@1", "R@5", "R@10"}, "image_to_speech": the same, "mean_R@1"},
         "reranked": as coarse, with "k", "fuse", "match_weight" and "seconds_per_query" of one rank,
-        "twins": {"coarse", "matching" (by the score that re-ranks), "questions", "kinds": {kind: {"coarse",
-        "matching"}}}}.
+        "twins" (minimal pairs): {"coarse", "matching" (by the fused score), "questions",
+        "kinds": {kind: {"coarse", "matching"}}}}.
 
     Raises:
-        UserError: There is no such split, or a sample cannot be read.
+        UserError: The split does not exist, or a sample cannot be read.
     """
     training = model.training
     model.eval()
     samples = manifest.rows(split)
-    everything = np.concatenate([samples, minimal_pairs.find_minimal_pairs(manifest, samples)])
-    encodings = encode(model, manifest, everything, config, process, keep_tokens=rerank > 0)
-    found = _coarse(encodings, len(samples), max(rerank, _KEPT), process)
-    size = {"pictures": len(found.samples), "captions": len(found.captions)}
-    found.report = {"split": split, **size, "max_seconds": config.evaluation.max_seconds, **found.report}
+    with_twins = np.concatenate([samples, minimal_pairs.find_minimal_pairs(manifest, samples)])
+    encodings = encode(model, manifest, with_twins, config, process, keep_tokens=rerank > 0)
+    retrieval = _coarse(encodings, len(samples), max(rerank, _MIN_CANDIDATES), process)
+    size = {"pictures": len(retrieval.samples), "captions": len(retrieval.captions)}
+    retrieval.report = {"split": split, **size, "max_seconds": config.evaluation.max_seconds, **retrieval.report}
     if rerank:
-        _rerank(found, model, encodings, rerank, config, process, fit)
-    if len(everything) > len(samples):
-        found.report["twins"] = _twins(manifest, model, encodings, rerank > 0, config, process)
+        _rerank(retrieval, model, encodings, rerank, config, process, fit)
+    if len(with_twins) > len(samples):
+        retrieval.report["twins"] = _minimal_pairs(manifest, model, encodings, rerank > 0, config, process)
     model.train(training)
-    return found
+    return retrieval
 
 
 def _coarse(encodings: Encodings, count: int, k: int, process: ProcessInfo) -> Retrieval:
-    """Rank by the global embeddings among the first `count` pictures; those behind them are twins."""
+    """Rank by the embeddings among the first `count` pictures; the twins after them are left out."""
     captions = int((encodings.picture < count).sum())
     images, speech = encodings.images[:count], encodings.speech[:captions]
     owner = encodings.picture[:captions]
     queries = owner.unique()
     ids, query_ids = owner.to(process.device), queries.to(process.device)
-    place = process.rank, process.world_size
-    speech_to_image = rank_answers(speech, ids, images, torch.arange(count, device=process.device), k, *place)
-    image_to_speech = rank_answers(images[query_ids], query_ids, speech, ids, k, *place)
+    ranks = process.rank, process.world_size
+    speech_to_image = rank_answers(speech, ids, images, torch.arange(count, device=process.device), k, *ranks)
+    image_to_speech = rank_answers(images[query_ids], query_ids, speech, ids, k, *ranks)
     report = {"coarse": summarize_recall(speech_to_image, image_to_speech), "reranked": None, "twins": None}
-    names = encodings.samples[:count], encodings.captions[:captions]
-    return Retrieval(report, *names, owner, queries, speech_to_image, image_to_speech)
+    rows = encodings.samples[:count], encodings.captions[:captions]
+    return Retrieval(report, *rows, owner, queries, speech_to_image, image_to_speech)
 
 
 def _rerank(
-    found: Retrieval,
+    retrieval: Retrieval,
     model: "SpeechImageModel",
     encodings: Encodings,
     k: int,
@@ -106,16 +106,16 @@ def _rerank(
     process: ProcessInfo,
     fit: bool,
 ) -> None:
-    coarse = found.speech_to_image, found.image_to_speech
-    *both, seconds = rerank_both(model, encodings, *coarse, found.queries, k, config.evaluation, process, fit)
-    found.speech_to_image, found.image_to_speech = both
+    coarse = retrieval.speech_to_image, retrieval.image_to_speech
+    *both, seconds = rerank_both(model, encodings, *coarse, retrieval.queries, k, config.evaluation, process, fit)
+    retrieval.speech_to_image, retrieval.image_to_speech = both
     fuse = config.evaluation.fuse
     weight = {"match_weight": model.config.match_weight} if fuse == "fitted" else {}
     details = {"k": k, "fuse": fuse, **weight, "seconds_per_query": round(seconds, 6)}
-    found.report["reranked"] = summarize_recall(*both) | details
+    retrieval.report["reranked"] = summarize_recall(*both) | details
 
 
-def _twins(
+def _minimal_pairs(
     manifest: Manifest,
     model: "SpeechImageModel",
     encodings: Encodings,

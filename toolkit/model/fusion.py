@@ -11,7 +11,7 @@ from toolkit.model.layers import Attention, ClassToken, FeedForward, masked_mean
 
 
 class FusionLayer(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each after its layer norm (pre-norm)."""
+    """Self-attention, cross-attention and feed-forward, each preceded by layer norm (pre-norm)."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class FusionLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, context: Tensor | None, context_mask: Tensor | None, first_only: bool
     ) -> Tensor:
-        """Update x [B, L, W], or only its first token: [B, 1, W]."""
+        """Map x [B, L, W] to [B, L, W], or only its first token: [B, 1, W]."""
         normed = self.self_norm(x)
         queries = normed
         if first_only:
@@ -41,14 +41,14 @@ class FusionEncoder(nn.Module):
     """Transformer whose queries attend to each other and to a context of the other modality.
 
     Args:
-        query_dim: size of a query token.
-        context_dim: size of a context token.
-        width: size inside and of the output.
-        layers: number of layers.
-        heads: attention heads of a layer.
-        dropout: of attention and feed-forward.
-        pool: neighbouring queries averaged into one.
-        output: "cls": only a class token, put before the queries, is returned; "tokens": all queries.
+        query_dim: Size of a query token.
+        context_dim: Size of a context token.
+        width: Hidden size, and size of the output.
+        layers: Number of layers.
+        heads: Attention heads per layer.
+        dropout: Dropout of attention and feed-forward.
+        pool: Number of neighboring queries that are averaged into one.
+        output: "cls": return only a class token prepended to the queries; "tokens": return all queries.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class FusionEncoder(nn.Module):
         context: Tensor | None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """Fuse.
+        """Encode queries given a context.
 
         Args:
             queries: [B, L, Hq].
-            query_mask: bool [B, L], True on real tokens; None: all are.
-            context: [B, P, Hc]; None: cross-attention is left out.
-            context_mask: bool [B, P]; None: all tokens are real.
+            query_mask: Bool [B, L], False on padding; None: no padding.
+            context: [B, P, Hc]; None: skip cross-attention.
+            context_mask: Bool [B, P], False on padding; None: no padding.
 
         Returns:
             [B, 1, width] for output "cls", [B, ceil(L / pool), width] for "tokens".
@@ -105,17 +105,17 @@ class FusionEncoder(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Predict clean tokens of one modality from noised ones and the other modality (CMD, arXiv 2408.13705).
+    """Predicts clean tokens of one modality from noised ones and the other modality (CMD, arXiv 2408.13705).
 
-    The input is not added to the output: what is predicted are the clean features themselves.
+    There is no residual connection from input to output: the output is the clean features, not a correction.
 
     Args:
-        token_dim: size of a token, noised and predicted.
-        context_dim: size of a token of the other modality.
-        width: size inside.
-        layers: number of layers.
-        heads: attention heads of a layer.
-        dropout: of attention and feed-forward.
+        token_dim: Size of the noised and the predicted tokens.
+        context_dim: Size of a token of the other modality.
+        width: Hidden size.
+        layers: Number of layers.
+        heads: Attention heads per layer.
+        dropout: Dropout of attention and feed-forward.
     """
 
     def __init__(self, token_dim: int, context_dim: int, width: int, layers: int, heads: int, dropout: float) -> None:
@@ -126,21 +126,21 @@ class Denoiser(nn.Module):
     def forward(
         self, noised: Tensor, mask: Tensor | None, context: Tensor | None, context_mask: Tensor | None = None
     ) -> Tensor:
-        """Map noised tokens [B, L, H] to predicted ones [B, L, H]; context [B, P, Hc], or None to withhold it."""
+        """Map noised tokens [B, L, H] to predicted ones [B, L, H], given context [B, P, Hc] or None."""
         return self.predict(self.fusion(noised, mask, context, context_mask))
 
 
 def pool_tokens(tokens: Tensor, mask: Tensor | None, pool: int) -> tuple[Tensor, Tensor | None]:
-    """Mean over each `pool` neighbouring real tokens: [B, ceil(L / pool), H], and the mask likewise."""
+    """Average each `pool` neighboring tokens, without padding: tokens [B, ceil(L / pool), H], and their mask."""
     if pool == 1:
         return tokens, mask
-    short = -tokens.shape[1] % pool
-    if mask is None and short:
+    missing = -tokens.shape[1] % pool
+    if mask is None and missing:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    tokens = F.pad(tokens, (0, 0, 0, short)).unflatten(1, (-1, pool))
+    tokens = F.pad(tokens, (0, 0, 0, missing)).unflatten(1, (-1, pool))
     if mask is None:
         return tokens.mean(dim=2), None
-    mask = F.pad(mask, (0, short)).unflatten(1, (-1, pool))
+    mask = F.pad(mask, (0, missing)).unflatten(1, (-1, pool))
     return masked_mean(tokens, mask), mask.any(dim=-1)
 
 

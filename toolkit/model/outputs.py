@@ -1,4 +1,4 @@
-"""What passes between the model's parts."""
+"""Data passed between the parts of the model."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ class Features:
     """Output of an encoder's frozen part, computed once and shared by student and teacher.
 
     Attributes:
-        hidden: input of the first trained part: activations [B, L, H], or the prepared waveforms [B, T] or pictures
-            [B, 3, S, S] where nothing is frozen.
-        mask: bool [B, L] (or [B, T]), True on real positions; None where all are real (pictures).
-        states: hidden states [B, L, H] already final, for the layer mix of the speech encoder.
-        rows: int64 [B], the rows of the batch that these are; None: all, in order.
+        hidden: Input of the first trained part: activations [B, L, H], or preprocessed waveforms [B, T] or pictures
+            [B, 3, S, S] if nothing is frozen.
+        mask: Bool [B, L] (or [B, T]), False on padding; None: no padding (pictures).
+        states: Hidden states [B, L, H] of the frozen layers, for the layer mix of the speech encoder.
+        rows: Int64 [B], positions in the batch; None: the complete batch in order.
     """
 
     hidden: Tensor
@@ -25,12 +25,12 @@ class Features:
 
 @dataclass
 class Encoded:
-    """One modality, encoded.
+    """Output of an encoder.
 
     Attributes:
-        embedding: [B, D] float32 of unit length.
-        tokens: [B, L, H] frame or patch features.
-        mask: bool [B, L], True on real tokens.
+        embedding: Float32 [B, D], of unit length.
+        tokens: Frame or patch features [B, L, H].
+        mask: Bool [B, L], False on padding.
     """
 
     embedding: Tensor
@@ -38,9 +38,9 @@ class Encoded:
     mask: Tensor
 
     def __getitem__(self, rows: Tensor | slice) -> "Encoded":
-        """The chosen rows of the batch."""
+        """Select rows of the batch."""
         return Encoded(self.embedding[rows], self.tokens[rows], self.mask[rows])
 
     def detach(self) -> "Encoded":
-        """The same values, cut from the graph."""
+        """Detach embedding and tokens from the graph."""
         return Encoded(self.embedding.detach(), self.tokens.detach(), self.mask)

@@ -1,4 +1,4 @@
-"""From files, pictures and waveforms to the model's inputs."""
+"""Preprocessing: from image and audio files or arrays to the model's inputs."""
 
 import json
 from collections.abc import Sequence
@@ -16,27 +16,27 @@ from shards.media.audio import SAMPLE_RATE, read_audio
 from shards.media.picture import Resize, decode_picture, read_picture
 
 FILE = "preprocessor_config.json"
-MAX_FILE_SECONDS = 3600.0  # of which max_seconds are used
+MAX_FILE_SECONDS = 3600.0  # longer audio files are refused
 
 
 @dataclass(frozen=True)
 class SpeechImageProcessor:
-    """Prepares inputs as the training data is prepared; kept beside the model's weights.
+    """Prepares inputs like the training data; saved with the model's weights.
 
     Attributes:
-        image_size: pixels a side of the square that pictures become.
-        max_seconds: longer speech is cut to its beginning.
-        sampling_rate: Hz, of arrays given and of waveforms returned; files are resampled.
-        resize: how pictures become squares (see `decode_picture`).
-        short_side: pixels that pictures are shrunk to first, as those in the shards were; None: twice `image_size`.
-        quality: of the JPEG that they are by then.
+        image_size: Side of the square model input, in pixels.
+        max_seconds: Longer speech is truncated.
+        sampling_rate: Hz, of input arrays and output waveforms; files are resampled.
+        resize: How pictures are made square (see `decode_picture`).
+        short_side: Length in pixels that the short side is first reduced to, as in the shards; None: 2 * `image_size`.
+        quality: JPEG quality of the reduced picture, as in the shards.
     """
 
     image_size: int
     max_seconds: float
     sampling_rate: int = SAMPLE_RATE
     resize: Resize = "crop"
-    # What folders without these values were written with.
+    # Defaults for folders that were written without these values.
     short_side: int | None = None
     quality: int = 95
 
@@ -56,15 +56,15 @@ class SpeechImageProcessor:
         """Prepare pictures, speech or both.
 
         Args:
-            images: Pillow images or files.
-            speech: float arrays [n] in [-1, 1] at `sampling_rate`, or files.
+            images: Pillow images or image files.
+            speech: Float arrays [n] in [-1, 1] at `sampling_rate`, or audio files.
 
         Returns:
-            The model's arguments by name: `images` uint8 [B, 3, S, S]; `waveforms` float32 [B, T], zero-padded, and
+            The model's keyword arguments: `images` uint8 [B, 3, S, S]; `waveforms` float32 [B, T], zero-padded, and
             `lengths` int64 [B] in samples.
 
         Raises:
-            UserError: a file that cannot be read, or an array that is not a waveform.
+            UserError: A file cannot be read, or an array is not a waveform.
         """
         inputs: dict[str, Tensor] = {}
         if images is not None:
@@ -76,27 +76,27 @@ class SpeechImageProcessor:
         return inputs
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `preprocessor_config.json` into the folder."""
+        """Write `preprocessor_config.json` to a folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SpeechImageProcessor":
-        """Read what `save_pretrained` wrote.
+        """Read the file that `save_pretrained` wrote.
 
         Raises:
-            UserError: it is not there, or not such a file.
+            UserError: The file is missing or was not written by this class.
         """
         path = Path(folder) / FILE
         try:
             return cls(**json.loads(path.read_text()))
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: give a folder that training exported") from None
+            raise UserError(f"{path}: {error.strerror}: pass a folder that training exported") from None
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: not a processor of this toolkit ({error})") from None
 
     def _picture(self, source: Image.Image | Path | str) -> np.ndarray:
-        # By way of the shards' own JPEG, so that a picture looks to the model as it would in training.
+        # Encode as JPEG like the shards do, so that the pixels equal those in training.
         source = Path(source) if isinstance(source, str) else source
         stored = read_picture(source, self.short_side or 2 * self.image_size, self.quality)
         return decode_picture(stored, self.image_size, resize=self.resize)

@@ -115,7 +115,7 @@ def test_a_dry_run_names_everything_that_is_wrong(slurm, config):
         (("--nodes", "6", "--training.batch_size", "12"), "partition low gives a job at most 5 nodes"),
         (("--account", "nobody"), "--account nobody: SLURM knows none of that name; there are root, speech"),
         (("--qos", "best"), "--qos best: SLURM knows none of that name; there are normal"),
-        (("--training.batch_size", "5"), "--training.batch_size 5 does not divide"),
+        (("--training.batch_size", "5"), "--training.batch_size 5 is not divisible"),
         (("--training.batch_size", "64"), "a batch of 64 needs at least"),
         (("--data.train", "tarin"), "tarin"),
         (("--final.split", "tset"), "no split 'tset'"),
@@ -299,7 +299,7 @@ def test_a_grid_is_one_array_with_a_folder_for_each_member(slurm, config, tmp_pa
 
 def test_a_member_that_does_not_fit_stops_the_whole_grid(slurm, config, tmp_path):
     ended = slurm("--config", config, "--sweep", "training.batch_size=4,6", "--nodes", "2", code=2)
-    assert "--training.batch_size 6 does not divide" in ended.stderr
+    assert "--training.batch_size 6 is not divisible" in ended.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -100,7 +100,7 @@ def test_free_keys_and_sections():
         ("trainig.lr", "1", "--trainig: unknown key; did you mean training?"),
         ("lr", "1", "--lr: unknown key; did you mean training.lr?"),
         ("deepspeed", "{a", "--deepspeed '{a' (str) line 1: not YAML: "),
-        ("deepspeed", "{a: 1, a: 2}", "--deepspeed '{a: 1, a: 2}' (str) line 1: not YAML: the key a stands twice"),
+        ("deepspeed", "{a: 1, a: 2}", "--deepspeed '{a: 1, a: 2}' (str) line 1: not YAML: duplicate key a"),
     ],
 )
 def test_wrong_values(key, text, message):
@@ -128,7 +128,7 @@ def test_wrong_arguments(arguments, message):
         ("training: {lrr: 1}", ": training.lrr: unknown key; did you mean training.lr?"),
         ("trainig: {lr: 1}", ": trainig: unknown key; did you mean training?"),
         ("seed: 1\ntraining: {lr: 1", " line 2: not YAML: "),
-        ("seed: 1\nseed: 2", " line 2: not YAML: the key seed stands twice"),
+        ("seed: 1\nseed: 2", " line 2: not YAML: duplicate key seed"),
         ("seed: !!python/object/apply:os.getpid []", " line 1: not YAML: could not determine a constructor"),
         ("- 1", ": expected sections with keys, not [1] (list)"),
         ("base: mine.yaml", ": base mine.yaml leads back to the file itself"),
@@ -152,13 +152,13 @@ def test_wrong_files(tmp_path, text, message):
         ("--training.min_lr 1 --training.lr 0.1", "--training.min_lr 1.0 is above --training.lr 0.1"),
         (
             "--training.batch_size 64 --training.accumulation 3",
-            "--training.batch_size 64 does not divide by accumulation 3",
+            "--training.batch_size 64 is not divisible by --training.accumulation 3",
         ),
         ("--training.stop_after 0", "--training.stop_after is 0; expected 1 or more, or null"),
         ("--model.speech.train some", "--model.speech.train is some; expected none, all, or a number of layers"),
         (
             "--model.fusion.width 192 --model.fusion.heads 5",
-            "--model.fusion.width 192 does not divide by --model.fusion.heads 5",
+            "--model.fusion.width 192 is not divisible by --model.fusion.heads 5",
         ),
         ("--objectives.denoising.swap_group 0", "--objectives.denoising.swap_group is 0; expected 1 or more"),
         (
@@ -219,10 +219,10 @@ def test_batch_that_does_not_divide():
     config = load_config(["--training.batch_size", "100", "--training.accumulation", "2"])
     assert micro_batch(config, 2) == 25
     with pytest.raises(
-        UserError, match="does not divide by 3 ranks x 2 accumulated micro-batches; the nearest that do: 96 or 102"
+        UserError, match="is not divisible by 3 ranks x 2 accumulated micro-batches; the nearest valid sizes: 96 or 102"
     ):
         micro_batch(config, 3)
-    with pytest.raises(UserError, match=r"the nearest that do: 256$"):
+    with pytest.raises(UserError, match=r"the nearest valid sizes: 256$"):
         micro_batch(config, 128)
 
 

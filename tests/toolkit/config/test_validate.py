@@ -39,7 +39,7 @@ def config(batch, accumulation=1, swap_group=8, **objectives):
         (48, 1, 8, 8, {}, ["swap_group 8 does not divide.* set it to 6$"]),
         (40, 4, 1, 8, {}, ["swap_group 8 does not divide.* set it to 10$"]),
         (28, 1, 4, 4, {}, ["swap_group 4 does not divide.* set it to 7$"]),
-        (4, 1, 2, 8, {}, ["2 pairs a rank.* set it to 2$"]),
+        (4, 1, 2, 8, {}, ["2 pairs per rank.* set it to 2$"]),
         (28, 1, 4, 4, {"denoising_noise": "mask"}, []),
         (10, 1, 1, 8, {}, []),
     ],
@@ -53,7 +53,7 @@ def test_what_a_small_micro_batch_takes_is_said(batch, accumulation, ranks, swap
 
 
 def test_a_batch_that_does_not_divide_is_refused_as_ever():
-    with pytest.raises(UserError, match="does not divide by 3 ranks"):
+    with pytest.raises(UserError, match="is not divisible by 3 ranks"):
         batch_warnings(config(4), 3)
 
 

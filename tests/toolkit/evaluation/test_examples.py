@@ -80,7 +80,7 @@ def test_a_file_of_examples_is_small(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trouble", ["sample", "disk"])
-def test_trouble_is_one_line(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], trouble: str) -> None:
+def test_a_failure_is_one_warning(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str) -> None:
     folder, run = tmp_path / "shards", tmp_path / "run"
     test_trainer.shutil.copytree(shards, folder)
     if trouble == "sample":
@@ -89,7 +89,8 @@ def test_trouble_is_one_line(shards: Path, tmp_path: Path, capsys: pytest.Captur
             spoil(load(folder), int(sample))
     settings: config.Config = test_trainer.settings(folder, run)
     assert examples.save_examples(run, 7, load(folder), retrieval(folder, 0), settings) is None
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1
-    assert "examples-00000007.json was not written" in said
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    (message,) = caplog.messages
+    assert "\n" not in message
+    assert "examples-00000007.json was not written" in message
     assert not run.exists() or not list(run.iterdir())

@@ -11,7 +11,7 @@ from tests.distributed import run_ranks
 from toolkit.config import schema as config
 from toolkit.evaluation.encode import Encodings, ProcessInfo, Tokens
 from toolkit.evaluation.recall import RankCounts, Ranking, rank_answers, recall_at
-from toolkit.evaluation.rerank import fit_weight, join, reorder, rerank, score_pairs
+from toolkit.evaluation.rerank import fit_weight, fuse_scores, reorder, rerank, score_pairs
 from toolkit.model.outputs import Encoded
 
 OWNER = torch.repeat_interleave(torch.arange(9), torch.tensor([1, 3, 2, 1, 4, 1, 2, 2, 1]))
@@ -189,6 +189,6 @@ def test_a_fitted_score_needs_its_weight():
     model = SimpleNamespace(config=SimpleNamespace(match_weight=None))
     cosine, logits = torch.tensor([0.5, 0.2]), torch.tensor([1.0, 4.0])
     with pytest.raises(UserError, match=r"no fitted weight .* --evaluation.fuse sum or matching"):
-        join(model, cosine, logits, config.Evaluation(fuse="fitted"))
+        fuse_scores(model, cosine, logits, config.Evaluation(fuse="fitted"))
     model.config.match_weight = 0.25
-    assert join(model, cosine, logits, config.Evaluation(fuse="fitted")).tolist() == pytest.approx([0.75, 1.2])
+    assert fuse_scores(model, cosine, logits, config.Evaluation(fuse="fitted")).tolist() == pytest.approx([0.75, 1.2])

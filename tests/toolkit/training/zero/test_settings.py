@@ -202,7 +202,7 @@ def test_mistakes(free, message):
 
 
 def test_batch_that_does_not_divide():
-    with pytest.raises(UserError, match=r"48 does not divide by 5 ranks x 2 .*: 40 or 50"):
+    with pytest.raises(UserError, match=r"48 is not divisible by 5 ranks x 2 .*: 40 or 50"):
         deepspeed_config(config(), 5)
 
 
