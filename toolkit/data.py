@@ -1,4 +1,4 @@
-"""The training data of a configuration: which data sets, in which order, read from where."""
+"""The training data of a configuration: data sets, their order, and the reader."""
 
 import math
 import os
@@ -16,17 +16,17 @@ from toolkit.config.schema import Config, Data
 
 
 def open_order(config: Config, world_size: int = 1) -> tuple[list[Manifest], Order]:
-    """Read the manifests that training draws from and lay out their order; no shard is opened.
+    """Read the manifests of the training data and build their order; no shard is opened.
 
     Args:
         config: The configuration.
-        world_size: Number of ranks that batches are to be divided among.
+        world_size: Number of ranks.
 
     Returns:
-        The data sets of the mixture, or the one of `data.shards`, as the order numbers them, and the order.
+        The data sets of the mixture, or the one of `data.shards`, in the order of `order.sources`, and the order.
 
     Raises:
-        UserError: Shards are not there, have no such split, or do not fit batch size, lanes and weights.
+        UserError: Shards are missing, have no such split, or do not fit batch size, shard groups and weights.
     """
     data = config.data
     mixture = data.mixture or {data.shards: 1.0}
@@ -43,17 +43,16 @@ def open_order(config: Config, world_size: int = 1) -> tuple[list[Manifest], Ord
         data.shard_groups,
         list(mixture.values()),
     )
-    rank_slice(
-        order.batch_size, 0, config.training.accumulation, 0, world_size, order.shard_groups
-    )  # or it does not divide
+    # Raises an error if the batch cannot be divided evenly.
+    rank_slice(order.batch_size, 0, config.training.accumulation, 0, world_size, order.shard_groups)
     return manifests, order
 
 
 def shared_pictures(manifests: Sequence[Manifest], split: str) -> list[str]:
-    """A line for each two data sets of a mixture whose training pictures share image ids.
+    """Return a warning for each two data sets of a mixture whose training pictures share image ids.
 
-    The identity of a picture is its data set and its place in it, so one that is in two data sets is a negative of
-    itself in SIC and SIM.
+    Sample numbers are unique per data set, so a picture that is in two data sets is a negative of itself in SIC and
+    SIM.
     """
     lines = []
     for one, other in combinations(manifests, 2):
@@ -61,22 +60,22 @@ def shared_pictures(manifests: Sequence[Manifest], split: str) -> list[str]:
         if count:
             lines.append(
                 f"{count:,} image ids of {split} are in {one.place} and in {other.place}: if they are the same "
-                "pictures, each is taken for a negative of itself; leave one of them out of a data set"
+                "pictures, each is a negative of itself; remove them from one of the data sets"
             )
     return lines
 
 
 def check_dev(config: Config) -> None:
-    """Make sure that there is what recall is measured on during training.
+    """Check that the split on which recall is measured during training exists.
 
     Raises:
-        UserError: There is not.
+        UserError: The shards or their split are missing.
     """
     if config.evaluation.every:
         load(config.data.shards).rows(config.data.dev)
 
 
 def open_reader(data: Data, *manifests: Manifest) -> Reader:
-    """Read data sets through the configured cache; its path may name variables of the node's environment."""
+    """Open data sets through the configured cache; its path may contain environment variables of the node."""
     cache = Cache(os.path.expandvars(data.cache), data.cache_gb) if data.cache else None
     return Reader(*manifests, cache=cache)

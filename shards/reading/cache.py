@@ -1,14 +1,14 @@
-"""A bounded folder on the node's own disk that holds whole remote shards, shared by all processes of the node.
+"""A bounded folder on the node's local disk that caches remote shards, shared by all processes of the node.
 
-    SHA256.tar    a whole shard, checked; readers hold a shared lock (flock) on it while it is open
-    SHA256.part   a shard on its way; its downloader holds an exclusive lock on it, and who else wants it waits for a
-                  shared one, which comes with the end of the download or of the downloader
-    lock          held while room is made and names change
+    SHA256.tar    a complete, verified shard; readers hold a shared lock (flock) on it while it is open
+    SHA256.part   a shard being downloaded; the downloader holds an exclusive lock, and other processes wait for a
+                  shared one, which they get when the download or the downloader ends
+    lock          held while shards are evicted and files are renamed
 
-A shard goes by its checksum, so data sets share what they have in common and a changed shard is another one. A part
-takes its full size on the disk before a byte of it is fetched: what the files take together is what is counted, and it
-never passes the bound. Room is made by removing what was opened longest ago and is not open. The kernel lets go of a
-process's locks when it ends, in whatever way: a part without a lock is what a killed download left.
+Shards are named by checksum, so that data sets share common shards and a changed shard is a new one. A download
+reserves its full size on the disk before the first byte, so the total size of the files never exceeds the bound. The
+least recently opened shards that no process has open are evicted. The kernel releases a process's locks however it
+ends: a part without a lock was left by a killed download.
 """
 
 import errno
@@ -24,64 +24,64 @@ from shards.errors import UserError
 from shards.manifest import ShardInfo
 from shards.remote import Remote
 
-_OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CACHE_FILE = re.compile(r"[0-9a-f]{64}\.(tar|part)")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Cache:
-    """The cache as one process sees it; nothing but the folder is shared."""
+    """One process's access to the cache; processes share only the folder."""
 
     def __init__(self, folder: Path | str, gigabytes: float = 100.0) -> None:
-        """Make the folder if it is not there.
+        """Create the folder if it does not exist.
 
         Args:
-            folder: On a disk of this node, used by nothing else.
-            gigabytes: Bound of what it holds, 1 GB = 10^9 bytes.
+            folder: A folder on a local disk, used by nothing else.
+            gigabytes: Largest total size of the files, 1 GB = 10^9 bytes.
 
         Raises:
-            UserError: The folder cannot be made, or its disk knows no locks.
+            UserError: The folder cannot be created, or its file system does not support locks.
         """
         self.folder, self.bound = Path(folder), int(gigabytes * 1e9)
-        self.notices: list[str] = []  # lines for the user, taken by who prints them
-        with self._errors_told():
+        self.warnings: list[str] = []  # for the user; see `Reader.take_warnings`
+        with self._folder_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 pass
 
     def open(self, remote: Remote, info: ShardInfo) -> int | None:
-        """Open a shard for reading, fetching it first if it is not there.
+        """Open a shard for reading, after downloading it if it is not cached.
 
         Returns:
-            A descriptor that holds the shard in the cache until it is closed; None: there is no room for it.
+            A descriptor; the shard is not evicted until it is closed. None: there is no room for the shard.
 
         Raises:
-            UserError: The shard is missing, or not the one that its manifest describes; or the folder cannot be used.
+            UserError: The shard is missing or differs from its manifest, or the folder cannot be used.
         """
-        whole, part = self._paths(info)
-        with self._errors_told():
+        complete, part = self._paths(info)
+        with self._folder_errors():
             while True:
-                if (found := _open_whole(whole)) is not None:
-                    return found
+                if (descriptor := _open_complete(complete)) is not None:
+                    return descriptor
                 if (claimed := _claim(part, wait=True)) is None:
-                    continue  # someone else has fetched it, or failed to
-                if whole.exists():
+                    continue  # another process has downloaded it, or failed to
+                if complete.exists():
                     _release(claimed, part)
                 elif not self._fetch_or_clean_up(remote, info, claimed):
-                    self._say_full()
+                    self._warn_full()
                     return None
         return None
 
     def prefetch(self, remote: Remote, info: ShardInfo) -> None:
-        """Fetch a shard that is neither there nor on its way.
+        """Download a shard that is neither cached nor being downloaded.
 
         Raises:
-            UserError: As `open`.
+            UserError: See `open`.
         """
-        whole, part = self._paths(info)
-        with self._errors_told():
-            if whole.exists() or (claimed := _claim(part, wait=False)) is None:
+        complete, part = self._paths(info)
+        with self._folder_errors():
+            if complete.exists() or (claimed := _claim(part, wait=False)) is None:
                 return
-            if whole.exists():
+            if complete.exists():
                 _release(claimed, part)
             else:
                 self._fetch_or_clean_up(remote, info, claimed)
@@ -90,13 +90,13 @@ class Cache:
         return self.folder / f"{info.sha256}.tar", self.folder / f"{info.sha256}.part"
 
     def _fetch_or_clean_up(self, remote: Remote, info: ShardInfo, descriptor: int) -> bool:
-        """Turn a claimed part into a whole shard, or leave nothing of it because there is no room."""
-        whole, part = self._paths(info)
+        """Download a claimed part and return True, or remove it and return False if there is no room for it."""
+        complete, part = self._paths(info)
         try:
             if self._make_room(descriptor, info.bytes):
                 self._fetch(remote, info, descriptor)
-                with self._locked():  # or who counts what is there might see neither name, or both
-                    os.rename(part, whole)
+                with self._locked():  # otherwise a concurrent `_survey` might count neither name, or both
+                    os.rename(part, complete)
                 os.close(descriptor)
                 return True
         except BaseException:
@@ -106,10 +106,10 @@ class Cache:
         return False
 
     def _fetch(self, remote: Remote, info: ShardInfo, descriptor: int) -> None:
-        """Copy a shard into its part and check it; what arrives otherwise is fetched once more."""
+        """Download a shard into its part and verify it; a mismatch is retried once."""
 
         def copy(*_: object) -> str:
-            """Fill the part from its beginning; say what is wrong with it, nothing if it is the shard."""
+            """Fill the part from its beginning; return how it differs from the manifest, "" if it does not."""
             digest, received = hashlib.sha256(), 0
             os.lseek(descriptor, 0, os.SEEK_SET)
             for block in remote.blocks(info.name):
@@ -133,11 +133,11 @@ class Cache:
         raise UserError(f"{remote.address(info.name)} {problem} of its manifest: make the shards again")
 
     def _make_room(self, descriptor: int, size: int) -> bool:
-        """Give a claimed part its size on the disk, at the cost of shards that were opened longest ago."""
+        """Reserve the size of a claimed part on the disk, evicting the least recently opened shards if necessary."""
         if size > self.bound:
             return False
         with self._locked():
-            os.ftruncate(descriptor, 0)  # what a killed download left
+            os.ftruncate(descriptor, 0)  # left by a killed download
             used, shards = self._survey()
             while used + size > self.bound or not _reserved(descriptor, size):
                 freed = 0
@@ -149,15 +149,15 @@ class Cache:
         return True
 
     def _survey(self) -> tuple[int, list[Path]]:
-        """Bytes held, and the whole shards, those opened longest ago last; left parts are removed."""
+        """Return bytes in use and the complete shards, least recently opened last; remove abandoned parts."""
         used, opened = 0, []
         for path in list(self.folder.iterdir()):
-            if not _OURS.fullmatch(path.name):
+            if not _CACHE_FILE.fullmatch(path.name):
                 continue
-            if path.suffix == ".part" and (left := _claim(path, wait=False, create=False)) is not None:
-                if os.fstat(left).st_size:  # one without a size is about to ask for room
+            if path.suffix == ".part" and (abandoned := _claim(path, wait=False, create=False)) is not None:
+                if os.fstat(abandoned).st_size:  # an empty one is about to reserve its size
                     path.unlink(missing_ok=True)
-                os.close(left)
+                os.close(abandoned)
             with suppress(FileNotFoundError):
                 status = path.stat()
                 used += status.st_size
@@ -175,29 +175,29 @@ class Cache:
             os.close(descriptor)
 
     @contextmanager
-    def _errors_told(self) -> Iterator[None]:
-        """Tell of a full disk, without which the run goes on; whatever else is wrong with the folder ends it."""
+    def _folder_errors(self) -> Iterator[None]:
+        """Warn of a full disk, as the run can go on without the cache; turn other errors into `UserError`."""
         try:
             yield
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in _DISK_FULL:
                 raise UserError(
                     f"--data.cache {self.folder} cannot be used: {error.strerror}; name a folder on a disk of this "
                     "machine"
                 ) from None
-            self._say_full()
+            self._warn_full()
 
-    def _say_full(self) -> None:
+    def _warn_full(self) -> None:
         line = (
-            f"no room in {self.folder}: all that it may hold (--data.cache_gb {self.bound / 1e9:g}) is in use or its "
-            "disk is full; what finds no room is read from afar, which is slow"
+            f"no room in {self.folder}: all of --data.cache_gb {self.bound / 1e9:g} is in use or its disk is full; "
+            "shards that do not fit are read over the network, which is slow"
         )
-        if line not in self.notices:
-            self.notices.append(line)
+        if line not in self.warnings:
+            self.warnings.append(line)
 
 
 class _WriteError(UserError):
-    """The disk failed, not the network: asking the network again does not help."""
+    """The disk failed rather than the network, so a retry of the request does not help."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(str(cause))
@@ -213,8 +213,8 @@ def _write(descriptor: int, block: bytes) -> None:
         raise _WriteError(error) from None
 
 
-def _open_whole(path: Path) -> int | None:
-    """Open a cached shard and lock it against removal; the file's time says when that was."""
+def _open_complete(path: Path) -> int | None:
+    """Open a cached shard, lock it against eviction and update its modification time."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -231,7 +231,7 @@ def _claim(part: Path, wait: bool, create: bool = True) -> int | None:
     """Open a part and lock it.
 
     Returns:
-        A descriptor, or None: another process has the lock (or had it, if this one waited), or the file is gone.
+        A descriptor; None: another process has the lock (or had it, if this one waited), or the file is gone.
     """
     try:
         descriptor = os.open(part, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
@@ -244,36 +244,36 @@ def _claim(part: Path, wait: bool, create: bool = True) -> int | None:
         if os.path.samestat(os.fstat(descriptor), os.stat(part)):
             return descriptor
     except FileNotFoundError:
-        pass  # fetched or given up between the opening and the lock
+        pass  # downloaded or removed between opening and locking
     except BlockingIOError:
-        if wait:  # not for an exclusive lock: readers of the whole shard, which is this file, would keep it from us
+        if wait:  # for a shared lock, as the file becomes the complete shard, on which readers hold shared locks
             fcntl.flock(descriptor, fcntl.LOCK_SH)
     os.close(descriptor)
     return None
 
 
 def _release(descriptor: int, part: Path) -> None:
-    """Give a claimed part up."""
+    """Remove a claimed part and release its lock."""
     try:
         part.unlink(missing_ok=True)
-    finally:  # or who waits for the lock would wait for ever
+    finally:  # otherwise processes that wait for the lock would hang
         os.close(descriptor)
 
 
 def _reserved(descriptor: int, size: int) -> bool:
-    """Whether the disk has room for a part, which it then has for certain."""
+    """Reserve disk space for a part; return whether there is enough."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in _DISK_FULL:
             os.ftruncate(descriptor, 0)
             return False
-        os.ftruncate(descriptor, size)  # a file system that cannot reserve: it is counted all the same
+        os.ftruncate(descriptor, size)  # the file system cannot reserve space; the size is counted
     return True
 
 
 def _evict(path: Path) -> int:
-    """Remove a shard that nobody has open; gives the bytes that this freed."""
+    """Remove a shard unless a process has it open; return the bytes freed."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The dry run: who would read what, how far a pass goes, how much of the speech would be padding. Reads no shard."""
+"""The dry run of reading: shards per reader, bytes and steps per epoch, and the share of padding. No shard is read."""
 
 import math
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from shards.length_groups import padded_length
 from shards.manifest import Manifest
 from shards.reading.order import Order, Source, rank_slice
 
-BATCHES = 200  # looked at, at most
-_MICROS = 5000  # micro-batches of them, about; to group one by length takes a fifth of a millisecond
-_LINES = 16  # for the readers
-_NAMES = 8  # shards named a line
-_FEWEST = 8  # pictures a shard that are still worth a file
-_IDEAL_BYTES = 200e6  # of a shard: long reads, and still many shards
+MAX_BATCHES = 200  # that are evaluated
+_MAX_MICROS = 5000  # micro-batches of these; grouping one by length takes about 0.2 ms
+_MAX_LINES = 16  # for the readers
+_MAX_NAMES = 8  # shards named per line
+_MIN_PICTURES = 8  # per shard
+_IDEAL_BYTES = 200e6  # per shard: long reads, and still many shards
 
 
 @dataclass(frozen=True)
-class Part:
-    """One data set's split as a run uses it; bytes and hours are of one pass over it."""
+class SourceSummary:
+    """One source of the mixture; bytes and hours are those of one epoch."""
 
     name: str
     share: float  # of each batch
@@ -28,17 +28,17 @@ class Part:
     pictures: int
     captions: int
     hours: float
-    read: int  # bytes of its pictures, each with one recording
+    read: int  # bytes of its pictures, each with one audio file
     stored: int  # bytes of its shards
-    window: int  # pictures shuffled together
-    steps: float  # that a window lasts
+    shuffle_block: int  # pictures shuffled together
+    steps: float  # steps per shuffle block
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run would do; see `plan`."""
+class ReadingPlan:
+    """What a run would read; see `plan_reading`."""
 
-    parts: tuple[Part, ...]
+    sources: tuple[SourceSummary, ...]
     batch_size: int
     micros: int
     world_size: int
@@ -46,66 +46,66 @@ class Plan:
     nodes: int
     groups: int
     steps_per_epoch: float
-    read_per_node: int  # bytes of pictures and recordings a pass
-    stored_per_node: int  # bytes of the shards that hold them, which a node's cache would take
-    padding: float  # share of the padded speech that is padding
-    padding_grouped: float  # the same where a micro-batch is encoded in groups of like length, as the encoder does it
-    batches: int  # that the padding was computed from
-    seconds: float  # at which captions are cut
-    steps: int  # whose readers are listed: about one window
-    readers: dict[tuple[int, int], tuple[str, ...]]  # (rank, worker) to the shards it reads in those steps
+    read_per_node: int  # bytes of pictures and audio files per epoch
+    stored_per_node: int  # bytes of their shards: size of a node's cache
+    padding: float  # as a share of the padded speech
+    padding_grouped: float  # the same if a micro-batch is encoded in groups of similar length
+    batches: int  # from which the padding was computed
+    seconds: float  # longer utterances are cropped
+    steps: int  # whose readers are listed: about one shuffle block
+    readers: dict[tuple[int, int], tuple[str, ...]]  # (rank, worker) -> shards read in these steps
 
     def text(self) -> str:
-        """The plan for people."""
-        lines = [line for part in self.parts for line in self._part(part)]
+        """Format the plan as text."""
+        lines = [line for source in self.sources for line in self._source(source)]
         pairs = self.batch_size // (self.micros * self.world_size)
         lines += [
-            f"steps a pass: {self.steps_per_epoch:,.2f} of {self.batch_size:,} pairs "
+            f"steps per epoch: {self.steps_per_epoch:,.2f} of {self.batch_size:,} pairs "
             f"({_count(self.world_size, 'rank')} x {_count(self.micros, 'micro-batch')} x {pairs:,})",
-            f"a pass, for each of {_count(self.nodes, 'node')}: reads {bytes_text(self.read_per_node)}; "
-            f"a cache of whole shards takes {bytes_text(self.stored_per_node)}",
+            f"an epoch reads, on each of {_count(self.nodes, 'node')}: {bytes_text(self.read_per_node)}; "
+            f"a cache of complete shards takes {bytes_text(self.stored_per_node)}",
             f"padding: {self.padding:.1%} of the speech in a micro-batch, {self.padding_grouped:.1%} in "
             f"{_count(self.groups, 'group')} by length (over {_count(self.batches, 'batch')}, "
-            f"captions cut at {self.seconds:g} s)",
-            f"the first {_count(self.steps, 'step')} (one window) read:",
+            f"utterances cropped at {self.seconds:g} s)",
+            f"the first {_count(self.steps, 'step')} (one shuffle block) read:",
         ]
         return "\n".join(lines + self._readers())
 
-    def _part(self, part: Part) -> list[str]:
-        mixed = f", {part.share:.1%} of each batch" if len(self.parts) > 1 else ""
+    def _source(self, source: SourceSummary) -> list[str]:
+        share = f", {source.share:.1%} of each batch" if len(self.sources) > 1 else ""
         return [
-            f"{part.name}{mixed}: {part.pictures:,} pictures, {part.captions:,} captions, {part.hours:,.2f} h, "
-            f"{_count(part.shards, 'shard')} of {bytes_text(part.stored / part.shards)} on average",
-            f"  shuffled together: {part.window:,} pictures, {part.window / part.pictures:.1%} of a pass, "
-            f"{part.steps:,.1f} steps",
+            f"{source.name}{share}: {source.pictures:,} pictures, {source.captions:,} captions, {source.hours:,.2f} h, "
+            f"{_count(source.shards, 'shard')} of {bytes_text(source.stored / source.shards)} on average",
+            f"  shuffled together: {source.shuffle_block:,} pictures, "
+            f"{source.shuffle_block / source.pictures:.1%} of an epoch, {source.steps:,.1f} steps",
         ]
 
     def _readers(self) -> list[str]:
-        """One line for all readers of the same shards; where that is too many lines, one for those that share some."""
-        alike: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+        """Group readers of the same shards in one line; if there are too many lines, readers that share some shards."""
+        readers_of: dict[tuple[str, ...], list[tuple[int, int]]] = {}
         for reader, shards in self.readers.items():
-            alike.setdefault(shards, []).append(reader)
-        if len(alike) <= _LINES:
-            return [f"  {self._who(readers)}: {_named(shards)}" for shards, readers in alike.items()]
+            readers_of.setdefault(shards, []).append(reader)
+        if len(readers_of) <= _MAX_LINES:
+            return [f"  {self._reader_names(readers)}: {_shard_list(shards)}" for shards, readers in readers_of.items()]
         lines = []
-        for group, readers in self._neighbours():
+        for group, readers in self._reader_groups():
             counts = [len(self.readers[reader]) for reader in readers]
             each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
-            lines.append(f"  {self._who(readers)}: {each} each of {_named(sorted(group))}")
-        rest = len(lines) - _LINES
-        return [*lines[:_LINES], f"  and {rest} more such groups"] if rest > 0 else lines
+            lines.append(f"  {self._reader_names(readers)}: {each} each of {_shard_list(sorted(group))}")
+        rest = len(lines) - _MAX_LINES
+        return [*lines[:_MAX_LINES], f"  and {rest} more such groups"] if rest > 0 else lines
 
-    def _neighbours(self) -> list[tuple[set[str], list[tuple[int, int]]]]:
-        """Readers that have shards in common, directly or through others, with all that they read: those of a lane."""
+    def _reader_groups(self) -> list[tuple[set[str], list[tuple[int, int]]]]:
+        """Return readers that share shards, directly or through others, with these shards: those of a shard group."""
         groups: list[tuple[set[str], list[tuple[int, int]]]] = []
         for reader, shards in self.readers.items():
-            near = [group for group in groups if not group[0].isdisjoint(shards)]
+            joined = [group for group in groups if not group[0].isdisjoint(shards)]
             groups = [group for group in groups if group[0].isdisjoint(shards)]
-            together = sorted(r for _, readers in near for r in readers)
-            groups.append((set(shards).union(*(names for names, _ in near)), [*together, reader]))
+            members = sorted(r for _, readers in joined for r in readers)
+            groups.append((set(shards).union(*(names for names, _ in joined)), [*members, reader]))
         return groups
 
-    def _who(self, readers: Sequence[tuple[int, int]]) -> str:
+    def _reader_names(self, readers: Sequence[tuple[int, int]]) -> str:
         if len(readers) == len(self.readers) > 1:
             return "every rank" if self.workers <= 1 else "every worker of every rank"
         ranks = sorted({rank for rank, _ in readers})
@@ -118,7 +118,7 @@ class Plan:
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def plan(
+def plan_reading(
     order: Order,
     manifests: Sequence[Manifest],
     world_size: int,
@@ -127,21 +127,21 @@ def plan(
     groups: int,
     max_seconds: float = math.inf,
     nodes: int = 1,
-) -> Plan:
-    """Say what a run would do, from the manifests alone.
+) -> ReadingPlan:
+    """Plan what a run would read, from the manifests alone.
 
     Args:
-        order: the global batches.
-        manifests: the data sets in the order of `order.sources`.
-        world_size: ranks.
-        workers: loader processes a rank; micro-batch n is made by worker n mod `workers`.
-        micros: micro-batches a step.
-        groups: parts that the speech encoder takes a micro-batch in, by length.
-        max_seconds: longer captions are cut.
-        nodes: machines, with equally many ranks each.
+        order: The global batches.
+        manifests: The data sets in the order of `order.sources`.
+        world_size: Number of ranks.
+        workers: Loader processes per rank; micro-batch n is made by worker n mod `workers`.
+        micros: Micro-batches per step.
+        groups: Groups of similar length in which the speech encoder processes a micro-batch.
+        max_seconds: Longer utterances are cropped.
+        nodes: Number of nodes, with equally many ranks each.
 
     Raises:
-        UserError: the batch does not divide by ranks, micro-batches and lanes.
+        UserError: The batch does not divide by ranks, micro-batches and shard groups.
     """
     places = {
         (micro, rank): rank_slice(order.batch_size, micro, micros, rank, world_size, order.shard_groups)
@@ -149,15 +149,17 @@ def plan(
         for rank in range(world_size)
     }
     total = sum(source.weight for source in order.sources)
-    parts = [_part(order, s, m, s.weight / total) for s, m in zip(order.sources, manifests, strict=True)]
-    batches = min(BATCHES, max(1, int(order.steps_per_epoch)), math.ceil(_MICROS / len(places)))
+    sources = [_summarize(order, s, m, s.weight / total) for s, m in zip(order.sources, manifests, strict=True)]
+    batches = min(MAX_BATCHES, max(1, int(order.steps_per_epoch)), math.ceil(_MAX_MICROS / len(places)))
     padding, padding_grouped = _padding(order, manifests, list(places.values()), groups, max_seconds, batches)
-    steps = min(BATCHES, math.ceil(max(part.steps for part in parts)))
+    steps = min(MAX_BATCHES, math.ceil(max(source.steps for source in sources)))
     ranks = max(1, world_size // nodes)
     shard_group = order.batch_size // order.shard_groups
-    served = len(np.unique(np.concatenate([at for (_, rank), at in places.items() if rank < ranks]) // shard_group))
-    return Plan(
-        parts=tuple(parts),
+    groups_per_node = len(
+        np.unique(np.concatenate([at for (_, rank), at in places.items() if rank < ranks]) // shard_group)
+    )
+    return ReadingPlan(
+        sources=tuple(sources),
         batch_size=order.batch_size,
         micros=micros,
         world_size=world_size,
@@ -165,8 +167,8 @@ def plan(
         nodes=nodes,
         groups=groups,
         steps_per_epoch=order.steps_per_epoch,
-        read_per_node=sum(part.read for part in parts) * ranks // world_size,
-        stored_per_node=sum(part.stored for part in parts) * served // order.shard_groups,
+        read_per_node=sum(source.read for source in sources) * ranks // world_size,
+        stored_per_node=sum(source.stored for source in sources) * groups_per_node // order.shard_groups,
         padding=padding,
         padding_grouped=padding_grouped,
         batches=batches,
@@ -176,29 +178,29 @@ def plan(
     )
 
 
-def advise(manifest: Manifest, ranks: int, workers: int, window: int = 16) -> list[str]:
-    """Say whether the shards of the largest split suit so many ranks and loader workers, and what would."""
+def advise(manifest: Manifest, ranks: int, workers: int, shuffle_shards: int = 16) -> list[str]:
+    """Advise whether the shards of the largest split suit the number of ranks and loader workers, and what would."""
     counts = [len(manifest.rows(split)) for split in manifest.splits]
     if not any(counts):
         return []
     split, pictures = manifest.splits[int(np.argmax(counts))], max(counts)
-    mine = [manifest.shards[n] for n in np.unique(manifest.shard[manifest.rows(split)])]
-    stored, readers = sum(shard.bytes for shard in mine), ranks * workers
-    # Two shards for each reader, four windows a pass, and then shards that are read in long stretches.
-    wanted = max(2 * readers, 4 * window, round(stored / _IDEAL_BYTES))
-    fitting = max(_FEWEST, pictures // wanted)
+    shards = [manifest.shards[n] for n in np.unique(manifest.shard[manifest.rows(split)])]
+    stored, readers = sum(shard.bytes for shard in shards), ranks * workers
+    # Two shards per reader, four shuffle blocks per epoch, and otherwise shards large enough for long reads.
+    ideal = max(2 * readers, 4 * shuffle_shards, round(stored / _IDEAL_BYTES))
+    per_shard = max(_MIN_PICTURES, pictures // ideal)
     lines = [
-        f"{split}: {_count(len(mine), 'shard')} of {bytes_text(stored / len(mine))}, "
-        f"{pictures / len(mine):,.0f} pictures each; "
-        f"a window of {window} shuffles {min(1.0, window / len(mine)):.0%} of a pass together",
-        f"for {_count(ranks, 'rank')} x {_count(workers, 'worker')}: lanes up to {min(len(mine), ranks)}; "
-        f"{_for_readers(len(mine), readers)}",
+        f"{split}: {_count(len(shards), 'shard')} of {bytes_text(stored / len(shards))}, "
+        f"{pictures / len(shards):,.0f} pictures each; "
+        f"a shuffle block of {shuffle_shards} shards is {min(1.0, shuffle_shards / len(shards)):.0%} of an epoch",
+        f"for {_count(ranks, 'rank')} x {_count(workers, 'worker')}: up to {min(len(shards), ranks)} shard groups; "
+        f"{_for_readers(len(shards), readers)}",
     ]
-    better = math.ceil(pictures / fitting)
-    if not wanted / 2 <= len(mine) <= 4 * wanted and better != len(mine):
+    better = math.ceil(pictures / per_shard)
+    if not ideal / 2 <= len(shards) <= 4 * ideal and better != len(shards):
         lines.append(
-            f"better: make_shards --samples-per-shard {fitting}, "
-            f"{_count(better, 'shard')} of {bytes_text(stored / pictures * fitting)}"
+            f"better: make_shards --samples-per-shard {per_shard}, "
+            f"{_count(better, 'shard')} of {bytes_text(stored / pictures * per_shard)}"
         )
     return lines
 
@@ -209,15 +211,15 @@ def _for_readers(shards: int, readers: int) -> str:
     return f"stock webdataset would leave {readers - shards} of {readers} workers without a shard"
 
 
-def _part(order: Order, source: Source, m: Manifest, share: float) -> Part:
+def _summarize(order: Order, source: Source, m: Manifest, share: float) -> SourceSummary:
     first, last = int(source.start.min()), int((source.start + source.count).max())
     rows = slice(int(m.first_caption[first]), int(m.first_caption[last]))
     counts = np.diff(m.first_caption[first : last + 1])
-    # A pass takes one caption of each picture: on average one of its recordings.
+    # An epoch reads one of each picture's captions.
     audio = float((m.audio_bytes[rows] / np.repeat(counts, counts)).sum())
-    together = min(order.shuffle_shards, len(source.count) // order.shard_groups)
-    window = together * (last - first) / len(source.count)
-    return Part(
+    shards = min(order.shuffle_shards, len(source.count) // order.shard_groups)
+    shuffle_block = shards * (last - first) / len(source.count)
+    return SourceSummary(
         name=source.name,
         share=share,
         shards=len(source.count),
@@ -226,8 +228,8 @@ def _part(order: Order, source: Source, m: Manifest, share: float) -> Part:
         hours=float(m.duration[rows].sum(dtype=np.float64)) / 3600,
         read=int(m.image_bytes[first:last].sum() + audio),
         stored=sum(m.shards[int(m.shard[start])].bytes for start in source.start),
-        window=round(window),
-        steps=window * order.shard_groups / (share * order.batch_size),
+        shuffle_block=round(shuffle_block),
+        steps=shuffle_block * order.shard_groups / (share * order.batch_size),
     )
 
 
@@ -239,16 +241,16 @@ def _padding(
     max_seconds: float,
     batches: int,
 ) -> tuple[float, float]:
-    """Shares of the padded speech that are padding, over batches spread over a pass: as it comes, and in groups."""
+    """Return padding as a share of the padded speech, over batches spread over an epoch: ungrouped and in groups."""
     duration = np.concatenate([m.duration for m in manifests])
-    taken = np.stack(places)
-    real = plain = grouped = 0.0
+    rows = np.stack(places)
+    speech = ungrouped = grouped = 0.0
     for step in np.linspace(0, max(0.0, order.steps_per_epoch - 1), batches).astype(int).tolist():
-        seconds = np.minimum(duration[order.batch(step).captions], max_seconds).astype(np.float64)[taken]
-        real += seconds.sum()
-        plain += seconds.max(axis=1).sum() * seconds.shape[1]
+        seconds = np.minimum(duration[order.batch(step).captions], max_seconds).astype(np.float64)[rows]
+        speech += seconds.sum()
+        ungrouped += seconds.max(axis=1).sum() * seconds.shape[1]
         grouped += sum(padded_length(micro, groups) for micro in seconds)
-    return (1 - real / plain, 1 - real / grouped) if plain else (0.0, 0.0)
+    return (1 - speech / ungrouped, 1 - speech / grouped) if ungrouped else (0.0, 0.0)
 
 
 def _readers(
@@ -268,9 +270,9 @@ def _readers(
     read: dict[tuple[int, int], set[int]] = {}
     for step in range(steps):
         shards = np.searchsorted(start, order.batch(step).samples, side="right") - 1
-        for (micro, rank), mine in places.items():
+        for (micro, rank), own_places in places.items():
             worker = (step * micros + micro) % max(1, workers)
-            read.setdefault((rank, worker), set()).update(shards[mine].tolist())
+            read.setdefault((rank, worker), set()).update(shards[own_places].tolist())
     return {reader: tuple(names[n] for n in sorted(read[reader])) for reader in sorted(read)}
 
 
@@ -279,13 +281,13 @@ def _shard_name(m: Manifest, sample: int, with_folder: bool) -> str:
     return f"{m.folder.name}/{name}" if with_folder else name
 
 
-def _named(shards: Sequence[str]) -> str:
-    rest = f" and {len(shards) - _NAMES} more" if len(shards) > _NAMES else ""
-    return f"{_count(len(shards), 'shard')}: {', '.join(shards[:_NAMES])}{rest}"
+def _shard_list(shards: Sequence[str]) -> str:
+    rest = f" and {len(shards) - _MAX_NAMES} more" if len(shards) > _MAX_NAMES else ""
+    return f"{_count(len(shards), 'shard')}: {', '.join(shards[:_MAX_NAMES])}{rest}"
 
 
 def bytes_text(count: float) -> str:
-    """Write a number of bytes for people."""
+    """Format a number of bytes."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -293,6 +295,6 @@ def bytes_text(count: float) -> str:
     return f"{count:,.3g} TB"
 
 
-def _count(number: int, what: str) -> str:
-    plural = "es" if what.endswith("ch") else "s"
-    return f"{number:,} {what}{'' if number == 1 else plural}"
+def _count(number: int, noun: str) -> str:
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"

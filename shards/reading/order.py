@@ -1,16 +1,16 @@
-"""The order of samples: which picture and which of its captions is at each place of a run, as a pure function.
+"""The order of samples: the picture and caption at each place of each global batch, as a pure function of the step.
 
-    source    the shards of a split     0 1 2 3 4 5 6 7
-    lane      its part of them          0 2 4 6     1 3 5 7             dealt once, in balance
-    pass      shuffled in windows       c a d b | h f e g     ...       every picture once
-    run       pass 0, pass 1, ...       a batch draws on it what the weight of its source comes to
+    source        shards of a split                0 1 2 3 4 5 6 7
+    shard group   balanced part of the shards      0 2 4 6     1 3 5 7
+    epoch         shuffled in shuffle blocks       c a d b | h f e g     ...       every picture once
+    stream        epoch 0, epoch 1, ...            each batch draws in proportion to the weight of the source
 
-    batch t   sources x and y, 3 : 1    x x y x x x y x   x x y x x x y x       in two lanes
-    rank r    takes what `rank_slice` names
+    batch t       sources x and y, 3 : 1           x x y x x x y x   x x y x x x y x       two shard groups
+    rank r        the places that `rank_slice` returns
 
-Nothing here knows how many ranks or workers there are, so global batch t is the same on any cluster, and how far each
-source is at step t is arithmetic, so beginning there costs the same as beginning at 0. `shards.reading.epochs` has the
-shuffle.
+The order does not depend on the number of ranks or workers, so global batch t is the same on any cluster. The position
+of each source at step t is computed in constant time, so that resuming there costs the same as starting at 0. The
+shuffle is in `shards.reading.epochs`.
 """
 
 import heapq
@@ -25,16 +25,16 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.reading.epochs import Passes, Share, Source
+from shards.reading.epochs import EpochStream, Share, Source
 
 
 class Selection(NamedTuple):
     """A global batch or a part of one.
 
     Attributes:
-        samples: int64 [n], sample numbers over all data sets; none comes twice in a global batch.
+        samples: int64 [n], sample numbers over all data sets, distinct within a global batch.
         captions: int64 [n], caption rows over all data sets.
-        positions: int64 [n], `step * batch_size + place`: unique in the run, to seed what is random about a sample.
+        positions: int64 [n], `step * batch_size + place`: unique in the run, used to seed random crops.
     """
 
     samples: np.ndarray
@@ -49,8 +49,8 @@ class Selection(NamedTuple):
 class Order:
     """The global batches of a run.
 
-    In each lane, every pass of a source holds each of its pictures exactly once, and K passes in a row use each of a
-    picture's K captions exactly once. No global batch holds a picture twice, even where a pass ends within it.
+    In each shard group, every epoch of a source contains each of its pictures exactly once, and K consecutive epochs
+    use each of a picture's K captions exactly once. No global batch contains a picture twice, even where an epoch ends.
     """
 
     def __init__(
@@ -59,64 +59,66 @@ class Order:
         """Describe the order; nothing is shuffled yet.
 
         Args:
-            sources: What is mixed; no two have a sample number in common.
+            sources: Sources of the mixture, with disjoint sample numbers.
             batch_size: Pairs in a global batch.
             seed: Seed of the run.
-            window: Shards shuffled together.
-            lanes: Parts of a batch that read disjoint shards: lane l fills places l * B / L to (l + 1) * B / L.
+            shuffle_shards: Shards in a shuffle block.
+            shard_groups: Number of disjoint shard groups G: group g fills places g * B / G to (g + 1) * B / G.
 
         Raises:
-            UserError: The lanes do not divide the batch or are more than the shards of a source; a weight is not a
-                positive number or comes to less than one place in a lane's batch; or a lane has fewer pictures of a
-                source than two batches draw.
+            UserError: The shard groups do not divide the batch or outnumber the shards of a source; a weight is not a
+                positive number or gives less than one place of a shard group's part of the batch; or a shard group has
+                fewer pictures of a source than two batches draw.
         """
         if batch_size % shard_groups:
             raise UserError(
-                f"a batch of {batch_size} does not divide into {shard_groups} lanes: set --training.batch_size to "
-                f"{math.ceil(batch_size / shard_groups) * shard_groups} or --data.shard_groups to {math.gcd(batch_size, shard_groups)}"
+                f"a batch of {batch_size} does not divide into {shard_groups} shard groups: set --training.batch_size "
+                f"to {math.ceil(batch_size / shard_groups) * shard_groups} or --data.shard_groups to "
+                f"{math.gcd(batch_size, shard_groups)}"
             )
         self.sources, self.batch_size, self.seed = tuple(sources), batch_size, seed
         self.shuffle_shards, self.shard_groups = shuffle_shards, shard_groups
-        self._places = batch_size // shard_groups  # of a lane in a batch
+        self._places = batch_size // shard_groups  # of a shard group in a batch
         self._shares = _shares(self.sources, self._places)
-        self._runs = [
+        self._streams = [
             [
-                Passes(part, share, seed, shuffle_shards, (k, shard_group))
-                for shard_group, part in enumerate(_deal(source, shard_groups))
+                EpochStream(part, share, seed, shuffle_shards, (k, shard_group))
+                for shard_group, part in enumerate(_assign_shards(source, shard_groups))
             ]
             for k, (source, share) in enumerate(zip(self.sources, self._shares, strict=True))
         ]
-        for runs in self._runs:
-            self._check(min(runs, key=lambda run: run.pictures))
+        for streams in self._streams:
+            self._check(min(streams, key=lambda stream: stream.pictures))
 
     @property
     def pictures(self) -> int:
-        """Pictures of all sources."""
-        return sum(run.pictures for runs in self._runs for run in runs)
+        """Number of pictures of all sources."""
+        return sum(stream.pictures for streams in self._streams for stream in streams)
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps that draw as many pictures as there are; the sources of a mixture each pass at their own pace."""
+        """Steps that draw as many pictures as there are; in a mixture, the epochs of sources differ in length."""
         return self.pictures / self.batch_size
 
     def batch(self, step: int) -> Selection:
         """Return global batch number `step`, at a cost that depends neither on `step` nor on the number of samples."""
         samples, captions = np.empty((2, self.shard_groups, self._places), np.int64)
-        seats = self._seats(step)
-        for k, runs in enumerate(self._runs):
-            for shard_group, run in enumerate(runs):
-                samples[shard_group, seats == k], captions[shard_group, seats == k] = run.draw(step)
+        layout = self._source_layout(step)
+        for k, streams in enumerate(self._streams):
+            for shard_group, stream in enumerate(streams):
+                samples[shard_group, layout == k], captions[shard_group, layout == k] = stream.draw(step)
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
         return Selection(samples.ravel(), captions.ravel(), positions)
 
     def replacement(self, step: int, place: int, attempt: int) -> tuple[int, int]:
-        """Name a picture to put in a place of a batch whose own cannot be read, and its caption.
+        """Return the picture and caption that replace an unreadable picture at a place of a batch.
 
-        Line up the pictures of the place's source and lane that are not in the batch, as they follow it in its pass
-        (where a pass ends within the batch, the new one) and then from the beginning of that pass. Of the n places that
-        the batch gives to that source and lane, number i takes picture i at the first attempt, n + i at the second, and
-        so on, round and round. While the line is long enough for n pictures an attempt, which it is at least once, all
-        places and attempts take different pictures: ranks that replace different places never choose the same one.
+        The candidates are the pictures of the same source and shard group that are not in the batch, in the order in
+        which they follow it in its epoch (if an epoch ends within the batch, the new one), continued at the beginning
+        of that epoch. Of the n places of this source and shard group in the batch, place i takes candidate i at the
+        first attempt, n + i at the second, and so on, cyclically. As long as there are n candidates per attempt (at
+        least for the first), all places and attempts take different pictures: ranks that replace pictures at
+        different places never choose the same one.
 
         Args:
             step: Number of the global batch.
@@ -124,49 +126,50 @@ class Order:
             attempt: From 1.
 
         Returns:
-            Sample number and caption row. The picture keeps its own place in the pass as well.
+            Sample number and caption row. The picture also keeps its regular place in the epoch.
         """
-        shard_group, seat = divmod(place, self._places)
-        seats = self._seats(step)
-        k = int(seats[seat])
-        number = int(np.count_nonzero(seats[:seat] == k))
-        return self._runs[k][shard_group].spare(step, number, attempt)
+        shard_group, local_place = divmod(place, self._places)
+        layout = self._source_layout(step)
+        k = int(layout[local_place])
+        number = int(np.count_nonzero(layout[:local_place] == k))
+        return self._streams[k][shard_group].replacement(step, number, attempt)
 
-    def _seats(self, step: int) -> np.ndarray:
-        """The source at each place of a lane, int64 [places]: every source spread evenly, so any part is a mixture."""
+    def _source_layout(self, step: int) -> np.ndarray:
+        """Return the source at each place of a shard group, int64 [places]; evenly spread, so any part is a mixture."""
         drawn = [share.drawn(step + 1) - share.drawn(step) for share in self._shares]
         spread = np.concatenate([(np.arange(n) + 0.5) / n for n in drawn if n])
         return np.repeat(np.arange(len(drawn)), drawn)[np.argsort(spread, kind="stable")]
 
-    def _check(self, run: Passes) -> None:
-        """See that the smallest lane of a source is large enough and gets a place."""
-        name = run.source.name if self.shard_groups == 1 else f"lane {run.stream[1]} of {run.source.name}"
-        if run.share.mean < 1:
+    def _check(self, stream: EpochStream) -> None:
+        """Raise an error if the smallest shard group of a source has too few pictures or places."""
+        group = "" if self.shard_groups == 1 else f"shard group {stream.stream[1]} of "
+        name = f"{group}{stream.source.name}"
+        if stream.share.mean < 1:
             raise UserError(
-                f"{name} has {float(run.share.mean):.2g} places in a batch: give it more weight or set "
-                f"--training.batch_size to {math.ceil(self._places / run.share.mean) * self.shard_groups} or more"
+                f"{name} has {float(stream.share.mean):.2g} places in a batch: give it more weight or set "
+                f"--training.batch_size to {math.ceil(self._places / stream.share.mean) * self.shard_groups} or more"
             )
-        if run.pictures < 2 * run.share.most:
+        if stream.pictures < 2 * stream.share.maximum:
             more = "give it more pictures" if len(self.sources) == 1 else "give it more pictures or less weight"
-            size = self._largest()
+            size = self._largest_batch_size()
             mend = f"set --training.batch_size to {size} or less" if size else more
             raise UserError(
-                f"a batch of {self.batch_size} needs at least {2 * run.share.most} pictures, {name} has "
-                f"{run.pictures}: {mend}"
+                f"a batch of {self.batch_size} needs at least {2 * stream.share.maximum} pictures, {name} has "
+                f"{stream.pictures}: {mend}"
             )
 
-    def _largest(self) -> int:
-        """The largest smaller batch that the pictures suffice for; 0: there is none."""
-        pictures = [min(run.pictures for run in runs) for runs in self._runs]
+    def _largest_batch_size(self) -> int:
+        """Return the largest smaller batch size for which there are enough pictures; 0: there is none."""
+        pictures = [min(stream.pictures for stream in streams) for streams in self._streams]
         for places in range(self._places - 1, 0, -1):
             shares = zip(_shares(self.sources, places), pictures, strict=True)
-            if all(share.mean >= 1 and 2 * share.most <= n for share, n in shares):
+            if all(share.mean >= 1 and 2 * share.maximum <= n for share, n in shares):
                 return places * self.shard_groups
         return 0
 
 
 def source_of(manifest: Manifest, split: str, first_sample: int = 0, first_row: int = 0, weight: float = 1.0) -> Source:
-    """Describe a split of a manifest, whose shards each hold samples of one split and are numbered in order of them.
+    """Describe a split of a manifest; each shard contains samples of one split, in the order of numbers.
 
     Raises:
         UserError: There is no such split, or a picture of it has no caption.
@@ -174,19 +177,19 @@ def source_of(manifest: Manifest, split: str, first_sample: int = 0, first_row: 
     if split not in manifest.splits:
         raise UserError(f"no split {split!r} in {manifest.place}: it has {', '.join(manifest.splits)}")
     number, first = manifest.splits.index(split), manifest.first_caption
-    silent = np.flatnonzero(first[1:] == first[:-1])
-    silent = silent[manifest.split[silent] == number]
-    if len(silent):  # it would be paired with the next picture's caption
-        key = manifest.key[silent[0]].decode(errors="backslashreplace")
+    without_caption = np.flatnonzero(first[1:] == first[:-1])
+    without_caption = without_caption[manifest.split[without_caption] == number]
+    if len(without_caption):  # it would be paired with the next picture's caption
+        key = manifest.key[without_caption[0]].decode(errors="backslashreplace")
         raise UserError(
-            f"sample {key} of split {split} of {manifest.place} has no caption ({len(silent):,} such samples): "
-            "make the shards again"
+            f"sample {key} of split {split} of {manifest.place} has no caption "
+            f"({len(without_caption):,} such samples): make the shards again"
         )
     edges = np.searchsorted(manifest.shard, np.arange(len(manifest.shards) + 1, dtype=manifest.shard.dtype))
-    filled = np.flatnonzero(np.diff(edges))
-    mine = filled[manifest.split[edges[filled]] == number]
+    nonempty = np.flatnonzero(np.diff(edges))
+    shards = nonempty[manifest.split[edges[nonempty]] == number]
     name = f"split {split} of {manifest.place}"
-    return Source(edges[mine], np.diff(edges)[mine], first, first_sample, first_row, weight, name)
+    return Source(edges[shards], np.diff(edges)[shards], first, first_sample, first_row, weight, name)
 
 
 def order_of(
@@ -198,10 +201,10 @@ def order_of(
     shard_groups: int = 1,
     weights: Sequence[float] | None = None,
 ) -> Order:
-    """Build the order of a split of one data set, or of several with weights (default: the same for each).
+    """Build the order of a split of one data set, or of several with weights (default: equal).
 
     Raises:
-        UserError: The split is unknown, or what `Order` says.
+        UserError: There is no such split, or as for `Order`.
     """
     manifests = [manifest] if isinstance(manifest, Manifest) else list(manifest)
     sources, sample, row = [], 0, 0
@@ -216,23 +219,24 @@ def rank_slice(
 ) -> np.ndarray:
     """Return the places of a global batch that `rank` takes in micro-batch `micro` of `micros`, int64 [n].
 
-    A micro-batch has an equal part of every lane and ranks are contiguous in it, so ranks that divide the lanes serve
-    whole lanes. With one lane, micro-batches and ranks are contiguous in the batch.
+    A micro-batch has an equal part of every shard group, and ranks are contiguous in it. If the number of ranks divides
+    the number of shard groups, each rank reads complete shard groups. With one shard group, micro-batches and ranks are
+    contiguous in the batch.
 
     Raises:
-        UserError: The batch does not divide so.
+        UserError: The batch cannot be divided evenly.
     """
     if batch_size % (shard_groups * micros) or batch_size % (micros * world_size):
         raise UserError(
-            f"--training.batch_size {batch_size} does not divide by {micros} micro-batches x {shard_groups} lanes "
-            f"or x {world_size} ranks: set it to a multiple of {micros * math.lcm(shard_groups, world_size)}"
+            f"--training.batch_size {batch_size} does not divide by {micros} micro-batches x {shard_groups} shard "
+            f"groups or x {world_size} ranks: set it to a multiple of {micros * math.lcm(shard_groups, world_size)}"
         )
-    lane_parts = np.arange(batch_size, dtype=np.int64).reshape(shard_groups, micros, -1)
-    return lane_parts[:, micro].reshape(world_size, -1)[rank]
+    group_parts = np.arange(batch_size, dtype=np.int64).reshape(shard_groups, micros, -1)
+    return group_parts[:, micro].reshape(world_size, -1)[rank]
 
 
 def _shares(sources: Sequence[Source], places: int) -> list[Share]:
-    """Share a lane's places out by weight."""
+    """Divide the places of a shard group by weight."""
     for source in sources:
         if not 0 < source.weight < math.inf:
             raise UserError(f"the weight of {source.name} is {source.weight}: set it to a positive number")
@@ -240,17 +244,17 @@ def _shares(sources: Sequence[Source], places: int) -> list[Share]:
     return [Share(places * low / ends[-1], places * high / ends[-1]) for low, high in pairwise(ends)]
 
 
-def _deal(source: Source, shard_groups: int) -> list[Source]:
-    """Deal the shards of a source to lanes: the largest first, each to the lane that has the fewest pictures."""
+def _assign_shards(source: Source, shard_groups: int) -> list[Source]:
+    """Assign shards to shard groups: the largest first, each to the group that has the fewest pictures."""
     if shard_groups > max(1, len(source.count)):
         raise UserError(
-            f"{shard_groups} lanes need as many shards, {source.name} has {len(source.count)}: "
+            f"{shard_groups} shard groups need as many shards, {source.name} has {len(source.count)}: "
             f"set --data.shard_groups to {len(source.count)} or less, or make smaller shards"
         )
-    dealt: list[list[int]] = [[] for _ in range(shard_groups)]
+    assigned: list[list[int]] = [[] for _ in range(shard_groups)]
     fill = [(0, shard_group) for shard_group in range(shard_groups)]
     for shard in np.argsort(-source.count, kind="stable").tolist():
         pictures, shard_group = fill[0]
         heapq.heapreplace(fill, (pictures + int(source.count[shard]), shard_group))
-        dealt[shard_group].append(shard)
-    return [replace(source, start=source.start[sorted(own)], count=source.count[sorted(own)]) for own in dealt]
+        assigned[shard_group].append(shard)
+    return [replace(source, start=source.start[sorted(group)], count=source.count[sorted(group)]) for group in assigned]

@@ -1,8 +1,8 @@
-"""Indexed reads from shards: one read a member, at the offset that the manifest gives; no tar is parsed.
+"""Indexed reads from shards: one read per member, at the offset in the manifest; no tar is parsed.
 
 sample or caption row -> shard, offset, bytes -> pread from the local shard
-                                              -> pread from the node's cache, which fetches a remote shard whole
-                                              -> a range of the remote shard, where there is no cache or no room
+                                              -> pread from the node's cache, which downloads the complete shard
+                                              -> range request to the remote shard, without a cache or room in it
 """
 
 import errno
@@ -24,32 +24,32 @@ MAX_MEMBER = 64 << 20  # bytes; a larger picture or caption is refused
 MAX_META = 1 << 20  # bytes of a sample's JSON
 MAX_OPEN = 64  # shards kept open at a time
 
-# What the server of a shared disk, or the way to it, is to blame for.
-_NO_ANSWER = (
+# Errors of a network file system or of the connection to it.
+_NETWORK_ERRORS = (
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN),
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
 )
 
 
 class Reader:
-    """The samples of one or several data sets, numbered end to end; threads and forked processes may share it."""
+    """The samples of one or several data sets, numbered end to end; safe for threads and forked processes."""
 
     def __init__(self, *manifests: Manifest, cache: Cache | None = None) -> None:
-        """Open nothing yet.
+        """Number the samples; shards are opened when first read.
 
         Args:
             manifests: The data sets.
-            cache: Where remote shards are kept; without one they are read from afar, member by member.
+            cache: Cache for remote shards; without one each member is read by a range request.
         """
         self.manifests, self.cache = manifests, cache
         self._first_sample = _starts([len(m.key) for m in manifests])
         self._first_row = _starts([len(m.duration) for m in manifests])
         self._remotes = [Remote(m.url) if m.url else None for m in manifests]
         self.cached = cache is not None and any(self._remotes)
-        self._keep = MAX_OPEN
-        if cache and self.cached:  # a process holds half of the cache at most: what is held cannot make room
-            self._keep = min(MAX_OPEN, max(2, cache.bound // (2 * self.largest_shard)))
-        self._forget()
+        self._max_open = MAX_OPEN
+        if cache and self.cached:  # a process keeps half of the cache open at most, as open shards are not evicted
+            self._max_open = min(MAX_OPEN, max(2, cache.bound // (2 * self.largest_shard)))
+        self._reset()
 
     @property
     def largest_shard(self) -> int:
@@ -66,51 +66,51 @@ class Reader:
         """Read the encoded picture of a sample.
 
         Raises:
-            UserError: Its shard is missing or has not the manifest's size.
-            TransientError: The disk or network does not answer.
-            UnreadableSampleError: This member alone cannot be read.
+            UserError: Its shard is missing or differs in size from the manifest.
+            TransientError: The disk or network does not respond.
+            UnreadableSampleError: Only this member cannot be read.
         """
         part, local = self._find(self._first_sample, sample)
         m = self.manifests[part]
         return self._read(part, int(m.shard[local]), int(m.image_offset[local]), int(m.image_bytes[local]))
 
     def audio(self, caption: int) -> bytes:
-        """Read the encoded audio of a caption row; raises what `picture` does."""
+        """Read the encoded audio of a caption row; raises the errors of `picture`."""
         part, local = self._find(self._first_row, caption)
         m = self.manifests[part]
         sample = int(np.searchsorted(m.first_caption, local, side="right")) - 1
         return self._read(part, int(m.shard[sample]), int(m.audio_offset[local]), int(m.audio_bytes[local]))
 
     def meta(self, sample: int) -> dict[str, Any]:
-        """Read the JSON of a sample: image id, split, captions; raises what `picture` does."""
+        """Read the JSON of a sample: image id, split, captions; raises the errors of `picture`."""
         part, local = self._find(self._first_sample, sample)
         m = self.manifests[part]
         return json.loads(self._read(part, int(m.shard[local]), int(m.meta_offset[local]), int(m.meta_bytes[local])))
 
     def describe(self, sample: int) -> tuple[str, str]:
-        """Key of a sample, and path or URL of its shard, for messages."""
+        """Return the key of a sample and the path or URL of its shard, for messages."""
         part, local = self._find(self._first_sample, sample)
         m = self.manifests[part]
         return m.key[local].decode(errors="replace"), f"{m.place}/{m.shards[int(m.shard[local])].name}"
 
     def prefetch(self, samples: np.ndarray) -> None:
-        """Fetch the remote shards of samples int64 [n] into the cache; raises what `picture` does."""
+        """Download the remote shards of samples int64 [n] into the cache; raises the errors of `picture`."""
         for part, remote in enumerate(self._remotes):
             m, first = self.manifests[part], self._first_sample[part]
             if remote and self.cache:
-                own = samples[(samples >= first) & (samples < first + len(m.key))] - first
-                for shard in np.unique(m.shard[own]).tolist():
+                local = samples[(samples >= first) & (samples < first + len(m.key))] - first
+                for shard in np.unique(m.shard[local]).tolist():
                     self.cache.prefetch(remote, m.shards[shard])
 
-    def notices(self) -> list[str]:
-        """Take the lines that the user should see."""
+    def take_warnings(self) -> list[str]:
+        """Return the cache's new warnings for the user, and clear them."""
         if not self.cache:
             return []
-        taken, self.cache.notices = self.cache.notices, []
-        return taken
+        warnings, self.cache.warnings = self.cache.warnings, []
+        return warnings
 
     def _find(self, starts: list[int], number: int) -> tuple[int, int]:
-        """The data set that a sample or row is in, and its number there."""
+        """Return the number of the data set of a sample or row, and its number in that data set."""
         if not 0 <= number < starts[-1]:
             raise IndexError(f"{number} of {starts[-1]}")
         part = 0
@@ -120,47 +120,47 @@ class Reader:
 
     def _read(self, part: int, shard: int, offset: int, size: int) -> bytes:
         if size > MAX_MEMBER:
-            raise UnreadableSampleError(f"a member of {size:,} bytes, the limit is {MAX_MEMBER:,}")
-        return self._open(part, shard).read(offset, size)
+            raise UnreadableSampleError(f"member of {size:,} bytes, the limit is {MAX_MEMBER:,}")
+        return self._get_shard(part, shard).read(offset, size)
 
-    def _open(self, part: int, shard: int) -> "_Shard":
+    def _get_shard(self, part: int, shard: int) -> "_Shard":
         if self._process != os.getpid():
-            self._forget()
+            self._reset()
         with self._lock:
             opened = self._shards.get((part, shard))
             if opened is not None:
                 self._shards.move_to_end((part, shard))
                 return opened
-        opened = self._open_anew(part, self.manifests[part].shards[shard])
+        opened = self._open_shard(part, self.manifests[part].shards[shard])
         with self._lock:
             self._shards[part, shard] = opened
-            if len(self._shards) > self._keep:
-                self._shards.popitem(last=False)  # closed once the last read from it is done
+            if len(self._shards) > self._max_open:
+                self._shards.popitem(last=False)  # closed after the last read from it
         return opened
 
-    def _open_anew(self, part: int, info: ShardInfo) -> "_Shard":
+    def _open_shard(self, part: int, info: ShardInfo) -> "_Shard":
         name, remote = f"{self.manifests[part].place}/{info.name}", self._remotes[part]
         if remote is None:
-            return _Local(_open_local(name, info), name)
+            return _LocalShard(_open_local(name, info), name)
         descriptor = self.cache.open(remote, info) if self.cache else None
         if descriptor is not None:
-            return _Local(descriptor, name)
+            return _LocalShard(descriptor, name)
         _check_size(remote.size(info.name), info, name)
-        return _Far(remote, info.name)
+        return _RemoteShard(remote, info.name)
 
-    def _forget(self) -> None:
-        """Begin with nothing open: what a parent process has open stays the parent's."""
+    def _reset(self) -> None:
+        """Start without open shards; those of a parent process are not used."""
         self._process, self._lock = os.getpid(), threading.Lock()
         self._shards: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
 
 
 class _Shard(Protocol):
     def read(self, offset: int, size: int) -> bytes:
-        """Read a member, or raise what `Reader.picture` does."""
+        """Read a member; raises the errors of `Reader.picture`."""
 
 
-class _Local:
-    """An open file; closed when it is let go of, which no read in another thread can be surprised by."""
+class _LocalShard:
+    """An open file; closed when the last reference is gone, so never during a read in another thread."""
 
     def __init__(self, descriptor: int, name: str) -> None:
         self.descriptor, self.name = descriptor, name
@@ -173,17 +173,17 @@ class _Local:
         try:
             data = os.pread(self.descriptor, size, offset)
         except OSError as error:
-            # Not a bad sample: what cannot be read now may be later, and a run has to be the same on every repetition.
+            # Not a bad sample: it may be readable later, and a run must be the same on every repetition.
             raise TransientError(
-                f"{self.name}: {size:,} bytes at {offset:,} cannot be read: {error.strerror}; look at the disk"
+                f"{self.name}: {size:,} bytes at {offset:,} cannot be read: {error.strerror}; check the disk"
             ) from None
         if len(data) != size:
-            raise UserError(f"{self.name} is shorter than its manifest says: make the shards again")
+            raise UserError(f"{self.name} is shorter than in its manifest: make the shards again")
         return data
 
 
-class _Far:
-    """A remote file that is read piece by piece."""
+class _RemoteShard:
+    """A remote file, read by range requests."""
 
     def __init__(self, remote: Remote, name: str) -> None:
         self.remote, self.name = remote, name
@@ -197,8 +197,8 @@ def _open_local(name: str, info: ShardInfo) -> int:
     try:
         descriptor = os.open(name, os.O_RDONLY)
     except OSError as error:
-        if error.errno in _NO_ANSWER:
-            raise TransientError(f"cannot open shard {name}: {error.strerror}; look at the disk") from None
+        if error.errno in _NETWORK_ERRORS:
+            raise TransientError(f"cannot open shard {name}: {error.strerror}; check the disk") from None
         raise UserError(f"cannot open shard {name}: {error.strerror}; make the shards again") from None
     try:
         _check_size(os.fstat(descriptor).st_size, info, name)
@@ -211,7 +211,7 @@ def _open_local(name: str, info: ShardInfo) -> int:
 def _check_size(size: int | None, info: ShardInfo, name: str) -> None:
     if size is not None and size != info.bytes:
         how = "truncated" if size < info.bytes else "changed"
-        raise UserError(f"{name} is {how}: {size:,} bytes, its manifest says {info.bytes:,}; make the shards again")
+        raise UserError(f"{name} is {how}: {size:,} bytes, {info.bytes:,} in its manifest; make the shards again")
 
 
 def _starts(sizes: list[int]) -> list[int]:

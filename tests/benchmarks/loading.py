@@ -59,14 +59,14 @@ class Bench:
     def ours(self, folder: Path, begin: float, passes: float, workers: int) -> "Iterator[Batch]":
         """This project's stream from the beginning of a run or part of a pass later, opened from nothing."""
         from shards.manifest import load
-        from shards.reading.dataset import open_stream
+        from shards.reading.loader import load_batches
         from shards.reading.order import order_of
         from shards.reading.reader import Reader
 
         manifest = load(folder)
         order = order_of(manifest, "train", BATCH, seed=SEED)
         first, last = (int(order.steps_per_epoch * at) for at in (begin, begin + passes))
-        return open_stream(
+        return load_batches(
             Reader(manifest),
             order,
             range(first, last),

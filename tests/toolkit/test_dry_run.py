@@ -6,7 +6,7 @@ import pytest
 
 from shards.errors import UserError
 from shards.manifest import load
-from shards.reading.dry_run import plan
+from shards.reading.dry_run import plan_reading
 from shards.reading.order import order_of
 from tests.shards.checking import damage
 from toolkit import train
@@ -40,7 +40,7 @@ def test_prints_the_plan_of_the_configuration_and_builds_nothing(folder: Path, t
     command = [sys.executable, "-c", code, *words, "--dry-run", "--ranks", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     m = load(folder)
-    expected = plan(order_of(m, "train", 2, 5, 2), [m], 2, 3, 1, 2, 4.0).text()
+    expected = plan_reading(order_of(m, "train", 2, 5, 2), [m], 2, 3, 1, 2, 4.0).text()
     assert done.stdout == f"{expected}\n\n"
     assert not (tmp_path / "run").exists()
 

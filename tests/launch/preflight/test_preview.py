@@ -88,7 +88,7 @@ def test_the_dry_run_says_what_matters(slurm, config, tmp_path):
         "asked for: partition low, account speech, qos normal, constraint a100&ib, time 10:00",
         "batch: 4 pairs = 1 pairs x 4 ranks x 1 micro-batches",
         "steps: 4",
-        "steps a pass: 3.00 of 4 pairs",
+        "steps per epoch: 3.00 of 4 pairs",
         "ok      partition: low is up",
         "ok      account: SLURM knows speech",
         "ok      sbatch --test-only: Job 8 to start at",

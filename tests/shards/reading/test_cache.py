@@ -185,8 +185,8 @@ def test_what_is_open_stays_and_what_finds_no_room_is_told_once(tmp_path: Path, 
     first, second = (cache.open(far(tmp_path), shards[number]) for number in (0, 1))
     assert cache.open(far(tmp_path), shards[2]) is None
     assert cache.open(far(tmp_path), shards[3]) is None
-    assert len(cache.notices) == 1
-    assert "read from afar" in cache.notices[0]
+    assert len(cache.warnings) == 1
+    assert "read over the network" in cache.warnings[0]
     assert os.pread(first, SIZE, 0) == content_of(0)
     os.close(first)
     os.close(cache.open(far(tmp_path), shards[2]))
@@ -197,11 +197,11 @@ def test_what_is_open_stays_and_what_finds_no_room_is_told_once(tmp_path: Path, 
 def test_a_shard_that_came_just_before_it_was_claimed_is_not_fetched_again(
     tmp_path: Path, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, real = Cache(tmp_path / "cache"), module._open_whole
+    cache, real = Cache(tmp_path / "cache"), module._open_complete
     os.close(cache.open(far(tmp_path), shards[0]))
     (tmp_path / "remote" / shards[0].name).unlink()
     answers = iter([lambda path: None])  # it is not there yet when it is looked for first
-    monkeypatch.setattr(module, "_open_whole", lambda path: next(answers, real)(path))
+    monkeypatch.setattr(module, "_open_complete", lambda path: next(answers, real)(path))
     os.close(cache.open(far(tmp_path), shards[0]))
     assert names(tmp_path / "cache") == {f"{shards[0].sha256}.tar"}
 
@@ -266,10 +266,10 @@ def test_a_full_disk_costs_old_shards_and_then_the_cache(
         os.close(cache.open(far(tmp_path), shards[number]))
         time.sleep(0.02)
     assert names(tmp_path / "cache") == {f"{shards[number].sha256}.tar" for number in (1, 2)}
-    assert not cache.notices
+    assert not cache.warnings
     kept = [cache.open(far(tmp_path), shards[number]) for number in (1, 2)]
     assert cache.open(far(tmp_path), shards[3]) is None
-    assert len(cache.notices) == 1
+    assert len(cache.warnings) == 1
     assert names(tmp_path / "cache") == {f"{shards[number].sha256}.tar" for number in (1, 2)}
     for descriptor in kept:
         os.close(descriptor)
@@ -291,7 +291,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_download(
     start = time.monotonic()
     assert cache.open(far(tmp_path), shards[1]) is None
     assert time.monotonic() - start < 0.5, "the network was asked again though the disk failed"
-    assert len(cache.notices) == 1
+    assert len(cache.warnings) == 1
     assert names(tmp_path / "cache") == {f"{shards[0].sha256}.tar"}
 
 
@@ -348,8 +348,8 @@ def test_a_disk_without_room_for_another_name_is_told_once(
     cache.prefetch(far(tmp_path), shards[0])
     assert cache.open(far(tmp_path), shards[0]) is None
     assert cache.open(far(tmp_path), shards[1]) is None
-    assert len(cache.notices) == 1
-    assert "read from afar" in cache.notices[0]
+    assert len(cache.warnings) == 1
+    assert "read over the network" in cache.warnings[0]
 
 
 def test_a_cache_that_was_removed_meanwhile_is_named(tmp_path: Path, shards: list[ShardInfo]) -> None:

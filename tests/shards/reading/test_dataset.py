@@ -1,11 +1,6 @@
-"""The stream: the same batches for any number of ranks, workers and restarts; what is broken is replaced or named."""
+"""Batches: the same for any number of ranks, workers and restarts; bad samples are replaced or named."""
 
 import io
-import os
-import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,14 +13,14 @@ import soundfile
 import torch
 from PIL import Image
 
-from shards.errors import TransientError, UserError
+from shards.errors import UserError
 from shards.manifest import Manifest, load
 from shards.media.audio import SAMPLE_RATE, decode_audio
 from shards.media.picture import decode_picture
-from shards.reading import dataset as module
 from shards.reading.cache import Cache
-from shards.reading.dataset import Batch, open_stream
-from shards.reading.order import Order, order_of
+from shards.reading.dataset import Batch
+from shards.reading.loader import load_batches
+from shards.reading.order import Order, order_of, rank_slice
 from shards.reading.reader import Reader
 from tests.shards.media.noise import drawn, noise, spoil
 
@@ -46,8 +41,8 @@ def order_for(*manifests: Manifest, shard_groups: int = 1, batch_size: int = 8) 
 
 
 def opened(reader: Reader, order: Order, steps: range, **settings: Any) -> Any:
-    settings = {"micros": 1, "rank": 0, "world_size": 1, "workers": 0, "report": lambda line: None} | settings
-    return open_stream(reader, order, steps, image_size=16, max_seconds=MAX_SECONDS, **settings)
+    settings = {"micros": 1, "rank": 0, "world_size": 1, "workers": 0} | settings
+    return load_batches(reader, order, steps, image_size=16, max_seconds=MAX_SECONDS, **settings)
 
 
 def batches(
@@ -60,13 +55,13 @@ def batches(
         opened(reader, order, steps, micros=micros, rank=rank, world_size=world_size, workers=workers, **settings)
         for rank in range(world_size)
     ]
-    found = []
+    steps_read = []
     for _ in steps:
         parts = [[next(stream) for stream in streams] for _ in range(micros)]
-        found.append([batch for part in parts for batch in part])
+        steps_read.append([batch for part in parts for batch in part])
     for stream in streams:
-        assert next(stream, None) is None, "the stream goes on after its last step"
-    return found
+        assert next(stream, None) is None, "there is a batch after the last step"
+    return steps_read
 
 
 def joined(parts: list[Batch]) -> tuple[list[int], list[bytes], list[bytes]]:
@@ -96,23 +91,23 @@ def test_global_batches_do_not_depend_on_the_cluster(
 def test_resumed_in_mid_epoch_on_another_cluster_the_rest_is_what_was_left(
     manifest: Manifest, broken: bool, seed: int
 ) -> None:
-    """Two passes of 26 pictures in steps of 8; stopped at a random step, with other ranks and workers behind it."""
+    """Two epochs of 26 pictures in steps of 8; resumed at a random step with other numbers of ranks and workers."""
     for sample in (1, 12, 13, 20) if broken else ():
         spoil(manifest, sample, "image" if sample % 2 else "audio")
     chance = np.random.default_rng(seed)
     stop = int(chance.integers(1, 6))
     (before, workers), (after, others) = [(2 ** int(chance.integers(0, 3)), int(w)) for w in chance.integers(0, 3, 2)]
-    whole = batches(manifest, range(7))
-    assert_same(whole[:stop], batches(manifest, range(stop), before, workers=workers))
-    assert_same(whole[stop:], batches(manifest, range(stop, 7), after, workers=others))
-    ids = [n for step in whole[:3] for n in joined(step)[0]]
+    uninterrupted = batches(manifest, range(7))
+    assert_same(uninterrupted[:stop], batches(manifest, range(stop), before, workers=workers))
+    assert_same(uninterrupted[stop:], batches(manifest, range(stop, 7), after, workers=others))
+    ids = [n for step in uninterrupted[:3] for n in joined(step)[0]]
     assert len(set(ids)) == 24 or broken
-    assert all(len(set(joined(step)[0])) == 8 for step in whole), "a picture is in a batch twice"
-    assert bool(sum(len(b.bad_samples) for step in whole for b in step)) == broken
+    assert all(len(set(joined(step)[0])) == 8 for step in uninterrupted), "a picture is in a batch twice"
+    assert bool(sum(len(b.bad_samples) for step in uninterrupted for b in step)) == broken
 
 
 @pytest.mark.parametrize(("shard_groups", "world_size", "micros"), [(1, 2, 1), (2, 1, 2), (2, 2, 1), (2, 4, 2)])
-def test_mixtures_and_lanes_hold_the_right_bytes(
+def test_mixtures_and_shard_groups_hold_the_right_bytes(
     manifest: Manifest, tmp_path: Path, shard_groups: int, world_size: int, micros: int
 ) -> None:
     both = (manifest, noise(tmp_path / "more", captions=2, first=500))
@@ -121,7 +116,7 @@ def test_mixtures_and_lanes_hold_the_right_bytes(
         place: None
         for micro in range(micros)
         for rank in range(world_size)
-        for place in module.rank_slice(8, micro, micros, rank, world_size, shard_groups).tolist()
+        for place in rank_slice(8, micro, micros, rank, world_size, shard_groups).tolist()
     }
     for step, parts in enumerate(batches(manifest, range(8), world_size, micros, order=order, reader=reader)):
         chosen = order.batch(step).part(list(places))
@@ -134,7 +129,7 @@ def test_mixtures_and_lanes_hold_the_right_bytes(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_pictures_are_cropped_or_squashed_as_asked(tmp_path: Path, monkeypatch: Any, workers: int) -> None:
+def test_pictures_are_cropped_or_squashed_as_configured(tmp_path: Path, monkeypatch: Any, workers: int) -> None:
     monkeypatch.setattr("tests.shards.media.noise.drawn", lambda seed: drawn(seed).resize((72, 24)))
     oblong = noise(tmp_path / "oblong")
     reader = Reader(oblong)
@@ -159,14 +154,14 @@ def test_batches_hold_the_pictures_and_captions_that_were_written(manifest: Mani
 def test_a_worker_fills_the_same_memory_again_and_no_batch_in_use_is_touched(manifest: Manifest) -> None:
     steps = range(30)
     plain = opened(Reader(manifest), order_for(manifest), steps)
-    on_slots, kept = 0, []
+    in_shared_memory, kept = 0, []
     for number, batch in enumerate(opened(Reader(manifest), order_for(manifest), steps, workers=1)):
-        on_slots += batch.images.untyped_storage().nbytes() > batch.images.nbytes
+        in_shared_memory += batch.images.untyped_storage().nbytes() > batch.images.nbytes
         expected = next(plain)
         assert torch.equal(batch.waveforms, expected.waveforms), "what was there before shows in the padding"
         if number in (3, 10):
             kept.append((batch.images[1:], batch.waveforms[2], expected))
-    assert on_slots >= 20, "batches take new memory"
+    assert in_shared_memory >= 20, "batches take new memory"
     for images, wave, expected in kept:
         assert torch.equal(images, expected.images[1:])
         assert torch.equal(wave, expected.waveforms[2])
@@ -177,17 +172,18 @@ def _holds(caption: np.ndarray, cut: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_remote_shards_give_the_same_batches(manifest: Manifest, tmp_path: Path, workers: int) -> None:
+def test_remote_shards_give_the_same_batches(
+    manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
     memory = fsspec.filesystem("memory")
     for path in manifest.folder.iterdir():
         memory.pipe_file(f"/far/{path.name}", path.read_bytes())
     far = load("memory://far")
-    lines: list[str] = []
     for cache in (None, Cache(tmp_path / "cache"), Cache(tmp_path / "small", 3 * far.shards[0].bytes / 1e9)):
-        found = batches(far, range(9), 2, workers=workers, reader=Reader(far, cache=cache), report=lines.append)
-        assert_same(batches(manifest, range(9)), found)
-    small = [line for line in lines if "less than two windows of 2 shards" in line]
-    assert len(small) == 2, "each of two ranks says once that the small cache is small"
+        remote = batches(far, range(9), 2, workers=workers, reader=Reader(far, cache=cache))
+        assert_same(batches(manifest, range(9)), remote)
+    small = [line for line in caplog.messages if "less than two shuffle blocks of 2 shards" in line]
+    assert len(small) == 2, "each of two ranks warns once that the cache is small"
 
 
 def test_workers_fetch_ahead(manifest: Manifest, tmp_path: Path) -> None:
@@ -204,19 +200,18 @@ def test_workers_fetch_ahead(manifest: Manifest, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rank", "world_size", "shards"), [(0, 1, 8), (1, 2, 4)])
-def test_the_window_of_every_lane_that_a_rank_reads_has_to_fit_the_cache(
-    manifest: Manifest, tmp_path: Path, rank: int, world_size: int, shards: int
+def test_the_shuffle_block_of_every_shard_group_that_a_rank_reads_has_to_fit_the_cache(
+    manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture, rank: int, world_size: int, shards: int
 ) -> None:
     far = load(f"file://{manifest.folder}")
     bound = (shards - 0.5) * max(shard.bytes for shard in far.shards) / 1e9
-    lines: list[str] = []
     order, reader = order_for(far, shard_groups=2), Reader(far, cache=Cache(tmp_path / "cache", bound))
-    next(opened(reader, order, range(1), rank=rank, world_size=world_size, report=lines.append))
-    assert len(lines) == 1
-    assert f"less than two windows of {shards // 2} shards" in lines[0]
+    next(opened(reader, order, range(1), rank=rank, world_size=world_size))
+    assert len(caplog.messages) == 1
+    assert f"less than two shuffle blocks of {shards // 2} shards" in caplog.messages[0]
 
 
-# Faults.
+# Bad samples.
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
@@ -244,6 +239,18 @@ class Poisoned(Reader):
         return self.captions.get(caption) or super().audio(caption)
 
 
+class Stuck(Reader):
+    """A reader whose disk responds to the first `answers` reads of a process only."""
+
+    answers = 0
+
+    def picture(self, sample: int) -> bytes:
+        self.answers -= 1
+        if self.answers < 0:
+            threading.Event().wait()
+        return super().picture(sample)
+
+
 def test_bombs_and_endless_audio_are_replaced_and_named(manifest: Manifest) -> None:
     reader = Poisoned(manifest)
     reader.pictures = {
@@ -252,37 +259,38 @@ def test_bombs_and_endless_audio_are_replaced_and_named(manifest: Manifest) -> N
         4: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     }
     reader.captions = dict.fromkeys(manifest.captions(5), hour())
-    found = batches(manifest, range(4), reader=reader)
-    bad_samples = {bad_sample.sample: bad_sample.reason for (batch,) in found for bad_sample in batch.bad_samples}
+    read = batches(manifest, range(4), reader=reader)
+    bad_samples = {bad_sample.sample: bad_sample.reason for (batch,) in read for bad_sample in batch.bad_samples}
     assert set(bad_samples) >= {"p2", "p3", "p4", "p5"}
     assert "9000 x 9000 pixels, the limit is 50,000,000" in bad_samples["p2"]
     assert "not JPEG or PNG or WEBP" in bad_samples["p3"]
     assert "not JPEG or PNG or WEBP" in bad_samples["p4"]
     assert "audio of 3600.0 s in a shard" in bad_samples["p5"]
-    assert not {2, 3, 4, 5} & {n for (batch,) in found for n in batch.ids.tolist()}
+    assert not {2, 3, 4, 5} & {n for (batch,) in read for n in batch.ids.tolist()}
 
 
-def test_a_bad_sample_is_replaced_as_the_order_says_and_counted(manifest: Manifest) -> None:
+def test_a_bad_sample_is_replaced_as_the_order_says_and_counted(
+    manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
     order, bad = order_for(manifest), 9
     spoil(manifest, bad)
     step, place = next((t, b.tolist().index(bad)) for t in range(9) if bad in (b := order.batch(t).samples))
-    lines: list[str] = []
-    (batch,) = batches(manifest, range(step, step + 1), report=lines.append)[0]
+    (batch,) = batches(manifest, range(step, step + 1))[0]
     assert int(batch.ids[place]) == order.replacement(step, place, 1)[0]
     (bad_sample,) = batch.bad_samples
     assert (bad_sample.sample, bad_sample.step, bad_sample.row) == ("p9", step, place)
     assert bad_sample.shard == str(manifest.folder / "train-000001.tar")
-    assert lines == [f"replaced unreadable {bad_sample}"]
+    assert caplog.messages == [f"replaced unreadable {bad_sample}"]
     moved = batch.to(torch.device("cpu"))
     assert moved.bad_samples == [bad_sample]
     assert torch.equal(moved.ids, batch.ids)
 
 
-def test_the_same_bad_samples_are_borne_in_every_pass(manifest: Manifest) -> None:
+def test_the_same_bad_samples_are_allowed_in_every_epoch(manifest: Manifest) -> None:
     for sample in (2, 9):
         spoil(manifest, sample)
-    found = batches(manifest, range(26), max_bad_samples=2)  # 8 passes
-    bad_samples = [bad_sample.sample for (batch,) in found for bad_sample in batch.bad_samples]
+    read = batches(manifest, range(26), max_bad_samples=2)  # 8 epochs
+    bad_samples = [bad_sample.sample for (batch,) in read for bad_sample in batch.bad_samples]
     assert set(bad_samples) == {"p2", "p9"}
     assert len(bad_samples) >= 16
 
@@ -307,7 +315,7 @@ def test_a_bad_sample_that_comes_again_in_a_batch_counts_once(manifest: Manifest
         ({"max_bad_samples_in_a_row": 4}, r"samples, 5 in a row, could not"),
     ],
 )
-def test_too_many_bad_samples_end_the_stream(
+def test_too_many_bad_samples_are_an_error(
     manifest: Manifest, workers: int, limits: dict[str, int], reason: str
 ) -> None:
     for sample in range(26):
@@ -320,14 +328,15 @@ def test_too_many_bad_samples_end_the_stream(
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("how", ["truncated", "missing"])
-def test_a_damaged_shard_is_no_bad_sample(manifest: Manifest, workers: int, how: str) -> None:
+def test_a_damaged_shard_is_no_bad_sample(
+    manifest: Manifest, caplog: pytest.LogCaptureFixture, workers: int, how: str
+) -> None:
     shard = manifest.folder / manifest.shards[0].name
     shard.write_bytes(shard.read_bytes()[:3000]) if how == "truncated" else shard.unlink()
-    lines: list[str] = []
     with pytest.raises(UserError, match=shard.name) as caught:
-        batches(manifest, range(5), workers=workers, report=lines.append)
+        batches(manifest, range(5), workers=workers)
     assert "\n" not in str(caught.value)
-    assert not lines
+    assert not caplog.messages
 
 
 def test_a_batch_that_is_too_broken_is_not_tried_to_its_end(manifest: Manifest) -> None:
@@ -337,187 +346,3 @@ def test_a_batch_that_is_too_broken_is_not_tried_to_its_end(manifest: Manifest) 
     reader.answers = 7
     with pytest.raises(UserError, match="7 in all"):
         batches(manifest, range(5), reader=reader, max_bad_samples=6)
-
-
-# Worker processes.
-
-
-def children() -> set[int]:
-    with open(f"/proc/self/task/{os.getpid()}/children") as file:
-        return {int(pid) for pid in file.read().split()}
-
-
-def stat(pid: int) -> str:
-    """State of a process, "" if it is no more."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
-    except FileNotFoundError:
-        return ""
-
-
-def deaf(pid: int) -> bool:
-    """Does a process ignore SIGTERM?"""
-    ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-    return bool(ignored and int(ignored[1], 16) >> (signal.SIGTERM - 1) & 1)
-
-
-@pytest.mark.parametrize(("kill", "cause"), [(signal.SIGKILL, "memory ran out"), (signal.SIGBUS, "/dev/shm")])
-def test_a_killed_worker_is_named_where_a_batch_is_waited_for(manifest: Manifest, kill: int, cause: str) -> None:
-    before = children()
-    stream = opened(Reader(manifest), order_for(manifest), range(200), workers=2)
-    next(stream)
-    (first, second) = sorted(children() - before)
-    os.kill(first, kill)
-    time.sleep(0.3)  # the death alone must not interrupt what runs now
-    with pytest.raises(TransientError, match=cause) as caught:
-        for _ in stream:
-            pass
-    assert f"(pid {first})" in str(caught.value)
-    assert signal.Signals(kill).name in str(caught.value)
-    assert stat(second) in ("", "Z"), "the other worker goes on"
-
-
-class Failing(Reader):
-    """A reader that ends its process, or fails as a disk does."""
-
-    how: Any
-
-    def picture(self, sample: int) -> bytes:
-        return self.how()
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_disk_that_does_not_answer_is_no_mistake_of_the_user(manifest: Manifest, workers: int) -> None:
-    def fail() -> bytes:
-        raise TransientError("no answer")
-
-    reader = Failing(manifest)
-    reader.how = fail
-    with pytest.raises(TransientError, match="no answer"):
-        batches(manifest, range(1), workers=workers, reader=reader)
-
-
-def test_a_worker_that_ends_by_itself_is_not_tried_again(manifest: Manifest) -> None:
-    reader = Failing(manifest)
-    reader.how = lambda: os._exit(3)
-    with pytest.raises(UserError, match="ended with exit code 3") as caught:
-        batches(manifest, range(1), workers=1, reader=reader)
-    assert not isinstance(caught.value, TransientError)
-
-
-class Stuck(Reader):
-    """A reader whose disk answers so many times in a process, and then no more."""
-
-    answers = 0
-
-    def picture(self, sample: int) -> bytes:
-        self.answers -= 1
-        if self.answers < 0:
-            threading.Event().wait()
-        return super().picture(sample)
-
-
-def test_a_worker_that_hangs_is_named_after_the_time_given(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_POLL", 0.2)
-    before, start = children(), time.monotonic()
-    stream = opened(Stuck(manifest), order_for(manifest), range(9), workers=2, timeout=1.0)
-    with pytest.raises(TransientError, match=r"no batch came .* in 1 s: .*--data\.timeout"):
-        next(stream)
-    assert time.monotonic() - start < 9
-    assert children() == before, "a stuck worker is left"
-
-
-def test_a_slow_worker_is_waited_for(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_POLL", 0.1)
-    real = Reader.picture
-    monkeypatch.setattr(Reader, "picture", lambda self, sample: time.sleep(0.06) or real(self, sample))
-    assert_same(batches(manifest, range(3)), batches(manifest, range(3), workers=1, timeout=30.0))
-
-
-def test_a_stream_that_is_left_early_leaves_no_worker(manifest: Manifest) -> None:
-    before = children()
-    stream = opened(Reader(manifest), order_for(manifest), range(200), workers=2)
-    next(stream)
-    assert children() != before
-    stream.close()
-    assert children() == before
-
-
-PARENT = """
-import sys, time
-from shards.manifest import load
-from tests.shards.reading.test_dataset import opened, order_for, Stuck
-manifest = load(sys.argv[1])
-reader = Stuck(manifest)
-reader.answers = 8
-stream = opened(reader, order_for(manifest), range(99), workers=2)
-next(stream)
-print("ready", flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_killed_parent_leaves_no_worker_though_it_is_stuck(manifest: Manifest) -> None:
-    command = [sys.executable, "-c", PARENT, str(manifest.folder)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as parent:
-        assert parent.stdout is not None
-        assert parent.stdout.readline() == b"ready\n"
-        workers = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
-        while not all(deaf(pid) for pid in workers):  # the second may still begin
-            time.sleep(0.05)
-        for pid in workers:
-            os.kill(pid, signal.SIGTERM)  # which asks the trainer to save: a worker goes on
-        time.sleep(0.3)
-        assert len(workers) == 2
-        assert all(stat(pid) not in ("", "Z") for pid in workers)
-        parent.kill()
-    deadline = time.monotonic() + 10
-    while any(stat(pid) not in ("", "Z") for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [pid for pid in workers if stat(pid) not in ("", "Z")]
-
-
-FAILS = """
-import sys
-from shards.manifest import load
-from tests.shards.reading.test_dataset import Reader, opened, order_for
-manifest = load(sys.argv[1])
-stream = opened(Reader(manifest), order_for(manifest), range(200), workers=2)
-next(stream)
-raise ValueError("nobody catches this")
-"""
-
-
-def test_a_process_that_fails_ends_although_its_stream_is_open(manifest: Manifest) -> None:
-    command = [sys.executable, "-c", FAILS, str(manifest.folder)]
-    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.returncode == 1
-    assert done.stderr.rstrip().endswith("ValueError: nobody catches this"), done.stderr
-
-
-def private_memory(pid: int) -> int:
-    """Bytes that a process shares with no other."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
-
-
-PASSES = """
-import sys
-from shards.manifest import load
-from tests.shards.reading.test_dataset import Reader, children, opened, order_for, private_memory
-manifest = load(sys.argv[1])
-for step, _ in enumerate(opened(Reader(manifest), order_for(manifest, batch_size=6), range(10 * 22), workers=1)):
-    if step % 10 == 9:
-        print(private_memory(*children()))
-"""
-
-
-def test_a_workers_memory_is_flat_over_twenty_passes(tmp_path: Path) -> None:
-    """In a process of its own: a worker would take over, page by page, what a process that tests much holds."""
-    noise(tmp_path / "shards", pictures=60, captions=2, samples_per_shard=4)
-    command = [sys.executable, "-c", PASSES, str(tmp_path / "shards")]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, timeout=100)
-    sizes = [int(size) for size in done.stdout.split()]
-    assert len(sizes) == 22
-    # By then everything that is kept has been made; a kilobyte left behind by each picture would come to 840 kB.
-    assert sizes[-1] - sizes[7] < 1_000_000, [size // 1024 for size in sizes]

@@ -11,7 +11,7 @@ import pytest
 from shards import manifest
 from shards.errors import UserError
 from shards.manifest import Manifest, ShardInfo
-from shards.reading.dry_run import Plan, advise, plan
+from shards.reading.dry_run import ReadingPlan, advise, plan_reading
 from shards.reading.order import Order, order_of, rank_slice
 
 BATCH = 16
@@ -50,13 +50,13 @@ def one(tmp_path: Path) -> Manifest:
 
 def of(
     m: Manifest, world_size: int = 2, workers: int = 2, micros: int = 2, shard_groups: int = 1, **how: object
-) -> Plan:
+) -> ReadingPlan:
     settings = {"groups": 2, "max_seconds": 6.0} | how
-    return plan(order_of(m, "train", BATCH, 3, 2, shard_groups), [m], world_size, workers, micros, **settings)
+    return plan_reading(order_of(m, "train", BATCH, 3, 2, shard_groups), [m], world_size, workers, micros, **settings)
 
 
 def names_read(m: Manifest, order: Order, steps: int, world_size: int, workers: int, micros: int) -> dict:
-    """The shards that each (rank, worker) reads, as the stream deals out micro-batches."""
+    """The shards that each (rank, worker) reads, as the loader assigns micro-batches to workers."""
     read: dict[tuple[int, int], set[str]] = {}
     for number in range(steps * micros):
         step, micro = divmod(number, micros)
@@ -70,7 +70,7 @@ def names_read(m: Manifest, order: Order, steps: int, world_size: int, workers: 
 @pytest.mark.parametrize(
     ("world_size", "workers", "micros", "shard_groups"), [(1, 0, 1, 1), (2, 2, 2, 1), (4, 3, 1, 2), (2, 1, 2, 4)]
 )
-def test_readers_are_those_of_the_stream(
+def test_readers_are_those_of_the_loader(
     one: Manifest, world_size: int, workers: int, micros: int, shard_groups: int
 ) -> None:
     p = of(one, world_size, workers, micros, shard_groups)
@@ -79,29 +79,29 @@ def test_readers_are_those_of_the_stream(
     assert all(list(shards) == sorted(shards) for shards in p.readers.values())
 
 
-def test_pass_and_window(one: Manifest) -> None:
+def test_epoch_and_shuffle_block(one: Manifest) -> None:
     p = of(one)
-    (part,) = p.parts
+    (source,) = p.sources
     first = int(one.first_caption[120])
-    assert (part.pictures, part.shards, part.captions) == (120, 12, first)
-    assert part.hours == pytest.approx(one.duration[:first].sum() / 3600, rel=1e-6)
+    assert (source.pictures, source.shards, source.captions) == (120, 12, first)
+    assert source.hours == pytest.approx(one.duration[:first].sum() / 3600, rel=1e-6)
     assert p.steps_per_epoch == 120 / 16
-    assert (part.window, part.steps, p.steps) == (20, 20 / 16, 2)
-    assert of(one, shard_groups=2).parts[0].steps == 2 * 20 / 16
-    assert of(one, world_size=1, micros=1, shard_groups=8).parts[0].window == 10  # a lane has no two shards to shuffle
+    assert (source.shuffle_block, source.steps, p.steps) == (20, 20 / 16, 2)
+    assert of(one, shard_groups=2).sources[0].steps == 2 * 20 / 16
+    assert of(one, world_size=1, micros=1, shard_groups=8).sources[0].shuffle_block == 10  # a shard group has one shard
     assert of(one, workers=1).readers.keys() == {(0, 0), (1, 0)}
 
 
-def test_bytes_of_a_pass_are_what_passes_read(one: Manifest) -> None:
-    """Six passes use the 1, 2 or 3 captions of a picture equally often: their mean is exact."""
+def test_bytes_of_an_epoch_are_what_epochs_read(one: Manifest) -> None:
+    """Six epochs use the 1, 2 or 3 captions of a picture equally often: their mean is exact."""
     order = order_of(one, "train", BATCH, 3, 2)
     read = 0
     for step in range(6 * 120 // 16):
         chosen = order.batch(step)
         read += int(one.image_bytes[chosen.samples].sum() + one.audio_bytes[chosen.captions].sum())
     assert 6 * 120 % 16 == 0
-    assert of(one).parts[0].read == pytest.approx(read / 6, abs=1)
-    assert of(one).read_per_node == of(one).parts[0].read
+    assert of(one).sources[0].read == pytest.approx(read / 6, abs=1)
+    assert of(one).read_per_node == of(one).sources[0].read
     assert of(one, nodes=2).read_per_node == pytest.approx(read / 12, abs=1)
 
 
@@ -116,7 +116,7 @@ def test_shards_of_a_node(one: Manifest) -> None:
 def test_padding_against_a_plain_count(one: Manifest) -> None:
     order = order_of(one, "train", BATCH, 3, 2)
     real = plain = grouped = 0.0
-    for step in range(7):  # the whole steps of a pass
+    for step in range(7):  # the complete steps of an epoch
         seconds = [min(float(one.duration[row]), 6.0) for row in order.batch(step).captions]
         for start in range(0, 16, 4):
             mine = seconds[start : start + 4]
@@ -136,7 +136,7 @@ def test_padding_against_a_plain_count(one: Manifest) -> None:
 
 
 def test_many_ranks_look_at_fewer_batches(one: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.reading.dry_run._MICROS", 13)
+    monkeypatch.setattr("shards.reading.dry_run._MAX_MICROS", 13)
     assert of(one, world_size=2, micros=2).batches == 4
     assert of(one, world_size=16, micros=1).batches == 1
 
@@ -144,10 +144,10 @@ def test_many_ranks_look_at_fewer_batches(one: Manifest, monkeypatch: pytest.Mon
 def test_mixture(tmp_path: Path, one: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     two = made(tmp_path / "two", shards=8, seed=1)
     order = order_of([one, two], "train", BATCH, 3, 2, weights=[3, 1])
-    p = plan(order, [one, two], 2, 1, 1, 2, 6.0)
-    assert [part.share for part in p.parts] == [0.75, 0.25]
-    assert [part.pictures for part in p.parts] == [120, 80]
-    assert p.steps == math.ceil(20 / 4)  # the window of the slower one
+    p = plan_reading(order, [one, two], 2, 1, 1, 2, 6.0)
+    assert [source.share for source in p.sources] == [0.75, 0.25]
+    assert [source.pictures for source in p.sources] == [120, 80]
+    assert p.steps == math.ceil(20 / 4)  # the shuffle block of the slower source
     samples = np.concatenate([order.batch(step).samples for step in range(p.steps)])
     ones = {f"one/{one.shards[one.shard[s]].name}" for s in samples if s < len(one.key)}
     twos = {f"two/{two.shards[two.shard[s - len(one.key)]].name}" for s in samples if s >= len(one.key)}
@@ -155,7 +155,7 @@ def test_mixture(tmp_path: Path, one: Manifest, monkeypatch: pytest.MonkeyPatch)
     assert set().union(*p.readers.values()) == ones | twos
     seconds = np.concatenate([one.duration, two.duration])[order.batch(0).captions].clip(max=6.0).reshape(2, 8)
     monkeypatch.setattr(Order, "steps_per_epoch", 1.0)  # so that only the first batch is looked at
-    first = plan(order, [one, two], 2, 1, 1, 2, 6.0)
+    first = plan_reading(order, [one, two], 2, 1, 1, 2, 6.0)
     assert first.padding == pytest.approx(1 - seconds.sum() / (8 * seconds.max(axis=1).sum()))
     assert "75.0% of each batch" in p.text()
 
@@ -163,7 +163,7 @@ def test_mixture(tmp_path: Path, one: Manifest, monkeypatch: pytest.MonkeyPatch)
 def test_text(one: Manifest, tmp_path: Path) -> None:
     text = of(one).text()
     assert "120 pictures" in text
-    assert "steps a pass: 7.50 of 16 pairs (2 ranks x 2 micro-batches x 4)" in text
+    assert "steps per epoch: 7.50 of 16 pairs (2 ranks x 2 micro-batches x 4)" in text
     two = of(made(tmp_path / "two", shards=2, pictures=60)).text()
     assert two.endswith("\n  every worker of every rank: 2 shards: train-000000.tar, train-000001.tar")
     shard_groups = of(one, world_size=8, workers=2, micros=1, shard_groups=4)
@@ -177,15 +177,15 @@ def test_text(one: Manifest, tmp_path: Path) -> None:
 def test_text_of_very_many_readers_is_short(tmp_path: Path) -> None:
     m = made(tmp_path / "many", shards=100)
     order = order_of(m, "train", 400, 0, 2, 50)
-    p = plan(order, [m], 400, 1, 1, 1)
+    p = plan_reading(order, [m], 400, 1, 1, 1)
     assert len(p.readers) == 400
     text = p.text()
-    assert "and 34 more such groups" in text  # 50 lanes
+    assert "and 34 more such groups" in text  # 50 shard groups
     lines = [line for line in text.splitlines() if line.startswith("  ranks ")]
     assert len(lines) == 16
     for line in lines:
         first, last = map(int, re.match(r"  ranks (\d+) to (\d+): ", line).groups())
-        assert last == first + 7  # a lane
+        assert last == first + 7  # a shard group
         read = {name for rank in range(first, last + 1) for name in p.readers[rank, 0]}
         assert f"{len(read)} shard" in line
         assert all(name in line for name in sorted(read)[:8])
@@ -198,8 +198,10 @@ def test_batch_that_does_not_divide(one: Manifest) -> None:
 
 def test_advice(one: Manifest, tmp_path: Path) -> None:
     lines = advise(one, ranks=2, workers=2)
-    assert lines[0].startswith("train: 12 shards of 100 kB, 10 pictures each; a window of 16 shuffles 100% of a pass")
-    assert "lanes up to 2; stock webdataset has a shard for each worker too" in lines[1]
+    assert lines[0].startswith(
+        "train: 12 shards of 100 kB, 10 pictures each; a shuffle block of 16 shards is 100% of an epoch"
+    )
+    assert "up to 2 shard groups; stock webdataset has a shard for each worker too" in lines[1]
     crowded = advise(one, ranks=16, workers=4)
     assert "stock webdataset would leave 52 of 64 workers without a shard" in crowded[1]
     assert len(advise(made(tmp_path / "fifteen", shards=15, pictures=8), ranks=16, workers=4)) == 2

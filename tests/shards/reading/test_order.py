@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from shards.errors import UserError
 from shards.manifest import COLUMNS, Manifest, ShardInfo, save
-from shards.reading.epochs import Passes, Share, Source
+from shards.reading.epochs import EpochStream, Share, Source
 from shards.reading.order import Order, Selection, order_of, rank_slice, source_of
 
-PASSES = 3  # that tests run through
+EPOCHS = 3  # that each test reads
 
 
 def make_source(counts: list[int], captions: int = 1, sample: int = 0, row: int = 0, **other: float) -> Source:
@@ -42,58 +42,58 @@ def mix(sources: list[tuple[list[int], int, float]]) -> list[Source]:
 
 @st.composite
 def orders(draw: st.DrawFn, sources: int = 3) -> Order:
-    """Orders small enough to be run for some passes, the sizes of batches and of passes in every relation."""
-    lane_count, places = draw(st.integers(1, 3)), draw(st.integers(1, 8))
+    """Orders small enough to be run for some epochs, the with batches smaller and larger than an epoch."""
+    groups, places = draw(st.integers(1, 3)), draw(st.integers(1, 8))
     some = st.tuples(
-        st.lists(st.integers(1, 12), min_size=lane_count, max_size=3 * lane_count),
+        st.lists(st.integers(1, 12), min_size=groups, max_size=3 * groups),
         st.integers(1, 3),
         st.sampled_from([0.3, 0.7, 1, 1.5, 2]),
     )
     mixed = mix(draw(st.lists(some, min_size=1, max_size=sources)))
     try:
-        return Order(mixed, places * lane_count, draw(st.integers(0, 2**70)), draw(st.integers(1, 6)), lane_count)
+        return Order(mixed, places * groups, draw(st.integers(0, 2**70)), draw(st.integers(1, 6)), groups)
     except UserError:
         reject()
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one lane draws from one source."""
+    """What one shard group draws from one source."""
 
     source: int
     shard_group: int
     places: np.ndarray  # bool [steps, places of the batch]
-    samples: np.ndarray  # int64 [n], of PASSES whole passes or more
+    samples: np.ndarray  # int64 [n], of EPOCHS complete epochs or more
     captions: np.ndarray
     pictures: int  # different ones
 
-    def passes(self, column: np.ndarray) -> np.ndarray:
-        """A column as [PASSES, pictures]."""
-        return column[: PASSES * self.pictures].reshape(PASSES, self.pictures)
+    def epochs(self, column: np.ndarray) -> np.ndarray:
+        """A column as [EPOCHS, pictures]."""
+        return column[: EPOCHS * self.pictures].reshape(EPOCHS, self.pictures)
 
 
 def steps_of(order: Order) -> int:
-    """Steps that hold PASSES passes of every source in every lane."""
+    """Steps that contain EPOCHS epochs of every source in every shard group."""
     weights = sum(source.weight for source in order.sources)
-    passes = (
+    epochs = (
         (int(source.count.sum()) / order.shard_groups + int(source.count.max())) * weights / source.weight
         for source in order.sources
     )
-    return int(PASSES * max(passes) * order.shard_groups / order.batch_size) + 2
+    return int(EPOCHS * max(epochs) * order.shard_groups / order.batch_size) + 2
 
 
 def runs_of(order: Order) -> list[Run]:
-    """Take an order apart into the runs of every source in every lane."""
+    """Take an order apart into the runs of every source in every shard group."""
     batches = [order.batch(step) for step in range(steps_of(order))]
     samples, captions = (np.stack([getattr(batch, name) for batch in batches]) for name in ("samples", "captions"))
     source = np.searchsorted([source.first_sample for source in order.sources], samples, side="right") - 1
     shard_group = np.arange(order.batch_size) // (order.batch_size // order.shard_groups)
-    found = []
+    runs = []
     for k in range(len(order.sources)):
         for one in range(order.shard_groups):
             here = (source == k) & (shard_group == one)
-            found.append(Run(k, one, here, samples[here], captions[here], len(np.unique(samples[here]))))
-    return found
+            runs.append(Run(k, one, here, samples[here], captions[here], len(np.unique(samples[here]))))
+    return runs
 
 
 def numbers(source: Source) -> set[int]:
@@ -104,19 +104,19 @@ def numbers(source: Source) -> set[int]:
 
 @settings(max_examples=50, deadline=None)
 @given(orders())
-def test_every_picture_once_a_pass_in_one_lane(order: Order) -> None:
+def test_every_picture_once_per_epoch_in_one_shard_group(order: Order) -> None:
     runs = runs_of(order)
     for k, source in enumerate(order.sources):
         shard_groups = [run for run in runs if run.source == k]
         for run in shard_groups:
-            for each in run.passes(run.samples):
-                assert set(each.tolist()) == set(run.samples.tolist()), "a pass is not all pictures, once"
-        dealt = [picture for run in shard_groups for picture in set(run.samples.tolist())]
-        assert sorted(dealt) == sorted(numbers(source)), "the lanes together are not the source"
+            for each in run.epochs(run.samples):
+                assert set(each.tolist()) == set(run.samples.tolist()), "an epoch does not contain every picture once"
+        assigned = [picture for run in shard_groups for picture in set(run.samples.tolist())]
+        assert sorted(assigned) == sorted(numbers(source)), "the shard groups together are not the source"
         shards = [
             set(np.searchsorted(source.start, run.samples - source.first_sample, side="right")) for run in shard_groups
         ]
-        assert sum(map(len, shards)) == len(source.start), "two lanes read a shard"
+        assert sum(map(len, shards)) == len(source.start), "two shard groups read a shard"
 
 
 @settings(max_examples=50, deadline=None)
@@ -130,13 +130,13 @@ def test_no_picture_twice_in_a_batch(order: Order) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(orders(sources=2))
-def test_k_passes_in_a_row_use_each_of_k_captions_once(order: Order) -> None:
+def test_k_consecutive_epochs_use_each_of_k_captions_once(order: Order) -> None:
     for run in runs_of(order):
         source = order.sources[run.source]
         for picture in set(run.samples.tolist()):
             used = (run.captions[run.samples == picture] - source.first_row).tolist()
             first, end = source.first_caption[picture - source.first_sample :][:2].tolist()
-            assert len(used) >= PASSES
+            assert len(used) >= EPOCHS
             for start in range(len(used) - (end - first) + 1):
                 assert sorted(used[start : start + end - first]) == list(range(first, end))
 
@@ -181,7 +181,7 @@ def test_ranks_and_micro_batches_together_are_the_batch(world: int, micros: int,
         for rank in range(world):
             mine = {int(p) // (size // shard_groups) for m in range(micros) for p in places[m * world + rank]}
             each = shard_groups // world
-            assert mine == set(range(rank * each, (rank + 1) * each)), "a rank does not serve whole lanes"
+            assert mine == set(range(rank * each, (rank + 1) * each)), "a rank does not read complete shard groups"
 
 
 @settings(max_examples=50, deadline=None)
@@ -200,7 +200,7 @@ def test_a_share_is_arithmetic(low: int, mean: int, far: int) -> None:
     share = Share(Fraction(low, 13), Fraction(low + mean, 13))
     drawn = [share.drawn(step) for step in range(14)]  # the sum of 13 steps has no rounding
     assert share.drawn(13 * far) == mean * far
-    assert max(np.diff(drawn)) <= share.most <= share.mean + 2
+    assert max(np.diff(drawn)) <= share.maximum <= share.mean + 2
     for position in range(drawn[13]):
         assert share.drawn(share.step_at(position)) <= position < share.drawn(share.step_at(position) + 1)
 
@@ -222,7 +222,7 @@ def test_any_part_of_a_batch_is_a_mixture() -> None:
 def test_replacements_put_no_picture_into_a_batch_twice(order: Order, data: st.DataObject) -> None:
     for run in runs_of(order):
         ends = np.cumsum(run.places.sum(axis=1))
-        across = [int(np.searchsorted(ends, e * run.pictures, side="right")) for e in range(1, PASSES)]
+        across = [int(np.searchsorted(ends, e * run.pictures, side="right")) for e in range(1, EPOCHS)]
         step = data.draw(st.sampled_from(across) | st.integers(0, across[-1] - 1))
         places = np.flatnonzero(run.places[step]).tolist()
         assume(places)
@@ -230,8 +230,8 @@ def test_replacements_put_no_picture_into_a_batch_twice(order: Order, data: st.D
         assert whole >= 1, "there is no picture for the first attempt"
         named = [order.replacement(step, place, attempt) for attempt in range(1, whole + 3) for place in places]
         epoch = (ends[step] - 1) // run.pictures
-        passed = zip(run.passes(run.samples)[epoch], run.passes(run.captions)[epoch], strict=True)
-        assert set(named) <= set(passed), "not a picture and its caption of this source, lane and pass"
+        passed = zip(run.epochs(run.samples)[epoch], run.epochs(run.captions)[epoch], strict=True)
+        assert set(named) <= set(passed), "not a picture and its caption of this source, shard group and epoch"
         assert not {sample for sample, _ in named} & set(order.batch(step).samples), "a replacement is in the batch"
         different = [sample for sample, _ in named[: whole * len(places)]]
         assert len(set(different)) == len(different), "two places or attempts have the same replacement"
@@ -242,20 +242,20 @@ def test_replacements_follow_the_batch() -> None:
     later = [order.batch(step).samples.tolist() for step in range(10)]
     assert [order.replacement(3, place, 1)[0] for place in range(8)] == later[4]
     assert [order.replacement(3, place, 2)[0] for place in range(8)] == later[5]
-    assert [order.replacement(8, place, 2)[0] for place in range(8)] == later[0], "not the beginning of the pass"
+    assert [order.replacement(8, place, 2)[0] for place in range(8)] == later[0], "not the beginning of the epoch"
 
 
-def test_a_window_keeps_reads_local_and_mixes_all_its_shards() -> None:
+def test_a_shuffle_block_keeps_reads_local_and_mixes_all_its_shards() -> None:
     order = Order([same_shards(80, 10)], 8, shuffle_shards=2)
     for epoch in (0, 1):
         shards = (np.concatenate([order.batch(10 * epoch + step).samples for step in range(10)]) - 3) // 10
         for start in range(0, 80, 20):
-            window = shards[start : start + 20]
-            assert len(set(window)) == 2, "a window of two shards reads other shards"
-            assert np.diff(window).astype(bool).sum() > 3, "the shards of a window follow one another"
+            block = shards[start : start + 20]
+            assert len(set(block)) == 2, "a block of two shards reads other shards"
+            assert np.diff(block).astype(bool).sum() > 3, "the shards of a block are not mixed"
 
 
-def test_seeds_passes_lanes_and_sources_are_shuffled_differently() -> None:
+def test_seeds_epochs_shard_groups_and_sources_are_shuffled_differently() -> None:
     def shuffled(order: Order, column: slice, first_step: int = 0) -> list[int]:
         return [int(n) for step in range(first_step, first_step + 4) for n in order.batch(step).samples[column] % 83]
 
@@ -280,7 +280,7 @@ def test_the_order_is_the_same_in_every_version() -> None:
     assert order.replacement(5, 2, 1) == (13, 26)
 
 
-def test_lanes_have_as_many_pictures_each_as_the_shards_allow() -> None:
+def test_shard_groups_have_as_many_pictures_each_as_the_shards_allow() -> None:
     order = Order([make_source([7, 50, 9, 30, 20, 11, 33], 1)], 12, shard_groups=3)
     shard_groups = [
         np.concatenate([order.batch(t).samples.reshape(3, 4)[shard_group] for t in range(14)])
@@ -299,22 +299,22 @@ def test_ten_million_pictures_need_neither_memory_nor_replay(monkeypatch: pytest
     manifest = Manifest(
         Path("big"), "big", "", infos, ("train", "dev"), shard=shard, split=split, first_caption=first_caption, **rest
     )
-    windows = []
-    shuffle = Passes._shuffle_window
-    monkeypatch.setattr(Passes, "_shuffle_window", lambda run, *key: windows.append(key) or shuffle(run, *key))
+    blocks = []
+    shuffle = EpochStream._shuffle_block
+    monkeypatch.setattr(EpochStream, "_shuffle_block", lambda run, *key: blocks.append(key) or shuffle(run, *key))
     tracemalloc.start()
     order = order_of(manifest, "train", 1024, seed=3)
     assert order.pictures == pictures - 10_000
     last = int(30 * order.steps_per_epoch) - 1
     order.batch(last)
-    assert len(windows) <= 2, "a seek shuffles more windows than it reads"
+    assert len(blocks) <= 2, "a seek shuffles more blocks than it reads"
     across = int(29 * order.steps_per_epoch)
     assert order.batch(across).samples.min() >= 10_000, "a sample of the other split"
-    assert len(windows) <= 2 + 2, "a seek across passes shuffles more than an end and a beginning"
+    assert len(blocks) <= 2 + 2, "a seek across epochs shuffles more than an end and a beginning"
     for step in range(across + 1, across + 40):
         order.batch(step)
-    assert len(windows) <= 2 + 2 + 4, "windows are shuffled anew for every batch"
-    for step in range(0, 4000, 16):  # one in every window
+    assert len(blocks) <= 2 + 2 + 4, "blocks are shuffled anew for every batch"
+    for step in range(0, 4000, 16):  # one in every block
         order.batch(step)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -377,7 +377,7 @@ def test_a_part_has_the_same_places_of_all_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "weights", "batch", "shard_groups", "said"),
+    ("counts", "weights", "batch", "shard_groups", "message"),
     [
         (
             [[15]],
@@ -393,7 +393,7 @@ def test_a_part_has_the_same_places_of_all_columns() -> None:
             [1],
             12,
             3,
-            "at least 8 pictures, lane 2 of training has 5: set --training.batch_size to 6 or less",
+            "at least 8 pictures, shard group 2 of training has 5: set --training.batch_size to 6 or less",
         ),
         ([[90], [9]], [3, 1], 20, 1, "at least 10 pictures, training has 9: set --training.batch_size to 16 or less"),
         (
@@ -401,9 +401,15 @@ def test_a_part_has_the_same_places_of_all_columns() -> None:
             [1],
             9,
             2,
-            "a batch of 9 does not divide into 2 lanes: set --training.batch_size to 10 or --data.s",
+            "a batch of 9 does not divide into 2 shard groups: set --training.batch_size to 10 or",
         ),
-        ([[20, 20]], [1], 9, 3, "3 lanes need as many shards, training has 2: set --data.shard_groups to 2 or less"),
+        (
+            [[20, 20]],
+            [1],
+            9,
+            3,
+            "3 shard groups need as many shards, training has 2: set --data.shard_groups to 2 or less",
+        ),
         (
             [[90], [90]],
             [9, 1],
@@ -416,10 +422,10 @@ def test_a_part_has_the_same_places_of_all_columns() -> None:
         ([[90], [90]], [1, float("inf")], 8, 1, "the weight of training is inf"),
     ],
 )
-def test_what_does_not_fit_is_one_clear_line(counts, weights, batch, shard_groups, said) -> None:
+def test_what_does_not_fit_is_one_clear_line(counts, weights, batch, shard_groups, message) -> None:
     with pytest.raises(UserError) as caught:
         Order(mix([(c, 1, w) for c, w in zip(counts, weights, strict=True)]), batch, shard_groups=shard_groups)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -434,10 +440,12 @@ def test_the_batch_that_an_error_names_fits() -> None:
             Order(sources, named + 1)
 
 
-def test_a_batch_that_ranks_or_lanes_do_not_divide_is_refused() -> None:
-    with pytest.raises(UserError, match=r"does not divide by 2 micro-batches x 1 lanes or x 3 ranks: .* multiple of 6"):
+def test_a_batch_that_ranks_or_shard_groups_do_not_divide_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"does not divide by 2 micro-batches x 1 shard groups or x 3 ranks: .* multiple of 6"
+    ):
         rank_slice(16, 0, 2, 0, 3)
     with pytest.raises(
-        UserError, match=r"does not divide by 3 micro-batches x 4 lanes or x 2 ranks: .* multiple of 12"
+        UserError, match=r"does not divide by 3 micro-batches x 4 shard groups or x 2 ranks: .* multiple of 12"
     ):
         rank_slice(18, 0, 3, 0, 2, shard_groups=4)

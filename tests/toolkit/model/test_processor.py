@@ -10,7 +10,7 @@ from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.manifest import load
 from shards.media.picture import decode_picture, read_picture
-from shards.reading.dataset import Reader
+from shards.reading.reader import Reader
 from shards.writing.writer import Format, write_shards
 from tests.tiny import tiny_model
 from toolkit.config.schema import Config, Data, Evaluation
