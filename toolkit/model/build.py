@@ -1,4 +1,4 @@
-"""From the configuration to the model."""
+"""Build the model from the configuration."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,27 +19,27 @@ from shards.media.audio import SAMPLE_RATE
 from shards.media.picture import Resize
 from toolkit.config import schema as config
 from toolkit.model.retrieval import VISION, SpeechImageConfig, SpeechImageModel
-from toolkit.model.trunk import BESIDE, Kind, read_weights
+from toolkit.model.trunk import OUTSIDE, ModelKind, read_weights
 from toolkit.model.trunk_inputs import picture_inputs, waveform_epsilon
 
-# SpecAugment's mask is not used: a trunk without it has no parameter that is never trained.
+# SpecAugment is not used: without it, a trunk has no mask embedding that would never be trained.
 NO_SPEC_AUGMENT = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
-INPUTS = ("waveform_epsilon", "final_norm", "mean", "std")  # what follows from where a trunk comes from
-HUBERT = Kind("HuBERT", "model.speech.trunk", ("hubert",))
+INPUTS = ("waveform_epsilon", "final_norm", "mean", "std")  # encoder arguments that depend on the trunk's source
+HUBERT = ModelKind("HuBERT", "model.speech.trunk", ("hubert",))
 VISION_KINDS = {
-    "clip": Kind(
+    "clip": ModelKind(
         "CLIP",
         "model.image.trunk",
         ("clip_vision_model",),
         ("clip",),
-        {r"^(?!vision_model\.|visual_projection\.)": BESIDE},
+        {r"^(?!vision_model\.|visual_projection\.)": OUTSIDE},
     ),
-    "blip2": Kind(
+    "blip2": ModelKind(
         "BLIP-2",
         "model.image.trunk",
         ("blip_2_vision_model",),
         ("blip-2",),
-        {r"^(?!vision_model\.)": BESIDE, r"^vision_model\.": ""},
+        {r"^(?!vision_model\.)": OUTSIDE, r"^vision_model\.": ""},
     ),
 }
 
@@ -50,16 +50,16 @@ def build_model(
     resize: Resize | None = None,
     exported: Mapping[str, Any] | None = None,
 ) -> SpeechImageModel:
-    """Build the retrieval model, its trunks loaded or random.
+    """Build the retrieval model, with pretrained or randomly initialized trunks.
 
     Args:
-        model: the architecture and where the trunks come from.
-        contrastive: its temperature is the model's; None: the defaults.
-        resize: how the data makes squares of pictures; None: not to be compared with what the trunk was trained on.
-        exported: config.json of what the run has exported so far: its trunks go on as they were used; None: it is new.
+        model: The architecture, and the sources of the trunks.
+        contrastive: Settings of the temperature; None: the defaults.
+        resize: How the data loader makes pictures square, to be checked against the trunk; None: no check.
+        exported: config.json of an earlier export of the run, whose preprocessing is kept; None: a new run.
 
     Raises:
-        UserError: a trunk cannot be read or is used to other pictures, or a value does not fit.
+        UserError: A trunk cannot be loaded, was trained with another `resize`, or a value is invalid.
     """
     contrastive = contrastive or config.Contrastive()
     hubert = vision = None
@@ -73,10 +73,11 @@ def build_model(
     _check_heads(model, hubert_config, vision_config)
     speech_inputs = _inputs(exported, "speech", lambda: _speech_inputs(model.speech, hubert_config))
     image_inputs = _inputs(exported, "image", lambda: _image_inputs(model.image, resize))
+    hubert_values, vision_values = _changed_values(hubert_config), _changed_values(vision_config)
     architecture = SpeechImageConfig(
         embed_dim=model.embed_dim,
-        speech={**_own_values(model.speech), **speech_inputs, "trunk": _values(hubert_config) | NO_SPEC_AUGMENT},
-        image={**_own_values(model.image), **image_inputs, "trunk": _values(vision_config)},
+        speech={**_encoder_arguments(model.speech), **speech_inputs, "trunk": hubert_values | NO_SPEC_AUGMENT},
+        image={**_encoder_arguments(model.image), **image_inputs, "trunk": vision_values},
         fusion=dict(vars(model.fusion)),
         contrastive={
             "initial": contrastive.temperature,
@@ -96,12 +97,12 @@ def build_model(
 
 @torch.no_grad()
 def set_mel_filters(weight: Tensor, low: float = 80.0, high: float = 7600.0) -> None:
-    """Fill a first convolution with windowed cosines and sines at mel-spaced frequencies (the idea of SincNet).
+    """Initialize a first convolution with windowed cosines and sines at mel-spaced frequencies (the idea of SincNet).
 
-    A random first convolution has to find the spectrum first; from this one, training from scratch is under way sooner.
+    Training from random weights then needs fewer steps, because the spectrum does not have to be learned first.
 
     Args:
-        weight: [filters, 1, length], over 16 kHz waveforms.
+        weight: [filters, 1, length], for 16 kHz waveforms.
         low: Lowest frequency in Hz.
         high: Highest frequency in Hz.
     """
@@ -114,12 +115,12 @@ def set_mel_filters(weight: Tensor, low: float = 80.0, high: float = 7600.0) -> 
     weight.copy_((waves / waves.norm(dim=1, keepdim=True))[:, None])
 
 
-def _load(cls: type[PreTrainedModel], source: str, kind: Kind, **options: Any) -> Any:
+def _load(cls: type[PreTrainedModel], source: str, kind: ModelKind, **options: Any) -> Any:
     return read_weights(cls.from_pretrained, source, kind, dtype=torch.float32, attn_implementation="sdpa", **options)
 
 
 def _load_vision(model: config.Model) -> Any:
-    """Load a vision trunk, with CLIP's projection where the head is one that can begin as it."""
+    """Load a vision trunk, with CLIP's projection if the head can be initialized with it."""
     image, kind = model.image, VISION_KINDS[model.image.architecture]
     assert image.trunk
     if image.architecture != "clip" or image.head_layers or image.pool != "class":
@@ -129,20 +130,20 @@ def _load_vision(model: config.Model) -> Any:
     if vision.visual_projection is None and image.freeze_projection:
         raise UserError(
             f"model.image.freeze_projection: {image.trunk} has no visual_projection of {model.embed_dim} values "
-            "(model.embed_dim): give the folder of a whole CLIPModel, and its projection_dim"
+            "(model.embed_dim): pass the folder of a complete CLIPModel, and set model.embed_dim to its projection_dim"
         )
     return vision
 
 
 def _inputs(exported: Mapping[str, Any] | None, side: str, fresh: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """How a trunk is used: as the run has used it so far, where a value that is not there stands for its default."""
+    """Return encoder arguments of `INPUTS`: from the run's export, which omits defaults, else new ones."""
     if exported is None:
         return fresh()
     return {name: value for name, value in exported.get(side, {}).items() if name in INPUTS}
 
 
 def _speech_inputs(speech: config.Speech, hubert: PretrainedConfig) -> dict[str, Any]:
-    """How a trunk that was trained elsewhere is used, as it was there; one with random weights has no such past."""
+    """Return encoder arguments as in the training of a pretrained trunk; empty for random weights."""
     if not speech.trunk:
         return {}
     epsilon = waveform_epsilon(speech.trunk, HUBERT.key)
@@ -151,17 +152,16 @@ def _speech_inputs(speech: config.Speech, hubert: PretrainedConfig) -> dict[str,
 
 
 def _image_inputs(image: config.Image, resize: Resize | None) -> dict[str, Any]:
-    """Mean and deviation of the pixels that a trunk takes.
+    """Return mean and standard deviation of the pixels as in the training of a pretrained trunk.
 
-    How its pictures were made squares is `data.resize`'s to say, for training, evaluation and export alike: where the
-    trunk is used to the other way, that value has to change.
+    `data.resize` applies to training, evaluation and export alike, so it must equal that of the trunk's training.
     """
     if not image.trunk:
         return {}
     kind = VISION_KINDS[image.architecture]
     inputs = picture_inputs(image.trunk, kind.key, image.architecture)
     if resize not in (None, inputs.resize):
-        trained = {"crop": "the central square of pictures", "squash": "whole pictures brought to a square"}
+        trained = {"crop": "the central square of pictures", "squash": "complete pictures resized to a square"}
         raise UserError(
             f"{kind.key}: {image.trunk} was trained on {trained[inputs.resize]}, and --data.resize is {resize}: set "
             f"--data.resize {inputs.resize}"
@@ -169,13 +169,13 @@ def _image_inputs(image: config.Image, resize: Resize | None) -> dict[str, Any]:
     return {"mean": list(inputs.mean), "std": list(inputs.std)}
 
 
-def _own_values(encoder: config.Speech | config.Image) -> dict[str, Any]:
-    """What is ours of an encoder's section: all but what the trunk is made from."""
+def _encoder_arguments(encoder: config.Speech | config.Image) -> dict[str, Any]:
+    """Return the values of a section that are arguments of the encoder, without those that define the trunk."""
     return {name: value for name, value in vars(encoder).items() if name not in ("trunk", "config", "filterbank")}
 
 
 def _trunk_config(cls: type[PretrainedConfig], values: dict[str, Any], key: str) -> PretrainedConfig:
-    """A transformers configuration from a section of ours; a value it does not know is refused."""
+    """Create a transformers configuration from a section's values; unknown values are an error."""
     known = cls().to_dict()
     for name in values:
         if name not in known:
@@ -186,14 +186,14 @@ def _trunk_config(cls: type[PretrainedConfig], values: dict[str, Any], key: str)
         raise UserError(f"{key}: {' '.join(str(error).split())}") from error
 
 
-def _values(trunk: PretrainedConfig) -> dict[str, Any]:
-    """What of a trunk's configuration is not transformers' default, without what belongs to the folder it came from."""
+def _changed_values(trunk: PretrainedConfig) -> dict[str, Any]:
+    """Return the values of a trunk's configuration that differ from transformers' defaults, without file metadata."""
     dropped = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type"}
     return {name: value for name, value in trunk.to_diff_dict().items() if name not in dropped}
 
 
 def _check_heads(model: config.Model, hubert: PretrainedConfig, vision: PretrainedConfig) -> None:
-    """Refuse a number of attention heads that does not divide its width."""
+    """Raise an error if a number of attention heads does not divide its width."""
     for key, width, heads in (
         ("model.speech.config.num_attention_heads", hubert.hidden_size, hubert.num_attention_heads),
         ("model.image.config.num_attention_heads", vision.hidden_size, vision.num_attention_heads),

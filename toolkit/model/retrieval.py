@@ -1,4 +1,4 @@
-"""The retrieval model: both encoders, the fusion encoder and its matching head, as a transformers model."""
+"""The retrieval model as a transformers model: both encoders, the fusion encoder and its matching head."""
 
 import copy
 import math
@@ -25,23 +25,23 @@ from toolkit.model.fusion import FusionEncoder
 from toolkit.model.image import ImageEncoder
 from toolkit.model.outputs import Encoded, Features
 from toolkit.model.speech import SpeechEncoder
-from toolkit.model.trunk import Kind, quiet, read_weights
+from toolkit.model.trunk import ModelKind, quiet, read_weights
 
-SAVED = Kind("a trained model of this toolkit", "model", ("speech_image",))
+SAVED = ModelKind("a trained model of this toolkit", "model", ("speech_image",))
 VISION = {"clip": (CLIPVisionConfig, CLIPVisionModel), "blip2": (Blip2VisionConfig, Blip2VisionModel)}
 
 
 class SpeechImageConfig(PretrainedConfig):
-    """The whole architecture, trunks included: a saved model needs no other folder.
+    """Complete architecture including the trunks: a saved model is self-contained.
 
     Attributes:
-        embed_dim: length of the global embeddings.
-        speech: HubertConfig values under "trunk"; train, head_layers, head_heads, dropout.
-        image: architecture ("clip" or "blip2"); the values of its vision configuration under "trunk"; the rest as for
-            speech.
-        fusion: width, layers, heads, pool, dropout.
-        contrastive: initial, minimum and maximum temperature, and whether it is learned.
-        match_weight: weight of the match logit beside the cosine in re-ranking, fitted on dev; None: not fitted.
+        embed_dim: Size of the embeddings.
+        speech: Arguments of `SpeechEncoder`, with HubertConfig values under "trunk".
+        image: Arguments of `ImageEncoder`, with the architecture ("clip" or "blip2"), and values of its vision
+            configuration under "trunk".
+        fusion: Arguments of `FusionEncoder`.
+        contrastive: Arguments of `Temperature`.
+        match_weight: Weight of the match logit relative to the cosine in re-ranking; None: not fitted.
     """
 
     model_type = "speech_image"
@@ -66,10 +66,10 @@ class SpeechImageConfig(PretrainedConfig):
 
 
 class Temperature(nn.Module):
-    """Temperature of the contrastive softmax, learned as its logarithm and clamped (ALBEF: 0.001 to 0.5).
+    """Temperature of the contrastive softmax, parametrized by its logarithm and clamped (ALBEF: 0.001 to 0.5).
 
     Attributes:
-        exact: float32 [1], the logarithm to compute with where the parameter is in less precision; None: the parameter.
+        exact: Float32 [1], value of the logarithm if the parameter has a lower precision; None: that of the parameter.
     """
 
     def __init__(
@@ -82,15 +82,15 @@ class Temperature(nn.Module):
         self.exact: Tensor | None = None
 
     def forward(self) -> Tensor:
-        """The temperature, a float32 scalar.
+        """Return the temperature, a float32 scalar.
 
-        At a bound it takes no gradient that would push it further out, so that it does not drift off while it is
-        clamped; one that brings it back passes.
+        At a bound, gradients that would push the parameter further out are zeroed, so that it does not drift away while
+        it is clamped; gradients that bring it back pass.
         """
         log = self.log_temperature.float().clone()
         value = (log if self.exact is None else self.exact).detach().exp()
         low, high = value <= self.minimum, value >= self.maximum
-        if log.requires_grad:  # descent moves against the gradient
+        if log.requires_grad:  # gradient descent moves against the gradient
             log.register_hook(lambda grad: grad.masked_fill((low & (grad > 0)) | (high & (grad < 0)), 0))
         log = log if self.exact is None else self.exact + (log - log.detach())
         clamped = value.clamp(self.minimum, self.maximum)
@@ -98,12 +98,12 @@ class Temperature(nn.Module):
 
 
 class SpeechImageModel(PreTrainedModel):
-    """Speech-image retrieval: coarse by the embeddings' dot product, fine by `match`.
+    """Speech-image retrieval model: coarse scores by the dot product of the embeddings, fine scores by `match`.
 
     Args:
-        config: the architecture.
-        speech_trunk: a HuBERT to build on; None: random weights.
-        image_trunk: a vision trunk to build on; None: random weights.
+        config: The architecture.
+        speech_trunk: A HuBERT model; None: random weights.
+        image_trunk: A vision trunk; None: random weights.
     """
 
     config_class = SpeechImageConfig
@@ -124,13 +124,13 @@ class SpeechImageModel(PreTrainedModel):
         hubert = speech_trunk or HubertModel(hubert_config)
         vision = image_trunk or vision_class(vision_config)
         self.speech = SpeechEncoder(hubert, config.embed_dim, **speech)
-        # Before transformers 5 a CLIPVisionModel is a shell around its `vision_model`.
+        # Before transformers 5, a CLIPVisionModel wraps its `vision_model`.
         self.image = ImageEncoder(getattr(vision, "vision_model", vision), config.embed_dim, **image)
         fusion = dict(config.fusion)
         if fusion.pop("agreement", False):
             raise UserError(
-                "this model's match score reads the global embeddings (fusion.agreement), which it can only repeat: "
-                "train it anew, or evaluate it with the version that wrote it"
+                "this model's match logit depends on the embeddings (fusion.agreement), which is no longer supported: "
+                "retrain it, or evaluate it with the version that wrote it"
             )
         self.fusion = FusionEncoder(self.speech.token_dim, self.image.token_dim, **fusion)
         self.match_head = nn.Linear(self.fusion.width, 2)
@@ -138,32 +138,32 @@ class SpeechImageModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave every weight as its module's constructor made it or as it was loaded."""
+        """Keep every weight as initialized by its module or as loaded."""
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> "SpeechImageModel":  # type: ignore[override]
-        """Read what `save_pretrained` wrote, in eval mode.
+        """Load a model written by `save_pretrained`, in eval mode.
 
         Args:
-            source: folder or hub id.
-            options: of transformers' `from_pretrained`, such as `dtype`.
+            source: Folder or hub id.
+            options: Passed to transformers' `from_pretrained`, such as `dtype`.
 
         Raises:
-            UserError: nothing there, or not all the model's weights.
+            UserError: The source does not exist or lacks weights of the model.
         """
         model = read_weights(super().from_pretrained, source, SAVED, **options)
-        model.freeze()  # transformers 5 makes new parameters while it loads
+        model.freeze()  # transformers 5 creates new parameters during loading
         return model
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:  # type: ignore[override]
-        """Write `config.json` and `model.safetensors`: all that `from_pretrained` needs, readable as the umask says."""
+        """Write `config.json` and `model.safetensors`, with the permissions of the umask."""
         with quiet():
             super().save_pretrained(folder, **options)
-        for weights in Path(folder).glob("*.safetensors"):  # safetensors writes them for the user alone
+        for weights in Path(folder).glob("*.safetensors"):  # safetensors creates files that only the user can read
             shutil.copymode(Path(folder) / "config.json", weights)
 
     def freeze(self) -> None:
-        """Take what the configuration freezes out of training."""
+        """Disable training of the parts that the configuration freezes."""
         self.speech.freeze()
         self.image.freeze()
         self.temperature.log_temperature.requires_grad_(self.temperature.learned)
@@ -174,18 +174,18 @@ class SpeechImageModel(PreTrainedModel):
         """Run the frozen parts of both trunks, without gradient.
 
         Args:
-            images: uint8 [B, 3, S, S].
+            images: Uint8 [B, 3, S, S].
             waveforms: [B, T] in [-1, 1], 16 kHz, zero-padded.
-            lengths: int64 [B], samples.
-            host_lengths: the same as numbers: with them utterances are encoded in groups of like length.
+            lengths: Int64 [B], in samples.
+            host_lengths: The lengths as ints, to encode utterances in groups of similar length; None: one group.
 
         Returns:
-            Speech features, a group each; image features.
+            Speech features of each group; image features.
         """
         return self.speech.frozen_features(waveforms, lengths, host_lengths), self.image.frozen_features(images)
 
     def encode(self, speech: tuple[Features, ...], image: Features) -> tuple[Encoded, Encoded]:
-        """Encode what `frozen` made: speech, image."""
+        """Encode the output of `frozen_features`: speech, image."""
         return self.speech(speech), self.image(image)
 
     def encode_speech(self, waveforms: Tensor, lengths: Tensor) -> Encoded:
@@ -197,9 +197,9 @@ class SpeechImageModel(PreTrainedModel):
         return self.image(self.image.frozen_features(images))
 
     def match(self, speech: Encoded, image: Encoded) -> Tensor:
-        """Logits [B, 2], float32, of whether utterance and picture of a row belong together (index 1: they do).
+        """Compute logits [B, 2], float32, of whether the utterance and picture of each row match (index 1: match).
 
-        They are a function of the tokens alone: what the global embeddings tell is SIC's part.
+        They depend on the tokens only, not on the embeddings, which SIC compares.
         """
         fused = self.fusion(speech.tokens, speech.mask, image.tokens)
         return self.match_head(fused[:, 0]).float()
@@ -210,10 +210,10 @@ class SpeechImageModel(PreTrainedModel):
 
 
 def build_teacher(model: SpeechImageModel) -> SpeechImageModel:
-    """A copy of the encoders, to be moved by a moving average: eval mode, no gradients.
+    """Copy the encoders as the teacher of an exponential moving average, in eval mode and without gradients.
 
-    What is frozen in the model is shared with it, not copied; what is trained starts equal. The fusion encoder, which
-    no average is taken of, is left out.
+    Frozen parts are shared with the model, trained parts are copied. The fusion encoder, which has no teacher, is left
+    out.
     """
     shared: list[Tensor] = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     for module in model.modules():

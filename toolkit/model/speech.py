@@ -1,4 +1,4 @@
-"""Speech encoder: HuBERT trunk, softmax-weighted mix of its hidden states, head."""
+"""Speech encoder: HuBERT trunk, softmax-weighted mix of its hidden states, and head."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,23 +16,23 @@ from toolkit.model.layers import Head
 from toolkit.model.outputs import Encoded, Features
 from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
 
-# Seen with torch 2.13: the outputs bear no relation to the inputs, while the gradients are right.
-NARROW = (
-    "model.speech.config: in bf16, CPUs with AMX compute convolutions of 2 to 31 channels wrongly: take fp32, or make "
-    "conv_dim, and hidden_size / num_conv_pos_embedding_groups, at least 32"
+# Observed with torch 2.13: the outputs are wrong, while the gradients are correct.
+NARROW_CONVOLUTION = (
+    "model.speech.config: in bf16, CPUs with AMX compute convolutions of 2 to 31 channels wrongly: use fp32, or set "
+    "conv_dim, and hidden_size / num_conv_pos_embedding_groups, to at least 32"
 )
 THIRDS = 3
 
 
 class LayerMix(nn.Module):
-    """Sum of hidden states weighted by the softmax of learned weights, which begin at zero (as in SpeechCLIP)."""
+    """Sum of hidden states weighted by the softmax of learned weights, initialized to zero (as in SpeechCLIP)."""
 
     def __init__(self, states: int) -> None:
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(states))
 
     def forward(self, states: tuple[Tensor, ...]) -> Tensor:
-        """Mix n states of shape [B, L, H] to one."""
+        """Mix n states [B, L, H] into one."""
         weights = self.weights.float().softmax(dim=0).to(states[0].dtype)
         mixed = states[0] * weights[0]
         for state, weight in zip(states[1:], weights[1:], strict=True):
@@ -41,27 +41,27 @@ class LayerMix(nn.Module):
 
 
 class SpeechEncoder(PartlyFrozen):
-    """Encode utterances as one embedding and a sequence of frames each.
+    """Encode utterances as one embedding and a sequence of frame features each.
 
-    The waveform of a layer-norm trunk (HuBERT-large) is normalised to zero mean and unit variance per utterance, and
-    its hidden states are layer-normed before the mix, as in SpeechCLIP large (arXiv 2210.00705). An utterance is
-    encoded the same whatever it is batched with: padding is kept out of the waveform's statistics, of the group norm
-    of HuBERT-base (see `toolkit/model/masked_group_norm.py`), the positional convolution, attention and pooling.
+    The waveform of a layer-norm trunk (HuBERT-large) is normalized to zero mean and unit variance per utterance, and
+    its hidden states are layer-normed before the mix, as in SpeechCLIP large (arXiv 2210.00705). The encoding of an
+    utterance does not depend on the others in its batch: padding is excluded from the waveform's statistics, the group
+    norm of HuBERT-base (see `toolkit/model/masked_group_norm.py`), the positional convolution, attention and pooling.
 
     Args:
-        trunk: the HuBERT; its hidden layers are called one by one, never its `forward`.
-        embed_dim: length of the embedding.
-        train: "none", "all" or the number of top layers that are trained. Whatever is frozen stays in eval mode.
-        head_layers: transformer layers of the head; 0: mean over the frames and a projection.
-        head_heads: their attention heads.
-        dropout: of the head.
-        groups: parts that a batch is encoded in, by length.
-        pool: what a head without layers projects: the "mean" of the frames, or the means over the "thirds" of an
-            utterance, side by side, so that the embedding can say what is said first from the start.
-        waveform_epsilon: what is added to a waveform's variance where a layer-norm trunk takes it at unit variance;
-            None: the trunk takes it as it is.
-        final_norm: of a layer-norm trunk, whether its last state passes the trunk's final norm before the plain norm
-            that all states get; SpeechCLIP's does not, and then the final norm is not used at all.
+        trunk: The HuBERT model; its hidden layers are called one by one, never its `forward`.
+        embed_dim: Size of the embedding.
+        train: "none", "all" or the number of top layers that are trained. Frozen parts stay in eval mode.
+        head_layers: Transformer layers of the head; 0: pooling and a linear projection.
+        head_heads: Attention heads of the head's layers.
+        dropout: Dropout of the head.
+        groups: Number of groups of similar length that a batch is encoded in.
+        pool: Pooling without head layers: the "mean" of the frames, or the concatenated means over the "thirds" of an
+            utterance, so that the embedding keeps coarse word order.
+        waveform_epsilon: Added to the variance when the waveform of a layer-norm trunk is normalized; None: the
+            waveform is not normalized.
+        final_norm: Apply the final norm of a layer-norm trunk to its last state, before the norm that all states get.
+            False as in SpeechCLIP: the final norm is not used.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class SpeechEncoder(PartlyFrozen):
         self.narrow = any(1 < width < 32 for width in widths)
         self.mix = LayerMix(self.layers + 1)
         self.pool = pool
-        places = THIRDS if pool == "thirds" else 1
-        self.head = Head(config.hidden_size, embed_dim, head_layers, head_heads, dropout, places)
+        segments = THIRDS if pool == "thirds" else 1
+        self.head = Head(config.hidden_size, embed_dim, head_layers, head_heads, dropout, segments)
         self.freeze()
 
     @property
@@ -107,9 +107,9 @@ class SpeechEncoder(PartlyFrozen):
         return self.trunk.config.hidden_size
 
     def frozen_modules(self) -> Iterator[nn.Module]:
-        """The modules that are never trained, from the input up."""
+        """Yield the modules that are never trained, from the input up."""
         encoder = self.trunk.encoder
-        if self.pre_norm and not self.final_norm:  # it is not used
+        if self.pre_norm and not self.final_norm:  # not used
             yield encoder.layer_norm
         if self.frozen_layers is None:
             return
@@ -123,23 +123,26 @@ class SpeechEncoder(PartlyFrozen):
     def frozen_features(
         self, waveforms: Tensor, lengths: Tensor, host_lengths: Sequence[int] | None = None
     ) -> tuple[Features, ...]:
-        """Run the frozen part of the trunk, or, where nothing is frozen, only prepare the waveforms.
+        """Run the frozen part of the trunk; if nothing is frozen, only normalize the waveforms.
 
         Args:
             waveforms: [B, T] in [-1, 1], 16 kHz, zero-padded.
-            lengths: int64 [B], samples.
-            host_lengths: the same as numbers: with them the utterances are taken in `groups` of like length
-                (see `shards/length_groups.py`), each padded to its own longest only; without, as one.
+            lengths: Int64 [B], in samples.
+            host_lengths: The lengths as ints, by which the batch is split into `groups` of similar length, each padded
+                to its own longest utterance (see `shards/length_groups.py`); None: one group.
+
+        Returns:
+            Features of each group.
         """
         if self.groups == 1 or host_lengths is None:
             return (self._frozen(waveforms, lengths),)
         grouped = group_by_length(host_lengths, self.groups)
-        # One copy to the device, which the host does not wait for.
+        # One asynchronous copy to the device.
         order = torch.from_numpy(np.concatenate(grouped))
         order = order.pin_memory().to(lengths.device, non_blocking=True) if lengths.is_cuda else order
         parts = []
-        for rows, places in zip(order.split([len(places) for places in grouped]), grouped, strict=True):
-            waves = waveforms[rows, : host_lengths[int(places[-1])]]
+        for rows, host_rows in zip(order.split([len(group) for group in grouped]), grouped, strict=True):
+            waves = waveforms[rows, : host_lengths[int(host_rows[-1])]]
             parts.append(replace(self._frozen(waves, lengths[rows]), rows=rows))
         return tuple(parts)
 
@@ -152,15 +155,15 @@ class SpeechEncoder(PartlyFrozen):
         return Features(states[-1], mask, self._for_mix(states, last=self.frozen_layers == self.layers))
 
     def forward(self, features: tuple[Features, ...]) -> Encoded:
-        """Run the rest of the trunk, the layer mix and the head, and put the groups together again."""
+        """Run the trained part of the trunk, the layer mix and the head, and concatenate the groups in batch order."""
         encoded = [self._encode(part) for part in features]
         if len(encoded) == 1 and features[0].rows is None:
             return encoded[0]
-        place = torch.cat([part.rows for part in features if part.rows is not None]).argsort()
+        order = torch.cat([part.rows for part in features if part.rows is not None]).argsort()
         return Encoded(
-            torch.cat([part.embedding for part in encoded])[place],
-            _padded([part.tokens for part in encoded])[place],
-            _padded([part.mask for part in encoded])[place],
+            torch.cat([part.embedding for part in encoded])[order],
+            _concatenate_padded([part.tokens for part in encoded])[order],
+            _concatenate_padded([part.mask for part in encoded])[order],
         )
 
     def _encode(self, features: Features) -> Encoded:
@@ -176,21 +179,21 @@ class SpeechEncoder(PartlyFrozen):
         return Encoded(embedding, tokens, mask)
 
     def _prepare(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Waveforms [B, T], normalised if the trunk wants it, one frame long at least; mask bool [B, T] of samples."""
+        """Pad waveforms [B, T] to at least one frame and normalize them if the trunk requires it; mask bool [B, T]."""
         waveforms = F.pad(waveforms.float(), (0, max(0, self.shortest - waveforms.shape[1])))
         mask = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
         if self.epsilon is not None:
             count = lengths[:, None].clamp(min=1)
-            centred = (waveforms - waveforms.sum(dim=1, keepdim=True) / count) * mask
-            waveforms = centred * (centred.square().sum(dim=1, keepdim=True) / count + self.epsilon).rsqrt()
+            centered = (waveforms - waveforms.sum(dim=1, keepdim=True) / count) * mask
+            waveforms = centered * (centered.square().sum(dim=1, keepdim=True) / count + self.epsilon).rsqrt()
         return waveforms, mask
 
     def _embed(self, waveforms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Convolutions, projection and positions: hidden [B, L, H], mask bool [B, L] of real frames (at least one)."""
+        """Apply convolutions, projection and positions: hidden [B, L, H], mask bool [B, L] (at least one frame)."""
         hidden = waveforms[:, None].to(self.head.project.weight.dtype)
         if self.narrow and hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
-            raise UserError(NARROW)
-        # What is shorter than a frame is encoded as if it ended in silence.
+            raise UserError(NARROW_CONVOLUTION)
+        # An utterance shorter than a frame is encoded as if followed by silence.
         samples = mask.sum(dim=1).clamp(min=self.shortest)
         first, *others = self.trunk.feature_extractor.conv_layers
         hidden = first(hidden) if self.normed else masked_group_norm.forward(first, hidden, self._frames(samples, 1))
@@ -198,51 +201,51 @@ class SpeechEncoder(PartlyFrozen):
             hidden = layer(hidden)
         hidden = self.trunk.feature_projection(hidden.transpose(1, 2))
         mask = torch.arange(hidden.shape[1], device=hidden.device) < self._frames(samples)[:, None]
-        # The positional convolution reads its neighbours: in the padding it must see zeros, as beyond a sequence's end.
+        # The positional convolution reads neighboring frames: padding must be zero, like beyond the end of a sequence.
         hidden = hidden * mask.unsqueeze(-1)
         encoder = self.trunk.encoder
         hidden = hidden + encoder.pos_conv_embed(hidden)
         return encoder.dropout(hidden if self.pre_norm else encoder.layer_norm(hidden)), mask
 
     def _frames(self, samples: Tensor, convolutions: int | None = None) -> Tensor:
-        """Frames after the first so many convolutions, or all, whose receptive field lies within so many samples."""
+        """Number of frames after the first `convolutions` (default: all) whose receptive field lies in `samples`."""
         config = self.trunk.config
         for kernel, stride in list(zip(config.conv_kernel, config.conv_stride, strict=True))[:convolutions]:
             samples = (samples - kernel).div(stride, rounding_mode="floor") + 1
         return samples
 
     def _run_layers(self, hidden: Tensor, mask: Tensor, start: int, stop: int) -> list[Tensor]:
-        """The input [B, L, H] of layer `start` and the outputs of the layers from there to before `stop`."""
+        """Return `hidden` [B, L, H], the input of layer `start`, and the outputs of layers `start` to `stop` - 1."""
         states = [hidden]
         for layer in self.trunk.encoder.layers[start:stop]:
             states.append(run_layer(layer, states[-1], mask[:, None, None, :]))
         return states
 
     def _for_mix(self, states: list[Tensor], last: bool) -> tuple[Tensor, ...]:
-        """The states as they are mixed; `last`: at their end is the trunk's last one, for its final norm."""
+        """Normalize states for the mix; `last`: the last of them is the trunk's last state, which has a final norm."""
         if last and self.final_norm and states:
             states = [*states[:-1], self.trunk.encoder.layer_norm(states[-1])]
         return tuple(F.layer_norm(state, state.shape[-1:]) if self.normed else state for state in states)
 
 
 def thirds(frames: Tensor, mask: Tensor) -> Tensor:
-    """Means over the beginning, the middle and the end of utterances, [B, 3 * H].
+    """Means over the beginning, the middle and the end of utterances: [B, 3 * H].
 
-    The parts overlap: a frame's weight falls linearly from the centre of a part to 0 at the centres of its neighbours.
+    The parts overlap: a frame's weight falls linearly from the center of a part to 0 at the centers of its neighbors.
 
     Args:
         frames: [B, L, H].
-        mask: bool [B, L], True on real frames, of which there is at least one.
+        mask: Bool [B, L], False on padding; at least one True per row.
     """
-    place = (torch.arange(mask.shape[1], device=mask.device) + 0.5) / mask.sum(dim=1, keepdim=True)
-    centres = (torch.arange(THIRDS, device=mask.device) + 0.5) / THIRDS
-    weight = (1 - THIRDS * (place[:, None] - centres[:, None]).abs()).clamp(min=0) * mask[:, None]
-    # A single frame leaves the outer parts without any, up to rounding: they stay zero.
+    position = (torch.arange(mask.shape[1], device=mask.device) + 0.5) / mask.sum(dim=1, keepdim=True)
+    centers = (torch.arange(THIRDS, device=mask.device) + 0.5) / THIRDS
+    weight = (1 - THIRDS * (position[:, None] - centers[:, None]).abs()).clamp(min=0) * mask[:, None]
+    # With a single frame, the outer parts have no weight up to rounding: their means stay zero.
     weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-3)
     return (weight.to(frames.dtype) @ frames.masked_fill(~mask.unsqueeze(-1), 0)).flatten(1)
 
 
-def _padded(parts: Sequence[Tensor]) -> Tensor:
-    """Put tensors [b, L, ...] behind one another, padded with zeros to the longest L."""
+def _concatenate_padded(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors [b, L, ...] along the batch, zero-padded to the longest L."""
     longest = max(part.shape[1] for part in parts)
     return torch.cat([F.pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1])) for part in parts])

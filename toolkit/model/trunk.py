@@ -1,4 +1,4 @@
-"""Trunks: pretrained weights from a folder or the hub, frozen in part or whole."""
+"""Trunks: pretrained weights from a folder or the hub, partly or completely frozen."""
 
 import abc
 import os
@@ -16,39 +16,39 @@ from typing_extensions import Self
 
 from shards.errors import UserError
 
-BESIDE = "beside."  # put before the names of a larger model's weights that are not the trunk's
+OUTSIDE = "beside."  # prefix for weights of a larger model that are not the trunk's
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a trunk may be read from.
+class ModelKind:
+    """Kinds of saved models that a trunk can be loaded from.
 
     Attributes:
-        name: As a message shows it.
-        key: Configuration value that names the source, for the messages.
-        whole: Values of `model_type` in config.json for folders that hold the trunk as a model of its own.
-        within: The same for folders of a larger model.
-        renamed: Names of a larger model's weights to those of the trunk: regular expressions and what takes their
-            place. What is not the trunk's is put under `BESIDE`, since it may bear the name of one of its parts.
+        name: Name for error messages.
+        key: Configuration key of the source, for error messages.
+        standalone: Values of `model_type` in config.json if the folder holds the trunk only.
+        containers: Values of `model_type` for larger models that contain the trunk.
+        key_mapping: Regular expressions and replacements from weight names of a larger model to those of the trunk.
+            Other weights get the prefix `OUTSIDE`, because their names may equal those of the trunk's parts.
     """
 
     name: str
     key: str
-    whole: tuple[str, ...]
-    within: tuple[str, ...] = ()
-    renamed: dict[str, str] | None = None
+    standalone: tuple[str, ...]
+    containers: tuple[str, ...] = ()
+    key_mapping: dict[str, str] | None = None
 
 
 def trained_layers(train: str, total: int, key: str) -> int | None:
-    """How many top layers of a trunk of `total` are trained; None: the whole trunk, from the input on.
+    """Return the number of top layers that are trained; None: the complete trunk including its input layers.
 
     Args:
         train: "none", "all" or a number.
-        total: layers the trunk has.
-        key: name of the configuration value, for the message.
+        total: Number of layers of the trunk.
+        key: Configuration key, for the error message.
 
     Raises:
-        UserError: it is none of these, or more than there are.
+        UserError: The value is neither of these, or exceeds `total`.
     """
     if train == "all":
         return None
@@ -59,19 +59,19 @@ def trained_layers(train: str, total: int, key: str) -> int | None:
 
 
 class PartlyFrozen(nn.Module, abc.ABC):
-    """A module of which some parts are never trained: no gradients, and always in eval mode, so without dropout."""
+    """Module with frozen parts, which have no gradients and are always in eval mode, without dropout."""
 
     @abc.abstractmethod
     def frozen_modules(self) -> Iterator[nn.Module]:
-        """The parts that are never trained."""
+        """Yield the parts that are never trained."""
 
     def freeze(self) -> None:
-        """Take the frozen parts out of training; to be called once they are there."""
+        """Freeze these parts; called at the end of the constructor."""
         for module in self.frozen_modules():
             module.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of what is trained."""
+        """Set training mode, except for the frozen parts."""
         super().train(mode)
         for module in self.frozen_modules():
             module.eval()
@@ -79,37 +79,37 @@ class PartlyFrozen(nn.Module, abc.ABC):
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, *rest: Any) -> Tensor:
-    """Call a layer of a transformers model, which returns a tensor or, before transformers 5, a tuple."""
+    """Call a layer of a transformers model, whose output is a tensor or, before transformers 5, a tuple."""
     output = layer(hidden, *rest)
     return output[0] if isinstance(output, tuple) else output
 
 
 def read_weights(
-    load: Callable[..., Any], source: str | Path, kind: Kind, optional: Sequence[str] = (), **options: Any
+    load: Callable[..., Any], source: str | Path, kind: ModelKind, optional: Sequence[str] = (), **options: Any
 ) -> Any:
-    """Read a model with all its weights from what transformers wrote.
+    """Load a model saved by transformers, and check that all weights were found.
 
-    safetensors are preferred; a `pytorch_model.bin` is read with torch's weights-only unpickler.
+    safetensors files are preferred; a `pytorch_model.bin` is read with torch's weights-only unpickler.
 
     Args:
-        load: `from_pretrained` of the model's class; the folder may hold a larger model that contains one.
-        source: local folder or hub id.
-        kind: what the source has to be.
-        optional: children of the model that the source may lack, or hold at another size: they become None.
-        options: passed to `load`.
+        load: `from_pretrained` of the model's class; the source may be a larger model that contains one.
+        source: Local folder or hub id.
+        kind: Accepted kinds of models.
+        optional: Children of the model that are set to None if the source lacks them or has another size of them.
+        options: Passed to `load`.
 
     Raises:
-        UserError: nothing there, another kind of model, or weights that are missing, of another shape or too many.
+        UserError: The source does not exist, is another kind of model, or has missing, misshapen or unexpected weights.
     """
     source = os.path.expanduser(source)
     if not os.path.isdir(source) and (source[0] in "/." or source.count("/") != 1):
-        raise UserError(f"{kind.key}: no folder {source}: give a folder that transformers wrote, or a hub id")
+        raise UserError(f"{kind.key}: no folder {source}: pass a folder written by transformers, or a hub id")
     try:
         with quiet():
             model_type = PretrainedConfig.get_config_dict(source)[0].get("model_type")
             _check_kind(model_type, source, kind)
-            if kind.renamed and model_type in kind.within:
-                options["key_mapping"] = kind.renamed
+            if kind.key_mapping and model_type in kind.containers:
+                options["key_mapping"] = kind.key_mapping
             model, info = load(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -119,9 +119,9 @@ def read_weights(
     return model
 
 
-def _check_kind(model_type: str | None, source: str, kind: Kind) -> None:
-    """Refuse another kind of model by its name; a config.json without one is left to the check of the weights."""
-    supported = (*kind.whole, *kind.within)
+def _check_kind(model_type: str | None, source: str, kind: ModelKind) -> None:
+    """Check `model_type`; without one in config.json, `_check_weights` decides."""
+    supported = (*kind.standalone, *kind.containers)
     if model_type is not None and model_type not in supported:
         raise UserError(
             f"{kind.key}: {source} holds a model of type {model_type!r} (config.json); expected {kind.name}: "
@@ -130,13 +130,13 @@ def _check_kind(model_type: str | None, source: str, kind: Kind) -> None:
 
 
 def _drop_unread(model: nn.Module, info: dict[str, Any], optional: Sequence[str]) -> None:
-    """Set optional children that could not be read to None, and forget what was said of their weights."""
+    """Set optional children that could not be loaded to None, and remove their weights from the loading report."""
     for child in optional:
         of_child = [
             weight
             for problem in ("missing_keys", "mismatched_keys")
             for weight in info[problem]
-            if _name_of(weight).startswith(f"{child}.")
+            if _weight_name(weight).startswith(f"{child}.")
         ]
         if of_child:
             setattr(model, child, None)
@@ -144,18 +144,18 @@ def _drop_unread(model: nn.Module, info: dict[str, Any], optional: Sequence[str]
                 info[problem] = [weight for weight in info[problem] if weight not in of_child]
 
 
-def _name_of(weight: Any) -> str:
-    """Name of a weight in transformers' report, which gives the shapes of some beside it."""
+def _weight_name(weight: Any) -> str:
+    """Name of a weight in transformers' loading report, which may be a tuple of name and shapes."""
     return weight if isinstance(weight, str) else weight[0]
 
 
 def _check_weights(model: nn.Module, info: dict[str, Any], name: str) -> None:
-    """Refuse a model part of which is random, or whose file holds more of it than `config.json` makes room for."""
-    unplaced = [weight for weight in info["unexpected_keys"] if _belongs(weight, model)]
+    """Raise an error if weights are missing, of another shape, or more than the configuration has parameters for."""
+    unexpected = [weight for weight in info["unexpected_keys"] if _belongs(weight, model)]
     for problem, weights in (
         ("lacks", info["missing_keys"]),
         ("has other shapes of", info["mismatched_keys"]),
-        ("has no room in its config.json for", unplaced),
+        ("has no room in its config.json for", unexpected),
     ):
         if weights:
             more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
@@ -163,7 +163,7 @@ def _check_weights(model: nn.Module, info: dict[str, Any], name: str) -> None:
 
 
 def _belongs(name: str, model: nn.Module) -> bool:
-    """Whether a weight that found no place is of this model, rather than of a larger one around it."""
+    """Whether an unexpected weight belongs to this model, rather than to a larger model that contains it."""
     children = {child for child, _ in model.named_children()}
     inner = name.removeprefix("hubert.").removeprefix("vision_model.")
     return name.split(".")[0] in children or inner.split(".")[0] in children
@@ -171,7 +171,7 @@ def _belongs(name: str, model: nn.Module) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' loading report and progress bars off the terminal."""
+    """Suppress transformers' loading report and progress bars."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

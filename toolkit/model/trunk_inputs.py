@@ -1,7 +1,7 @@
-"""How a trunk's inputs were prepared when it was trained, as the folder of its weights says.
+"""Preprocessing that a pretrained trunk was trained with, read from the folder of its weights.
 
-Older folders have it in preprocessor_config.json, newer ones in a section of processor_config.json. A folder without
-either says nothing: then the values hold that its kind of model was published with.
+Older folders have it in preprocessor_config.json, newer ones in a section of processor_config.json. If both are
+missing, the values that the architecture was published with are used.
 """
 
 import math
@@ -20,18 +20,18 @@ from toolkit.model.image import MEAN, STD
 from toolkit.model.trunk import quiet
 
 FILES = ("preprocessor_config.json", "processor_config.json")
-FAIRSEQ_EPSILON = 1e-5  # of the layer norm that fairseq applied to the waveforms of HuBERT-large
+FAIRSEQ_EPSILON = 1e-5  # of the layer norm by which fairseq normalizes HuBERT-large's waveforms
 PUBLISHED: dict[str, Resize] = {"clip": "crop", "blip2": "squash"}
 
 
 @dataclass(frozen=True)
 class PictureInputs:
-    """Pictures as a vision trunk takes them.
+    """Preprocessing of a vision trunk's pictures.
 
     Attributes:
-        resize: How they become squares (see `shards.media.picture.decode_picture`).
-        mean: Of red, green and blue, subtracted from values in [0, 1].
-        std: What they are divided by then.
+        resize: How pictures are made square (see `shards.media.picture.decode_picture`).
+        mean: Mean of red, green and blue, subtracted from values in [0, 1].
+        std: Standard deviation of red, green and blue, by which the result is divided.
     """
 
     resize: Resize
@@ -40,61 +40,60 @@ class PictureInputs:
 
 
 def picture_inputs(source: str, key: str, architecture: str) -> PictureInputs:
-    """Read what a vision trunk takes.
+    """Read the preprocessing of a vision trunk.
 
     Args:
         source: Local folder or hub id.
-        key: Configuration value that named it, for the messages.
-        architecture: "clip" or "blip2", whose published values stand in for what is not said.
+        key: Configuration key of the source, for error messages.
+        architecture: "clip" or "blip2", whose published values are the defaults.
 
     Raises:
-        UserError: The file is damaged, or its values make no sense.
+        UserError: The file is damaged, or its values are invalid.
     """
-    said = _read(ImageProcessingMixin.get_image_processor_dict, source, key)
+    settings = _read(ImageProcessingMixin.get_image_processor_dict, source, key)
     try:
-        # Bytes are made numbers in [0, 1] by 1 / 255; another factor is one of mean and deviation.
-        scale = 1 / 255 if said.get("do_rescale", True) else 1.0
-        scale = float(said.get("rescale_factor", scale)) if scale != 1.0 else scale
-        normalised = said.get("do_normalize", True)
-        mean = _channels(said.get("image_mean", MEAN) if normalised else (0.0,) * 3)
-        std = _channels(said.get("image_std", STD) if normalised else (1.0,) * 3)
+        # ImageEncoder scales pixels by 1 / 255; another factor is folded into mean and standard deviation.
+        scale = 1 / 255 if settings.get("do_rescale", True) else 1.0
+        scale = float(settings.get("rescale_factor", scale)) if scale != 1.0 else scale
+        normalized = settings.get("do_normalize", True)
+        mean = _channels(settings.get("image_mean", MEAN) if normalized else (0.0,) * 3)
+        std = _channels(settings.get("image_std", STD) if normalized else (1.0,) * 3)
         if not scale > 0 or not all(value > 0 for value in std):
-            raise ValueError("image_std and rescale_factor have to be more than 0")
+            raise ValueError("image_std and rescale_factor must be more than 0")
         if scale != 1 / 255:
             mean, std = (tuple(value / (255 * scale) for value in values) for values in (mean, std))
-        return PictureInputs(_resize(said) or PUBLISHED[architecture], mean, std)
+        return PictureInputs(_resize(settings) or PUBLISHED[architecture], mean, std)
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{key}: {source}: {FILES[0]} cannot be used: {error}") from None
 
 
 def waveform_epsilon(source: str, key: str) -> float | None:
-    """What is added to the variance of a waveform when a HuBERT of the large kind takes it at unit variance.
+    """Return the epsilon of the waveform normalization of a layer-norm HuBERT (HuBERT-large).
 
     Args:
         source: Local folder or hub id.
-        key: Configuration value that named it, for the messages.
+        key: Configuration key of the source, for error messages.
 
     Returns:
-        The value that fairseq trained with, which the folder does not say; None if the trunk takes waveforms as they
-        are.
+        The value that fairseq uses, which is not saved in the folder; None if waveforms are not normalized.
 
     Raises:
-        UserError: The file is damaged, or the trunk takes another sampling rate.
+        UserError: The file is damaged, or the trunk needs another sampling rate.
     """
-    said = _read(FeatureExtractionMixin.get_feature_extractor_dict, source, key)
-    rate = said.get("sampling_rate", SAMPLE_RATE)
+    settings = _read(FeatureExtractionMixin.get_feature_extractor_dict, source, key)
+    rate = settings.get("sampling_rate", SAMPLE_RATE)
     if rate != SAMPLE_RATE:
         raise UserError(f"{key}: {source} takes speech at {rate} Hz ({FILES[0]}); shards hold {SAMPLE_RATE} Hz")
-    return FAIRSEQ_EPSILON if said.get("do_normalize", True) else None
+    return FAIRSEQ_EPSILON if settings.get("do_normalize", True) else None
 
 
 def _read(get: Callable[..., tuple[dict[str, Any], Any]], source: str, key: str) -> dict[str, Any]:
-    """Values of the file; none if there is no such file."""
+    """Read the values of the file; empty if there is no such file."""
     source = os.path.expanduser(source)
     try:
         with quiet():
-            said = get(source)[0]
-        if not isinstance(said, dict):
+            settings = get(source)[0]
+        if not isinstance(settings, dict):
             raise TypeError("not a mapping")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         damaged = [name for name in FILES if os.path.isfile(os.path.join(source, name))]
@@ -102,24 +101,24 @@ def _read(get: Callable[..., tuple[dict[str, Any], Any]], source: str, key: str)
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{key}: {source}: {' or '.join(damaged)} cannot be read: {reason}") from None
         return {}
-    return said
+    return settings
 
 
 def _channels(values: Any) -> tuple[float, ...]:
-    """Three finite numbers."""
+    """Check and convert a value to three finite numbers."""
     numbers = tuple(float(value) for value in values)
     if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"expected three numbers for red, green and blue, got {values}")
     return numbers
 
 
-def _resize(said: dict[str, Any]) -> Resize | None:
-    """How pictures become squares; None: it is not said."""
-    size = said.get("size")
-    if not said.get("do_resize", True) or size is None:
+def _resize(settings: dict[str, Any]) -> Resize | None:
+    """Return how pictures are made square; None if the settings do not contain it."""
+    size = settings.get("size")
+    if not settings.get("do_resize", True) or size is None:
         return None
     if isinstance(size, dict) and {"height", "width"} <= size.keys():
         return "squash"
-    if said.get("do_center_crop"):
+    if settings.get("do_center_crop"):
         return "crop"
     return "squash" if isinstance(size, int) else None

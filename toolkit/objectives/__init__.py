@@ -1,5 +1,6 @@
-"""What is minimised, as pure functions of tensors: SIC (contrastive), SIM (matching) and CMD (denoising).
+"""Training objectives as pure functions of tensors: SIC (contrastive), SIM (matching) and CMD (denoising).
 
-They know nothing of ranks: their inputs hold what was gathered. Each loss is a mean over this rank's rows, so that the
-mean over ranks is the mean over the global batch, and is computed in float32 whatever the precision of the model.
+They do not depend on rank or world size: gathered tensors are arguments. Each loss is a mean over the rows of this
+rank, so that the mean over ranks is the mean over the global batch. Losses are computed in float32 for any precision of
+the model.
 """

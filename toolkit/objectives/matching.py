@@ -1,11 +1,11 @@
 r"""SIM, speech-image matching: the fine alignment by the fusion encoder, on hard negatives.
 
-Speech i draws a wrong image m among the keys of other pictures, :math:`id_m \ne id_i`, of the batch of all ranks and of
-the queue of earlier pairs; image i draws its speech alike:
+For speech i, a negative image m is sampled from the keys of other pictures, :math:`id_m \ne id_i`, in the batch of all
+ranks and in the queue of earlier pairs; likewise a negative speech for image i:
 
 .. math:: P(m | i) \propto \exp(s_i \cdot v'_m / \tau)
 
-The fusion encoder tells matching pairs from these, with n(i) the draw, p its softmax and H the cross-entropy:
+The fusion encoder classifies pairs as matching or not, with n(i) the sample, p its softmax and H the cross-entropy:
 
 .. math:: L = \frac{1}{3B} \sum_i [ H(1, p(s_i, v_i)) + H(0, p(s_i, v_{n(i)})) + H(0, p(s_{n(i)}, v_i)) ]
 
@@ -28,9 +28,9 @@ class Negatives:
     """Hard negatives of B pairs.
 
     Attributes:
-        image: int64 [B], row among the keys of a wrong picture for each speech.
-        speech: int64 [B], row among the keys of a wrong speech for each picture.
-        valid: bool [2, B], False where the keys hold no other picture; first for `image`, then for `speech`.
+        image: Int64 [B], for each utterance the key row of a non-matching picture.
+        speech: Int64 [B], for each picture the key row of a non-matching utterance.
+        valid: Bool [2, B], for `image` and `speech`; False if there is no key of another picture.
     """
 
     image: Tensor
@@ -49,21 +49,21 @@ def draw_negatives(
     temperature: Tensor,
     uniforms: Tensor,
 ) -> Negatives:
-    """Draw for each row one wrong picture and one wrong speech, the more similar the more likely.
+    """Sample one non-matching picture and one non-matching utterance per row, with softmax probabilities.
 
-    All draws are one batched inversion of the cumulative distribution, without waiting for the device. Where the
-    weights do not sum to anything finite, every other picture is equally likely.
+    All samples are drawn by one batched inversion of the cumulative distribution, without synchronizing with the
+    device. If the weights of a row have no finite positive sum, its negatives are sampled uniformly.
 
     Args:
-        speech: [B, D] embeddings of this rank's rows.
-        image: [B, D] alike.
-        speech_keys: [N, D] embeddings to draw from: this rank's batch or all ranks', then the queue's.
-        image_keys: [N, D] alike.
-        ids: int64 [B] picture identities of the rows.
-        key_ids: int64 [N]; -1 is never drawn.
+        speech: Embeddings [B, D] of this rank's rows.
+        image: Embeddings [B, D], likewise.
+        speech_keys: Embeddings [N, D] to sample from: the batch of this rank or of all ranks, then the queue.
+        image_keys: Embeddings [N, D], likewise.
+        ids: Int64 [B], picture ids of the rows.
+        key_ids: Int64 [N], picture ids of the keys; -1 is never sampled.
         temperature: Scalar.
-        uniforms: [2, B] in [0, 1), one a draw. Cut from one array over the global batch, they make the draws the same
-            for any number of ranks.
+        uniforms: [2, B] in [0, 1), one per sample. Sliced from one array over the global batch, they give the same
+            samples for any world size.
     """
     with torch.autocast(speech.device.type, enabled=False):
         dtype = torch.promote_types(speech.dtype, torch.float32)
@@ -71,35 +71,35 @@ def draw_negatives(
         similarity = queries @ keys.mT / temperature  # [2, B, N]
     allowed = (ids[:, None] != key_ids) & (key_ids != EMPTY)
     weights = similarity.masked_fill(~allowed, -torch.inf).softmax(-1)
-    mass = weights.sum(-1, keepdim=True)
-    weights = torch.where(mass.isfinite() & (mass > 0), weights, allowed.to(dtype))
-    index = _invert(weights, uniforms)
-    # The mask has the last word: it also stops what rounding in the cumulative sum could let through.
+    total = weights.sum(-1, keepdim=True)
+    weights = torch.where(total.isfinite() & (total > 0), weights, allowed.to(dtype))
+    index = _sample(weights, uniforms)
+    # Rounding in the cumulative sum could select a key of weight 0: check against the mask.
     valid = allowed.expand_as(weights).gather(-1, index[..., None]).squeeze(-1)
     return Negatives(index[0], index[1], valid)
 
 
-def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw an index [...] from weights [..., N] >= 0: the first whose cumulative weight is above u * total."""
+def _sample(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Sample indices [...] with weights [..., N] >= 0: the first with a cumulative weight above u * total."""
     cumulative = weights.cumsum(-1)
     total = cumulative[..., -1:]
-    # A uniform that rounds to 1 would ask for the total, which nothing exceeds.
+    # If u rounds to 1, the target would be the total, which no cumulative weight exceeds.
     target = torch.minimum(uniforms[..., None].to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     return index.clamp(max=weights.shape[-1] - 1)
 
 
 def matching_loss(positive: Tensor, negative_image: Tensor, negative_speech: Tensor, valid: Tensor) -> Tensor:
-    """Cross-entropy of match against no match over one positive and two negatives a row: this module's equation.
+    """Cross-entropy of match against no match over one positive and two negatives per row: this module's equation.
 
     Args:
-        positive: [B, 2] logits of the matching pairs; index 1 is the match.
-        negative_image: [B, 2] logits of each speech with its wrong picture.
-        negative_speech: [B, 2] logits of each picture with its wrong speech.
-        valid: bool [2, B], as `draw_negatives` gives it; a negative that is not valid adds 0 to the sum.
+        positive: Logits [B, 2] of the matching pairs; index 1 is the match.
+        negative_image: Logits [B, 2] of each utterance with its negative picture.
+        negative_speech: Logits [B, 2] of each picture with its negative utterance.
+        valid: Bool [2, B], as returned by `draw_negatives`; an invalid negative adds 0 to the sum.
 
     Returns:
-        Scalar, the sum over 3B.
+        Scalar, the sum divided by 3B.
     """
     logits = torch.cat([positive, negative_image, negative_speech])
     match, counted = _labels(valid)
@@ -111,13 +111,13 @@ def matching_loss(positive: Tensor, negative_image: Tensor, negative_speech: Ten
 
 @torch.no_grad()
 def matching_accuracy(positive: Tensor, negative_image: Tensor, negative_speech: Tensor, valid: Tensor) -> Tensor:
-    """Share of the pairs that are told right, with matching and other pairs weighted alike: chance is 0.5.
+    """Balanced accuracy over matching and non-matching pairs; chance is 0.5.
 
     Args:
         positive: As for `matching_loss`.
-        negative_image: Alike.
-        negative_speech: Alike.
-        valid: Alike.
+        negative_image: As for `matching_loss`.
+        negative_speech: As for `matching_loss`.
+        valid: As for `matching_loss`.
     """
     right = torch.cat([positive.argmax(-1) == 1, negative_image.argmax(-1) == 0, negative_speech.argmax(-1) == 0])
     match, counted = _labels(valid)
@@ -126,7 +126,7 @@ def matching_accuracy(positive: Tensor, negative_image: Tensor, negative_speech:
 
 
 def _labels(valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each of 3B pairs matches, and whether it counts."""
+    """Return whether each of 3B pairs matches, and whether it is valid."""
     rows = valid.shape[1]
     match = torch.arange(3 * rows, device=valid.device) < rows
     return match, torch.cat([torch.ones_like(valid[0]), valid.flatten()])

@@ -1,11 +1,17 @@
+"""Image encoder against transformers' trunks, and the convolutional stem."""
+
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from shards.errors import UserError
-from tests.tiny import VIT
+from tests.tiny import VIT, tiny_model
+from toolkit.model.build import build_model
 from toolkit.model.image import ConvolutionalStem, ImageEncoder
+from toolkit.model.retrieval import SpeechImageModel
 
 TRUNKS = {"clip": (CLIPVisionConfig, CLIPVisionModel), "blip2": (Blip2VisionConfig, Blip2VisionModel)}
 
@@ -153,8 +159,32 @@ def test_a_stem_is_convolutions_that_halve_the_side():
     x = F.conv2d(x, stem[6].weight, stride=2, padding=1)
     assert [stem[place].weight.shape[0] for place in (0, 3, 6)] == [4, 8, 16]
     torch.testing.assert_close(stem(pixels), x)
-    with pytest.raises(UserError, match="bf16"):
-        stem(pixels.bfloat16())
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_a_stem_in_bf16_on_a_cpu_computes_its_convolutions_in_float32(width):
+    torch.manual_seed(0)
+    stem, pixels = ConvolutionalStem(width, 8).bfloat16(), torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)
+    exact = copy.deepcopy(stem).float()
+    for module in stem:
+        if isinstance(module, torch.nn.Conv2d):
+            x = torch.randn(2, module.in_channels, 8, 8, dtype=torch.bfloat16)
+            assert torch.equal(module(x), F.conv2d(x.float(), module.weight.float(), stride=2, padding=1).bfloat16())
+    embedded = stem(pixels)
+    assert embedded.dtype == torch.bfloat16
+    torch.testing.assert_close(embedded.float(), exact(pixels.float()), atol=0.03, rtol=0.03)
+    embedded.sum().backward()
+    assert all(parameter.grad.dtype == torch.bfloat16 for parameter in stem.parameters())
+
+
+def test_an_export_in_bf16_with_a_stem_is_evaluated_on_a_cpu(tmp_path):
+    model = tiny_model()
+    model.image.stem = "convolutions"
+    build_model(model).bfloat16().save_pretrained(tmp_path)
+    encoded = SpeechImageModel.from_pretrained(tmp_path, dtype="auto").encode_image(make_pictures())
+    assert encoded.tokens.dtype == torch.bfloat16
+    exact = SpeechImageModel.from_pretrained(tmp_path, dtype=torch.float32).encode_image(make_pictures())
+    torch.testing.assert_close(encoded.embedding, exact.embedding, atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_an_export_whose_match_score_reads_the_global_vectors_is_refused(tmp_pat
     assert SpeechImageModel.from_pretrained(tmp_path).config.match_weight is None
     model.config.fusion["agreement"] = True
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"match score reads the global embeddings \(fusion.agreement\)"):
+    with pytest.raises(UserError, match=r"match logit depends on the embeddings \(fusion.agreement\)"):
         SpeechImageModel.from_pretrained(tmp_path)
 
 
