@@ -41,9 +41,8 @@ class CounterRNG:
         key = _mix(self.rows * _to_signed(_STEP) + _to_signed(_mix_int(self.seed + stream * _STEP)))
         index = torch.arange(math.prod(shape), device=self.rows.device)
         bits = _mix(key[:, None] + index * _to_signed(_STEP))
-        return (_logical_shift_right(bits, 40).float() / 2**24).view(
-            len(self.rows), *shape
-        )  # 24 bits are exact in float32
+        uniforms = _logical_shift_right(bits, 40).float() / 2**24  # 24 bits are exact in float32
+        return uniforms.view(len(self.rows), *shape)
 
     def normal(self, stream: int, *shape: int) -> Tensor:
         """Draw from the standard normal distribution, float32 [B, *shape], by Box-Muller; uses two streams."""

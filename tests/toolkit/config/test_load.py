@@ -72,6 +72,19 @@ def test_values(key, text, expected):
         assert type(value) is type(expected)
 
 
+def test_keys_with_dots_in_a_file_are_keys_of_sections(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "training.lr: 0.5\nmodel.speech: {config.a: 1, head_layers: 2}\nmodel: {image.train: all}\n"
+        "deepspeed.zero_optimization.overlap_comm: true\ndata.mixture: {a.b: 2}"
+    )
+    config = load_config(["--config", str(file)])
+    assert (config.training.lr, config.model.speech.head_layers, config.model.image.train) == (0.5, 2, "all")
+    assert config.model.speech.config["a"] == 1
+    assert config.deepspeed == {"zero_optimization": {"overlap_comm": True}}
+    assert config.data.mixture == {"a.b": 2}, "dots within a mapping's own keys separate nothing"
+
+
 def test_free_keys_and_sections():
     config = load_config(["--deepspeed.zero_optimization.overlap_comm", "true", "--training", "{steps: 3, lr: 0.1}"])
     assert config.deepspeed == {"zero_optimization": {"overlap_comm": True}}
@@ -127,6 +140,9 @@ def test_wrong_arguments(arguments, message):
         ("training: {lr: fast}", ": training.lr is 'fast' (str); expected float"),
         ("training: {lrr: 1}", ": training.lrr: unknown key; did you mean training.lr?"),
         ("trainig: {lr: 1}", ": trainig: unknown key; did you mean training?"),
+        ("training.lrr: 1", ": training.lrr: unknown key; did you mean training.lr?"),
+        ("training.lr: fast", ": training.lr is 'fast' (str); expected float"),
+        ("training.lr.x: 1", ": training.lr is {'x': 1} (dict); expected float"),
         ("seed: 1\ntraining: {lr: 1", " line 2: not YAML: "),
         ("seed: 1\nseed: 2", " line 2: not YAML: duplicate key seed"),
         ("seed: !!python/object/apply:os.getpid []", " line 1: not YAML: could not determine a constructor"),

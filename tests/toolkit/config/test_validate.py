@@ -4,11 +4,13 @@ import re
 
 import pytest
 import torch
+from transformers import Blip2VisionConfig, CLIPVisionConfig
 
 from shards.errors import UserError
 from toolkit.config.load import load_config
 from toolkit.config.schema import Config
-from toolkit.config.validate import batch_warnings
+from toolkit.config.validate import batch_warnings, check_config, stem_supports
+from toolkit.model.image import ConvolutionalStem
 from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.objectives.denoising import add_noise
 
@@ -90,6 +92,37 @@ def test_noise_is_the_same_on_any_number_of_ranks_where_nothing_is_said(batch, r
 def test_a_stem_needs_a_trunk_that_is_trained_from_random_weights(arguments, said):
     with pytest.raises(UserError, match=said):
         load_config(["--config", "quickstart", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "hidden_size", "fits"),
+    [(2, 4, True), (16, 128, True), (32, 768, True), (1, 128, False), (12, 128, False), (0, 128, False), (-2, 4, False),
+     (8, 18, False), (8, 0, False), ("8", 128, False), (8.0, 128, False)],
+)  # fmt: skip
+def test_the_patches_of_a_stem_are_checked_without_a_model(patch_size, hidden_size, fits):
+    made = load_config(["--config", "quickstart"])
+    made.model.image.config |= {"patch_size": patch_size, "hidden_size": hidden_size}
+    assert stem_supports(patch_size, hidden_size) == fits
+    if fits:
+        check_config(made)
+        ConvolutionalStem(hidden_size, patch_size)
+    else:
+        with pytest.raises(UserError, match=f"power of 2, .* they are {patch_size} and {hidden_size}$"):
+            check_config(made)
+    made.model.image.stem = "patches"
+    check_config(made)
+
+
+@pytest.mark.parametrize(("architecture", "config"), [("clip", CLIPVisionConfig), ("blip2", Blip2VisionConfig)])
+def test_the_patches_of_a_stem_default_to_transformers_values(architecture, config):
+    fits = stem_supports(config().patch_size, config().hidden_size)
+    made = load_config(["--config", "quickstart"])
+    made.model.image.architecture, made.model.image.config = architecture, {}
+    if fits:
+        check_config(made)
+    else:
+        with pytest.raises(UserError, match=f"they are {config().patch_size} and {config().hidden_size}$"):
+            check_config(made)
 
 
 def test_steps_that_are_all_coarse_are_named():
