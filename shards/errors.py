@@ -1,36 +1,45 @@
-"""The one exception for a user's mistake, printed as one line with exit code 2; and a command line that raises it."""
+"""Errors that the user can correct, printed as one line, and the exit codes of every command."""
 
 import argparse
+import enum
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 
+class ExitCode(enum.IntEnum):
+    """Exit codes of commands and ranks; the batch script decides by them whether a job is requeued."""
+
+    ERROR = 1  # any other error
+    USER_ERROR = 2  # a mistake in the configuration, the data or the command: never requeued
+    PEER_LOST = 69  # EX_UNAVAILABLE: failed because another rank was gone
+    STALLED = 70  # EX_SOFTWARE: ended by the watchdog, or by an error that a retry may cure: requeued
+    REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal, saved but not complete: requeued
+    INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+    CONTAINER_ERROR = 255  # a container's runtime could not start the process
+
+
 class UserError(Exception):
-    """Something the user can mend: the message says what is wrong, where, and how to mend it, in one line.
+    """An error that the user can correct: the message says what is wrong, where, and how to correct it, in one line.
 
     Attributes:
         code: Exit code of a process that it ends.
     """
 
-    code = 2
+    code = ExitCode.USER_ERROR
 
 
 class TransientError(UserError):
-    """What may go well if it is tried again: a disk that did not answer, a process that the system has killed.
+    """An error that a retry may cure, such as a disk that did not answer: a job on a cluster is requeued."""
 
-    The exit code is a stalled run's (see `toolkit/training/fault_tolerance/watchdog.py`): a job on a cluster starts
-    again.
-    """
-
-    code = 70
+    code = ExitCode.STALLED
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose complaint is one line, like every other mistake's."""
+    """A command line that reports a wrong option in one line, like any other user error."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the complaint as a `UserError`."""
+        """Raise a `UserError` with the message."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -43,4 +52,4 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(error.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(ExitCode.INTERRUPTED)

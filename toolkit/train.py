@@ -7,18 +7,18 @@ from pathlib import Path
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.errors import UserError, run_main
+from shards.errors import ExitCode, UserError, run_main
 from toolkit.config.load import Parser, parse
 from toolkit.config.schema import Config
 from toolkit.config.validate import batch_warnings
 from toolkit.launcher import check_alone
-from toolkit.run_folder import keep_configuration, prepare_run
+from toolkit.run_folder import save_configuration, prepare_run
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train until the configured step, from the newest checkpoint of the run folder if there is one.
 
-    A run that a signal stopped short of that ends with exit code `signals.REQUEUE`.
+    A run that a signal stopped short of that ends with exit code `ExitCode.REQUEUE`.
 
     Args:
         arguments: Command-line arguments; default: those of this process.
@@ -49,7 +49,6 @@ def main(arguments: list[str] | None = None) -> None:
     from toolkit.data import check_dev, open_order
     from toolkit.distributed import initialise
     from toolkit.rank_sync import run_on_rank_zero
-    from toolkit.training.fault_tolerance.signals import REQUEUE
     from toolkit.training.metrics.wandb_run import check_wandb
     from toolkit.training.trainer import Trainer
     from toolkit.training.zero.settings import deepspeed_config
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def begin() -> None:
         trainer.lease.check()
-        keep_configuration(config)
+        save_configuration(config)
 
     run_on_rank_zero(begin, rank)
     trainer.train()
@@ -80,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         run_on_rank_zero(
             lambda: None, rank
         )  # launchers end all ranks when one leaves so: not before rank 0 has written all
-        sys.exit(REQUEUE)
+        sys.exit(ExitCode.REQUEUE)
 
 
 def dry_run(config: Config, ranks: int | None = None) -> str:
@@ -93,7 +92,7 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
     Raises:
         UserError: The shards are not there, or do not fit the batch and the ranks.
     """
-    from shards.reading.dry_run import plan
+    from shards.reading.dry_run import plan_reading
     from toolkit.data import check_dev, open_order, shared_pictures
 
     launch = config.launch
@@ -105,7 +104,7 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
     check_dev(config)
     for line in (*batch_warnings(config, ranks), *shared_pictures(manifests, config.data.train)):
         print(f"warning: {line}", file=sys.stderr)
-    return plan(
+    return plan_reading(
         order,
         manifests,
         world_size=ranks,

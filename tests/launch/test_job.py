@@ -8,11 +8,10 @@ import pytest
 import torch.distributed
 
 from launch.job import LOST, Job, Status, train_and_evaluate
-from shards.errors import TransientError, UserError
+from shards.errors import ExitCode, TransientError, UserError
 from toolkit.config.schema import Config
 from toolkit.rank_sync import RemoteRankError
 from toolkit.run_folder import to_yaml
-from toolkit.training.fault_tolerance.watchdog import STALLED
 
 LOCAL = {
     "SUBMITIT_EXECUTOR": "local",
@@ -99,7 +98,7 @@ def test_place_on_this_machine(tmp_path, monkeypatch):
     [
         (None, 0, ""),
         (UserError("mend it"), 2, "error: mend it\n"),
-        (TransientError("the disk did not answer"), STALLED, "error: the disk did not answer\n"),
+        (TransientError("the disk did not answer"), ExitCode.STALLED, "error: the disk did not answer\n"),
         (RemoteRankError("rank 3: broken"), LOST, "rank 3: broken\n"),
         (ValueError("broken"), 1, "ValueError: broken\n"),
         (KeyboardInterrupt(), 130, ""),

@@ -4,13 +4,11 @@ Clusters send them ahead of the end of a job's time, and when a job has to make 
 to each at another moment. That is why no rank acts on its own.
 """
 
-import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
-REQUEUE = os.EX_TEMPFAIL  # 75, exit code of a run that was asked to stop: saved, not complete, start it again
 ASKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 

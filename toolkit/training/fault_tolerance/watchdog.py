@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-STALLED = 70  # exit code of a process that its watchdog ended
+from shards.errors import ExitCode
+
 _FIRST = 4  # times the patience for the first step, which compiles, opens files and fills the loader
 _LINGER = 5.0  # seconds between the stacks and the end: a launcher ends all ranks with the first, and all are to speak
 
@@ -63,7 +64,7 @@ class Watchdog:
             if not self._paused and time.monotonic() > self._deadline:
                 self._tell()
                 time.sleep(_LINGER)
-                os._exit(STALLED)
+                os._exit(ExitCode.STALLED)
 
     def _tell(self) -> None:
         line = f"rank {self.rank}: no step was completed for {self.patience:g} s (--training.watchdog); all threads:"

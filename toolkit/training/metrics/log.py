@@ -1,104 +1,110 @@
-"""What a run tells: one readable line an interval, `log.jsonl` with everything, wandb; all from the same records."""
+"""Metrics of a run: one line an interval on the terminal, all records in `log.jsonl`, and wandb."""
 
 import contextlib
 import itertools
 import json
+import logging
 import os
 import platform
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from shards.errors import ExitCode
 from shards.files import read_records
+from shards.manifest import Manifest
 from toolkit.config.schema import Config
 from toolkit.config.validate import batch_warnings
 from toolkit.data import shared_pictures
 from toolkit.run_folder import git_state
-from toolkit.training.checkpointing.background import tell
 from toolkit.training.checkpointing.progress import Progress
-from toolkit.training.fault_tolerance.signals import REQUEUE
-from toolkit.training.metrics.flops import Amount
+from toolkit.training.metrics.flops import BatchStats
 from toolkit.training.metrics.report import NAME, flat, write_report
 from toolkit.training.metrics.wandb_run import open_wandb
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 LOG = "log.jsonl"
-# Measured at the last step of an interval only: what SIM and CMD get with the tokens of another pair.
+# SIM and CMD with the tokens of another pair, measured at the last step of an interval only.
 CONTROLS = ("matching_control", "matching_accuracy", "matching_control_accuracy", "denoising_control")
 
 
-class Log:
-    """The log of one run; rank 0 writes, every rank takes part in the averages."""
+class MetricsLogger:
+    """The log of one run; rank 0 writes, and every rank takes part in the averages."""
 
     def __init__(
         self, run: Path, config: Config, progress: Progress, rank: int, world_size: int, device: torch.device
     ) -> None:
         self.run, self.config, self.rank, self.world_size = run, config, rank, world_size
         self.device = device
-        self.first = progress.step
+        self.first_step = progress.step
         self.sums: dict[tuple[str, ...], Tensor] = {}  # by the names of the scalars, which can change with the step
         self.counts: dict[str, int] = {}
         self.controls: dict[str, Tensor] = {}
         self.steps = self.bad_samples = 0
-        self.work = Amount()  # of this rank, in the interval
-        self.began = self.interval_began = time.perf_counter()
-        self.before = progress.seconds
+        self.stats = BatchStats()  # of this rank, in the interval
+        self.begin = self.interval_begin = time.perf_counter()
+        self.seconds_before = progress.seconds  # of training before this process
         self.waited = self.interval_paused = 0.0
         self.dev: float | None = None  # mean R@1 of the last evaluation
-        self.refused: set[str] = set()  # files that could not be written
+        self.unwritten: set[str] = set()  # files that could not be written
         self.file = (run / LOG).open("a") if rank == 0 else None
         if self.file:
-            self._continue(run / LOG)
+            self._continue_file(run / LOG)
         self.wandb = open_wandb(config.wandb, run, progress) if rank == 0 else None
 
-    def start(self, trainer: Any) -> None:
-        """Say what is about to run, and keep the environment beside the configuration."""
+    def start(self, learner: nn.Module, pictures: int, manifests: Sequence[Manifest]) -> None:
+        """Log the size of the run, and save the environment beside the configuration.
+
+        Args:
+            learner: The module that is trained.
+            pictures: Number of training pictures.
+            manifests: The data sets that are trained on.
+        """
         c = self.config
-        model = trainer.learner
-        trained = sum(_size(p) for p in model.parameters() if p.requires_grad)
-        total = sum(_size(p) for p in model.parameters())
+        trained = sum(_size(p) for p in learner.parameters() if p.requires_grad)
+        total = sum(_size(p) for p in learner.parameters())
         if self.rank == 0:
             with self._writing("environment.json"):
                 (self.run / "environment.json").write_text(json.dumps(_environment(self.world_size), indent=1))
-        self.say(
-            f"{trainer.order.pictures:,} pictures, batch {c.training.batch_size} on {self.world_size} ranks "
+            for line in (*batch_warnings(c, self.world_size), *shared_pictures(manifests, c.data.train)):
+                logger.warning(line)
+        logger.info(
+            f"{pictures:,} pictures, batch {c.training.batch_size} on {self.world_size} ranks "
             f"({self.device.type}, {c.training.precision}, ZeRO {c.training.zero_stage}), {trained / 1e6:.1f} M of "
-            f"{total / 1e6:.1f} M parameters trained, steps {self.first} to {c.training.steps}"
+            f"{total / 1e6:.1f} M parameters trained, steps {self.first_step} to {c.training.steps}"
         )
-        for line in (*batch_warnings(c, self.world_size), *shared_pictures(trainer.training_manifests, c.data.train)):
-            self.say(f"warning: {line}")
-        if self.first:
-            self.say(f"continued from the checkpoint at step {self.first}")
-        self._write({"event": "began", "at": self.first, "ranks": self.world_size})
-        self.began = self.interval_began = time.perf_counter()
-
-    def waiting(self, fetch: Callable[[], T]) -> T:
-        """Call `fetch` and count its time as waiting for data."""
-        begin = time.perf_counter()
-        result = fetch()
-        self.waited += time.perf_counter() - begin
-        return result
+        if self.first_step:
+            logger.info("continued from the checkpoint at step %d", self.first_step)
+        self._write({"event": "began", "at": self.first_step, "ranks": self.world_size})
+        self.begin = self.interval_begin = time.perf_counter()
 
     @contextlib.contextmanager
-    def paused(self, what: str) -> Iterator[None]:
-        """Leave the time inside out of the training rate."""
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
         begin = time.perf_counter()
         yield
-        spent = time.perf_counter() - begin
-        self.interval_paused += spent
-        self._write({"event": what, "seconds": spent})
+        self.waited += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def paused(self, event: str) -> Iterator[None]:
+        """Leave the time inside out of the training rate, and write it as an event."""
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self.interval_paused += seconds
+        self._write({"event": event, "seconds": seconds})
 
     def step(self, losses: dict[str, Tensor] | None, lr: float) -> None:
-        """Add a step's scalars to the interval, or none of a step that was skipped; nothing is read from the device."""
+        """Add a step's scalars to the interval, None for a skipped step; nothing is read from the device."""
         self.lr = lr
         self.steps += 1
         if losses is not None:
@@ -110,24 +116,24 @@ class Log:
             self.counts |= {name: self.counts.get(name, 0) + 1 for name in names}
 
     def skipped(self, progress: Progress, bad_modules: str | None) -> None:
-        """Write that the step was skipped, and of several in a row say it once.
+        """Write that the step was skipped; of several in a row only the first is shown on the terminal.
 
         Args:
-            progress: With this step counted among the skipped ones.
-            bad_modules: Where the numbers that are not finite came from, if that was looked for.
+            progress: Progress of the run, with this step counted as skipped.
+            bad_modules: Modules with the first outputs that are not finite; None: not detected.
         """
         self._write({"event": "skipped", "at": progress.step + 1, "first bad module": bad_modules})
-        if progress.skipped_in_a_row == 1:
+        if self.rank == 0 and progress.skipped_in_a_row == 1:
             where = f" ({bad_modules})" if bad_modules else ""
-            self.say(f"step {progress.step + 1} skipped: loss or gradient not finite{where}")
+            logger.warning("step %d skipped: loss or gradient not finite%s", progress.step + 1, where)
 
     def flush(self, progress: Progress) -> None:
         """Average each scalar over the interval's applied steps that have it and over the ranks, and write it."""
         if self.steps == 0:
             return
         sums = torch.cat([torch.zeros(0, device=self.device), *self.sums.values()])
-        done = self.work
-        own = [self.bad_samples, done.seconds, done.tokens, done.total() / 1e12, *self._memory_by_rank()]
+        stats = self.stats
+        own = [self.bad_samples, stats.seconds, stats.tokens, stats.total_flops / 1e12, *self._memory_by_rank()]
         last = [value.detach().float() for value in self.controls.values()]
         totals = torch.cat([sums, *(value.view(1) for value in last), sums.new_tensor(own)])
         dist.all_reduce(totals)
@@ -139,8 +145,8 @@ class Log:
             losses[name] += value / (self.counts[name] * self.world_size)
         losses |= {name: value / self.world_size for name, value in zip(self.controls, controls, strict=True)}
         now = time.perf_counter()
-        elapsed = max(1e-9, now - self.interval_began - self.interval_paused)
-        progress.seconds = self.before + now - self.began
+        elapsed = max(1e-9, now - self.interval_begin - self.interval_paused)
+        progress.seconds = self.seconds_before + now - self.begin
         record = {
             "step": progress.step,
             **losses,
@@ -156,20 +162,20 @@ class Log:
             "seconds": progress.seconds,
         }
         self._write(record)
-        self.say(self._line(record))
-        self.steps, self.bad_samples, self.work = 0, 0, Amount()
+        logger.info(self._line(record))
+        self.steps, self.bad_samples, self.stats = 0, 0, BatchStats()
         self.sums, self.counts, self.controls = {}, {}, {}
         self.waited = self.interval_paused = 0.0
-        self.interval_began = now
+        self.interval_begin = now
 
     def recall(self, progress: Progress, recall: dict[str, Any], best: bool, examples: str | None = None) -> None:
         """Write an evaluation on dev, and the report with it.
 
         Args:
-            progress: How far the run is.
-            recall: What was measured.
-            best: Whether that is the best so far.
-            examples: Name of the file beside the log with some of what was retrieved.
+            progress: Progress of the run.
+            recall: Report of the evaluation.
+            best: It is the best so far.
+            examples: Name of the file beside the log with examples of retrieved pictures.
         """
         self._write({"step": progress.step, "dev": recall} | ({"examples": examples} if examples else {}))
         self.dev = _mean_recall(recall)
@@ -181,37 +187,34 @@ class Log:
                     f"{name} " + " ".join(f"{k} {way[k]:.1f}" for k in ("R@1", "R@5", "R@10"))
                     for name, way in (("speech to image", s2i), ("image to speech", i2s))
                 )
-                self.say(f"{self.config.data.dev} {stage}: {figures}" + ("   best so far" if best else ""))
+                suffix = "   best so far" if best else ""
+                logger.info("%s %s: %s%s", self.config.data.dev, stage, figures, suffix)
 
     def close(self, progress: Progress, stop: int = 0) -> None:
-        """Finish the files.
+        """Write the last records, and close files and wandb.
 
         Args:
-            progress: How far the run is.
-            stop: The signal by which it was asked to stop short of its end; 0: none.
+            progress: Progress of the run.
+            stop: The signal that stopped the run before its last step; 0: none.
         """
         if stop:
-            self.say(
+            logger.info(
                 f"{signal.Signals(stop).name}: stopped after step {progress.step} of {self.config.training.steps}, "
-                f"exit code {REQUEUE}; the same command continues the run"
+                f"exit code {ExitCode.REQUEUE}; the same command continues the run"
             )
             self._write({"event": f"stopped by {signal.Signals(stop).name}", "at": progress.step})
         else:
-            self.say(f"step {progress.step} done after {_duration(progress.seconds)}; run folder {self.run}")
+            done = f"step {progress.step} done after {_duration(progress.seconds)}; run folder {self.run}"
+            logger.info(done)
         self._report()
         if self.file:
             with self._writing(LOG):
                 self.file.close()
         if self.wandb:
-            self.wandb.finish(4.0 if stop else 20.0)  # who asks to stop will not wait for an upload
+            self.wandb.finish(4.0 if stop else 20.0)  # who sent the signal will not wait for an upload
 
-    def say(self, text: str) -> None:
-        """Print a line on rank 0."""
-        if self.rank == 0:
-            tell(text)
-
-    def _continue(self, path: Path) -> None:
-        """Take up what a former process of this run has written; it may have been killed in the middle of a line."""
+    def _continue_file(self, path: Path) -> None:
+        """Continue the file of an earlier process of this run, which may have been killed in the middle of a line."""
         assert self.file
         for record in read_records(path):
             if isinstance(record.get("dev"), dict):
@@ -221,7 +224,7 @@ class Log:
                 self.file.write("\n")
 
     def _memory_by_rank(self) -> list[float]:
-        """GB that this rank has used at most so far, of its GPU or else of the machine, in a list of zeros."""
+        """Peak memory of this rank in GB, of its GPU or else of the host, at its place in a list of zeros."""
         own = [0.0] * self.world_size
         if self.device.type == "cuda":
             own[self.rank] = torch.cuda.max_memory_allocated(self.device) / 1e9
@@ -237,13 +240,13 @@ class Log:
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
-        """Say once of a file that it cannot be written, and go on: a disk that is full ends no run."""
+        """Log once for each file that it cannot be written, and continue: a full disk must not end the run."""
         try:
             yield
         except OSError as error:
-            if name not in self.refused:
-                self.say(f"{self.run / name} was not written: {error.strerror}; training goes on")
-            self.refused.add(name)
+            if name not in self.unwritten:
+                logger.warning("%s was not written: %s; training goes on", self.run / name, error.strerror)
+            self.unwritten.add(name)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.file:
@@ -271,13 +274,13 @@ class Log:
             parts.append(f"skipped {r['skipped']}")
         if r["bad_samples"]:
             parts.append(f"unreadable {r['bad_samples']}")
-        trained = r["seconds"] - self.before
-        left = trained / max(1, r["step"] - self.first) * (self.config.training.steps - r["step"])
+        trained = r["seconds"] - self.seconds_before
+        left = trained / max(1, r["step"] - self.first_step) * (self.config.training.steps - r["step"])
         return "  ".join([*parts, f"eta {_duration(left)}"])
 
 
 def _environment(world_size: int) -> dict[str, Any]:
-    """Collect what a reader needs to repeat the run: versions, machine, git state."""
+    """Collect what is needed to reproduce the run: versions, machine, git state."""
     versions = {
         name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "deepspeed", "transformers")
     }
@@ -295,7 +298,7 @@ def _environment(world_size: int) -> dict[str, Any]:
 
 
 def _git_state(root: Path) -> dict[str, str | None]:
-    """Commit and changes of the code; of a copy in a run folder, those of what it was copied from."""
+    """Commit and changes of the code; for a snapshot in a run folder, those of the original."""
     try:
         return dict(json.loads(root.with_name(f"{root.name}.json").read_text())["git"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -303,7 +306,7 @@ def _git_state(root: Path) -> dict[str, str | None]:
 
 
 def _control(record: dict[str, Any], name: str) -> str:
-    """The loss with the tokens of another pair, if it was measured."""
+    """Format the loss with the tokens of another pair, if it was measured."""
     return f" (other {record[name]:.3f})" if name in record else ""
 
 

@@ -13,9 +13,10 @@ import pytest
 
 from tests.distributed import run_ranks
 from tests.toolkit.training import test_trainer
+from shards.errors import ExitCode
 from toolkit.config import schema as config
 from toolkit.run_folder import to_yaml
-from toolkit.training.fault_tolerance.signals import ASKING, REQUEUE, StopSignals
+from toolkit.training.fault_tolerance.signals import ASKING, StopSignals
 
 shards = test_trainer.shards
 STEPS = 6
@@ -73,7 +74,7 @@ def test_stopped_at_random_steps_and_started_again_equals_never_stopped(shards: 
     hits = [{first: (1, signal.SIGTERM)}, {second: (0, signal.SIGUSR1)}, {}]
     broken = configured(settings(shards, tmp_path / "broken", zero_stage=2), tmp_path)
     ends = [run_ranks(start, 2, broken, hit, "train_step", timeout=100) for hit in hits]
-    assert [codes(end) for end in ends] == [[REQUEUE] * 2, [REQUEUE] * 2, [0, 0]], f"signals at {first} and {second}"
+    assert [codes(end) for end in ends] == [[ExitCode.REQUEUE] * 2, [ExitCode.REQUEUE] * 2, [0, 0]], f"signals at {first} and {second}"
     for (step, name), end in zip(((first, "SIGTERM"), (second, "SIGUSR1")), ends, strict=False):
         assert end[0][1].count(f"{name}: stopped after step {step + 1} of {STEPS}, exit code 75; ") == 1
         assert end[1][1] == "", "rank 0 speaks for all"
@@ -99,7 +100,7 @@ def test_a_signal_while_saving_and_one_in_the_last_step_do_no_harm(shards: Path,
 def test_a_second_signal_in_the_save_of_the_first_does_no_harm(shards: Path, tmp_path: Path) -> None:
     file = configured(settings(shards, tmp_path / "run", zero_stage=1, save_every=2), tmp_path)
     hits = {2: (0, signal.SIGTERM), 3: (0, signal.SIGTERM)}  # in a save, and in the one that follows from that
-    assert codes(run_ranks(start, 2, file, hits, "save", timeout=60)) == [REQUEUE] * 2
+    assert codes(run_ranks(start, 2, file, hits, "save", timeout=60)) == [ExitCode.REQUEUE] * 2
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())[-1] == "step-00000003"
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from tests.distributed import RankError, run_ranks
 from tests.toolkit.training import test_trainer
+from shards.errors import ExitCode
 from toolkit.config import schema as config
-from toolkit.training.fault_tolerance.watchdog import STALLED, Watchdog
+from toolkit.training.fault_tolerance.watchdog import Watchdog
 
 shards = test_trainer.shards
 
@@ -36,7 +37,7 @@ def stall_at_step_2(rank: int, world_size: int, run: config.Config, folder: Path
 @pytest.mark.timeout(120)
 def test_a_rank_that_stalls_ends_all_and_all_stacks_are_there(shards: Path, tmp_path: Path) -> None:
     run = test_trainer.settings(shards, tmp_path / "run", watchdog=8.0)
-    with pytest.raises(RankError, match=f"died with exit code {STALLED}"):
+    with pytest.raises(RankError, match=f"died with exit code {ExitCode.STALLED}"):
         run_ranks(stall_at_step_2, 2, run, tmp_path, timeout=100)
     for rank, place in ((0, "in _next"), (1, "in fall_asleep")):
         stacks = (tmp_path / "run" / f"stacks-rank{rank}.txt").read_text()
