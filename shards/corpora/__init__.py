@@ -1,13 +1,13 @@
-"""The corpora that make_shards reads: a module each, imported when it is asked for.
+"""The corpora that make_shards reads: one module each, imported on demand.
 
-A module has `add_arguments(parser)`, which adds its own options, and `read(options, bad) -> list[Item]`; its docstring
-shows the layout on disk. `load` reads a corpus, finds its files and looks for what it holds twice.
+A module has `add_arguments(parser)`, which adds the options of its corpus, and `read(options, bad) -> list[Item]`; its
+docstring shows the layout on disk. `load` reads a corpus, locates its files and checks it for duplicates.
 """
 
 import argparse
 import gc
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,22 +23,24 @@ if TYPE_CHECKING:
     from shards.corpora.file_finder import FileFinder
     from shards.report import Dropped
 
+logger = logging.getLogger(__name__)
+
 # Name of the module -> its line in the help.
 CORPORA = {
     "scenes": "drawn scenes with synthetic speech, made here",
     "flickr8k": "Flickr8k Audio Caption Corpus",
     "spokencoco": "SpokenCOCO, with the Karpathy split if its JSON is given",
     "places": "Places Audio Captions",
-    "table": "your own data: a CSV or JSON lines file that names pictures and recordings",
+    "table": "your own data: a CSV or JSON lines file that names pictures and audio files",
 }
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus that is ready to be written.
+    """A checked corpus, ready to be written.
 
     Attributes:
-        items: Its pictures with their captions.
+        items: Pictures with their captions.
         dropped: What was left out with `--skip-bad`.
     """
 
@@ -52,17 +54,17 @@ def module(name: str) -> ModuleType:
 
 
 def load(name: str, options: argparse.Namespace) -> Corpus:
-    """Read a corpus and look at the whole of it before any of it is written.
+    """Read a corpus and check all of it before anything is written.
 
     Args:
-        name: Of its module.
-        options: The module's own, and `skip_bad`: whether bad records, and what comes twice, are dropped.
+        name: Name of the corpus's module.
+        options: Options of the module, and `skip_bad`: whether bad records and duplicates are dropped.
 
     Raises:
-        UserError: A file of the corpus is missing or not as it should be, or without `skip_bad`: a record is bad, a
-            file that one names is missing, or something comes twice.
+        UserError: A file of the corpus is missing or malformed, or without `skip_bad`: a record is bad, a file that it
+            names is missing, or there are duplicates.
     """
-    # Late, since --help need not wait for them.
+    # Imported late to keep --help fast.
     from shards.corpora.file_finder import FileFinder
     from shards.corpora.records import BadRecords
     from shards.corpora.repeats import RepeatFinder, check_split_names
@@ -70,7 +72,7 @@ def load(name: str, options: argparse.Namespace) -> Corpus:
     bad = BadRecords(options.skip_bad)
     with _without_garbage_collection():
         items = module(name).read(options, bad)
-        bad.settle()
+        bad.raise_if_any()
         splits = dict.fromkeys(item.split for item in items)
         check_split_names(items)
         files = FileFinder()
@@ -78,28 +80,28 @@ def load(name: str, options: argparse.Namespace) -> Corpus:
         share_pictures = getattr(module(name), "share_pictures", lambda items: ())(items)
         repeats = RepeatFinder(bad, files, share_pictures)
         items = repeats.without_repeats(items)
-        bad.settle("leave one of the two, or --skip-bad drops and reports what comes twice")
+        bad.raise_if_any("keep one of the two, or --skip-bad drops and reports duplicates")
     if not items and bad.dropped:
         raise UserError(f"no sample is left to write: {bad.dropped[0].name}: {bad.dropped[0].reason}")
     for split in splits.keys() - {item.split for item in items}:
-        print(f"{name}: split {split} is empty, since all of it was dropped", file=sys.stderr)
+        logger.warning("%s: split %s is empty: all of its samples were dropped", name, split)
     if repeats.remark:
-        print(f"{name}: {repeats.remark}", file=sys.stderr)
+        logger.warning("%s: %s", name, repeats.remark)
     return Corpus(items, bad.dropped)
 
 
 def add_root(parser: argparse.ArgumentParser, help_text: str) -> None:
-    """Add `--root`, which every corpus that lies on disk needs."""
+    """Add `--root`, the folder or file that a corpus is read from."""
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help=help_text)
 
 
 def existing(root: Path, *candidates: str, hint: str) -> Path:
-    """The first of the candidate paths below `root` that exists.
+    """Return the first of the candidate paths below `root` that exists.
 
     Raises:
-        UserError: none does; it names the first and ends with the hint.
+        UserError: None exists; the message names the first and ends with the hint.
     """
-    # os.path, since pathlib raises where a folder may not be entered or a name is too long.
+    # os.path, since pathlib raises if a folder is not accessible or a name is too long.
     if not os.path.exists(root):
         raise UserError(f"{root}: no such folder, or no access to it (--root): {hint}")
     for candidate in candidates:
@@ -109,45 +111,44 @@ def existing(root: Path, *candidates: str, hint: str) -> Path:
 
 
 def located(items: Sequence[Item], files: "FileFinder", skip_missing: bool) -> list[Item]:
-    """The items with every file they name as it is called on disk.
+    """Replace the paths in items by those of the files on disk, which may be spelled in another Unicode form.
 
     Args:
         items: The corpus.
         files: Finds the files.
-        skip_missing: Leave missing files as they are, and say why the first is missing: the writer drops and reports
-            them.
+        skip_missing: Keep the paths of missing files and warn about the first: the writer drops and reports them.
 
     Raises:
-        UserError: Files are missing; it names the first, says why and how many there are.
+        UserError: Files are missing; the message names the first, gives the reason and counts the others.
     """
-    missing: dict[Path, str] = {}  # with the place that names it first
+    missing: dict[Path, str] = {}  # file -> place in the corpus that names it first
 
     def find(path: Path, place: str) -> Path:
-        found = files.find(path)
-        if found is None:
+        on_disk = files.find(path)
+        if on_disk is None:
             missing.setdefault(path, place)
-        return found or path
+        return on_disk or path
 
     located_items = [_located(item, find) for item in items]
     if missing:
         path, place = next(iter(missing.items()))
-        what, mend = files.why_missing(path)
+        reason, hint = files.why_missing(path)
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
         where = f"{place}: " if place else ""
-        line = f"{where}{path} {what}{more}: {mend}"
+        message = f"{where}{path} {reason}{more}: {hint}"
         if not skip_missing:
-            joint = " Or" if line.endswith("?") else ", or"
-            raise UserError(f"{line}{joint} drop such samples by --skip-bad")
-        print(line, file=sys.stderr)
+            joint = " Or" if message.endswith("?") else ", or"
+            raise UserError(f"{message}{joint} drop such samples by --skip-bad")
+        logger.warning("%s", message)
     return located_items
 
 
 def _located(item: Item, find: Callable[[Path, str], Path]) -> Item:
     picture = find(item.picture, item.place) if isinstance(item.picture, Path) else item.picture
     captions = []
-    for one in item.captions:
-        audio = find(one.audio, one.place) if isinstance(one.audio, Path) else one.audio
-        captions.append(one if audio is one.audio else replace(one, audio=audio))
+    for caption in item.captions:
+        audio = find(caption.audio, caption.place) if isinstance(caption.audio, Path) else caption.audio
+        captions.append(caption if audio is caption.audio else replace(caption, audio=audio))
     if picture is item.picture and all(map(lambda a, b: a is b, captions, item.captions)):
         return item
     return replace(item, picture=picture, captions=tuple(captions))
@@ -155,7 +156,7 @@ def _located(item: Item, find: Callable[[Path, str], Path]) -> Item:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Millions of objects are made here and none in a circle: looking for circles would take half of the time."""
+    """Pause the garbage collector, which takes half of the time: millions of objects are created, none in a cycle."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""What a scene is (two or three coloured shapes), and how it is drawn."""
+"""Scenes of two or three colored shapes, and their rendering."""
 
 import colorsys
 import math
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 Point = tuple[float, float]
 RGB = tuple[int, int, int]
 
-# Hue, saturation and value of each colour. The background is grey, so that black and white show on it.
+# Hue, saturation and value of each color. The background is gray, so that black and white are visible on it.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.99, 0.88, 0.86),
     "green": (0.37, 0.85, 0.60),
@@ -40,19 +40,19 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two objects, the first above the second (`vertical`) or left of it, and sometimes a third at one side of both."""
+    """Two objects, the first above (`vertical`) or left of the second, and optionally a third beside both."""
 
     first: Thing
     second: Thing
     vertical: bool
     third: Thing | None
-    side: str  # where the third is: left or right of a vertical pair, top or bottom of a horizontal one
+    side: str  # position of the third: left or right of a vertical pair, top or bottom of a horizontal one
     centres: tuple[Point, Point, Point]  # (x, y) of the first, the second and the third
     background: RGB
 
 
 def shade(colour: str, hue_shift: float, brightness: float) -> RGB:
-    """Return one shade of a named colour: the hue turned by a fraction of a circle, the value scaled."""
+    """Return a shade of a named color: hue rotated by a fraction of a full turn, value scaled."""
     hue, saturation, value = COLOURS[colour]
     red, green, blue = colorsys.hsv_to_rgb((hue + hue_shift) % 1.0, saturation, min(value * brightness, 1.0))
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -72,7 +72,7 @@ def draw(scene: Scene, size: int) -> Image.Image:
 
 
 def _placed(corners: tuple[Point, ...], thing: Thing, centre: Point, side: int) -> list[Point]:
-    """Turn, scale and move the corners of a shape of unit radius to where the object is, in pixels."""
+    """Rotate, scale and translate the corners of a shape of unit radius to the object's pixel coordinates."""
     x, y = centre
     cosine, sine = math.cos(thing.tilt) * thing.radius, math.sin(thing.tilt) * thing.radius
     return [((x + cosine * u - sine * v) * side, (y + sine * u + cosine * v) * side) for u, v in corners]
@@ -80,7 +80,7 @@ def _placed(corners: tuple[Point, ...], thing: Thing, centre: Point, side: int) 
 
 @cache
 def outline(shape: str) -> tuple[Point, ...]:
-    """Return the corners of a shape of about unit radius around the origin, y pointing down."""
+    """Return the corners of a shape of about unit radius around the origin; y points down."""
     if shape == "circle":
         return tuple(_arc(0, 360, 1.0))
     if shape == "ring":  # without its hole
@@ -101,7 +101,7 @@ def outline(shape: str) -> tuple[Point, ...]:
     if shape == "moon":  # the outer circle's left part, back along a circle moved to the right
         inner = [(x + 0.62, y) for x, y in _arc(245, 115, 0.88)]
         return tuple((x + 0.25, y) for x, y in (*_arc(50, 310, 1.12), *inner))
-    raise ValueError(f"no shape {shape!r}")
+    raise ValueError(f"unknown shape {shape!r}")
 
 
 def _at(degrees: float, radius: float) -> Point:

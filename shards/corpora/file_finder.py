@@ -1,4 +1,4 @@
-"""Finding the files that a corpus names, with one listing a folder, and saying why one is not found."""
+"""Locates the files that a corpus names, listing each folder once, and explains why a file is missing."""
 
 import os
 import unicodedata
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 
 class _Listing(NamedTuple):
-    """What a folder holds.
+    """Entries of a folder.
 
     Attributes:
         files: Names of regular files.
-        others: Names of folders, links and what else there is.
+        others: Names of folders, links and other entries.
     """
 
     files: set[str]
@@ -19,10 +19,10 @@ class _Listing(NamedTuple):
 
 
 class FileFinder:
-    """Looks files up in listings of their folders, each made once.
+    """Looks files up in cached listings of their folders.
 
-    Where a folder is on a network, one listing is far quicker than a question a file. Only what a listing does not
-    call a regular file is asked about by itself.
+    On a network file system one listing is far faster than one `stat` per file. Only entries that are not regular files
+    need a `stat`.
     """
 
     def __init__(self) -> None:
@@ -32,13 +32,12 @@ class FileFinder:
         self._near: dict[tuple[str, bool], str | None] = {}
 
     def find(self, path: Path) -> Path | None:
-        """The file that a path names: itself, or the one whose name is the same in another Unicode form.
+        """Find the file that a path names: the path itself, or the equal name in another Unicode form.
 
-        An archive or a disk of another system may have decomposed the letters with accents; to people and to
-        Unicode the names are equal.
+        Archives and disks of other systems may have decomposed accented letters; Unicode calls such names equivalent.
 
         Returns:
-            None if there is no such file.
+            The path on disk, or None if there is no such file.
         """
         folder, name = os.path.split(path)
         listing = self._listing(folder)
@@ -49,24 +48,27 @@ class FileFinder:
         near = self._nearest(folder, name, fold=False)
         if near is not None and os.path.isfile(near):
             return Path(near)
-        # A folder that may be entered but not listed, and a file system that does not tell capitals apart.
+        # A folder that cannot be listed but entered, or a file system that ignores case.
         near = near or self._nearest(folder, name, fold=True)
         return path if (near is not None or self._unlisted(folder)) and os.path.isfile(path) else None
 
     def why_missing(self, path: Path) -> tuple[str, str]:
-        """Say of a path that was not found what is wrong with it.
+        """Explain why `find` does not find a path.
 
         Returns:
-            What it is, to follow its name; and how to mend that.
+            The reason, to follow the path in a message, and how to fix it.
         """
         if os.path.isdir(path):
             return "is a folder", "name a file in it"
         if os.path.islink(path):
             target = os.readlink(path)
-            return f"is a broken link to {target}", "fetch what it stands for, e.g. by git annex get or dvc pull"
+            return f"is a broken link to {target}", "fetch its target, e.g. by git annex get or dvc pull"
         text = str(path)
         if "\\" in text:
-            return "is missing", rf"\ is no separator here{self._suggestion(Path(text.replace(chr(92), '/')), path)}"
+            return (
+                "is missing",
+                rf"\ is not a separator here{self._suggestion(Path(text.replace(chr(92), '/')), path)}",
+            )
         folder, name = os.path.split(path)
         if suggestion := self._suggestion(path, path):
             return "is missing", suggestion.removeprefix(", ")
@@ -77,10 +79,10 @@ class FileFinder:
         return "is missing", "complete the corpus"
 
     def identity(self, path: Path) -> str:
-        """A text that is the same for all paths to one file: links are followed.
+        """Return a string that is equal for all paths to one file, with links followed.
 
         Args:
-            path: What `find` gave.
+            path: A result of `find`.
         """
         folder, name = os.path.split(path)
         if folder not in self._real:
@@ -92,26 +94,26 @@ class FileFinder:
         return str(path) if real == folder else os.path.join(real, name)
 
     def _suggestion(self, path: Path, wrong: Path) -> str:
-        """The name of a file that differs in capitals only; empty if there is none."""
-        found = self.find(path) or self._nearest(*os.path.split(path), fold=True)
-        if found is None or not os.path.isfile(found):
+        """Suggest a file whose name differs only in case; empty if there is none."""
+        similar = self.find(path) or self._nearest(*os.path.split(path), fold=True)
+        if similar is None or not os.path.isfile(similar):
             return ""
         here = os.path.dirname(wrong)
-        near = os.path.relpath(found, here) if os.path.isdir(here) else str(found)
+        near = os.path.relpath(similar, here) if os.path.isdir(here) else str(similar)
         return f", did you mean {near}?"
 
     def _listing(self, folder: str) -> _Listing | None:
-        """Names in a folder; None if it cannot be listed."""
+        """Return the entries of a folder; None if it cannot be listed."""
         if folder not in self._listings:
             try:
                 files: set[str] = set()
                 others: set[str] = set()
                 with os.scandir(folder or ".") as entries:
                     for entry in entries:
-                        # As the listing has it: common file systems need no question a file for this.
+                        # The listing gives the type on common file systems, without a `stat` per file.
                         (files if entry.is_file(follow_symlinks=False) else others).add(entry.name)
                 self._listings[folder] = _Listing(files, others)
-            except (OSError, ValueError):  # the latter for a name that no file can have
+            except (OSError, ValueError):  # ValueError: a name with a zero byte
                 self._listings[folder] = None
         return self._listings[folder]
 
@@ -119,7 +121,7 @@ class FileFinder:
         return self._listing(folder) is None and os.access(folder or ".", os.X_OK)
 
     def _nearest(self, folder: str, name: str, fold: bool) -> str | None:
-        """The path of the only entry whose name is equal in another Unicode form, or but for capitals too."""
+        """Return the path of the only entry whose name is equal up to Unicode form and, with `fold`, up to case."""
         real = self._nearest_folder(folder, fold)
         if real is None or (listing := self._listing(real)) is None:
             return None
@@ -129,20 +131,20 @@ class FileFinder:
             forms: dict[str, str] = {}
             for one in (*listing.files, *listing.others):
                 form = _form(one, fold)
-                forms[form] = "" if form in forms else one  # of two that are equal so, neither is meant for certain
+                forms[form] = "" if form in forms else one  # ambiguous names match nothing
             self._forms[real, fold] = forms
-        found = self._forms[real, fold].get(_form(name, fold))
-        return os.path.join(real, found) if found else None
+        match = self._forms[real, fold].get(_form(name, fold))
+        return os.path.join(real, match) if match else None
 
     def _nearest_folder(self, folder: str, fold: bool) -> str | None:
-        """A folder that is there: the given one, or the one whose name is equal in another form."""
+        """Return the folder if it exists, or else the one whose name is equal in another form."""
         if (folder, fold) not in self._near:
             parent, name = os.path.split(folder)
             if self._listing(folder) is not None:
-                found: str | None = folder
+                near: str | None = folder
             else:
-                found = self._nearest(parent, name, fold) if name else None
-            self._near[folder, fold] = found
+                near = self._nearest(parent, name, fold) if name else None
+            self._near[folder, fold] = near
         return self._near[folder, fold]
 
 

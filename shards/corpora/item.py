@@ -1,4 +1,4 @@
-"""What a corpus hands to the writer: pictures with their spoken captions, as light descriptions to be read later."""
+"""Descriptions of samples that a corpus passes to the writer: pictures with spoken captions, read later."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,9 +10,9 @@ from PIL import Image
 
 from shards.errors import UserError
 
-# A file, or a picklable function that draws the picture: it is called in a writer process.
+# A file, or a picklable function that draws the picture; it is called in a writer process.
 PictureSource = Path | Callable[[], Image.Image]
-# A file, or a picklable function that gives float32 samples [channels, n] in [-1, 1] and their rate in Hz.
+# A file, or a picklable function that returns float32 samples [channels, n] in [-1, 1] and their sampling rate in Hz.
 AudioSource = Path | Callable[[], tuple[np.ndarray, int]]
 
 
@@ -24,7 +24,7 @@ class Caption:
     audio: AudioSource
     text: str | None = None
     speaker: str | None = None
-    place: str = field(default="", compare=False)  # where the corpus names it, for messages
+    place: str = field(default="", compare=False)  # where in the corpus it is listed, for messages
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,25 @@ class Item:
     split: str
     picture: PictureSource
     captions: tuple[Caption, ...]
-    twin: str | None = None  # image id of the picture that this one is the swapped twin of
-    place: str = field(default="", compare=False)  # where the corpus names it, for messages
+    twin: str | None = None  # image id of the picture of which this one is the minimal pair
+    place: str = field(default="", compare=False)  # where in the corpus it is listed, for messages
 
 
 def check_items(items: Sequence[Item]) -> None:
-    """Look at a whole corpus before any of it is written.
+    """Validate a corpus before anything is written.
 
     Raises:
-        UserError: It is empty, an id comes twice, a picture has no captions or an unknown twin, or a word, or the name
-            of a file, is none that can be stored.
+        UserError: The corpus is empty, an image id is repeated, a picture has no captions or an unknown twin, or a
+            string or file name cannot be stored.
     """
     if not items:
         raise UserError("the corpus has no samples: nothing to write")
     for item in items:
-        _check_words(item)
+        _check_strings(item)
     counts = Counter(item.image_id for item in items)
     image_id, times = counts.most_common(1)[0]
     if times > 1:
-        raise UserError(f"image id {image_id} comes {times} times: an id names one picture, in one split")
+        raise UserError(f"image id {image_id} occurs {times} times: it has to be unique across splits")
     for item in items:
         if not item.captions:
             raise UserError(f"picture {item.image_id} has no captions")
@@ -61,24 +61,24 @@ def check_items(items: Sequence[Item]) -> None:
             raise UserError(f"picture {item.image_id} is the twin of {item.twin}, which is not in the corpus")
 
 
-def _check_words(item: Item) -> None:
-    """See that what the corpus says of a sample can be stored, and that its files have names that files can have."""
-    words = [("image id", item.image_id), ("split", item.split)]
-    unsaid: list[tuple[str, str | None]] = [("twin", item.twin)]
+def _check_strings(item: Item) -> None:
+    """Check that the strings of a sample can be stored and that its file names are valid."""
+    strings = [("image id", item.image_id), ("split", item.split)]
+    optional: list[tuple[str, str | None]] = [("twin", item.twin)]
     for one in item.captions:
-        words.append(("utterance", one.utterance))
-        unsaid += [("text", one.text), ("speaker", one.speaker)]
-    words += [(name, value) for name, value in unsaid if value is not None]
-    for name, value in words:
+        strings.append(("utterance", one.utterance))
+        optional += [("text", one.text), ("speaker", one.speaker)]
+    strings += [(name, value) for name, value in optional if value is not None]
+    for name, value in strings:
         if not _is_text(value):
-            raise UserError(f"picture {item.image_id!r}: its {name} {value!r} is no text: mend the corpus's files")
+            raise UserError(f"picture {item.image_id!r}: its {name} {value!r} is not valid text: correct the corpus")
     for source in (item.picture, *(one.audio for one in item.captions)):
-        if isinstance(source, Path) and not _is_text(str(source), "surrogateescape"):  # names may be of any bytes
-            raise UserError(f"picture {item.image_id!r}: no file can have the name {str(source)!r}")
+        if isinstance(source, Path) and not _is_text(str(source), "surrogateescape"):  # file names may be any bytes
+            raise UserError(f"picture {item.image_id!r}: {str(source)!r} is not a valid file name")
 
 
 def _is_text(value: object, errors: str = "strict") -> bool:
     try:
         return isinstance(value, str) and b"\0" not in value.encode(errors=errors)
-    except UnicodeEncodeError:  # half of a letter that JSON writes in two
+    except UnicodeEncodeError:  # a lone surrogate
         return False

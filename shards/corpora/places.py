@@ -8,14 +8,14 @@
         wavs/
         images/                 of Places205
 
-A split is named as its file: train, dev_seen, dev_unseen, test_seen, test_unseen; val is called dev. The base paths in
-the files are those of the authors' machine: where they do not exist here, `--audio` and `--images` are taken.
+Splits are named after their files: train, dev_seen, dev_unseen, test_seen, test_unseen; val is called dev. The base
+paths in the files, those of the authors' machine, are used if they exist here; `--audio` and `--images` override them.
 """
 
 import argparse
+import logging
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,25 +26,27 @@ from shards.corpora.records import BadRecord, BadRecords, as_object, file_name, 
 from shards.corpora.text_files import read_json_records
 from shards.errors import UserError
 
-_HINT = "--root is the folder with train_2020.json and its like, or with metadata/train.json"
+logger = logging.getLogger(__name__)
+
+_HINT = "--root is the folder with train_2020.json and the other splits, or with metadata/train.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this corpus."""
-    add_root(parser, "folder with train_2020.json and its like")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="where pictures' paths start (default: ROOT/images)")
-    parser.add_argument("--audio", type=Path, metavar="DIR", help="where recordings' paths start (default: ROOT)")
+    add_root(parser, "folder with train_2020.json and the other splits")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="base folder of the pictures (default: ROOT/images)")
+    parser.add_argument("--audio", type=Path, metavar="DIR", help="base folder of the audio files (default: ROOT)")
 
 
 def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
-    """The pictures in order of the files; captions of one picture in one split are one sample.
+    """Return the pictures in the order of the files; the captions of a picture in a split form one sample.
 
     Args:
         options: What `add_arguments` added.
-        bad: Notes the records that cannot be used.
+        bad: Collects the records that cannot be used.
 
     Raises:
-        UserError: A file is missing or not as it should be.
+        UserError: A file is missing or malformed.
     """
     items: list[Item] = []
     seen: set[str] = set()
@@ -55,23 +57,23 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
             records, path, split, _base(options.audio, content.get("audio_base_path"), options.root), bad
         )
         for picture, spoken in captions.items():
-            # Seen and unseen speakers may have described the same picture: each split has its own sample of it.
+            # Seen and unseen speakers may have described the same picture, which is then one sample per split.
             name = picture if picture not in seen else f"{picture}@{split}"
             items.append(Item(name, split, photos / picture, tuple(spoken), place=spoken[0].place))
         seen.update(captions)
     shared = sum("@" in item.image_id for item in items)
     if shared:
-        print(f"places: {shared:,} pictures are in more than one split", file=sys.stderr)
+        logger.warning("places: %s pictures are in more than one split", f"{shared:,}")
     return items
 
 
 def share_pictures(items: Sequence[Item]) -> set[str]:
-    """The splits that may have pictures in common: those of seen and of unseen speakers."""
+    """Return the splits that may share pictures: those of seen and of unseen speakers."""
     return {item.split for item in items} - {"train"}
 
 
 def _split_files(root: Path) -> dict[str, Path]:
-    """The files by split, train first."""
+    """Return the file of each split, train first."""
     existing(root, ".", hint=_HINT)
     files: dict[str, Path] = {}
     for folder in (root, root / "metadata"):
@@ -93,7 +95,7 @@ def _base(given: Path | None, written: object, default: Path) -> Path:
 
 
 def _captions(records: list[Any], path: Path, split: str, base: Path, bad: BadRecords) -> dict[str, list[Caption]]:
-    """The sound captions of a file by picture."""
+    """Return the usable captions of a file by picture."""
     captions: dict[str, list[Caption]] = {}
     for number, value in enumerate(records):
         try:
@@ -104,6 +106,6 @@ def _captions(records: list[Any], path: Path, split: str, base: Path, bad: BadRe
         except BadRecord as reason:
             bad.add(f"{path} data[{number}]", reason, split=split)
             continue
-        one = Caption(utterance, base / audio, text, speaker, f"{path.name} data[{number}]")
-        captions.setdefault(picture, []).append(one)
+        caption = Caption(utterance, base / audio, text, speaker, f"{path.name} data[{number}]")
+        captions.setdefault(picture, []).append(caption)
     return captions

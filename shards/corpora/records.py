@@ -1,4 +1,4 @@
-"""Records of a corpus's files: their fields by type, and what becomes of a bad one."""
+"""Typed access to the fields of a corpus's records, and the collection of bad records."""
 
 import math
 from typing import Any, Literal
@@ -15,11 +15,11 @@ class BadRecord(Exception):
 
 
 class BadRecords:
-    """Collects what cannot be used of a corpus: the end of the run, or with `--skip-bad` dropped and reported.
+    """Collects the bad records of a corpus: they end the run, or with `--skip-bad` are dropped and reported.
 
     Attributes:
         skip: Whether bad records are dropped.
-        dropped: What was found so far.
+        dropped: Bad records so far.
     """
 
     def __init__(self, skip: bool) -> None:
@@ -37,52 +37,52 @@ class BadRecords:
         split: str = "-",
         captions: int = 1,
     ) -> None:
-        """Note a bad record.
+        """Add a bad record.
 
         Args:
             where: File and line, or file and index.
-            reason: What is wrong with it.
+            reason: Why the record cannot be used.
             what: Whether a picture or a caption is lost.
-            name: Of the picture or caption, where it is known.
-            split: In which it is, where it is known.
-            captions: How many are lost.
+            name: Name of the picture or caption, if known.
+            split: Split of the picture or caption, if known.
+            captions: Number of captions lost.
         """
         self._first = self._first or f"{where}: {reason}"
         line = f"{where}: {reason}" if name else str(reason)
         self.dropped.append(Dropped(what, name or where, split, line, captions))
 
-    def settle(self, mend: str = "--skip-bad drops and reports such records") -> None:
-        """End the run if something is bad, unless it is to be skipped.
+    def raise_if_any(self, hint: str = "--skip-bad drops and reports such records") -> None:
+        """Raise an error if there are bad records, unless they are to be skipped.
 
         Args:
-            mend: What to do about it.
+            hint: How to fix or skip them, for the message.
 
         Raises:
-            UserError: It names the first bad record and says how many there are.
+            UserError: There are bad records; the message names the first and counts the others.
         """
         if self.dropped and not self.skip:
             more = f" (and {len(self.dropped) - 1:,} more)" if len(self.dropped) > 1 else ""
-            raise UserError(f"{self._first}{more}; {mend}")
+            raise UserError(f"{self._first}{more}; {hint}")
 
 
 def as_object(value: Any) -> dict[str, Any]:
-    """See that a record is a JSON object.
+    """Return a record that has to be a JSON object.
 
     Raises:
-        BadRecord: It is something else, or has a key twice.
+        BadRecord: It is something else, or has a repeated key.
     """
     if not isinstance(value, dict):
-        raise BadRecord(f"{described(value)} where an object is expected")
+        raise BadRecord(f"{described(value)}, expected an object")
     if isinstance(value, RepeatedKey):
-        raise BadRecord(f"the key {value.key!r} comes twice")
+        raise BadRecord(f"the key {value.key!r} is repeated")
     return value
 
 
 def optional_text(record: dict[str, Any], key: str) -> str | None:
-    """A field that holds text, or null, or is absent.
+    """Return a field that is text, null (None) or absent (None).
 
     Raises:
-        BadRecord: It holds something else.
+        BadRecord: The field is something else.
     """
     value = record.get(key)
     if value is None or (type(value) is str and _is_storable(value)):
@@ -91,10 +91,10 @@ def optional_text(record: dict[str, Any], key: str) -> str | None:
 
 
 def required_text(record: dict[str, Any], key: str) -> str:
-    """A field that has to hold text other than blanks.
+    """Return a field that has to be text with more than white space.
 
     Raises:
-        BadRecord: It does not.
+        BadRecord: The field is absent, blank or not text.
     """
     if key not in record:
         raise BadRecord(f"{key} is missing")
@@ -107,10 +107,10 @@ def required_text(record: dict[str, Any], key: str) -> str:
 
 
 def file_name(record: dict[str, Any], key: str) -> str:
-    """A field that has to name a file.
+    """Return a field that has to be a file name.
 
     Raises:
-        BadRecord: It does not.
+        BadRecord: The field is absent, blank, not text or a URL.
     """
     value = required_text(record, key)
     if _URL_MARK in value:
@@ -119,10 +119,10 @@ def file_name(record: dict[str, Any], key: str) -> str:
 
 
 def records_of(record: dict[str, Any], key: str) -> list[Any]:
-    """A field that has to hold a list with something in it.
+    """Return a field that has to be a non-empty list.
 
     Raises:
-        BadRecord: It does not.
+        BadRecord: The field is absent, empty or not a list.
     """
     if key not in record:
         raise BadRecord(f"{key} is missing")
@@ -134,22 +134,20 @@ def records_of(record: dict[str, Any], key: str) -> list[Any]:
     return value
 
 
-def whole_number(record: dict[str, Any], key: str) -> int:
-    """A field that has to hold a whole number.
+def integer(record: dict[str, Any], key: str) -> int:
+    """Return a field that has to be an integer.
 
     Raises:
-        BadRecord: It does not.
+        BadRecord: The field is absent or not an integer.
     """
     value = record.get(key)
     if type(value) is not int:
-        raise BadRecord(
-            f"{key} is {described(value)}, expected a whole number" if key in record else f"{key} is missing"
-        )
+        raise BadRecord(f"{key} is {described(value)}, expected an integer" if key in record else f"{key} is missing")
     return value
 
 
 def described(value: Any) -> str:
-    """What a JSON value is, in JSON's words."""
+    """Describe a JSON value in a message, in JSON's terms."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -159,12 +157,12 @@ def described(value: Any) -> str:
     if isinstance(value, int | float):
         return "a number" if abs(value) > 1e18 else f"the number {value}"
     if isinstance(value, str):
-        return repr(value) if _is_storable(value) else f"{value!r}, which is no text that can be stored"
+        return repr(value) if _is_storable(value) else f"{value!r}, which cannot be stored as text"
     return "a list" if isinstance(value, list) else "an object"
 
 
 def _is_storable(value: str) -> bool:
-    """Whether UTF-8 can hold a text; JSON may write half of a character that needs two escapes."""
+    """Whether a text can be stored as UTF-8; JSON may contain one half of a surrogate pair."""
     if value.isascii():
         return "\0" not in value
     try:

@@ -1,9 +1,9 @@
-"""scenes: drawn pictures of two or three objects with spoken captions, made here: no download.
+"""scenes: generated pictures of two or three objects with synthetic spoken captions; needs no download.
 
-A caption names the colour and the shape of each object and where they are: "a red circle above a blue star". The
-colours and the shapes of the first two objects, as two unordered pairs, are the scene's cell; cells are dealt to the
-splits, so that dev and test hold combinations never seen in training. The split `twins` holds for each test picture one
-that differs only in which object has which colour (image id TEST-colour) or in which object is where (TEST-relation).
+A caption names color, shape and position of the objects: "a red circle above a blue star". The colors and the shapes of
+the first two objects, as two unordered pairs, are the scene's cell. Cells are divided among the splits, so that dev and
+test contain combinations never seen in training. The split `twins` has a minimal pair for each test picture, in which
+only the colors (image id TEST-colour) or the positions (TEST-relation) of two objects are exchanged.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from shards.corpora.speech_synthesis import VOICES, find_library, speak
 from shards.errors import UserError
 
 # a, b: the first (upper or left) and the second object, "a red circle"; A, B: the same with "the".
-# The first IN_ORDER phrasings name the first object first.
+# The first IN_ORDER phrasings mention the first object first.
 IN_ORDER = 4
 VERTICAL = (
     "{a} above {b}",
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=len(VERTICAL),
         metavar="N",
-        help=f"ways of saying a scene, at most {len(VERTICAL)} (the default); the first {IN_ORDER} name the upper or "
-        "left object first",
+        help=f"phrasings of a caption, at most {len(VERTICAL)} (the default); the first {IN_ORDER} mention the upper "
+        "or left object first",
     )
     parser.add_argument(
         "--twins-in-training",
@@ -83,24 +83,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read(options: argparse.Namespace, bad: BadRecords | None = None) -> list[Item]:
-    """Return the pictures of all splits; drawing and speaking is done later, by the writer.
+    """Return the pictures of all splits; the writer renders them and synthesizes the speech later.
 
-    Picture n of a split depends on the options but not on the numbers of pictures.
+    Picture n of a split does not depend on the number of pictures.
 
     Args:
         options: What `add_arguments` added.
-        bad: Not needed: nothing is read.
+        bad: Unused, since there are no records to read.
 
     Raises:
         UserError: An option is out of range, or espeakng-loader is not installed.
     """
     _check(options)
     find_library()
-    twin_rate = options.twins_in_training / (2 - options.twins_in_training)  # share of scenes, not of pictures
+    twin_rate = options.twins_in_training / (2 - options.twins_in_training)  # per scene rather than per picture
     items = list(islice(_training_items(options, twin_rate), options.pictures))
-    items += [_item(scene, f"dev-{n:06d}", "dev", options) for n, scene in enumerate(_unlike(options, "dev"))]
+    items += [_item(scene, f"dev-{n:06d}", "dev", options) for n, scene in enumerate(_distinct_scenes(options, "dev"))]
     twins = []
-    for n, scene in enumerate(_unlike(options, "test")):
+    for n, scene in enumerate(_distinct_scenes(options, "test")):
         name = f"test-{n:06d}"
         items.append(_item(scene, name, "test", options))
         twins.append(_twin_item(scene, name, ("colour", "relation")[n % 2], "twins", options))
@@ -110,7 +110,7 @@ def read(options: argparse.Namespace, bad: BadRecords | None = None) -> list[Ite
 def _check(options: argparse.Namespace) -> None:
     bounds = {
         "pictures": (0, 1_000_000),
-        "dev": (0, 1000),  # about half as many as there are scenes unlike one another
+        "dev": (0, 1000),  # about half of the distinguishable scenes
         "test": (0, 2000),
         "phrasings": (1, len(VERTICAL)),
         "captions": (1, min(max(options.phrasings, 1), len(VERTICAL))),
@@ -124,7 +124,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _training_items(options: argparse.Namespace, twin_rate: float) -> Iterator[Item]:
-    """Yield training pictures without end, a twin right after its original."""
+    """Yield an endless stream of training pictures, each twin directly after its original."""
     number = 0
     while True:
         name = f"train-{number:06d}"
@@ -136,15 +136,15 @@ def _training_items(options: argparse.Namespace, twin_rate: float) -> Iterator[I
         number += 1
 
 
-def _unlike(options: argparse.Namespace, split: str) -> Iterator[Scene]:
-    """Yield the scenes of a held-out split, such that no caption of one is true of another."""
+def _distinct_scenes(options: argparse.Namespace, split: str) -> Iterator[Scene]:
+    """Yield the scenes of a held-out split, such that no caption of one scene fits another."""
     thirds_of: dict[tuple, set] = {}
     for number in range(getattr(options, split)):
         for attempt in count():
             scene = random_scene(options.seed, split, f"{number}/{attempt}")
             thirds = thirds_of.setdefault((_name(scene.first), _name(scene.second), scene.vertical), set())
             third = (_name(scene.third), scene.side) if scene.third else None
-            # A caption of a scene without a third object is true of any with the same first two.
+            # A caption of a scene without a third object fits any scene with the same first two.
             if not thirds or (third and None not in thirds and third not in thirds):
                 thirds.add(third)
                 yield scene
@@ -152,13 +152,13 @@ def _unlike(options: argparse.Namespace, split: str) -> Iterator[Scene]:
 
 
 def _item(scene: Scene, name: str, split: str, options: argparse.Namespace, twin: str | None = None) -> Item:
-    """Describe one picture; a twin is captioned in its original's phrasings and voices."""
+    """Describe one picture; a twin has the phrasings and voices of its original."""
     chance = random.Random(f"{options.seed}/captions/{twin or name}")
     captions = []
     for k, phrasing in enumerate(chance.sample(range(options.phrasings), options.captions)):
         text = caption(scene, phrasing, sized=chance.random() < SIZE_SHARE, size_of_first=chance.random() < 0.5)
         voice = VOICES[chance.randrange(options.voices)]
-        speed = chance.randint(170, 220) + (35 if scene.third else 0)  # no caption is to last over four seconds
+        speed = chance.randint(170, 220) + (35 if scene.third else 0)  # keeps captions below four seconds
         audio = partial(speak, text, voice, speed, chance.randint(30, 70))
         captions.append(Caption(f"{name}-{k}", audio, text, voice))
     return Item(name, split, partial(draw, scene, options.size), tuple(captions), twin)
@@ -169,7 +169,7 @@ def _twin_item(scene: Scene, name: str, kind: str, split: str, options: argparse
 
 
 def twin_of(scene: Scene, kind: str) -> Scene:
-    """Exchange the colours of the first two objects (kind "colour") or their places ("relation")."""
+    """Exchange the colors (kind "colour") or the positions ("relation") of the first two objects."""
     first, second = scene.first, scene.second
     if kind == "relation":
         return replace(scene, first=second, second=first)
@@ -181,7 +181,7 @@ def twin_of(scene: Scene, kind: str) -> Scene:
 
 
 def caption(scene: Scene, phrasing: int, sized: bool = False, size_of_first: bool = True) -> str:
-    """Say a scene in one of the phrasings; where `sized` and the sizes differ, name the size of one object."""
+    """Return a caption of a scene in one phrasing; with `sized`, it names the size of one object if sizes differ."""
     sized = sized and scene.first.size != scene.second.size
     first = _name(scene.first, with_size=sized and size_of_first)
     second = _name(scene.second, with_size=sized and not size_of_first)
@@ -201,7 +201,7 @@ def _indefinite(name: str) -> str:
 
 
 def random_scene(seed: int, split: str, number: str) -> Scene:
-    """Make up the scene of this number, from the cells of its split."""
+    """Generate the scene of this number, from the cells of its split."""
     chance = random.Random(f"{seed}/{split}/{number}")
     with_third = chance.random() < THIRD_SHARE
     colours, shapes = _combination(chance, split_of_cell(seed), split, with_third)
@@ -216,10 +216,11 @@ def random_scene(seed: int, split: str, number: str) -> Scene:
 def _combination(
     chance: random.Random, split_of: dict[Cell, str], split: str, with_third: bool
 ) -> tuple[list[str], list[str]]:
-    """Draw three colours and three shapes, the third for a third object.
+    """Sample three colors and three shapes, the third for a third object.
 
-    The cell of the first two is of this split. The third makes only cells of training with either of them, whichever
-    has which colour: else training would see a held-out combination, or a test caption might fit two test pictures.
+    The cell of the first two belongs to this split. Any cell that the third forms with one of them, with colors
+    exchanged or not, belongs to training: otherwise training would contain a held-out combination, or a test caption
+    might fit two test pictures.
     """
     while True:
         colours, shapes = chance.sample(list(COLOURS), 3), chance.sample(SHAPES, 3)
@@ -243,7 +244,7 @@ def _background(chance: random.Random) -> RGB:
 
 
 def _places(chance: random.Random, vertical: bool, side: str) -> tuple[Point, Point, Point]:
-    """Return the centres (x, y) of the first, the second and the third object, far enough apart for the largest."""
+    """Return the centers (x, y) of the three objects, far enough apart for the largest objects."""
     half = chance.uniform(0.21, 0.25)  # of the distance along the line of the first two
     along = 0.5 + chance.uniform(-0.03, 0.03)
     away = {"left": 0.14, "top": 0.14, "right": -0.14, "bottom": -0.14}.get(side, chance.uniform(-0.12, 0.12))
@@ -260,7 +261,7 @@ def _cell(colours: Sequence[str], shapes: Sequence[str]) -> Cell:
 
 @lru_cache(maxsize=4)
 def split_of_cell(seed: int) -> dict[Cell, str]:
-    """Deal the cells (unordered pairs of colours and of shapes) to the splits, in an order hashed from the seed."""
+    """Assign cells (unordered pairs of colors and of shapes) to splits, in an order hashed from the seed."""
     cells = [_cell(colours, shapes) for colours in combinations(COLOURS, 2) for shapes in combinations(SHAPES, 2)]
     cells.sort(key=lambda cell: hashlib.sha256(f"{seed}/{cell}".encode()).digest())
     tests, devs = round(TEST_SHARE * len(cells)), round(DEV_SHARE * len(cells))

@@ -1,6 +1,6 @@
-"""Speech of the built-in scenes: espeak-ng, through the library that the optional package `espeakng-loader` bundles.
+"""Speech synthesis for the built-in scenes by espeak-ng, from the optional package `espeakng-loader`.
 
-espeak-ng is GPL-licensed, so that it is loaded inside functions only, by those who installed the extra.
+espeak-ng is GPL-licensed, so it is loaded only inside functions, and only if the extra is installed.
 """
 
 import _ctypes
@@ -12,8 +12,8 @@ import numpy as np
 from shards.errors import UserError
 
 ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-gb-x-gbclan")
-VARIANTS = ("", "+f1", "+m3", "+f4", "+m7", "+Annie")  # of those that speak alike in every process
-# Every accent comes once before a variant of it comes again: any first few voices are unlike one another.
+VARIANTS = ("", "+f1", "+m3", "+f4", "+m7", "+Annie")  # that give the same samples in every process
+# Accents vary fastest, so that the first few voices differ as much as possible.
 VOICES = tuple(
     ACCENTS[n % len(ACCENTS)] + VARIANTS[(n + n // len(ACCENTS)) % len(VARIANTS)]
     for n in range(len(ACCENTS) * len(VARIANTS))
@@ -24,11 +24,15 @@ _OUTPUT_SYNCHRONOUS, _DONT_EXIT, _UTF8 = 2, 0x8000, 1
 _RATE, _VOLUME, _PITCH, _PITCH_RANGE, _WORD_GAP = 1, 2, 3, 4, 7
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
-_one_at_a_time = threading.Lock()  # the library's state is global
+_library_lock = threading.Lock()  # espeak-ng keeps global state
 
 
 def find_library() -> tuple[str, str]:
-    """Return the paths of the espeak-ng library and of its data; `UserError` where they are not installed."""
+    """Return the paths of the espeak-ng library and its data.
+
+    Raises:
+        UserError: espeakng-loader is not installed.
+    """
     try:
         import espeakng_loader
     except ImportError:
@@ -39,40 +43,39 @@ def find_library() -> tuple[str, str]:
 
 
 def speak(text: str, voice: str, words_per_minute: int, pitch: int) -> tuple[np.ndarray, int]:
-    """Speak a sentence.
+    """Synthesize a sentence.
 
-    espeak-ng carries the phase of its oscillators and flutter from one sentence to the next, and neither a new sentence
-    nor a new initialisation resets them. The library is therefore loaded afresh for each sentence (about 1 ms), so that
-    the same arguments give the same samples whatever was spoken before.
+    espeak-ng keeps the phase of its oscillators and flutter between sentences, and initialization does not reset it.
+    The library is therefore reloaded for each sentence (about 1 ms), so that the samples depend on the arguments only.
 
     Args:
         text: An English sentence.
         voice: One of `VOICES`.
         words_per_minute: 80 to 450.
-        pitch: 0 to 99; 50 is the voice's own.
+        pitch: 0 to 99; 50 is the voice's default.
 
     Returns:
-        float32 samples [1, n] in [-1, 1] with the silence around them cut off, and their rate in Hz.
+        float32 samples [1, n] in [-1, 1] without the silence around the speech, and their sampling rate in Hz.
 
     Raises:
         UserError: espeak-ng is missing or does not work.
     """
     path, data = find_library()
-    with _one_at_a_time:
+    with _library_lock:
         try:
             library = ctypes.CDLL(path)
         except OSError as error:
             raise UserError(f"cannot load espeak-ng ({error}): reinstall espeakng-loader") from None
         try:
-            pcm, rate = _synthesise(library, data, text, voice, words_per_minute, pitch)
+            pcm, rate = _synthesize(library, data, text, voice, words_per_minute, pitch)
         finally:
             library.espeak_Terminate()
             _ctypes.dlclose(library._handle)
     return _trim(np.frombuffer(pcm, dtype="<i2"), rate)[None] / np.float32(32768), rate
 
 
-def _synthesise(library: ctypes.CDLL, data: str, text: str, voice: str, speed: int, pitch: int) -> tuple[bytes, int]:
-    """Return the 16-bit samples of a sentence and their rate, from a freshly loaded library."""
+def _synthesize(library: ctypes.CDLL, data: str, text: str, voice: str, speed: int, pitch: int) -> tuple[bytes, int]:
+    """Return the 16-bit samples of a sentence and their rate, from a newly loaded library."""
     chunks: list[bytes] = []
 
     @_CALLBACK
@@ -95,7 +98,7 @@ def _synthesise(library: ctypes.CDLL, data: str, text: str, voice: str, speed: i
 
 
 def _trim(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Cut off the silence before and after the speech, but for 30 ms."""
+    """Trim the silence before and after the speech to 30 ms."""
     loud = np.flatnonzero(np.abs(samples.astype(np.int32)) > 300)
     if not loud.size:
         return samples

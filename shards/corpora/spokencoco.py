@@ -12,8 +12,8 @@ dataset_coco.json` gives: train (with restval) 113,287 pictures, dev 5,000, test
 """
 
 import argparse
+import logging
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from shards.corpora.records import (
     BadRecords,
     as_object,
     file_name,
+    integer,
     optional_text,
     records_of,
     required_text,
-    whole_number,
 )
 from shards.corpora.text_files import read_json_records
+
+logger = logging.getLogger(__name__)
 
 _HINT = "--root is the folder that SpokenCOCO.tar.gz unpacks to"
 _KARPATHY = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
@@ -41,23 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="folder with COCO's train2014 and val2014 (default: ROOT)"
     )
-    parser.add_argument(
-        "--karpathy", type=Path, metavar="JSON", help="dataset_coco.json, to regroup by Karpathy's split"
-    )
+    parser.add_argument("--karpathy", type=Path, metavar="JSON", help="dataset_coco.json, to use Karpathy's split")
 
 
 def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
-    """The pictures in the order of the two files: splits train and dev, or train, dev and test with `--karpathy`.
+    """Return the pictures in the order of the two files: train and dev, or train, dev and test with `--karpathy`.
 
     Args:
         options: What `add_arguments` added.
-        bad: Notes the records that cannot be used.
+        bad: Collects the records that cannot be used.
 
     Raises:
-        UserError: A file is missing or not as it should be.
+        UserError: A file is missing or malformed.
     """
     split_of = _karpathy(options.karpathy, bad) if options.karpathy else None
-    items, left = [], 0
+    items, unlisted = [], 0
     for part, shipped in (("train", "train"), ("val", "dev")):
         path = existing(options.root, f"SpokenCOCO_{part}.json", hint=_HINT)
         reader = _Reader(path, options.root, options.images or options.root, bad)
@@ -66,37 +66,39 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
             try:
                 split = split_of.get(coco_id(as_object(record))) if split_of is not None else shipped
                 if split is None:
-                    left += 1
+                    unlisted += 1
                 elif item := reader.item(as_object(record), number, split):
                     items.append(item)
             except BadRecord as reason:
-                reader.note(record, number, reason)
-    if left:
-        print(f"spokencoco: {left:,} pictures are in no part of {options.karpathy} and left out", file=sys.stderr)
+                reader.add_bad(record, number, reason)
+    if unlisted:
+        logger.warning(
+            "spokencoco: %s pictures are in no part of %s and are left out", f"{unlisted:,}", options.karpathy
+        )
     return items
 
 
 def coco_id(record: dict[str, Any]) -> int:
-    """COCO's number of a picture, the last digits of its file name.
+    """Return COCO's id of a picture, the last digits of its file name.
 
     Raises:
-        BadRecord: The record names no picture, or one without a number.
+        BadRecord: The record names no picture, or one without an id.
     """
     picture = file_name(record, "image")
     digits = Path(picture).stem.rsplit("_", 1)[-1]
     if not re.fullmatch(r"[0-9]{1,18}", digits):
-        raise BadRecord(f"image is {picture!r}, expected a name that ends in COCO's number, as in x_000000325114.jpg")
+        raise BadRecord(f"image is {picture!r}, expected a name that ends in COCO's id, as in x_000000325114.jpg")
     return int(digits)
 
 
 def _karpathy(path: Path, bad: BadRecords) -> dict[int, str]:
-    """The split of every picture of COCO, by its number."""
+    """Return the split of every picture of COCO by its id."""
     _, entries = read_json_records(path, "images", "Karpathy's dataset_coco.json", "see --karpathy")
     splits: dict[int, str] = {}
     for number, value in enumerate(entries):
         try:
             entry = as_object(value)
-            cocoid, split = whole_number(entry, "cocoid"), required_text(entry, "split")
+            cocoid, split = integer(entry, "cocoid"), required_text(entry, "split")
             if split not in _KARPATHY:
                 raise BadRecord(f"split is {split!r}, expected {', '.join(_KARPATHY)}")
             if splits.setdefault(cocoid, _KARPATHY[split]) != _KARPATHY[split]:
@@ -107,16 +109,16 @@ def _karpathy(path: Path, bad: BadRecords) -> dict[int, str]:
 
 
 class _Reader:
-    """Makes items of the records of one file."""
+    """Converts the records of one file to items."""
 
     def __init__(self, path: Path, root: Path, photos: Path, bad: BadRecords) -> None:
         self.path, self.root, self.photos, self.bad = path, root, photos, bad
 
     def item(self, record: dict[str, Any], number: int, split: str) -> Item | None:
-        """The picture of a record with its sound captions; None if there is no such caption.
+        """Return the picture of a record with its usable captions; None if there are none.
 
         Raises:
-            BadRecord: The record as a whole cannot be used.
+            BadRecord: The record itself cannot be used.
         """
         picture, spoken = file_name(record, "image"), records_of(record, "captions")
         place = f"{self.path.name} data[{number}]"
@@ -124,22 +126,22 @@ class _Reader:
         for n, one in enumerate(spoken):
             try:
                 captions.append(self._caption(as_object(one), f"{place}.captions[{n}]"))
-            except BadRecord as reason:
-                self.bad.add(f"{self.path} data[{number}].captions[{n}]", reason, split=split)
+            except BadRecord as error:
+                self.bad.add(f"{self.path} data[{number}].captions[{n}]", error, split=split)
         image_id = Path(picture).stem
         if captions:
             return Item(image_id, split, self.photos / picture, tuple(captions), place=place)
-        if self.bad.skip:  # else the captions were named already
-            left = "no caption is left"
-            self.bad.add(f"{self.path} data[{number}]", left, what="picture", name=image_id, split=split, captions=0)
+        if self.bad.skip:  # otherwise the bad captions end the run
+            reason = "no caption is left"
+            self.bad.add(f"{self.path} data[{number}]", reason, what="picture", name=image_id, split=split, captions=0)
         return None
 
-    def note(self, record: Any, number: int, reason: BadRecord) -> None:
-        """Note a record that cannot be used."""
+    def add_bad(self, record: Any, number: int, reason: BadRecord) -> None:
+        """Add a record that cannot be used."""
         spoken = record.get("captions") if isinstance(record, dict) else None
         lost = len(spoken) if isinstance(spoken, list) else 0
         self.bad.add(f"{self.path} data[{number}]", reason, what="picture", captions=lost)
 
-    def _caption(self, one: dict[str, Any], place: str) -> Caption:
-        utterance, audio = required_text(one, "uttid"), self.root / file_name(one, "wav")
-        return Caption(utterance, audio, optional_text(one, "text"), optional_text(one, "speaker"), place)
+    def _caption(self, record: dict[str, Any], place: str) -> Caption:
+        utterance, audio = required_text(record, "uttid"), self.root / file_name(record, "wav")
+        return Caption(utterance, audio, optional_text(record, "text"), optional_text(record, "speaker"), place)

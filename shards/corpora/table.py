@@ -1,4 +1,4 @@
-"""Your own data: a table of pictures and recordings, as CSV (first line: the names of the columns) or JSON lines.
+"""Your own data: a table of pictures and audio files, as CSV (with a header line) or JSON lines.
 
     image,audio,text,speaker,split
     photos/1.jpg,speech/1a.wav,a dog runs,anna,train
@@ -6,25 +6,41 @@
     photos/2.jpg,speech/2.mp3,,,test
 
 `image` and `audio` are paths, absolute or relative to the table's folder. `text`, `speaker` and `split` may be empty or
-absent; the split is then train. Rows with the same image are one sample. In place of the comma there may be a semicolon
-or a tab; columns of other names are not read.
+absent; the split is then train. Rows with the same image form one sample. The separator may also be a semicolon or a
+tab; other columns are ignored.
 """
 
 import argparse
+import csv
+import io
+import logging
 import os
-import sys
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from shards.corpora import add_root, existing
 from shards.corpora.item import Caption, Item
-from shards.corpora.records import BadRecord, BadRecords, file_name, optional_text
-from shards.corpora.table_rows import COLUMNS, CSV, JSON_LINES, Rows
+from shards.corpora.records import BadRecord, BadRecords, as_object, file_name, optional_text
+from shards.corpora.text_files import parse_json, read_text
 from shards.errors import UserError
 from shards.files import listed
 from shards.manifest import SPLIT
 
-_HINT = "--root is the table itself, or the folder that holds it as its only .csv, .tsv or .jsonl file"
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("image", "audio", "text", "speaker", "split")
+REQUIRED = COLUMNS[:2]
+CSV = {".csv": ",", ".tsv": "\t"}  # ending -> expected separator
+JSON_LINES = (".jsonl", ".json", ".ndjson")
+_SEPARATORS = (",", "\t", ";")
+_SEPARATOR_LINE = re.compile(r"\"?sep=([,;\t|])\"?[,;\t|]*", re.IGNORECASE)  # Excel's hint
+_HEADER_LENGTH = 1 << 16  # characters searched for the header
+_SHOWN, _COLUMNS_SHOWN = 60, 12  # most characters of a name, and names, in a message
+_KNOWN = frozenset(COLUMNS)
+
+_HINT = "--root is the table itself, or the folder that has it as its only .csv, .tsv or .jsonl file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
-    """The pictures in the order of their first rows; one of two splits is an item of each.
+    """Return the pictures in the order of their first rows; a picture in two splits is an item of each.
 
     Args:
         options: What `add_arguments` added.
-        bad: Notes the rows that cannot be used.
+        bad: Collects the rows that cannot be used.
 
     Raises:
-        UserError: There is no table, or its columns are not those of one.
+        UserError: There is no table, or required columns are missing.
     """
     table = _find(options.root)
     rows = Rows(table, bad)
@@ -56,9 +72,9 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
         pictures.setdefault((picture, split), []).append(caption)
     if not pictures and not bad.dropped:
         raise UserError(f"{table} has no rows")
-    if rows.unread:
-        names = ", ".join(map(repr, sorted(rows.unread)))
-        print(f"table: columns of {table} that are not read: {names}; known are {', '.join(COLUMNS)}", file=sys.stderr)
+    if rows.ignored:
+        names = ", ".join(map(repr, sorted(rows.ignored)))
+        logger.warning("table: ignored columns of %s: %s; known columns: %s", table, names, ", ".join(COLUMNS))
     return [
         Item(name, split, table.parent / name, tuple(spoken), place=spoken[0].place)
         for (name, split), spoken in pictures.items()
@@ -69,11 +85,11 @@ def _find(root: Path) -> Path:
     existing(root, ".", hint=_HINT)
     if os.path.isfile(root):
         if root.suffix not in (*CSV, *JSON_LINES):
-            raise UserError(f"{root} is no table: its name has to end in .csv, .tsv or .jsonl")
+            raise UserError(f"{root} is not a table: its name has to end in .csv, .tsv or .jsonl")
         return root
     tables = sorted(path for path in listed(root) if path.suffix in (*CSV, ".jsonl", ".ndjson"))
     if len(tables) != 1:
-        raise UserError(f"{root} holds {len(tables)} tables (.csv, .tsv, .jsonl), give one file as --root")
+        raise UserError(f"{root} has {len(tables)} tables (.csv, .tsv, .jsonl): give one file as --root")
     return tables[0]
 
 
@@ -93,5 +109,135 @@ def _split(row: dict[str, Any]) -> str:
 
 
 def _with_number_as_text(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a speaker's number as CSV would have it."""
+    """Convert a numeric speaker to text, as in CSV."""
     return row | {"speaker": str(row["speaker"])} if type(row.get("speaker")) is int else row
+
+
+class Rows:
+    """Iterates over line number and known columns of every well-formed row.
+
+    Args:
+        table: The file.
+        bad: Collects the malformed rows.
+
+    Attributes:
+        ignored: Names of unknown columns.
+    """
+
+    def __init__(self, table: Path, bad: BadRecords) -> None:
+        self.table, self.bad = table, bad
+        self.ignored: set[str] = set()
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Iterate over the rows that are not blank.
+
+        Raises:
+            UserError: The file cannot be read, required columns are missing, or a quote is not closed.
+        """
+        text = read_text(self.table)
+        return self._csv(text) if self.table.suffix in CSV else self._json_lines(text)
+
+    def _csv(self, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        hint = _SEPARATOR_LINE.fullmatch(text.partition("\n")[0])
+        rows = self._numbered(_reader(text, hint[1] if hint else self._separator(text)))
+        if hint:
+            next(rows)
+        header_line, header = next(rows, (1, []))
+        columns = self._columns(header, header_line)
+        for number, row in rows:
+            if len(row) == len(header):
+                yield number, {name: row[index] for name, index in columns.items()}
+            else:
+                reason = f"number of fields differs from line {header_line}: does a text need quotes?"
+                self.bad.add(f"{self.table} line {number}", reason)
+
+    def _separator(self, text: str) -> str:
+        """Return the separator with which the header has the required columns: the expected one first."""
+        expected = CSV[self.table.suffix]
+        for separator in (expected, *_SEPARATORS):
+            try:
+                header = next(filter(_is_filled, _reader(text[:_HEADER_LENGTH], separator)), [])
+            except csv.Error:
+                continue
+            if set(REQUIRED) <= set(map(_column, header)):
+                return separator
+        return expected
+
+    def _numbered(self, reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
+        """Yield the number of the first line, and the fields, of every row that is not blank."""
+        last = 0
+        try:
+            for row in reader:
+                first, last = last + 1, reader.line_num  # type: ignore[attr-defined]
+                if _is_filled(row):
+                    yield first, row
+        except csv.Error as error:
+            raise UserError(f"{self.table} line {last + 1}: {error}: is a quote not closed?") from None
+
+    def _columns(self, header: Sequence[str], line: int) -> dict[str, int]:
+        """Return the index of each known column.
+
+        Raises:
+            UserError: A column is repeated, or a required one is missing.
+        """
+        names = [_column(name) for name in header]
+        for name in names:
+            if name and names.count(name) > 1:
+                raise UserError(
+                    f"{self.table} line {line}: column {name[:_SHOWN]} occurs {names.count(name)} times: rename one"
+                )
+        missing = [name for name in REQUIRED if name not in names]
+        if missing:
+            shown = ", ".join(repr(name[:_SHOWN]) for name in header[:_COLUMNS_SHOWN]) or "nothing"
+            more = f" and {len(header) - _COLUMNS_SHOWN} more" if len(header) > _COLUMNS_SHOWN else ""
+            raise UserError(
+                f"{self.table} line {line}: no column {' and no column '.join(missing)}: it has {shown}{more}; the "
+                f"first line has to name the columns image and audio, and optionally {', '.join(COLUMNS[2:])}, "
+                "separated by commas"
+            )
+        self.ignored |= {name.strip() for name in header if name.strip() and _column(name) not in COLUMNS}
+        return {name: names.index(name) for name in COLUMNS if name in names}
+
+    def _json_lines(self, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines also splits inside texts
+            if not line.strip():
+                continue
+            try:
+                yield number, self._known(as_object(parse_json(line)))
+            except (ValueError, RecursionError) as error:
+                self.bad.add(f"{self.table} line {number}", f"not JSON ({error})")
+            except BadRecord as reason:
+                expected = 'each line is an object like {"image": ..., "audio": ...}'
+                self.bad.add(f"{self.table} line {number}", f"{reason}: {expected}")
+
+    def _known(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the known columns of a row.
+
+        Raises:
+            BadRecord: A column is repeated.
+        """
+        if row.keys() <= _KNOWN:
+            return row
+        known: dict[str, Any] = {}
+        for key, value in row.items():
+            name = _column(key)
+            if name not in _KNOWN:
+                self.ignored.add(key[:_SHOWN])
+            elif name in known:
+                raise BadRecord(f"the key {name!r} is repeated")
+            else:
+                known[name] = value
+        return known
+
+
+def _reader(text: str, separator: str) -> Iterator[list[str]]:
+    return csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
+
+
+def _is_filled(row: Sequence[str]) -> bool:
+    return any(map(str.strip, row))
+
+
+def _column(name: str) -> str:
+    """Normalize a column's name: strip white space and ignore case."""
+    return name.strip().lower()

@@ -465,11 +465,11 @@ def test_problems_of_a_corpus_are_told_before_anything_is_written(tmp_path):
     table.write_text(table.read_text().replace("9.png,,", "9.png,9.wav,"))
     tiny.photo(root / "9.png"), tiny.speech(root / "9.wav")
     with pytest.raises(
-        UserError, match=r"line 8: the same picture and recording as at table\.csv line 5 \(and 1 more\)"
+        UserError, match=r"line 8: the same picture and audio file as at table\.csv line 5 \(and 1 more\)"
     ):
         make("table", "--root", root, "--out", tmp_path / "out", "--dry-run")
     table.write_text(table.read_text().replace("3.png,3.wav,,,test\n", "", 1))
-    with pytest.raises(UserError, match=r"line 2: recording \S+/0\.wav is in split train, and in split dev: .* line 6"):
+    with pytest.raises(UserError, match=r"line 2: audio file \S+/0\.wav is in split train, and in split dev: .* line 6"):
         make("table", "--root", root, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -492,7 +492,7 @@ def test_problems_of_a_corpus_are_dropped_and_reported(tmp_path, capsys, parts):
     for told in (
         "table.csv line 6: audio is empty",
         "table.csv line 8: the same picture",
-        "line 2: recording",
+        "line 2: audio file",
         "no capt",
     ):
         assert told in output

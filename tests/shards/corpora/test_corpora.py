@@ -57,12 +57,12 @@ def test_a_table_in_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
         read("table", "--root", tmp_path)
 
 
-def test_skip_bad_leaves_missing_files_to_the_writer(tmp_path, capsys):
+def test_skip_bad_leaves_missing_files_to_the_writer(tmp_path, caplog):
     root = tiny.flickr8k(tmp_path)
     (root / "flickr_audio/wavs/1001_ab1_0.wav").unlink()
     corpus = load_corpus("flickr8k", "--root", root, "--skip-bad")
     assert (len(corpus.items), corpus.dropped) == (5, [])
-    assert "1001_ab1_0.wav is missing: complete the corpus\n" in capsys.readouterr().err
+    assert "1001_ab1_0.wav is missing: complete the corpus\n" in caplog.text
 
 
 def test_many_files_are_checked_quickly(tmp_path):

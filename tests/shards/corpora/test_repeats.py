@@ -60,7 +60,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("split", ["dev", "test"])
-@pytest.mark.parametrize("kind", ["picture", "recording"])
+@pytest.mark.parametrize("kind", ["picture", "audio file"])
 @pytest.mark.parametrize(("way", "name"), WAYS, ids=[way.__name__ for way, _ in WAYS])
 def test_a_file_in_two_splits_is_a_leak(tmp_path, way, name, kind, split):
     ending = ".png" if kind == "picture" else ".wav"
@@ -75,7 +75,7 @@ def test_a_file_in_two_splits_is_a_leak(tmp_path, way, name, kind, split):
     assert told in str(caught.value)
     assert f"in split {split}: " in str(caught.value)
     assert "table.csv line 6" in str(caught.value)
-    assert str(caught.value).endswith("leave one of the two, or --skip-bad drops and reports what comes twice")
+    assert str(caught.value).endswith("keep one of the two, or --skip-bad drops and reports duplicates")
     corpus = load_corpus("table", "--root", path, "--skip-bad")
     assert splits(corpus.items) == {"train": 1, "dev": 1, "test": 1} | {split: 2}
     assert corpus.items[-1].image_id == new["image"]  # what evaluation has stays
@@ -91,17 +91,17 @@ def test_a_leak_between_evaluation_splits_stays_in_the_first(tmp_path):
     assert [(one.what, one.name, one.split) for one in corpus.dropped] == [("picture", "d.png", "dev")]
 
 
-def test_a_split_that_is_dropped_as_a_whole_is_told(tmp_path, capsys):
+def test_a_split_that_is_dropped_as_a_whole_is_told(tmp_path, caplog):
     path = table(tmp_path, row("a.png", "c.wav", "test"), row("b.png", "d.wav", "test"))
     corpus = load_corpus("table", "--root", path, "--skip-bad")
     assert "train" not in splits(corpus.items)
-    assert "table: split train is empty, since all of it was dropped" in capsys.readouterr().err
+    assert "table: split train is empty: all of its samples were dropped" in caplog.text
 
 
 def test_a_row_that_comes_twice(tmp_path):
     path = table(tmp_path, ROWS[0], row("./a.png", "a.wav", "train"))
     with pytest.raises(
-        UserError, match=r"line 6: the same picture and recording as at table\.csv line 2 \(and 1 more\)"
+        UserError, match=r"line 6: the same picture and audio file as at table\.csv line 2 \(and 1 more\)"
     ):
         read("table", "--root", path)
     corpus = load_corpus("table", "--root", path, "--skip-bad")
@@ -109,11 +109,11 @@ def test_a_row_that_comes_twice(tmp_path):
     assert [(one.what, one.captions) for one in corpus.dropped] == [("caption", 1)] * 2
 
 
-def test_a_recording_of_two_pictures_of_a_split_is_told(tmp_path, capsys):
+def test_a_recording_of_two_pictures_of_a_split_is_told(tmp_path, caplog):
     path = table(tmp_path, row("b.png", "a.wav", "train"))
     assert [len(item.captions) for item in read("table", "--root", path)] == [1, 2, 1, 1]
-    told = "a.wav is that of several captions: table.csv line 2 and table.csv line 6: each counts as a query"
-    assert told in capsys.readouterr().err
+    told = "a.wav belongs to several captions: table.csv line 2 and table.csv line 6: each counts as a query"
+    assert told in caplog.text
 
 
 def test_copies_within_a_split_may_be_meant(tmp_path):
@@ -132,7 +132,7 @@ def test_an_utterance_id_that_comes_twice(tmp_path, corpus):
     records[1]["uttid"] = first = records[0]["uttid"]
     path.write_text(json.dumps(content))
     with pytest.raises(
-        UserError, match=rf"utterance {first} comes again: another recording has it at {path.name} data\[0"
+        UserError, match=rf"utterance {first} is repeated: another audio file has it at {path.name} data\[0"
     ):
         read(corpus, "--root", root)
     (dropped,) = [one for one in load_corpus(corpus, "--root", root, "--skip-bad").dropped if one.captions]
@@ -151,7 +151,7 @@ def test_a_record_that_comes_twice(tmp_path):
     content["data"].append(other)
     path.write_text(json.dumps(content))
     with pytest.raises(
-        UserError, match=r"data\[3\]: picture \S+ comes again: first at SpokenCOCO_train\.json data\[0\]"
+        UserError, match=r"data\[3\]: image id \S+ is repeated: first at SpokenCOCO_train\.json data\[0\]"
     ):
         read("spokencoco", "--root", root)
     corpus = load_corpus("spokencoco", "--root", root, "--skip-bad")

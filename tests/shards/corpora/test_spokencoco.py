@@ -18,7 +18,7 @@ def test_spokencoco_as_shipped(tmp_path):
     assert item.captions[1] == Caption("m1-val_0_1", root / "wavs/val/0/m1-val_0_1.wav", "TEXT 1", "m1")
 
 
-def test_spokencoco_regrouped(tmp_path, capsys):
+def test_spokencoco_regrouped(tmp_path, caplog):
     root = tiny.spokencoco(tmp_path)
     parts = {500: "train", 501: "train", 300: "restval", 301: "val", 302: "test"}  # picture 502 is in none
     images = [{"cocoid": number, "split": split, "filename": "x"} for number, split in parts.items()]
@@ -31,7 +31,7 @@ def test_spokencoco_regrouped(tmp_path, capsys):
         301: "dev",
         302: "test",
     }
-    assert "1 pictures are in no part" in capsys.readouterr().err
+    assert "1 pictures are in no part" in caplog.text
 
 
 def test_spokencoco_photos_elsewhere(tmp_path):
@@ -78,9 +78,9 @@ BAD_CAPTIONS = {
     "true": ({**GOOD, "speaker": True}, "speaker is true, expected text"),
     "a list": ({**GOOD, "text": ["t"]}, "text is a list, expected text"),
     "an object": ({**GOOD, "text": {}}, "text is an object, expected text"),
-    "half a character": ({**GOOD, "text": "\ud83d"}, "which is no text that can be stored"),
-    "a zero byte": ({**GOOD, "uttid": "u\0"}, "which is no text that can be stored"),
-    "no object": ("u", "'u' where an object is expected"),
+    "half a character": ({**GOOD, "text": "\ud83d"}, "which cannot be stored as text"),
+    "a zero byte": ({**GOOD, "uttid": "u\0"}, "which cannot be stored as text"),
+    "no object": ("u", "'u', expected an object"),
 }
 
 
@@ -118,7 +118,7 @@ def test_a_bad_caption_is_named_or_dropped(tmp_path, caption, reason):
         ({"image": None}, "image is null, expected text", 2),
         ({"image": 7}, "image is the number 7, expected text", 2),
         ({"image": "http://x.org/a_1.jpg"}, "image is the URL", 2),
-        ({"captions": [None]}, "captions[0]: null where an object is expected", 1),
+        ({"captions": [None]}, "captions[0]: null, expected an object", 1),
     ],
 )
 def test_a_bad_record_is_named_or_dropped(tmp_path, record, reason, lost):
@@ -139,11 +139,11 @@ def test_a_key_that_comes_twice(tmp_path):
     path = root / "SpokenCOCO_train.json"
     text = path.read_text()
     path.write_text(text.replace('"speaker": "m1"', '"speaker": "m1", "speaker": "m7"', 1))
-    with pytest.raises(UserError, match=r"data\[0\]\.captions\[1\]: the key 'speaker' comes twice; --skip-bad"):
+    with pytest.raises(UserError, match=r"data\[0\]\.captions\[1\]: the key 'speaker' is repeated; --skip-bad"):
         read("spokencoco", "--root", root)
     assert len(load_corpus("spokencoco", "--root", root, "--skip-bad").dropped) == 1
     path.write_text(text.replace('{"data"', '{"data": [], "data"'))
-    with pytest.raises(UserError, match="has the key 'data' twice"):
+    with pytest.raises(UserError, match="has a repeated key 'data'"):
         read("spokencoco", "--root", root, "--skip-bad")
 
 
@@ -157,9 +157,9 @@ def test_records_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        (None, "null where an object is expected"),
+        (None, "null, expected an object"),
         ({"split": "train"}, "cocoid is missing"),
-        ({"cocoid": True, "split": "train"}, "cocoid is true, expected a whole number"),
+        ({"cocoid": True, "split": "train"}, "cocoid is true, expected an integer"),
         ({"cocoid": 500, "split": "minival"}, "split is 'minival', expected train, restval, val, test"),
         ({"cocoid": 500, "split": "test"}, "picture 500 is in test, in an earlier entry in train"),
     ],
@@ -179,5 +179,5 @@ def test_a_picture_without_cocos_number(tmp_path):
     root = tiny.spokencoco(tmp_path)
     with_record(root, lambda record: record.update(image="x_y.jpg"))
     (root / "k.json").write_text(json.dumps({"images": [{"cocoid": 500, "split": "train"}]}))
-    with pytest.raises(UserError, match=r"data\[1\]: image is 'x_y.jpg', expected a name that ends in COCO's number"):
+    with pytest.raises(UserError, match=r"data\[1\]: image is 'x_y.jpg', expected a name that ends in COCO's id"):
         read("spokencoco", "--root", root, "--karpathy", root / "k.json")

@@ -11,13 +11,13 @@ TEXT = "image,audio,text\ngood.jpg,good.wav,ein Köter\n"
     [
         (TEXT.encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
         (b"\xfe\xff" + TEXT.encode("utf-16-be"), "is UTF-16 text: save it as UTF-8"),
-        (TEXT.encode("utf-16-le"), "line 1 holds zero bytes, so it is UTF-16 or no text: save it as UTF-8"),
-        (TEXT.encode("utf-16-be"), "line 1 holds zero bytes, so it is UTF-16 or no text: save it as UTF-8"),
-        (b"image,audio\n\0.jpg,b.wav\n", "line 2 holds zero bytes"),
+        (TEXT.encode("utf-16-le"), "line 1 has zero bytes, so it is UTF-16 or binary: save it as UTF-8"),
+        (TEXT.encode("utf-16-be"), "line 1 has zero bytes, so it is UTF-16 or binary: save it as UTF-8"),
+        (b"image,audio\n\0.jpg,b.wav\n", "line 2 has zero bytes"),
         (TEXT.encode("latin-1"), r"line 2 is not UTF-8 \(byte 0xf6, as in Latin-1 or Windows-1252\): save it as UTF-8"),
         (b"image,audio\n\n\x93a\x94.jpg,b.wav\n", r"line 3 is not UTF-8 \(byte 0x93"),
-        (b"PK\3\4\x14\0\xff", r"is no text but a workbook or an archive: save the table as UTF-8"),
-        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0", r"is no text but a workbook or an archive: save the table as UTF-8"),
+        (b"PK\3\4\x14\0\xff", r"is a workbook or an archive, not text: save the table as UTF-8"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0", r"is a workbook or an archive, not text: save the table as UTF-8"),
         (b"\x1f\x8b\x08\0\xff", "is not UTF-8 text but gzip-compressed: unpack it"),
     ],
 )
@@ -54,7 +54,7 @@ def test_json_keys_that_come_twice():
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is not JSON .a git-lfs pointer"),
         ("[]", "is not a list of things .it has no list 'data'.: look"),
         ('{"data": {}}', "it has no list 'data'"),
-        ('{"data": [], "x": 1, "x": 2}', "has the key 'x' twice"),
+        ('{"data": [], "x": 1, "x": 2}', "has a repeated key 'x'"),
     ],
 )
 def test_json_files_of_another_kind(tmp_path, text, reason):

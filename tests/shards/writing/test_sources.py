@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shards.corpora.item import Caption, Item
-from shards.corpora.lists import ListFile, note_list, noted_lists
+from shards.corpora.text_files import ListFile, note_list, noted_lists
 from shards.errors import UserError
 from shards.writing import sources as module
 from shards.writing.sources import (

@@ -18,7 +18,7 @@ from PIL import Image
 
 from shards import files, manifest
 from shards.corpora.item import Caption, Item
-from shards.corpora.lists import ListFile
+from shards.corpora.text_files import ListFile
 from shards.errors import UserError
 from shards.report import Dropped, Report, load_report
 from shards.writing import writer as module
@@ -156,7 +156,7 @@ def test_keys():
     ("items", "reason"),
     [
         ([], "no samples"),
-        ([drawn("a"), drawn("b"), drawn("a", "dev")], "image id a comes 2 times"),
+        ([drawn("a"), drawn("b"), drawn("a", "dev")], "image id a occurs 2 times"),
         ([drawn("a", captions=0)], "a has no captions"),
         ([drawn("a", twin="b")], "a is the twin of b, which is not in the corpus"),
         ([drawn("a", split="my/split")], "split 'my/split'"),
@@ -175,16 +175,16 @@ HALF = "\ud83d"  # of a letter outside of the basic plane, as JSON may have it
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"image_id": f"a{HALF}"}, r"picture 'a\\ud83d': its image id 'a\\ud83d' is no text"),
-        ({"image_id": 7}, "picture 7: its image id 7 is no text"),
-        ({"image_id": ["a"]}, r"its image id \['a'\] is no text"),
-        ({"split": None}, "picture 'a': its split None is no text"),
-        ({"twin": 7}, "picture 'a': its twin 7 is no text"),
-        ({"captions": (Caption("u", tone, HALF),)}, r"picture 'a': its text '\\ud83d' is no text"),
-        ({"captions": (Caption("u", tone, speaker=0),)}, "picture 'a': its speaker 0 is no text"),
-        ({"captions": (Caption(None, tone),)}, "picture 'a': its utterance None is no text"),
-        ({"captions": (Caption("u", Path(f"{HALF}.wav")),)}, r"no file can have the name '\\ud83d.wav'"),
-        ({"picture": Path("a\0.jpg")}, r"no file can have the name 'a\\x00.jpg'"),
+        ({"image_id": f"a{HALF}"}, r"picture 'a\\ud83d': its image id 'a\\ud83d' is not valid text"),
+        ({"image_id": 7}, "picture 7: its image id 7 is not valid text"),
+        ({"image_id": ["a"]}, r"its image id \['a'\] is not valid text"),
+        ({"split": None}, "picture 'a': its split None is not valid text"),
+        ({"twin": 7}, "picture 'a': its twin 7 is not valid text"),
+        ({"captions": (Caption("u", tone, HALF),)}, r"picture 'a': its text '\\ud83d' is not valid text"),
+        ({"captions": (Caption("u", tone, speaker=0),)}, "picture 'a': its speaker 0 is not valid text"),
+        ({"captions": (Caption(None, tone),)}, "picture 'a': its utterance None is not valid text"),
+        ({"captions": (Caption("u", Path(f"{HALF}.wav")),)}, r"'\\ud83d.wav' is not a valid file name"),
+        ({"picture": Path("a\0.jpg")}, r"'a\\x00.jpg' is not a valid file name"),
     ],
 )
 def test_words_that_cannot_be_stored_are_named_before_anything_is_written(tmp_path, change, named, skip_bad):
@@ -1005,7 +1005,7 @@ def test_outlook(tmp_path):
     assert every[:4] == ["all", "41", "81", "6"]
     assert float(every[5]) == pytest.approx(report.bytes / 1e6, rel=0.3, abs=0.1)
     assert lines[4] == "hours and MB are estimated from 9 samples; nothing is written"
-    with pytest.raises(UserError, match="comes 2 times"):
+    with pytest.raises(UserError, match="occurs 2 times"):
         outlook(items + items[:1], Format())
 
 
