@@ -1,4 +1,4 @@
-"""What earlier versions left on the disk is still read: shards, configuration, checkpoint and export."""
+"""Files of earlier versions can be read: shards, configuration, checkpoint and export."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ VERSIONS = sorted(path.parent for path in (ROOT / "tests/compatibility").glob("*
 
 @pytest.fixture(params=VERSIONS, ids=lambda folder: folder.name)
 def version(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy of a version's files."""
+    """A copy of the files of a version."""
     return Path(shutil.copytree(request.param, tmp_path / request.param.name))
 
 
@@ -28,13 +28,13 @@ def test_there_is_a_version() -> None:
 
 
 @pytest.mark.timeout(280)
-def test_a_stopped_run_goes_on_and_is_evaluated(version: Path) -> None:
+def test_a_stopped_run_resumes_and_is_evaluated(version: Path) -> None:
     where = ("--run", version / "run", "--data.shards", version / "shards")
     assert sorted(read_losses(version / "run")) == ["1", "2", "3"]
-    call("toolkit/train.py", *where, "--training.stop_after", "null")  # on one rank, where it was two
-    found = read_losses(version / "run")
+    call("toolkit/train.py", *where, "--training.stop_after", "null")  # on one rank instead of two
+    losses_now = read_losses(version / "run")
     for step, losses in expected(version)["losses"].items():
-        assert found[step] == pytest.approx(losses, rel=1e-4), f"step {step}"
+        assert losses_now[step] == pytest.approx(losses, rel=1e-4), f"step {step}"
     call("toolkit/evaluate.py", *where)
     assert read_recall(version / "run") == expected(version)["recall"]
 
@@ -45,11 +45,11 @@ def test_an_export_loads(version: Path) -> None:
         assert model.config.match_weight is not None
 
 
-def test_shards_are_in_order(version: Path) -> None:
+def test_shards_pass_the_check(version: Path) -> None:
     call("toolkit/check_shards.py", version / "shards")
 
 
-def test_its_configuration_begins_a_new_run(version: Path, tmp_path: Path) -> None:
+def test_its_configuration_starts_a_new_run(version: Path, tmp_path: Path) -> None:
     config = version / "tiny.yaml"
     arguments = ("--data.shards", version / "shards", "--run", tmp_path / "new", "--training.steps", "1")
     call("toolkit/train.py", "--config", config, *arguments)

@@ -32,9 +32,9 @@ VIT = {
 
 
 def tiny_model() -> config.Model:
-    """HuBERT of 2 layers of 32 (25 frames a second), ViT of 2 layers of 32 at 32 px, fusion of 1 layer; trained whole.
+    """HuBERT of 2 layers of 32 (25 frames per second), ViT of 2 layers of 32 at 32 px, 1 fusion layer; fully trained.
 
-    No dropout anywhere: the same input and weights give the same numbers in training mode.
+    Without dropout: the same input and weights give the same output in training mode.
     """
     return config.Model(
         embed_dim=16,

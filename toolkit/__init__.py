@@ -1,3 +1,3 @@
 """Train, evaluate and use speech-image retrieval models."""
 
-import shards  # noqa: F401  its torchaudio import hook has to stand before transformers is imported
+import shards  # noqa: F401  sets its torchaudio import hook, which must precede the import of transformers

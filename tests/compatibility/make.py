@@ -1,9 +1,9 @@
-"""Write what a version leaves on the disk, for the versions after it to read: `tests/test_compatibility.py`.
+"""Create the files of a version, which later versions must be able to read (`tests/test_compatibility.py`).
 
     python tests/compatibility/make.py VERSION
 
 In `tests/compatibility/VERSION`: shards of tones and plain pictures; a run of two ranks stopped at step 3 of 6 (its
-configuration, checkpoint, export and log); the file that configured it; and what an unbroken run came to, as
+configuration, checkpoint, export and log); its configuration file; and the results of an uninterrupted run, as
 `expected.json`.
 """
 
@@ -28,7 +28,7 @@ LOSSES = ("loss", "contrastive", "matching", "denoising", "temperature")
 
 
 def make_corpus(folder: Path) -> Path:
-    """Write pictures of four colours and tones of as many pitches, and the table that names them."""
+    """Write random pictures and tones, and the table that lists them."""
     rows = ["image,audio,split"]
     for split, count in SPLITS.items():
         for n in range(count):
@@ -44,7 +44,7 @@ def make_corpus(folder: Path) -> Path:
 
 
 def call(*command: str | Path, ranks: int = 1) -> None:
-    """Run one of the project's commands, on several ranks if more than one is asked for."""
+    """Run one of the project's commands on a number of ranks."""
     start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     start += [] if ranks == 1 else [f"--nproc_per_node={ranks}", "--"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -52,20 +52,20 @@ def call(*command: str | Path, ranks: int = 1) -> None:
 
 
 def read_losses(run: Path) -> dict[str, dict[str, float]]:
-    """The losses of a run's log, by step."""
+    """Read the losses in the log of a run, by step."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return {str(r["step"]): {name: r[name] for name in LOSSES if name in r} for r in records if "loss" in r}
 
 
 def read_recall(run: Path) -> dict[str, Any]:
-    """The final recall, without what depends on the machine."""
+    """Read the final recall, without values that depend on the machine."""
     recall = json.loads((run / "recall.json").read_text())
     stages = {stage: recall[stage] for stage in ("coarse", "reranked")}
     return {stage: {side: values[side] for side in values if "_to_" in side} for stage, values in stages.items()}
 
 
 def main() -> None:
-    """Make the files of the version that is named."""
+    """Create the files of the version named on the command line."""
     folder = HERE / sys.argv[1]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -77,9 +77,9 @@ def main() -> None:
         table = ["--root", corpus / "table.csv", "--out", folder / "shards", "--samples-per-shard", "6"]
         call("toolkit/make_shards.py", "table", *table)
         call("toolkit/train.py", *config, "--run", folder / "run", "--training.stop_after", "3", ranks=2)
-        call("toolkit/train.py", *config, "--run", work / "unbroken", ranks=2)
-        call("toolkit/evaluate.py", "--run", work / "unbroken")
-        expected = {"losses": read_losses(work / "unbroken"), "recall": read_recall(work / "unbroken")}
+        call("toolkit/train.py", *config, "--run", work / "uninterrupted", ranks=2)
+        call("toolkit/evaluate.py", "--run", work / "uninterrupted")
+        expected = {"losses": read_losses(work / "uninterrupted"), "recall": read_recall(work / "uninterrupted")}
     run = folder / "run"
     for left in (run / "lease.json", run / "environment.json", run / "report.html", *run.glob("examples-*")):
         left.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The run folder: one run, one configuration."""
+"""The run folder: one configuration per run."""
 
 import pytest
 
@@ -18,17 +18,17 @@ def changed(config, **values):
     return config
 
 
-def test_run_folder_keeps_its_configuration(tmp_path):
+def test_run_folder_stores_its_configuration(tmp_path):
     run = tmp_path / "deep" / "run"
     config = load_config(["--run", str(run), "--training.stop_after", "5"])
     assert prepare_run(config) == run
-    assert [path.name for path in run.iterdir()] == ["lease.json"], "the start may be refused yet"
+    assert [path.name for path in run.iterdir()] == ["lease.json"], "training has not started successfully yet"
     save_configuration(config)
     saved = load_run(run)
     assert saved.training.stop_after is None
     assert saved == changed(config, training__stop_after=None)
 
-    # The same command continues the run, and so does the bare run folder, wherever it lies.
+    # The same command resumes the run, and so does the run folder alone, also after it was moved.
     prepare_run(load_config(["--run", str(run)]))
     moved = run.rename(tmp_path / "moved")
     assert load_config(["--run", str(moved)]) == changed(load_config(["--config", "quickstart"]), run=str(moved))
@@ -57,12 +57,12 @@ def test_run_folder_of_another_configuration(tmp_path):
     )
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
     prepare_run(load_config(["--run", run, *free]))
-    assert (tmp_path / "run" / "config.yaml").read_bytes() == before, "it may be refused yet"
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before, "training has not started successfully yet"
     save_configuration(load_config(["--run", run, *free]))
     assert load_run(run) == load_config(["--run", run, *free])
 
 
-def test_never_is_of_one_start_and_not_of_the_run(tmp_path, monkeypatch):
+def test_resume_never_applies_to_one_start_only(tmp_path, monkeypatch):
     run = str(tmp_path / "run")
     never = ["--run", run, "--training.resume", "never"]
     prepare_run(load_config(never))
@@ -75,11 +75,11 @@ def test_never_is_of_one_start_and_not_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with pytest.raises(UserError, match="holds checkpoints"):
         prepare_run(load_config(never))
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the job has written them itself
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the job has written the checkpoints itself
     prepare_run(load_config(never))
 
 
-def test_run_folder_that_cannot_be_made(tmp_path):
+def test_run_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
         UserError, match=r"^run folder .*file/run cannot be written: Not a directory; name another with --run DIR$"

@@ -100,7 +100,7 @@ class Fusion:
 class Model:
     """The retrieval model."""
 
-    embed_dim: int = 256  # size of the embeddings; equal to CLIP's projection_dim, CLIP's projection is loaded
+    embed_dim: int = 256  # size of the embeddings; CLIP's projection is loaded if it has the same size
     speech: Speech = field(default_factory=Speech)
     image: Image = field(default_factory=Image)
     fusion: Fusion = field(default_factory=Fusion)
@@ -188,11 +188,11 @@ class Training:
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO stage
     log_every: int = 20  # steps between log lines
     save_every: int = 1000  # steps between checkpoints
-    keep_checkpoints: int = 3  # newest checkpoints kept, in addition to the best export
+    keep_checkpoints: int = 3  # newest checkpoints kept, in addition to the best one
     max_skipped_in_a_row: int = 20  # consecutive steps skipped for non-finite gradients before training fails
     watchdog: float = 900.0  # seconds without a completed step before stacks are dumped and the run ends; 0: off
     detect_nonfinite: bool = False  # report the first module with a non-finite output; slower
-    resume: str = "auto"  # auto: this run's newest checkpoint; never; or another run's, if this run has none
+    resume: str = "auto"  # auto: this run's newest checkpoint; never; or a run to start from (on other data: at step 0)
     stop_after: int | None = None  # steps after which this process saves and exits early; null: `steps`
 
 

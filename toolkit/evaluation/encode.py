@@ -6,8 +6,6 @@ the last round encodes the last batch again, and that result is dropped.
 """
 
 import logging
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.media.audio import SAMPLE_RATE, decode_audio
 from shards.media.picture import decode_picture
+from shards.progress import progress_range
 from toolkit.config.schema import Config
 from toolkit.data import open_reader
 from toolkit.distributed import all_gather
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PREFETCH = 2  # batches decoded while the model computes
-_PROGRESS_SECONDS = 20  # between progress lines, if standard error is not a terminal
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def encode(
     Args:
         model: In evaluation mode.
         manifest: The shards.
-        samples: int64 [P], numbers of the samples to encode.
+        samples: Int64 [P], numbers of the samples to encode.
         config: Sections `data` and `evaluation` are used.
         process: This process.
         keep_tokens: Keep the token sequences, for re-ranking.
@@ -210,7 +208,7 @@ class _BatchSchedule:
         own = [batches[min(call * ranks + rank, len(batches) - 1)] for call in range(calls)]
         with ThreadPoolExecutor(max(1, self.threads)) as pool:
             inputs = _prefetch(pool, load, own)
-            for call in track_progress(f"encoding {title}", calls, self.process.show_progress):
+            for call in progress_range(calls, "batches", f"encoding {title}", self.process.show_progress):
                 loaded = run_on_all_ranks(lambda: next(inputs), rank, ranks)
                 yield batches[call * ranks : (call + 1) * ranks], loaded
 
@@ -253,18 +251,3 @@ def _prefetch(
             yield [future.result() for future in pending.popleft()]
     while pending:
         yield [future.result() for future in pending.popleft()]
-
-
-def track_progress(title: str, total: int, show: bool) -> Iterator[int]:
-    """Iterate over range(total), with a progress bar in a terminal, else with a log line every 20 s."""
-    if show and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(range(total), title, leave=False)
-        return
-    last_shown = time.monotonic()
-    for number in range(total):
-        yield number
-        if show and time.monotonic() - last_shown > _PROGRESS_SECONDS:
-            last_shown = time.monotonic()
-            logger.info("%s: %d of %d batches", title, number + 1, total)

@@ -41,8 +41,8 @@ def make_questions(manifest: Manifest, samples: np.ndarray, picture: Tensor) -> 
 
     Args:
         manifest: The shards.
-        samples: int64 [P], the encoded samples, with their twins.
-        picture: int64 [C], ascending: position of each caption's picture.
+        samples: Int64 [P], the encoded samples, with their twins.
+        picture: Int64 [C], ascending: position of each caption's picture.
     """
     position = {int(sample): index for index, sample in enumerate(samples)}
     first = torch.searchsorted(picture, torch.arange(len(samples) + 1)).tolist()

@@ -41,7 +41,7 @@ def rank_of_best(scores: Tensor, right: Tensor) -> RankCounts:
 
     Args:
         scores: [Q, N], higher is better.
-        right: bool [Q, N], True for correct candidates; at least one per row.
+        right: Bool [Q, N], True for correct candidates; at least one per row.
     """
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     same = scores == best
@@ -84,9 +84,9 @@ def rank_answers(
 
     Args:
         queries: Unit embeddings [Q, D], the same on all ranks.
-        query_ids: int64 [Q], the picture that each query belongs to.
+        query_ids: Int64 [Q], the picture that each query belongs to.
         answers: Unit embeddings [N, D] of the candidates.
-        answer_ids: int64 [N], the picture that each candidate belongs to; contains every query id.
+        answer_ids: Int64 [N], the picture that each candidate belongs to; contains every query id.
         k: Number of candidates to return for each query, at most N.
         rank: Rank of this process.
         world_size: Number of processes.

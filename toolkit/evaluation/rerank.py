@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
+from shards.progress import progress_range
 from toolkit.config import schema as config
-from toolkit.evaluation.encode import Encodings, ProcessInfo, track_progress
+from toolkit.evaluation.encode import Encodings, ProcessInfo
 from toolkit.evaluation.recall import RankCounts, Ranking, all_reduce_sum, rank_of_best
 from toolkit.model.outputs import Encoded
 
@@ -46,7 +47,7 @@ def rerank(
         encodings: With tokens.
         speech_to_image: Ranking of the captions in the order of `encodings`.
         image_to_speech: Ranking of the pictures in the order of `queries`.
-        queries: int64 [Q], positions of the pictures that are queries.
+        queries: Int64 [Q], positions of the pictures that are queries.
         k: Candidates per query.
         evaluation: `fuse` selects the score.
         process: This process.
@@ -85,7 +86,7 @@ def reorder(ranking: Ranking, scores: Tensor, right: Tensor) -> Ranking:
     Args:
         ranking: The ranking of Q queries before.
         scores: [Q, k], new scores of the first k candidates.
-        right: bool [Q, k], True for correct candidates.
+        right: Bool [Q, k], True for correct candidates.
     """
     old, k = ranking.rank_counts, scores.shape[1]
     inside = right.any(dim=1)
@@ -170,11 +171,11 @@ def match_pairs(model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, 
     Args:
         model: In evaluation mode.
         encodings: With tokens.
-        pairs: int64 [M, 2], positions of caption and picture; the same on all ranks.
+        pairs: Int64 [M, 2], positions of caption and picture; the same on all ranks.
         process: This process.
 
     Returns:
-        float32 [M] on the CPU, the same on all ranks.
+        Float32 [M] on the CPU, the same on all ranks.
     """
     tokens, device, ranks = encodings.tokens, encodings.images.device, process.world_size
     if tokens is None:
@@ -183,7 +184,7 @@ def match_pairs(model: "SpeechImageModel", encodings: Encodings, pairs: Tensor, 
     own = [(number // ranks, rows) for number, rows in batches if number % ranks == process.rank]
     calls = torch.bincount(torch.tensor([number % ranks for number, _ in batches])).max()
     scores = torch.zeros(len(pairs), device=device)
-    for call in track_progress("matching", int(calls), process.show_progress):
+    for call in progress_range(int(calls), "batches", "matching", process.show_progress):
         if call < len(own):
             number, rows = own[call]
             logits = _match(model, encodings, number, tokens.place[pairs[rows, 0]], pairs[rows, 1])

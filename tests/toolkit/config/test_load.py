@@ -1,4 +1,4 @@
-"""The configuration: what wins over what, and what a mistake says, in one line."""
+"""Loading the configuration: precedence of sources, types of values, and errors of one line."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def refused(*arguments):
-    """The one line with which arguments are refused."""
+    """Return the one-line error for arguments."""
     with pytest.raises(UserError) as error:
         load_config([str(argument) for argument in arguments])
     message = str(error.value)
@@ -29,7 +29,7 @@ def refused(*arguments):
     return message
 
 
-def test_command_line_wins_over_file_over_base_over_default(tmp_path):
+def test_precedence_is_command_line_file_base_default(tmp_path):
     (tmp_path / "base.yaml").write_text(
         "training: {lr: 0.5, steps: 7, warmup: 3}\nmodel: {speech: {config: {a: 1, b: 1}}}"
     )
@@ -82,7 +82,7 @@ def test_keys_with_dots_in_a_file_are_keys_of_sections(tmp_path):
     assert (config.training.lr, config.model.speech.head_layers, config.model.image.train) == (0.5, 2, "all")
     assert config.model.speech.config["a"] == 1
     assert config.deepspeed == {"zero_optimization": {"overlap_comm": True}}
-    assert config.data.mixture == {"a.b": 2}, "dots within a mapping's own keys separate nothing"
+    assert config.data.mixture == {"a.b": 2}, "dots in the keys of a free mapping do not separate"
 
 
 def test_free_keys_and_sections():
@@ -231,7 +231,7 @@ def test_the_gpu_benchmark_reads_the_reference_configurations():
     assert done.stdout.split("\n") == ["runs/flickr8k 1024", "runs/spokencoco 1024", ""], done.stderr
 
 
-def test_batch_that_does_not_divide():
+def test_a_batch_size_that_is_not_divisible():
     config = load_config(["--training.batch_size", "100", "--training.accumulation", "2"])
     assert micro_batch(config, 2) == 25
     with pytest.raises(
@@ -242,8 +242,8 @@ def test_batch_that_does_not_divide():
         micro_batch(config, 128)
 
 
-def test_own_options_beside_the_keys():
-    parser = Parser("What it does")
+def test_options_of_an_entry_point():
+    parser = Parser("Description")
     parser.add_argument("--split")
     parser.add_argument("--rerank", type=int)
     config, options = parse(["--split", "dev", "--training.steps", "3", "--rerank=4", "--local_rank=1"], parser)

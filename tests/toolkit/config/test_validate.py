@@ -1,4 +1,4 @@
-"""What the size of a rank's micro-batch takes from the objectives: said, with what to set, and true."""
+"""Validation: combinations of values, and warnings about micro-batches that are too small for an objective."""
 
 import re
 
@@ -26,7 +26,7 @@ def config(batch, accumulation=1, swap_group=8, **objectives):
 
 
 @pytest.mark.parametrize(
-    ("batch", "accumulation", "ranks", "swap_group", "objectives", "said"),
+    ("batch", "accumulation", "ranks", "swap_group", "objectives", "messages"),
     [
         (256, 1, 8, 8, {}, []),
         (256, 2, 4, 16, {}, []),
@@ -46,21 +46,21 @@ def config(batch, accumulation=1, swap_group=8, **objectives):
         (10, 1, 1, 8, {}, []),
     ],
 )
-def test_what_a_small_micro_batch_takes_is_said(batch, accumulation, ranks, swap_group, objectives, said):
-    found = batch_warnings(config(batch, accumulation, swap_group, **objectives), ranks)
-    assert len(found) == len(said)
-    for line, pattern in zip(found, said, strict=True):
+def test_a_small_micro_batch_is_a_warning(batch, accumulation, ranks, swap_group, objectives, messages):
+    warnings = batch_warnings(config(batch, accumulation, swap_group, **objectives), ranks)
+    assert len(warnings) == len(messages)
+    for line, pattern in zip(warnings, messages, strict=True):
         assert re.search(pattern, line)
         assert "\n" not in line
 
 
-def test_a_batch_that_does_not_divide_is_refused_as_ever():
+def test_a_batch_size_that_is_not_divisible_is_refused():
     with pytest.raises(UserError, match="is not divisible by 3 ranks"):
         batch_warnings(config(4), 3)
 
 
 def noised(batch, ranks, swap_group):
-    """The positions that swap noises in a global batch, computed in the parts of its ranks."""
+    """Noised tokens of a global batch, computed in the parts of its ranks."""
     tokens = torch.arange(batch * 6.0).reshape(batch, 6, 1).repeat(1, 1, 2)
     ids, rows = torch.arange(batch), torch.arange(batch)
     parts = []
@@ -73,7 +73,7 @@ def noised(batch, ranks, swap_group):
 @pytest.mark.parametrize("batch", [4, 6, 8, 12, 16])
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("swap_group", [2, 3, 4, 8])
-def test_noise_is_the_same_on_any_number_of_ranks_where_nothing_is_said(batch, ranks, swap_group):
+def test_noise_does_not_depend_on_the_world_size_without_a_warning(batch, ranks, swap_group):
     if batch % ranks == 0:
         same = torch.equal(noised(batch, ranks, swap_group), noised(batch, 1, swap_group))
         assert same or batch_warnings(config(batch, swap_group=swap_group), ranks)
@@ -83,14 +83,14 @@ def test_noise_is_the_same_on_any_number_of_ranks_where_nothing_is_said(batch, r
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--model.image.trunk", "openai/clip-vit-base-patch32"], "model.image.trunk was trained"),
         (["--model.image.train", "2"], "would leave the stem's random weights"),
     ],
 )
-def test_a_stem_needs_a_trunk_that_is_trained_from_random_weights(arguments, said):
-    with pytest.raises(UserError, match=said):
+def test_a_stem_needs_a_trunk_that_is_trained_from_random_weights(arguments, message):
+    with pytest.raises(UserError, match=message):
         load_config(["--config", "quickstart", *arguments])
 
 
@@ -125,7 +125,7 @@ def test_the_patches_of_a_stem_default_to_transformers_values(architecture, conf
             check_config(made)
 
 
-def test_steps_that_are_all_coarse_are_named():
+def test_a_run_of_coarse_steps_only_is_a_warning():
     made = load_config(["--config", "quickstart", "--training.steps", "60"])
     assert any("--objectives.coarse_steps 950: all of 60 steps" in line for line in batch_warnings(made, 2))
     assert not batch_warnings(load_config(["--config", "quickstart"]), 2)

@@ -1,4 +1,4 @@
-"""Examples of what was retrieved: the same queries each time, right answers marked, small, and never in the way."""
+"""Retrieved examples: fixed queries, marked correct candidates, small files, and no failure of training."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ shards = test_trainer.shards
 
 
 def retrieval(folder: Path, shift: int) -> Retrieval:
-    """On dev: for each caption the pictures in order, beginning `shift` after the right one."""
+    """On dev: for each caption the pictures in order, starting `shift` after the correct one."""
     manifest = load(folder)
     samples = manifest.rows("dev")
     spans = [manifest.captions(int(sample)) for sample in samples]
@@ -44,22 +44,22 @@ def pixels(uri: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(code)))).astype(float)
 
 
-def test_right_answers_are_marked_and_pictures_are_the_ones_found(shards: Path) -> None:
-    reader, found = Reader(load(shards)), retrieval(shards, shift=4)
-    queries = examples.draw_examples(reader, found, seed=3)
+def test_correct_answers_are_marked_and_pictures_are_the_candidates(shards: Path) -> None:
+    reader, retrieved = Reader(load(shards)), retrieval(shards, shift=4)
+    queries = examples.draw_examples(reader, retrieved, seed=3)
     assert len(queries) == examples.QUERIES == 6
     for query in queries:
         assert query["rank"] == 3
         assert [answer["right"] for answer in query["answers"]] == [False, False, True, False, False]
         caption = next(
-            at for at in range(len(found.captions)) if examples.caption_text(reader, found, at) == query["text"]
+            at for at in range(len(retrieved.captions)) if examples.caption_text(reader, retrieved, at) == query["text"]
         )
-        for answer, at in zip(query["answers"], found.speech_to_image.candidates[caption].tolist(), strict=False):
-            stored = decode_picture(reader.picture(int(found.samples[at])), examples.SIDE).transpose(1, 2, 0)
+        for answer, at in zip(query["answers"], retrieved.speech_to_image.candidates[caption].tolist(), strict=False):
+            stored = decode_picture(reader.picture(int(retrieved.samples[at])), examples.SIDE).transpose(1, 2, 0)
             assert np.abs(pixels(answer["picture"]) - stored).mean() < 16
 
 
-def test_the_queries_are_the_runs_own(shards: Path) -> None:
+def test_the_queries_depend_on_the_seed_only(shards: Path) -> None:
     reader = Reader(load(shards))
 
     def texts(seed: int, shift: int) -> list[str]:
@@ -75,7 +75,7 @@ def test_a_file_of_examples_is_small(shards: Path, tmp_path: Path) -> None:
     settings = test_trainer.settings(shards, tmp_path)
     name = examples.save_examples(tmp_path, 7, load(shards), retrieval(shards, 1), settings)
     assert name == "examples-00000007.json"
-    assert (tmp_path / name).stat().st_size < 400_000, "pictures of noise, the worst there are"
+    assert (tmp_path / name).stat().st_size < 400_000, "even for pictures of noise"
     assert set(json.loads((tmp_path / name).read_text())) == {"split", "reranked", "queries"}
 
 

@@ -1,4 +1,4 @@
-"""The picture of retrieved examples."""
+"""The image of retrieved examples."""
 
 import pytest
 from PIL import Image
@@ -25,7 +25,7 @@ def pixels(page, colour):
     return sum(count for count, value in page.getcolors(1 << 24) if value == colour)
 
 
-def test_page_shows_all_examples_and_frames_the_right_picture():
+def test_page_shows_all_examples_and_frames_the_correct_picture():
     text = "a rather long caption that goes on and on about a red circle above a blue star " * 3
     spoken = [gallery.Spoken(text, 2, [picture()] * 5, [False, True, False, False, False])] * 3
     shown = [gallery.Shown(picture(), 1, ["one", "two", "three"], [True, False, False])] * 2
@@ -37,7 +37,7 @@ def test_page_shows_all_examples_and_frames_the_right_picture():
     assert pixels(unframed, GREEN) == 0
 
 
-def test_titles_give_the_figures_of_the_better_of_both_stages():
+def test_titles_contain_the_recall_of_the_last_stage():
     lines = gallery.titles(report(), "scenes")
     assert lines[0] == "scenes, test: 1,000 spoken captions, 500 pictures, coarse"
     assert lines[1] == "Speech to image:   R@1 12.3 %   R@5 50.0 %   R@10 66.6 %"

@@ -1,4 +1,4 @@
-"""Twins: which questions are asked, and the accuracy against loops."""
+"""Minimal pairs: the questions, and the accuracy against loops."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ def shards():
 
 
 def questions():
-    """Encoded: test and its twins, with 2, 1, 3, 1, 1, 2 captions."""
+    """Questions on the test split and its twins, with 2, 1, 3, 1, 1, 2 captions."""
     samples = np.array([2, 3, 4, 5, 6, 7])
     picture = torch.repeat_interleave(torch.arange(6), torch.tensor([2, 1, 3, 1, 1, 2]))
     return make_questions(shards(), samples, picture)
@@ -37,10 +37,10 @@ def test_twins_are_those_of_the_given_samples():
     assert find_minimal_pairs(manifest, np.array([2, 3])).tolist() == []
 
 
-def test_every_caption_of_both_twins_is_a_question():
-    asked = questions()
-    found = list(zip(asked.captions.tolist(), asked.right.tolist(), asked.wrong.tolist(), asked.kinds, strict=True))
-    assert found == [
+def test_every_caption_of_both_pictures_is_a_question():
+    pairs = questions()
+    rows = list(zip(pairs.captions.tolist(), pairs.right.tolist(), pairs.wrong.tolist(), pairs.kinds, strict=True))
+    assert rows == [
         (2, 1, 3, "colour"), (6, 3, 1, "colour"),
         (2, 1, 4, "relation"), (7, 4, 1, "relation"),
         (0, 0, 5, ""), (1, 0, 5, ""), (8, 5, 0, ""), (9, 5, 0, ""),
@@ -48,29 +48,29 @@ def test_every_caption_of_both_twins_is_a_question():
 
 
 def test_accuracy_equals_loops_and_a_tie_counts_half():
-    asked = questions()
+    pairs = questions()
     scores = torch.randint(0, 3, (10, 6), generator=torch.Generator().manual_seed(0)).float()
     won: dict[str, list[float]] = {"": []}
-    for caption, right, wrong, kind in zip(asked.captions, asked.right, asked.wrong, asked.kinds, strict=True):
+    for caption, right, wrong, kind in zip(pairs.captions, pairs.right, pairs.wrong, pairs.kinds, strict=True):
         point = 1.0 if scores[caption, right] > scores[caption, wrong] else 0.0
         point = 0.5 if scores[caption, right] == scores[caption, wrong] else point
         won[""].append(point)
         if kind:
             won.setdefault(kind, []).append(point)
     expected = {kind: pytest.approx(100 * sum(points) / len(points), abs=1e-3) for kind, points in won.items()}
-    assert accuracy(asked, lambda pairs: scores[pairs[:, 0], pairs[:, 1]]) == expected
-    assert 0.5 in won[""], "the scores were meant to hold ties"
+    assert accuracy(pairs, lambda rows: scores[rows[:, 0], rows[:, 1]]) == expected
+    assert 0.5 in won[""], "the scores should contain ties"
 
 
-def test_a_constant_score_gets_half_and_no_number_gets_nothing():
-    asked = questions()
-    assert accuracy(asked, lambda pairs: torch.ones(len(pairs)))[""] == 50.0
-    assert accuracy(asked, lambda pairs: torch.full((len(pairs),), torch.nan))[""] == 0.0
+def test_a_constant_score_gets_half_and_nan_gets_nothing():
+    pairs = questions()
+    assert accuracy(pairs, lambda rows: torch.ones(len(rows)))[""] == 50.0
+    assert accuracy(pairs, lambda rows: torch.full((len(rows),), torch.nan))[""] == 0.0
 
 
 @pytest.mark.parametrize(
     ("twin", "original", "kind"),
     [("t7-colour", "t7", "colour"), ("t7-relation", "t7", "relation"), ("t8-colour", "t7", ""), ("t7-2", "t7", "")],
 )
-def test_kind_is_told_by_the_suffix(twin, original, kind):
+def test_the_kind_is_the_suffix_of_the_image_id(twin, original, kind):
     assert swap_kind(twin, original) == kind

@@ -1,4 +1,4 @@
-"""Recall against loops over sorted lists, with ties, several captions a picture, chunks and ranks."""
+"""Recall against loops over sorted lists, with ties, several captions per picture, chunks and ranks."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from toolkit.evaluation.recall import RankCounts, rank_answers, rank_of_best, re
 
 
 def naive_recall(scores, right, k):
-    """Per cent of the queries with a right answer among the first k; ties: mean over all orders of the answers."""
+    """Percentage of queries with a correct candidate among the first k; ties: mean over all orders."""
     total = 0.0
     for row, targets in zip(scores.tolist(), right.tolist(), strict=True):
         hits = []
@@ -22,7 +22,7 @@ def naive_recall(scores, right, k):
 
 
 def sorted_recall(scores, right, k):
-    """The same where there are no ties: one full sort a query."""
+    """The same without ties: one full sort per query."""
     hits = 0
     for row, targets in zip(scores.tolist(), right.tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda answer: -row[answer])
@@ -30,18 +30,18 @@ def sorted_recall(scores, right, k):
     return 100 * hits / len(scores)
 
 
-def unit_vectors(count, generator, dim=8):
+def unit_embeddings(count, generator, dim=8):
     return torch.nn.functional.normalize(torch.randn(count, dim, generator=generator), dim=1)
 
 
 def ragged_owner():
-    """Captions of 12 pictures, some with one, some with seven; in no order."""
+    """Captions of 12 pictures, from one to seven each, in random order."""
     owner = torch.repeat_interleave(torch.arange(12), torch.tensor([1, 5, 2, 7, 1, 1, 3, 5, 5, 4, 1, 2]))
     return owner[torch.randperm(len(owner), generator=torch.Generator().manual_seed(3))]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_ties_and_several_right_answers_count_as_the_mean_over_all_orders(seed):
+def test_ties_and_several_correct_answers_count_as_the_mean_over_all_orders(seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 3, (12, 6), generator=generator).float()
     right = torch.rand(12, 6, generator=generator) < 0.4
@@ -53,7 +53,7 @@ def test_ties_and_several_right_answers_count_as_the_mean_over_all_orders(seed):
 def test_both_directions_equal_a_full_sort():
     generator = torch.Generator().manual_seed(0)
     owner = ragged_owner()
-    images, speech = unit_vectors(12, generator), unit_vectors(len(owner), generator)
+    images, speech = unit_embeddings(12, generator), unit_embeddings(len(owner), generator)
     pictures = torch.arange(12)
     scores, right = speech @ images.T, owner[:, None] == pictures
     forward = rank_answers(speech, owner, images, pictures, k=5, chunk=4)
@@ -68,14 +68,14 @@ def test_both_directions_equal_a_full_sort():
     assert report["mean_R@1"] == pytest.approx(both, abs=1e-3)
 
 
-def test_a_model_that_tells_nothing_gets_chance():
+def test_constant_scores_get_chance():
     embeddings = torch.nn.functional.normalize(torch.ones(40, 4), dim=1)
     ids = torch.arange(40)
     ranking = rank_answers(embeddings, ids, embeddings, ids, k=10)
     assert [recall_at(ranking.rank_counts, k) for k in (1, 5, 10)] == pytest.approx([2.5, 12.5, 25.0])
 
 
-def test_scores_that_are_no_numbers_are_misses():
+def test_nan_scores_are_misses():
     ids = torch.arange(20)
     good = torch.eye(20)
     for broken in (torch.full((20, 20), torch.nan), torch.where(good == 1, torch.nan, good)):
@@ -94,14 +94,14 @@ def test_fewer_answers_than_k_are_all_found():
 def ranking_of(rank, world_size):
     generator = torch.Generator().manual_seed(1)
     owner = ragged_owner()
-    images, speech = unit_vectors(12, generator), unit_vectors(len(owner), generator)
+    images, speech = unit_embeddings(12, generator), unit_embeddings(len(owner), generator)
     ranking = rank_answers(speech, owner, images, torch.arange(12), 4, rank, world_size, chunk=3)
     return vars(ranking.rank_counts), ranking.candidates
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_any_number_of_ranks_gives_the_same_ranking_on_all_of_them(world_size):
+def test_the_ranking_does_not_depend_on_world_size_and_rank(world_size):
     alone, candidates = ranking_of(0, 1)
-    for counts, found in run_ranks(ranking_of, world_size):
+    for counts, gathered in run_ranks(ranking_of, world_size):
         assert all(torch.equal(counts[name], alone[name]) for name in alone)
-        assert torch.equal(found, candidates)
+        assert torch.equal(gathered, candidates)

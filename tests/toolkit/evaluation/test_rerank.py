@@ -1,4 +1,4 @@
-"""Re-ranking against loops: which pairs are matched, on which rank, and how the best k change places."""
+"""Re-ranking against loops: which pairs are scored, on which rank, and the new order of the best k."""
 
 import math
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ BATCH = 4
 
 
 class Matcher:
-    """Scores a pair by its tokens alone, and counts its calls."""
+    """Scores a pair by its tokens only, and counts its calls."""
 
     def __init__(self):
         self.calls = 0
@@ -43,7 +43,7 @@ def drawn():
 
 
 def encodings_of(rank, world_size):
-    """Captions in batches of 4, in an order of their own, every rank with an equal number of batches."""
+    """Captions in batches of 4, in random order, with the same number of batches on every rank."""
     images, speech, patches, frames = drawn()
     order = torch.randperm(CAPTIONS, generator=torch.Generator().manual_seed(5))
     turn = order.argsort()
@@ -65,7 +65,7 @@ def naive_score(caption, picture, fuse):
 
 
 def naive_places(cosines, rescore, is_right, k):
-    """Place of the best right answer of every query: the best k by the new score, then the rest by cosine."""
+    """Rank of the best correct candidate of every query: the best k by the new score, then the rest by cosine."""
     places = []
     for query, row in enumerate(cosines.tolist()):
         order = sorted(range(len(row)), key=lambda answer: -row[answer])
@@ -75,7 +75,7 @@ def naive_places(cosines, rescore, is_right, k):
 
 
 def reranked(rank, world_size, k, fuse):
-    """Both directions' standings and candidates, and the number of model calls."""
+    """Rank counts and candidates of both directions, and the number of model calls."""
     encodings, model = encodings_of(rank, world_size), Matcher()
     pictures = torch.arange(PICTURES)
     forward = rank_answers(encodings.speech, OWNER, encodings.images, pictures, max(k, 6), rank, world_size)
@@ -102,25 +102,25 @@ def test_both_directions_equal_loops(k, fuse):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_any_number_of_ranks_gives_the_same_and_calls_the_model_equally_often(world_size):
+def test_the_result_and_the_number_of_calls_do_not_depend_on_the_world_size(world_size):
     alone, _ = reranked(0, 1, 4, "sum")
     results = run_ranks(reranked, world_size, 4, "sum")
     for directions, _ in results:
         for (ahead, candidates), (expected_ahead, expected_candidates) in zip(directions, alone, strict=True):
             assert torch.equal(ahead, expected_ahead)
             assert torch.equal(candidates, expected_candidates)
-    assert len({calls for _, calls in results}) == 1, "under ZeRO-3 ranks that differ in calls wait for ever"
+    assert len({calls for _, calls in results}) == 1, "under ZeRO-3 ranks with different numbers of calls deadlock"
 
 
-def test_candidates_come_in_the_new_order_and_the_rest_behind_them():
+def test_candidates_are_in_the_new_order_followed_by_the_rest():
     old = Ranking(RankCounts(*torch.tensor([[1], [0], [1]])), torch.tensor([[4, 2, 7, 1]]))
     new = reorder(old, torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[False, True, False]]))
     assert new.candidates.tolist() == [[2, 7, 4, 1]]
     assert new.rank_counts.ahead.tolist() == [0]
 
 
-def test_what_is_not_among_the_best_k_stays_behind_them_even_at_the_same_old_score():
-    # All ten answers had the same cosine, the right one is not among the best 3.
+def test_a_correct_answer_outside_the_best_k_stays_behind_them_even_if_its_old_score_is_equal():
+    # All ten candidates have the same cosine, and the correct one is not among the best 3.
     old = Ranking(RankCounts(*torch.tensor([[0], [9], [1]])), torch.tensor([[0, 1, 2]]))
     new = reorder(old, torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool)).rank_counts
     assert (new.ahead.item(), new.tied.item(), new.right.item()) == (3, 6, 1)
@@ -128,7 +128,7 @@ def test_what_is_not_among_the_best_k_stays_behind_them_even_at_the_same_old_sco
     assert recall_at(new, 10) == 100.0
 
 
-def test_equal_new_scores_share_their_places():
+def test_equal_new_scores_share_their_ranks():
     old = Ranking(RankCounts(*torch.tensor([[2], [0], [1]])), torch.tensor([[5, 6, 7, 8]]))
     new = reorder(old, torch.ones(1, 4), torch.tensor([[False, False, True, False]]))
     assert recall_at(new.rank_counts, 1) == pytest.approx(25.0)
@@ -146,7 +146,7 @@ def test_scores_of_single_pairs_and_the_need_for_tokens():
 
 
 def candidates(seed: int, queries: int, help_of_logits: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cosines that tell a little, and match logits that tell so much more; some queries have no right candidate."""
+    """Weakly informative cosines, and match logits; some queries have no correct candidate."""
     generator = torch.Generator().manual_seed(seed)
     right = torch.rand(queries, 8, generator=generator) < 0.15
     cosine = 0.1 * right + 0.1 * torch.randn(queries, 8, generator=generator)
@@ -155,7 +155,7 @@ def candidates(seed: int, queries: int, help_of_logits: float) -> tuple[torch.Te
 
 
 def likelihood(directions: list, a: float, b: float) -> float:
-    """Mean log-likelihood of the right answers, by loops."""
+    """Mean log-likelihood of the correct candidates, by loops."""
     logs = []
     for cosine, logits, right in directions:
         for c, m, r in zip(cosine.tolist(), logits.tolist(), right.tolist(), strict=True):

@@ -69,7 +69,7 @@ def test_only_the_class_token_is_computed_in_the_last_layer():
 
 @pytest.mark.parametrize("output", ["cls", "tokens"])
 @pytest.mark.parametrize("pool", [1, 2, 4])
-def test_padding_changes_nothing(output, pool):
+def test_padding_does_not_change_the_output(output, pool):
     fusion = make_fusion(pool=pool, output=output)
     queries, query_mask, context, context_mask = make_inputs()
     padded = fusion(queries, query_mask, context, context_mask)
@@ -78,7 +78,7 @@ def test_padding_changes_nothing(output, pool):
         torch.testing.assert_close(padded[row, : alone.shape[1]], alone[0], atol=1e-5, rtol=1e-5)
 
 
-def test_pooling_is_the_mean_of_neighbouring_real_frames():
+def test_pooling_averages_neighboring_frames_without_padding():
     tokens = torch.arange(10.0).view(1, 10, 1)
     mask = torch.arange(10)[None] < 7
     pooled, kept = pool_tokens(tokens, mask, 4)
@@ -96,7 +96,7 @@ def test_padding_that_is_not_finite_is_not_pooled():
     assert torch.equal(pooled, torch.ones(1, 2, 2))
 
 
-def test_context_withheld_leaves_cross_attention_out():
+def test_cross_attention_is_skipped_without_context():
     fusion = make_fusion()
     queries, query_mask, _, _ = make_inputs()
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_sinusoids(width):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_denoiser_gives_tokens_back_and_uses_the_context(dtype):
+def test_denoiser_returns_tokens_and_uses_the_context(dtype):
     torch.manual_seed(0)
     denoiser = Denoiser(24, 20, WIDTH, 2, HEADS, dropout=0.0).to(dtype)
     queries, query_mask, context, context_mask = make_inputs()
@@ -132,13 +132,15 @@ def test_denoiser_gives_tokens_back_and_uses_the_context(dtype):
     predicted = denoiser(queries, query_mask, context, context_mask)
     assert (predicted.shape, predicted.dtype) == (queries.shape, dtype)
     predicted[query_mask].float().square().sum().backward()
-    assert (context.grad.abs().sum(dim=2) > 0).equal(context_mask), "gradient should reach exactly the real context"
+    assert (context.grad.abs().sum(dim=2) > 0).equal(context_mask), (
+        "gradient should reach exactly the context without padding"
+    )
     for name, parameter in denoiser.named_parameters():
         assert parameter.grad is not None, name
     assert denoiser(queries, query_mask, None).shape == queries.shape
 
 
-def test_attention_begins_as_torchs_does():
+def test_attention_is_initialized_like_torchs():
     torch.manual_seed(0)
     width = 256
     mine, theirs = Attention(width, 4, 0.0), nn.MultiheadAttention(width, 4)

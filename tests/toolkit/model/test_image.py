@@ -41,7 +41,7 @@ def test_features_are_those_of_transformers(architecture, train):
     with torch.no_grad():
         output = trunk(pixel_values=processor(list(images), return_tensors="pt").pixel_values)
         hidden = output.last_hidden_state
-        if architecture == "clip":  # BLIP-2's is normed already
+        if architecture == "clip":  # BLIP-2's output is already normalized
             hidden = encoder.trunk.post_layernorm(hidden)
         encoded = encoder(encoder.frozen_features(images))
         embedding = F.normalize(encoder.head.project(hidden[:, 0]), dim=-1)
@@ -61,7 +61,7 @@ def test_features_are_those_of_transformers(architecture, train):
         ("all", ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")),
     ],
 )
-def test_gradients_reach_exactly_what_is_trained(train, trained):
+def test_gradients_reach_exactly_the_trained_part(train, trained):
     encoder = make_encoder(make_trunk(), train, head_layers=1).train()
     encoder(encoder.frozen_features(make_pictures())).embedding[:, 0].sum().backward()
     for name, parameter in encoder.trunk.named_parameters():
@@ -70,7 +70,7 @@ def test_gradients_reach_exactly_what_is_trained(train, trained):
         assert parameter.grad is not None, name
 
 
-def test_what_is_frozen_never_drops_out():
+def test_frozen_parts_have_no_dropout():
     encoder = make_encoder(make_trunk(attention_dropout=0.5), "1").train()
     images = make_pictures()
     features = encoder.frozen_features(images)
@@ -94,7 +94,7 @@ def test_pictures_of_another_size_have_interpolated_positions(architecture):
     torch.testing.assert_close(encoded.tokens, hidden[:, 1:], atol=1e-5, rtol=0)
 
 
-def test_bf16_gives_float32_vectors():
+def test_bf16_gives_float32_embeddings():
     encoder = make_encoder(make_trunk(), "all", head_layers=1)
     images = make_pictures()
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_grid_is_the_mean_of_each_cells_patches(size):
 
 
 @pytest.mark.parametrize("architecture", ["clip", "blip2"])
-def test_a_stem_takes_the_place_of_the_patch_projection(architecture):
+def test_a_stem_replaces_the_patch_projection(architecture):
     trunk = make_trunk(architecture)
     trunk = getattr(trunk, "vision_model", trunk)
     encoder = ImageEncoder(trunk, 16, "all", 0, 4, 0.0, stem="convolutions").eval()
@@ -144,7 +144,7 @@ def test_a_stem_takes_the_place_of_the_patch_projection(architecture):
     assert encoded.tokens.shape == (3, (32 // VIT["patch_size"]) ** 2, VIT["hidden_size"])
     encoded.tokens.sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in stem.parameters())
-    # A picture is embedded the same whatever it is batched with.
+    # The embedding of a picture does not depend on its batch.
     torch.testing.assert_close(
         encoder(encoder.frozen_features(pictures[1:2])).tokens, encoded.tokens[1:2], atol=1e-5, rtol=0
     )

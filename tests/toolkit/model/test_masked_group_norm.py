@@ -1,4 +1,4 @@
-"""The group norm over real frames only, against the moments of the convolution's output and transformers' own layer."""
+"""Group norm without padding, against the moments of the convolution's output and transformers' layer."""
 
 import copy
 
@@ -41,13 +41,13 @@ def make_waves(*lengths: int, scale: float = 0.1, offset: float = 0.0) -> tuple[
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "offset"), [(0.1, 0.0), (0.1, 0.5), (1e-3, 0.0), (0.0, 0.0)])
-def test_each_row_is_transformers_layer_on_it_alone(bias: bool, scale: float, offset: float) -> None:
+def test_each_row_equals_transformers_layer_on_that_row(bias: bool, scale: float, offset: float) -> None:
     layer = make_layer(bias)
     waves, lengths = make_waves(4000, 1203, 10, 2999, scale=scale, offset=offset)
     frames = frames_of(lengths)
     got = masked_group_norm.forward(measured(layer), waves, frames)
     for row, (length, count) in enumerate(zip(lengths, frames, strict=True)):
-        if count > 1:  # of one value the variance is 0, and both give rounding times 1 / sqrt(eps)
+        if count > 1:  # the variance of one value is 0, and both return rounding errors times 1 / sqrt(eps)
             wanted = layer(waves[row : row + 1, :, :length])
             torch.testing.assert_close(got[row, :, :count], wanted[0], atol=2e-5, rtol=1e-4)
     assert got.isfinite().all()
@@ -57,7 +57,7 @@ def test_without_padding_gradients_are_those_of_transformers() -> None:
     layer = make_layer(bias=True)
     ours = measured(layer)
     waves, lengths = make_waves(3000, 3000)
-    weight = torch.randn(1, 24, 1)  # the norm takes the mean of a gradient away
+    weight = torch.randn(1, 24, 1)  # the norm removes the mean of a gradient
     layer(waves).square().mul(weight).mean().backward()
     masked_group_norm.forward(ours, waves, frames_of(lengths)).square().mul(weight).mean().backward()
     for (name, parameter), (_, mine) in zip(layer.named_parameters(), ours.named_parameters(), strict=True):
@@ -66,8 +66,8 @@ def test_without_padding_gradients_are_those_of_transformers() -> None:
         torch.testing.assert_close(mine.grad, parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_a_filter_that_lets_little_through_keeps_its_digits() -> None:
-    """Where all energy is low, the variance behind a high filter is 1e-9 of that in front of it."""
+def test_the_variance_of_a_high_frequency_filter_is_precise() -> None:
+    """If all energy is at low frequencies, a high-frequency filter reduces the variance to 1e-9."""
     layer = measured(make_layer(channels=1))
     time = torch.arange(8000, dtype=torch.float64)
     wave = (torch.sin(0.02 * time) + 1e-4 * torch.sin(3.0 * time)).float()[None, None]
@@ -81,7 +81,7 @@ def test_a_filter_that_lets_little_through_keeps_its_digits() -> None:
     torch.testing.assert_close(mean[0, 0], output.mean(), rtol=1e-6, atol=1e-12)
 
 
-def test_without_moments_both_modules_are_transformers_own() -> None:
+def test_without_moments_both_modules_equal_those_of_transformers() -> None:
     layer = make_layer()
     waves, _ = make_waves(2000, 1000)
     assert torch.equal(measured(layer)(waves), layer(waves))

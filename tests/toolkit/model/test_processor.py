@@ -42,7 +42,7 @@ def test_pictures_are_squares_of_bytes(tmp_path):
     assert (images[0].float() - expected.float()).abs().mean() < 4, "should be the picture's central square"
 
 
-def test_speech_is_cut_padded_and_resampled(tmp_path):
+def test_speech_is_truncated_padded_and_resampled(tmp_path):
     soundfile.write(tmp_path / "speech.wav", make_wave(0.5, 8000), 8000)
     inputs = PROCESSOR(speech=[make_wave(2.0), tmp_path / "speech.wav", make_wave(0.25).astype(np.float64)])
     assert inputs.keys() == {"waveforms", "lengths"}
@@ -55,14 +55,14 @@ def test_speech_is_cut_padded_and_resampled(tmp_path):
     assert (inputs["waveforms"][1, middle] - torch.from_numpy(make_wave(0.5))[middle]).abs().max() < 0.01
 
 
-def test_its_output_is_the_models_input():
+def test_the_output_is_the_models_input():
     model = build_model(tiny_model()).eval()
     inputs = PROCESSOR(images=[make_picture()] * 2, speech=[make_wave(0.5), make_wave(0.7)])
     speech, image = model(**inputs)
     assert speech.embedding.shape == image.embedding.shape == (2, 16)
 
 
-def test_squashed_pictures_show_their_whole_width():
+def test_squashed_pictures_keep_their_complete_width():
     wide = np.zeros((40, 120, 3), np.uint8)
     wide[:, :30] = 255
     crop, squash = (
@@ -84,7 +84,7 @@ def test_round_trip(tmp_path, resize):
     "content",
     [None, "{", '{"image_mean": [0.5]}', "[]", '{"image_size": 8, "max_seconds": 1, "resize": "pad"}'],
 )
-def test_a_folder_without_a_processor_is_one_line(tmp_path, content):
+def test_a_folder_without_a_processor_is_an_error_of_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "preprocessor_config.json").write_text(content)
     with pytest.raises(UserError, match=r"preprocessor_config\.json: ") as raised:
@@ -93,7 +93,7 @@ def test_a_folder_without_a_processor_is_one_line(tmp_path, content):
 
 
 @pytest.mark.parametrize("wave", [np.zeros(0, np.float32), np.zeros((2, 100), np.float32), np.zeros(100, np.int16)])
-def test_what_is_not_a_waveform_is_refused(wave):
+def test_invalid_waveforms_are_refused(wave):
     with pytest.raises(UserError, match="expected a float array"):
         PROCESSOR(speech=[wave])
 
@@ -107,8 +107,8 @@ def test_missing_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
 @pytest.mark.parametrize(("short_side", "quality"), [(256, 90), (48, 30), (500, 100)])
-def test_an_exported_processor_shows_pictures_as_the_shards_do(tmp_path, short_side, quality, resize):
-    """The same bytes: shrunk to the same side, by JPEGs of the same quality."""
+def test_an_exported_processor_prepares_pictures_like_the_shards(tmp_path, short_side, quality, resize):
+    """Identical pixels: reduced to the same side and encoded as JPEG with the same quality."""
     grain = np.random.default_rng(1).integers(0, 255, (300, 400, 3), dtype=np.uint8)
     picture = Image.blend(make_picture(400, 300), Image.fromarray(grain), 0.3)
     picture.save(tmp_path / "picture.png")
@@ -128,12 +128,12 @@ def test_an_exported_processor_shows_pictures_as_the_shards_do(tmp_path, short_s
     assert processor.max_seconds == 20.0, "evaluation's limit, not training's"
 
 
-def test_shards_that_do_not_say_have_the_defaults(tmp_path):
+def test_shards_without_the_values_have_the_defaults(tmp_path):
     processor = Exports(tmp_path, Config(), {}).processor
     assert (processor.short_side, processor.quality) == (Format().short_side, Format().quality)
 
 
-def test_a_processor_of_before_shrinks_as_before(tmp_path):
+def test_a_processor_of_an_earlier_version_gives_the_same_pictures(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"image_size": 32, "max_seconds": 8.0, "sampling_rate": 16000}')
     processor = SpeechImageProcessor.from_pretrained(tmp_path)
     picture = make_picture(400, 300)
@@ -141,7 +141,7 @@ def test_a_processor_of_before_shrinks_as_before(tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"quality": 0}, {"quality": "90"}, {"short_side": 0}, {"short_side": "256"}])
-def test_a_processor_with_impossible_values_is_one_line(tmp_path, values):
+def test_invalid_values_are_an_error_of_one_line(tmp_path, values):
     SpeechImageProcessor(32, 8.0).save_pretrained(tmp_path)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

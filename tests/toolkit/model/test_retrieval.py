@@ -63,22 +63,22 @@ def test_a_saved_model_that_lacks_a_weight_is_refused(tmp_path):
         SpeechImageModel.from_pretrained(tmp_path)
 
 
-def test_building_is_deterministic_and_keeps_the_constructors_weights():
-    """transformers' own machinery does not initialise the heads a second time."""
+def test_building_is_deterministic_and_keeps_the_initialization():
+    """transformers' own machinery does not initialize the heads a second time."""
     first, second = build(), build()
     for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert float(first.match_head.bias.detach().abs().sum()) > 0, "transformers would have set this bias to zero"
 
 
-def test_match_reads_speech_by_the_pictures_patches():
+def test_match_depends_on_speech_and_patches_but_not_on_embeddings():
     model = build().train()
     speech, image = model(*make_batch())
     logits = model.match(speech, image)
     assert logits.shape == (3, 2)
     logits.sum().backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None]
-    # Global embeddings and their temperature belong to the contrastive part.
+    # Embeddings and temperature belong to the contrastive loss.
     assert unused == [n for n, _ in model.named_parameters() if ".head.project." in n or n.startswith("temperature")]
     swapped = model.match(speech, image[torch.tensor([1, 2, 0])])
     assert not torch.allclose(swapped, logits, atol=1e-4)
@@ -100,7 +100,7 @@ def test_everything_runs_in_bf16():
 
 @pytest.mark.parametrize("train", ["none", "1", "all"])
 def test_parameters_are_used_only_by_the_module_that_owns_them(train):
-    """As under ZeRO-3: a parameter is there only while its own module's `forward` runs."""
+    """As under ZeRO-3, a parameter is available only during the `forward` of its module."""
     model = build(train).eval()
     wanted = results(model)
 
@@ -132,7 +132,7 @@ def test_parameters_are_used_only_by_the_module_that_owns_them(train):
 
 
 @pytest.mark.parametrize("train", ["none", "1", "all"])
-def test_teacher_shares_what_is_frozen(train):
+def test_teacher_shares_frozen_parameters(train):
     student = build(train).train()
     teacher = build_teacher(student)
     copies = dict(teacher.named_parameters())
@@ -159,7 +159,7 @@ def test_teacher_shares_what_is_frozen(train):
 
 
 @pytest.mark.parametrize("train", ["none", "1"])
-def test_what_is_frozen_is_not_needed_after_it_ran_once(train):
+def test_frozen_parameters_are_not_needed_after_frozen_features(train):
     model = build(train)
     teacher = build_teacher(model)
     with torch.no_grad():
@@ -168,13 +168,13 @@ def test_what_is_frozen_is_not_needed_after_it_ran_once(train):
         for encoder in (model.speech, model.image):
             for module in encoder.frozen_modules():
                 for parameter in module.parameters():
-                    parameter.data = torch.empty(0)  # as ZeRO-3 leaves it, which gathers for the student's modules only
+                    parameter.data = torch.empty(0)  # as under ZeRO-3, which gathers only for the student's modules
         for encoders in (model, teacher):
             for got, embedding in zip(encoders.encode(*features), wanted, strict=True):
                 assert torch.equal(got.embedding, embedding)
 
 
-def test_teacher_does_not_follow_by_itself():
+def test_teacher_does_not_share_trained_parameters():
     student = build("1")
     teacher = build_teacher(student)
     with torch.no_grad():
@@ -198,13 +198,15 @@ def test_temperature_is_learned_and_clamped():
         for direction, gradient in ((inwards, inwards * clamped), (-inwards, 0)):
             temperature.log_temperature.grad = None
             (direction * temperature()).backward()
-            assert temperature.log_temperature.grad.item() == pytest.approx(gradient), "it could not come back"
+            assert temperature.log_temperature.grad.item() == pytest.approx(gradient), (
+                "the gradient back into the range is blocked"
+            )
     assert not Temperature(learned=False).log_temperature.requires_grad
 
 
-def test_an_export_whose_match_score_reads_the_global_vectors_is_refused(tmp_path):
+def test_an_export_whose_match_logit_depends_on_embeddings_is_refused(tmp_path):
     model = build_model(tiny_model())
-    model.config.fusion["agreement"] = False  # as earlier exports without it say
+    model.config.fusion["agreement"] = False  # as in earlier exports without it
     model.save_pretrained(tmp_path)
     assert SpeechImageModel.from_pretrained(tmp_path).config.match_weight is None
     model.config.fusion["agreement"] = True
@@ -213,7 +215,7 @@ def test_an_export_whose_match_score_reads_the_global_vectors_is_refused(tmp_pat
         SpeechImageModel.from_pretrained(tmp_path)
 
 
-def test_the_fitted_weight_is_kept_with_the_model(tmp_path):
+def test_the_fitted_weight_is_saved_with_the_model(tmp_path):
     model = build_model(tiny_model())
     model.config.match_weight = 0.125
     model.save_pretrained(tmp_path)
@@ -234,7 +236,7 @@ def test_temperature_does_not_drift_beyond_its_bounds(outwards):
     reached = [step(outwards) for _ in range(1000)][-1]
     assert reached == pytest.approx(0.01 if outwards == 1 else 0.04, rel=1e-3)
     returning = [step(-outwards) for _ in range(40)]
-    assert abs(returning[-1] - reached) / reached > 0.05, "it had drifted off while it was clamped"
+    assert abs(returning[-1] - reached) / reached > 0.05, "it drifted while it was clamped"
 
 
 def test_temperature_comes_from_the_configuration(tmp_path):
@@ -248,7 +250,7 @@ def test_temperature_comes_from_the_configuration(tmp_path):
     assert not temperature.log_temperature.requires_grad
 
 
-def test_vectors_have_unit_length():
+def test_embeddings_have_unit_length():
     speech, _, image, _, _ = results(build())
     for embedding in (speech, image):
         assert embedding.shape == (3, 16)
@@ -269,7 +271,7 @@ def test_vectors_have_unit_length():
         (lambda m: setattr(m.image, "train", "most"), r"model\.image\.train: expected none, all or a number"),
     ],
 )
-def test_values_that_do_not_fit_are_refused(edit, message):
+def test_inconsistent_values_are_refused(edit, message):
     model = tiny_model()
     edit(model)
     with pytest.raises(UserError, match=message):
@@ -277,7 +279,7 @@ def test_values_that_do_not_fit_are_refused(edit, message):
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
-def test_saved_weights_are_readable_as_the_umask_says(tmp_path, umask, mode):
+def test_saved_weights_have_the_permissions_of_the_umask(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
         build().save_pretrained(tmp_path / "model")

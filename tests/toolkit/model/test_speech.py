@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,11 +7,8 @@ from torch import nn
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from shards.errors import UserError
-from shards.length_groups import padded_length
-from tests.distributed import run_ranks
-from tests.tiny import HUBERT, tiny_model
-from toolkit.config import schema as config
-from toolkit.model.build import build_model, set_mel_filters
+from tests.tiny import HUBERT
+from toolkit.model.build import set_mel_filters
 from toolkit.model.layers import Head
 from toolkit.model.speech import LayerMix, SpeechEncoder, thirds
 
@@ -24,7 +20,7 @@ def make_trunk(values=LARGE, **more) -> HubertModel:
     torch.manual_seed(0)
     trunk = HubertModel(HubertConfig(**{**values, **more}, mask_time_prob=0.0)).eval()
     for name, parameter in trunk.named_parameters():
-        if name.endswith("bias"):  # zero at first, and then the scale of the waveform makes no difference
+        if name.endswith("bias"):  # with the initial zeros, the scale of the waveform would not matter
             nn.init.normal_(parameter, std=0.3)
     return trunk
 
@@ -42,7 +38,7 @@ def make_waves(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference(trunk: HubertModel, waves, lengths, normalise: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Hidden states and frame mask by transformers itself; the last state after the trunk's final norm."""
+    """Hidden states and frame mask computed by transformers; the last state after the trunk's final norm."""
     extractor = Wav2Vec2FeatureExtractor(do_normalize=normalise, return_attention_mask=True)
     rows = [wave[:length].numpy() for wave, length in zip(waves, lengths, strict=True)]
     inputs = extractor(rows, sampling_rate=16000, padding=True, return_tensors="pt")
@@ -73,7 +69,7 @@ def test_hidden_states_are_those_of_transformers(values, lengths):
 
 @pytest.mark.parametrize("values", [BASE, LARGE])
 @pytest.mark.parametrize("train", ["2", "1", "all"])
-def test_what_is_trained_does_not_change_the_result(values, train):
+def test_the_trained_part_does_not_affect_the_result(values, train):
     waves, lengths = make_waves(9000, 6000)
     frozen, trained = make_encoder(values, "none"), make_encoder(values, train)
     with torch.no_grad():
@@ -84,7 +80,7 @@ def test_what_is_trained_does_not_change_the_result(values, train):
 
 
 def stock_difference(trunk: HubertModel, waves, lengths, normalise: bool) -> float:
-    """How far transformers' own last states of an utterance move with the padding of a batch, attention mask given."""
+    """How much transformers' last states of an utterance change with padding, given an attention mask."""
     together, mask = reference(trunk, waves, lengths, normalise)
     alone = [reference(trunk, waves[row : row + 1], lengths[row : row + 1], normalise)[0] for row in range(len(waves))]
     moved = [
@@ -97,7 +93,7 @@ def stock_difference(trunk: HubertModel, waves, lengths, normalise: bool) -> flo
 @pytest.mark.parametrize(("values", "stock_moves"), [(BASE, True), (LARGE, False)])
 @pytest.mark.parametrize("train", ["none", "all"])
 @pytest.mark.parametrize("head_layers", [0, 2])
-def test_an_utterance_is_encoded_the_same_in_any_batch(values, stock_moves, train, head_layers):
+def test_the_encoding_of_an_utterance_does_not_depend_on_its_batch(values, stock_moves, train, head_layers):
     encoder = make_encoder(values, train, head_layers)
     waves, lengths = make_waves(16000, 7000, 900, 9001)
     moved = stock_difference(make_trunk(values), waves, lengths, values is LARGE)
@@ -113,7 +109,7 @@ def test_an_utterance_is_encoded_the_same_in_any_batch(values, stock_moves, trai
 
 
 def check_same(together, row: int, alone, embedding: float = 1e-4, tokens: float = 1e-4) -> None:
-    """Whether a row of a batch is encoded as alone, to these distances."""
+    """Check that a row of a batch is encoded as if alone, within these tolerances."""
     real = together.mask[row]
     assert int(real.sum()) == alone.tokens.shape[1]
     torch.testing.assert_close(together.embedding[row], alone.embedding[0], atol=embedding, rtol=0)
@@ -127,7 +123,7 @@ def check_same(together, row: int, alone, embedding: float = 1e-4, tokens: float
     st.integers(0, 6000),
     st.integers(1, 4),
 )
-def test_any_partners_and_any_padding(values, lengths, extra, groups):
+def test_any_batch_and_any_padding(values, lengths, extra, groups):
     encoder = make_encoder(values)
     encoder.groups = groups
     waves, lengths = make_waves(*lengths)
@@ -138,7 +134,7 @@ def test_any_partners_and_any_padding(values, lengths, extra, groups):
 
 
 @pytest.mark.parametrize("values", [BASE, LARGE])
-def test_bf16_moves_by_its_rounding_only(values):
+def test_bf16_differs_by_rounding_only(values):
     exact, half = make_encoder(values), make_encoder(values).bfloat16()
     waves, lengths = make_waves(16000, 7000, 9001)
     with torch.no_grad():
@@ -155,7 +151,7 @@ def test_bf16_moves_by_its_rounding_only(values):
 
 
 @pytest.mark.parametrize("values", [BASE, LARGE])
-def test_a_padded_utterance_is_transformers_unpadded_one(values):
+def test_a_padded_utterance_equals_transformers_unpadded_one(values):
     encoder, trunk = make_encoder(values), make_trunk(values)
     waves, lengths = make_waves(16000, 9000, 5001)
     (features,) = encoder.frozen_features(F.pad(waves, (0, 3000)), lengths)
@@ -177,7 +173,7 @@ def test_speech_shorter_than_a_frame_still_has_one():
 
 
 @pytest.mark.parametrize("values", [BASE, LARGE])
-def test_speech_shorter_than_a_frame_is_encoded_as_if_it_ended_in_silence(values):
+def test_speech_shorter_than_a_frame_is_encoded_as_if_followed_by_silence(values):
     encoder = make_encoder(values)
     waves, _ = make_waves(40, 9000)
     alone = encoder(encoder.frozen_features(waves[:1, :40], torch.tensor([40])))
@@ -193,7 +189,7 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("train", ["none", "1", "2", "all"])
-def test_gradients_reach_exactly_what_is_trained(train):
+def test_gradients_reach_exactly_the_trained_part(train):
     encoder = make_encoder(LARGE, train).train()
     encoder(encoder.frozen_features(*make_waves(6000, 5000))).embedding[:, 0].sum().backward()
     for name, parameter in encoder.trunk.named_parameters():
@@ -205,7 +201,7 @@ def test_gradients_reach_exactly_what_is_trained(train):
 
 
 @pytest.mark.parametrize("values", [BASE, LARGE])
-def test_what_is_frozen_never_drops_out(values):
+def test_frozen_parts_have_no_dropout(values):
     dropout = {name: 0.5 for name in HUBERT if name.endswith("dropout")}
     encoder = make_encoder(values, "1", **dropout).train()
     inputs = make_waves(6000, 5000)
@@ -252,7 +248,7 @@ def test_head_is_speechclips_transformer():
     torch.testing.assert_close(frames[mask], expected[:, 1:][mask], atol=1e-5, rtol=1e-5)
 
 
-def test_head_without_layers_is_the_mean_of_the_real_frames():
+def test_head_without_layers_averages_the_frames_without_padding():
     head = Head(width=8, embed_dim=4, layers=0, heads=1, dropout=0.0)
     tokens, mask = torch.randn(2, 5, 8), torch.arange(5) < torch.tensor([5, 2])[:, None]
     embedding, same = head(tokens, mask)
@@ -262,7 +258,7 @@ def test_head_without_layers_is_the_mean_of_the_real_frames():
 
 
 @pytest.mark.parametrize("train", ["none", "all"])
-def test_bf16_gives_float32_vectors(train):
+def test_bf16_gives_float32_embeddings(train):
     encoder = make_encoder(LARGE, train)
     waves, lengths = make_waves(9000, 6000)
     with torch.no_grad():
@@ -284,95 +280,7 @@ def test_unknown_part_to_train_is_refused(train):
         make_encoder(train=train)
 
 
-@pytest.mark.parametrize("values", [BASE, LARGE])
-@pytest.mark.parametrize("train", ["all", "1", "none"])
-def test_groups_by_length_change_nothing(train: str, values: dict) -> None:
-    torch.manual_seed(0)
-    settings = tiny_model()
-    settings.speech.train, settings.speech.config = train, values
-    model = build_model(settings)
-    waves, lengths = make_waves(16000, 500, 9000, 9000, 12345, 3000, 1)
-    encoded = []
-    for groups in (1, 3, 7, 20):
-        model.speech.groups = groups
-        encoded.append(model.speech(model.speech.frozen_features(waves, lengths, lengths.tolist())))
-    for other in encoded[1:]:
-        assert torch.equal(other.mask, encoded[0].mask)
-        torch.testing.assert_close(other.embedding, encoded[0].embedding, atol=1e-5, rtol=0)
-        real = other.mask
-        torch.testing.assert_close(other.tokens[real], encoded[0].tokens[real], atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("train", ["all", "1", "none"])
-def test_each_group_is_padded_to_its_own_longest_only(train: str) -> None:
-    settings = tiny_model()
-    settings.speech.train, settings.speech.groups = train, 3
-    model = build_model(settings)
-    lengths = [16000, 4000, 9000, 8000, 15000, 3000, 2000]
-    seen = []
-    hook = model.speech.trunk.feature_extractor.conv_layers[0].register_forward_hook(
-        lambda module, inputs, output: seen.append(tuple(inputs[0].shape))
-    )
-    model.speech(model.speech.frozen_features(torch.randn(7, 16000), torch.tensor(lengths), lengths))
-    hook.remove()
-    assert seen == [(3, 1, 4000), (2, 1, 9000), (2, 1, 16000)]
-    assert sum(rows * samples for rows, _, samples in seen) == padded_length(lengths, 3), "what the dry run counts"
-
-
-@pytest.mark.parametrize("cut", [8.0, 15.0])
-def test_little_of_what_is_encoded_is_padding(cut: float) -> None:
-    """Batches of 32 with SpokenCOCO-like durations: see `tests/benchmarks/padding.py`."""
-    chance = np.random.default_rng(0)
-    batches = [np.minimum(chance.lognormal(1.38, 0.41, 32), cut) for _ in range(100)]
-    padded = sum(padded_length(batch, config.Speech().groups) for batch in batches)
-    assert 1 - sum(batch.sum() for batch in batches) / padded < 0.10
-
-
-class Loss(nn.Module):
-    """An encoder whose loss is taken in its `forward`, as DeepSpeed wants it."""
-
-    def __init__(self, encoder: SpeechEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, waves: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return (
-            self.encoder(self.encoder.frozen_features(waves, lengths, lengths.tolist())).embedding.square().sum(0).std()
-        )
-
-
-def losses_of_stages(rank: int, world_size: int) -> list[list[float]]:
-    from toolkit.training.zero.engine import make_engine
-
-    batch = make_waves(*[(9000, 9000, 9000, 9000), (12000, 3000, 500, 7000)][rank])
-    seen = []
-    for zero in (0, 3):
-        encoder = make_encoder(BASE, "all", head_layers=0)
-        encoder.groups = 3
-        training = config.Training(batch_size=world_size, zero_stage=zero, precision="fp32", lr=1e-2)
-        sharding = {"stage3_param_persistence_threshold": 0} if zero == 3 else {}  # by default, not what is small
-        made = config.Config(training=training, deepspeed={"zero_optimization": sharding})
-        engine = make_engine(Loss(encoder), made, world_size, torch.device("cpu"))
-        losses = []
-        for _ in range(3):
-            loss = engine(*batch)
-            engine.backward(loss)
-            engine.step()
-            losses.append(float(loss.detach()))
-        seen.append(losses)
-        engine.destroy()
-    return seen
-
-
-@pytest.mark.timeout(120)
-def test_ranks_with_other_lengths_agree_under_zero_3():
-    """The group norm's weights are there where they are used, and all ranks call every layer equally often."""
-    for sharded_not, sharded in run_ranks(losses_of_stages, 2, timeout=90):
-        assert sharded == pytest.approx(sharded_not, rel=1e-4)
-        assert sharded[0] != pytest.approx(sharded[-1], rel=1e-3), "it trains"
-
-
-def test_a_filter_bank_hears_a_tone_where_it_lies() -> None:
+def test_a_filter_bank_responds_to_a_tone_at_its_frequency() -> None:
     weight = torch.zeros(64, 1, 400)
     set_mel_filters(weight)
     seconds = torch.arange(400) / 16000
@@ -384,7 +292,7 @@ def test_a_filter_bank_hears_a_tone_where_it_lies() -> None:
     torch.testing.assert_close(weight.norm(dim=2), torch.ones(64, 1))
 
 
-def test_thirds_are_weighted_means_of_an_utterance_whatever_its_padding():
+def test_thirds_are_weighted_means_for_any_padding():
     generator = torch.Generator().manual_seed(3)
     frames = torch.randn(4, 9, 5, generator=generator, dtype=torch.float64)
     lengths = [9, 6, 2, 1]
@@ -403,7 +311,7 @@ def test_thirds_are_weighted_means_of_an_utterance_whatever_its_padding():
             torch.testing.assert_close(pooled[row, part], expected, atol=2e-4, rtol=0)
 
 
-def test_the_vector_of_thirds_depends_on_the_order_and_not_on_the_padding():
+def test_the_embedding_of_thirds_depends_on_the_order_and_not_on_the_padding():
     torch.manual_seed(1)
     encoder = SpeechEncoder(make_trunk(), 16, "all", 0, head_heads=4, dropout=0.0, pool="thirds").eval()
     waves, lengths = make_waves(16000, 9000)

@@ -1,4 +1,4 @@
-"""References for the objectives, written from the papers' formulas as loops over single numbers.
+"""References for the objectives: the papers' formulas as loops over scalars.
 
 They share no code with the toolkit and use tensors only as numbers that remember their gradient.
 """
@@ -39,7 +39,7 @@ def contrastive(
 
 
 def draw_probabilities(query: Tensor, keys: Tensor, own_id: int, key_ids: Tensor, temperature: float) -> list[float]:
-    """Probability with which one row draws each key as its negative; all 0 where it has none."""
+    """Probability of each key to be sampled as a row's negative; all 0 if the row has none."""
     weights = [
         0.0 if key_ids[m] in (own_id, -1) else float((dot(query, keys[m]) / temperature).exp())
         for m in range(len(key_ids))

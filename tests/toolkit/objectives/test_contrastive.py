@@ -10,7 +10,7 @@ from toolkit.objectives.contrastive import BLOCK, contrastive_loss
 
 
 class Case:
-    """A random batch with repeated identities, keys of further ranks and a partly empty queue."""
+    """A random batch with repeated picture ids, keys of other ranks and a partly empty queue."""
 
     def __init__(self, seed: int, dtype: torch.dtype = torch.float64) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -38,7 +38,7 @@ class Case:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_equals_naive_loops_whatever_the_block(seed):
+def test_equals_naive_loops_for_any_block_size(seed):
     case = Case(seed)
     inputs = (case.speech, case.image, case.temperature)
     for alpha in (0.0, 0.4, 1.0):
@@ -61,7 +61,7 @@ def test_equals_naive_loops_in_float32(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_without_momentum_the_keys_carry_gradient(seed):
+def test_without_momentum_the_keys_receive_gradients(seed):
     case = Case(200 + seed)
     gradients = []
     for loss in (contrastive_loss, naive.contrastive):
@@ -70,7 +70,7 @@ def test_without_momentum_the_keys_carry_gradient(seed):
     torch.testing.assert_close(*gradients)
 
 
-def test_keys_may_come_in_parts_of_which_some_carry_gradient():
+def test_keys_may_be_given_in_parts_of_which_some_receive_gradients():
     case = Case(2)
     cut, rows = len(case.ids), len(case.key_ids)
     assert 1 < cut < rows
@@ -88,18 +88,18 @@ def test_keys_may_come_in_parts_of_which_some_carry_gradient():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor holds that an operation gives."""
+    """Records the size of the largest tensor that an operation returns."""
 
     numbers = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for leaf in filter(torch.is_tensor, tree_leaves(found)):
+        output = function(*args, **(kwargs or {}))
+        for leaf in filter(torch.is_tensor, tree_leaves(output)):
             self.numbers = max(self.numbers, leaf.untyped_storage().nbytes() // leaf.element_size())
-        return found
+        return output
 
 
-def test_the_logits_of_all_rows_never_exist_at_once():
+def test_the_logits_of_all_rows_are_never_materialized_at_once():
     rows, keys, width, block = 32, 300, 2, 1200
     speech_keys, image_keys = (F.normalize(torch.randn(keys, width), dim=1) for _ in range(2))
     speech, image = (side[:rows].clone().requires_grad_() for side in (speech_keys, image_keys))
@@ -111,7 +111,7 @@ def test_the_logits_of_all_rows_never_exist_at_once():
     assert largest.numbers == 2 * block, "more than a block of student's and teacher's logits, or not seen at all"
 
 
-def test_one_certain_pair_costs_nothing_and_two_equal_ones_log_two():
+def test_the_loss_is_0_for_one_certain_pair_and_log_2_for_two_equal_ones():
     one, two = torch.eye(2)[:1], torch.ones(2, 2) / 2**0.5
     ids = torch.tensor([7, 8])
     assert contrastive_loss(one, one, one, one, ids[:1], ids[:1], torch.tensor(0.07)) == 0
@@ -153,8 +153,8 @@ def test_soft_targets_need_the_rows_own_keys():
         contrastive_loss(*case.arguments(0.4)[:8])
 
 
-def test_does_not_wait_for_the_device():
+def test_does_not_synchronize_with_the_device():
     case = Case(7)
-    with FakeTensorMode() as mode:  # refuses whatever needs a value on the host
+    with FakeTensorMode() as mode:  # raises if a value is needed on the host
         fake = [mode.from_tensor(x) if torch.is_tensor(x) else x for x in case.arguments(0.4)]
         assert contrastive_loss(*fake).shape == ()

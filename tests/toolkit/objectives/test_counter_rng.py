@@ -5,7 +5,7 @@ from toolkit.objectives.counter_rng import CounterRNG
 
 
 def splitmix(seed: int, row: int, stream: int, index: int) -> float:
-    """The same number, in Python's integers."""
+    """The same number, computed with Python's integers."""
     step, wrap = 0x9E3779B97F4A7C15, 2**64 - 1
 
     def mixed(z: int) -> int:
@@ -25,14 +25,14 @@ def test_numbers_are_those_of_the_formula():
 
 
 @pytest.mark.parametrize("stream", range(5))
-def test_uniform_numbers_are_even_and_unrelated(stream):
+def test_uniform_numbers_are_uniform_and_uncorrelated(stream):
     drawn = CounterRNG(stream, torch.arange(400)).uniform(stream, 500).double()
     assert 0 <= drawn.min() < 1e-4
     assert 1 - 1e-4 < drawn.max() < 1
     counts = torch.histc(drawn, 100, 0, 1)
     assert (((counts - 2000) ** 2) / 2000).sum() < 100 + 5 * 200**0.5
     centred = drawn - drawn.mean()
-    for other in (centred.roll(1, 0), centred.roll(1, 1)):  # neighbours in the batch, and in a row
+    for other in (centred.roll(1, 0), centred.roll(1, 1)):  # neighbors in the batch, and in a row
         assert abs((centred * other).mean() / centred.var()) < 5 / drawn.numel() ** 0.5
 
 

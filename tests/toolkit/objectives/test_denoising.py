@@ -18,7 +18,7 @@ def lengths_to_mask(lengths: list[int], longest: int) -> torch.Tensor:
 
 
 def labelled(mask: torch.Tensor) -> torch.Tensor:
-    """Tokens [B, L, 2] that say where they come from: row and place."""
+    """Tokens [B, L, 2] that contain their own row and position."""
     batch, length = mask.shape
     return torch.stack(torch.meshgrid(torch.arange(batch), torch.arange(length), indexing="ij"), dim=-1).float()
 
@@ -44,7 +44,7 @@ def test_loss_equals_naive_loops(loss, seed):
     batch, length, width = 1 + seed, 3 + seed % 3, 2 + seed
     mask = lengths_to_mask(torch.randint(0, length + 1, (batch,), generator=g).tolist(), length)
     mask[0] = True
-    positions = torch.rand(batch, length, generator=g) < 0.6  # reaches into the padding, which must not count
+    positions = torch.rand(batch, length, generator=g) < 0.6  # includes padding, which must not count
     predicted = torch.randn(batch, length, width, generator=g, dtype=dtype, requires_grad=True)
     target = torch.randn(batch, length, width, generator=g, dtype=dtype)
     results = []
@@ -56,7 +56,7 @@ def test_loss_equals_naive_loops(loss, seed):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_has_no_gradient_to_the_target_and_none_from_padding(loss):
-    mask = lengths_to_mask([3, 0], 4)  # the second row holds nothing
+    mask = lengths_to_mask([3, 0], 4)  # the second row is padding only
     predicted, target = (torch.randn(2, 4, 5, generator=generator(n), requires_grad=True) for n in range(2))
     value = denoising_loss(predicted, target, mask, mask, loss)
     gradient, none = torch.autograd.grad(value, (predicted, target), allow_unused=True)
@@ -85,7 +85,7 @@ def test_loss_is_float32_under_bf16_inputs_and_autocast():
 
 @pytest.mark.parametrize("kind", ["swap", "gaussian", "mask"])
 @pytest.mark.parametrize("span", [1, 4])
-def test_noise_stays_where_it_says_and_off_the_padding(kind, span):
+def test_noise_is_only_at_its_positions_and_not_on_padding(kind, span):
     mask = lengths_to_mask([9, 1, 5, 12], 12)
     tokens = torch.randn(4, 12, 3, generator=generator(1))
     noised = noise(tokens, mask, kind, span=span, ratio=0.7)
@@ -96,16 +96,16 @@ def test_noise_stays_where_it_says_and_off_the_padding(kind, span):
 
 
 @pytest.mark.parametrize(("span", "ratio"), [(1, 0.15), (5, 0.5), (5, 1.0), (3, 0.0)])
-def test_every_place_is_noised_with_probability_ratio(span, ratio):
+def test_every_position_is_noised_with_probability_ratio(span, ratio):
     rows, length = 4000, 17
     mask = torch.ones(rows, length, dtype=torch.bool)
     noised = noise(torch.ones(rows, length, 1), mask, "mask", span=span, ratio=ratio)
-    share = noised.positions.float().mean(0)  # by place, the first and the last ones too
+    share = noised.positions.float().mean(0)  # by position, including the first and the last
     deviation = (ratio * (1 - ratio) / rows) ** 0.5
     assert ((share - ratio).abs() <= 4.5 * deviation).all(), f"shares {share.tolist()}, expected {ratio}"
 
 
-def test_runs_are_whole_spans_that_start_anywhere():
+def test_spans_are_complete_and_start_anywhere():
     noised = noise(torch.ones(50, 40, 1), torch.ones(50, 40, dtype=torch.bool), "mask", span=4, ratio=0.3)
     for row in noised.positions.tolist():
         inner = "".join("x" if one else "." for one in row).split(".")[1:-1]
@@ -115,9 +115,9 @@ def test_runs_are_whole_spans_that_start_anywhere():
 
 
 @pytest.mark.parametrize("span", [1, 3])
-def test_swap_takes_real_runs_of_other_pictures(span):
+def test_swap_takes_spans_of_other_pictures_without_padding(span):
     mask = lengths_to_mask([10, 7, 2, 10, 6, 0], 10)
-    mask[3, 4] = False  # real tokens need not be a prefix
+    mask[3, 4] = False  # padding may be anywhere
     ids = torch.tensor([1, 1, 2, 3, 3, 4])
     tokens = labelled(mask)
     for seed in range(20):
@@ -128,7 +128,7 @@ def test_swap_takes_real_runs_of_other_pictures(span):
             assert mask[row, place], f"row {b} took padding: place {place} of row {row}"
 
 
-def test_swapped_runs_are_consecutive_frames_of_one_row():
+def test_swapped_spans_are_consecutive_frames_of_one_row():
     mask = torch.ones(6, 30, dtype=torch.bool)
     noised = noise(labelled(mask), mask, "swap", span=5, ratio=1.0)
     same_row = noised.tokens[:, 1:, 0] == noised.tokens[:, :-1, 0]
@@ -137,7 +137,7 @@ def test_swapped_runs_are_consecutive_frames_of_one_row():
     assert (breaks <= 6).all(), f"{breaks.tolist()} breaks, a row of 30 has at most 7 runs of 5"
 
 
-def test_swap_draws_rows_and_places_evenly():
+def test_swap_samples_rows_and_positions_uniformly():
     rows, length = 400, 20
     mask = torch.ones(rows, length, dtype=torch.bool)
     tokens = labelled(mask)
@@ -150,15 +150,15 @@ def test_swap_draws_rows_and_places_evenly():
         assert statistic < choices + 5 * (2 * choices) ** 0.5, f"uneven: {counts.tolist()}"
 
 
-def test_swap_leaves_rows_alone_that_have_no_other_picture():
+def test_swap_leaves_rows_without_another_picture_unchanged():
     mask = lengths_to_mask([4, 4, 0], 4)
     tokens = labelled(mask)
-    noised = noise(tokens, mask, "swap", ids=torch.tensor([7, 7, 8]), ratio=1.0)  # the third picture has no real token
+    noised = noise(tokens, mask, "swap", ids=torch.tensor([7, 7, 8]), ratio=1.0)  # the third row is padding only
     assert not noised.positions.any()
     assert noised.tokens.equal(tokens)
 
 
-def test_swap_passes_gradient_to_the_tokens_it_took():
+def test_swap_passes_gradients_to_the_source_tokens():
     mask = torch.ones(3, 4, dtype=torch.bool)
     tokens = torch.randn(3, 4, 2, generator=generator(), requires_grad=True)
     noise(tokens, mask, "swap", ratio=0.5).tokens.sum().backward()
@@ -167,10 +167,10 @@ def test_swap_passes_gradient_to_the_tokens_it_took():
 
 
 @pytest.mark.parametrize("snr_db", [-5.0, 0.0, 10.0])
-def test_gaussian_has_the_asked_ratio_in_each_row(snr_db):
+def test_gaussian_noise_has_the_requested_ratio_in_each_row(snr_db):
     mask = lengths_to_mask([200, 60], 200)
     tokens = torch.randn(2, 200, 50, generator=generator(1)) * torch.tensor([1.0, 30.0])[:, None, None]
-    tokens[~mask] = 1e4  # padding is no signal
+    tokens[~mask] = 1e4  # padding does not count as signal
     noised = noise(tokens, mask, "gaussian", ratio=1.0, snr_db=snr_db)
     for clean, noisy, real in zip(tokens, noised.tokens, mask, strict=True):
         added = (noisy - clean)[real]
@@ -179,7 +179,7 @@ def test_gaussian_has_the_asked_ratio_in_each_row(snr_db):
         assert abs(added.mean()) < 0.1 * added.std()
 
 
-def test_mask_puts_zeros_or_the_given_token():
+def test_mask_inserts_zeros_or_the_given_token():
     mask = torch.ones(2, 6, dtype=torch.bool)
     tokens = torch.ones(2, 6, 3)
     zeros = noise(tokens, mask, "mask")
@@ -190,7 +190,7 @@ def test_mask_puts_zeros_or_the_given_token():
 
 
 @pytest.mark.parametrize("kind", ["swap", "gaussian", "mask"])
-def test_all_randomness_comes_from_the_seed(kind):
+def test_noise_is_determined_by_the_seed(kind):
     tokens, mask = torch.randn(3, 8, 2, generator=generator()), torch.ones(3, 8, dtype=torch.bool)
     before = torch.get_rng_state()
     first = noise(tokens, mask, kind, seed=1)
@@ -203,7 +203,7 @@ def test_all_randomness_comes_from_the_seed(kind):
 
 @pytest.mark.parametrize("kind", ["swap", "gaussian", "mask"])
 @pytest.mark.parametrize("span", [1, 3])
-def test_a_rows_noise_is_the_same_on_any_number_of_ranks_and_with_any_padding(kind, span):
+def test_the_noise_of_a_row_does_not_depend_on_world_size_and_padding(kind, span):
     mask = lengths_to_mask([9, 7, 5, 8, 12, 3, 6, 12], 12)
     tokens = torch.randn(8, 12, 3, generator=generator(1))
     whole = noise(tokens, mask, kind, span=span, swap_group=2)
@@ -242,8 +242,8 @@ def test_unknown_names_are_refused():
         denoising_loss(tokens, tokens, mask, mask, "l1")
 
 
-def test_does_not_wait_for_the_device():
-    with FakeTensorMode() as mode:  # refuses whatever needs a value on the host
+def test_does_not_synchronize_with_the_device():
+    with FakeTensorMode() as mode:  # raises if a value is needed on the host
         tokens, mask = mode.from_tensor(torch.ones(2, 5, 3)), mode.from_tensor(torch.ones(2, 5, dtype=torch.bool))
         for kind in ("swap", "gaussian", "mask"):
             random = CounterRNG(0, mode.from_tensor(torch.arange(2)))

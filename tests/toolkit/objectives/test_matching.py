@@ -19,7 +19,7 @@ def uniforms(rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def assert_frequencies(drawn: torch.Tensor, probabilities: list[float]) -> None:
-    """Pearson's statistic within five deviations of its mean, and nothing drawn that is impossible."""
+    """Check that Pearson's statistic is within five deviations of its mean, and no impossible value was sampled."""
     expected = torch.tensor(probabilities) * len(drawn)
     counts = torch.bincount(drawn, minlength=len(expected))
     possible = expected > 0
@@ -43,7 +43,7 @@ def test_frequencies_are_the_softmax_of_the_similarities():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_draws_equal_a_walk_along_the_cumulative_distribution(seed):
+def test_samples_equal_a_search_in_the_cumulative_distribution(seed):
     speech, image, speech_keys, image_keys = (embeddings(10 * seed + n, 6, dtype=torch.float64) for n in range(4))
     ids = torch.randint(0, 4, (6,), generator=torch.Generator().manual_seed(seed))
     chances = uniforms(6, seed)
@@ -62,7 +62,7 @@ def test_draws_equal_a_walk_along_the_cumulative_distribution(seed):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.07, 0.001])
-def test_never_draws_the_same_picture_or_an_empty_slot(temperature):
+def test_never_samples_the_same_picture_or_an_empty_slot(temperature):
     ids = torch.randint(0, 5, (64,), generator=torch.Generator().manual_seed(1))
     keys = torch.eye(5)[ids]  # a row's own picture is by far the most similar
     key_ids = torch.where(torch.arange(64) % 7 == 0, -1, ids)
@@ -76,7 +76,7 @@ def test_never_draws_the_same_picture_or_an_empty_slot(temperature):
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-def test_draws_evenly_where_the_similarities_are_not_finite(broken):
+def test_samples_uniformly_if_the_similarities_are_not_finite(broken):
     rows = 4000
     speech, image = torch.full((rows, 2), broken), torch.ones(rows, 2)
     key_ids = torch.tensor([0, 1, 0, 2, 3])
@@ -92,10 +92,10 @@ def test_marks_rows_without_any_other_picture():
     ids = torch.tensor([4, 4, 4])
     drawn = draw_negatives(x, x, x, x, ids, ids, torch.tensor(0.07), uniforms(3))
     assert not drawn.valid.any()
-    assert ((drawn.image >= 0) & (drawn.image < 3)).all(), "an index that cannot be looked up"
+    assert ((drawn.image >= 0) & (drawn.image < 3)).all(), "index out of range"
 
 
-def test_draws_do_not_depend_on_the_number_of_ranks():
+def test_samples_do_not_depend_on_the_world_size():
     x, y, ids, chances = embeddings(0, 12), embeddings(1, 12), torch.arange(12) % 7, uniforms(12)
     whole = draw_negatives(x, y, x, y, ids, ids, torch.tensor(0.2), chances)
     for own in torch.arange(12).chunk(4):
@@ -118,15 +118,15 @@ def test_loss_equals_naive_loops(seed):
     torch.testing.assert_close(*results, atol=tolerance, rtol=tolerance)
 
 
-def test_invalid_negatives_weigh_nothing():
+def test_invalid_negatives_add_nothing():
     positive, negative = torch.zeros(2, 2), torch.tensor([[0.0, 50.0], [0.0, 50.0]])
     loss = matching_loss(positive, negative, negative, torch.zeros(2, 2, dtype=torch.bool))
     torch.testing.assert_close(loss, torch.tensor(2.0).log() / 3)
 
 
-def test_does_not_wait_for_the_device():
+def test_does_not_synchronize_with_the_device():
     x, ids = embeddings(0, 4), torch.arange(4)
-    with FakeTensorMode() as mode:  # refuses whatever needs a value on the host
+    with FakeTensorMode() as mode:  # raises if a value is needed on the host
         x, ids, temperature, chances = map(mode.from_tensor, (x, ids, torch.tensor(0.07), uniforms(4)))
         drawn = draw_negatives(x, x, x, x, ids, ids, temperature, chances)
         assert matching_loss(x[:, :2], x[drawn.image, :2], x[drawn.speech, :2], drawn.valid).shape == ()
