@@ -1,6 +1,7 @@
 """Pictures in and out: any file that Pillow decodes becomes an RGB JPEG in the shards, and a square of bytes later."""
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,8 @@ from shards.media.picture_metadata import upright, without_metadata
 from shards.media.pixel_depth import to_rgb
 
 Resize = Literal["crop", "squash"]  # how a picture becomes a square
+# From width and height of a picture to left, top, right and bottom of a region, as shares of width and height.
+Region = Callable[[int, int], tuple[float, float, float, float]]
 
 MAX_PIXELS = 178_000_000  # refused from the header, before any memory is taken
 MAX_STORED_PIXELS = 50_000_000  # of a picture in a shard: bounds what a worker's memory may grow by
@@ -106,7 +109,9 @@ def _encode(image: Image.Image, short_side: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def decode_picture(data: bytes, size: int, max_pixels: int = MAX_PIXELS, resize: Resize = "crop") -> np.ndarray:
+def decode_picture(
+    data: bytes, size: int, max_pixels: int = MAX_PIXELS, resize: Resize = "crop", region: Region | None = None
+) -> np.ndarray:
     """Decode a picture of a shard and bring it to a square.
 
     Args:
@@ -116,6 +121,7 @@ def decode_picture(data: bytes, size: int, max_pixels: int = MAX_PIXELS, resize:
         resize: "crop" resizes the short side to `size` and cuts out the centre, as CLIP's image processor does with
             Pillow; "squash" resizes both sides to `size`, without regard to the aspect, as BLIP-2's does. Both are
             bicubic.
+        region: Chooses the region that is resized, in place of `resize`.
 
     Returns:
         uint8 [3, size, size], RGB.
@@ -125,9 +131,14 @@ def decode_picture(data: bytes, size: int, max_pixels: int = MAX_PIXELS, resize:
     """
 
     def decode(image: Image.Image, source: _Source) -> np.ndarray:
-        whole = image.size
-        width, height = _draft(image, size)
-        left, top, right, bottom = _central(*whole, size) if resize == "crop" else (0.0, 0.0, 1.0, 1.0)
+        whole, short_side = image.size, size
+        if region:
+            left, top, right, bottom = region(*whole)
+            sides = whole[0] * (right - left), whole[1] * (bottom - top)
+            short_side = math.ceil(size * min(whole) / max(1.0, min(sides)))  # of a picture with `size` in the region
+        else:
+            left, top, right, bottom = _central(*whole, size) if resize == "crop" else (0.0, 0.0, 1.0, 1.0)
+        width, height = _draft(image, short_side)
         box = (left * width, top * height, right * width, bottom * height)
         square = to_rgb(image, source.reopener()).resize((size, size), Image.Resampling.BICUBIC, box=box)
         return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))

@@ -1,0 +1,1 @@
+"""Random augmentation of waveforms and pictures: a function of seed and position in the training data alone."""
