@@ -1,4 +1,8 @@
-"""Worker processes for many independent tasks: no shared lock that a dying worker could hold; its death is named."""
+"""Worker processes for independent tasks, each with its own pipe.
+
+In contrast to `concurrent.futures.ProcessPoolExecutor`, workers share no queue whose lock a killed worker could hold,
+an error names the worker that died and its task, and an error stops workers that are still busy.
+"""
 
 import multiprocessing
 import os
@@ -13,40 +17,40 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from shards.errors import UserError
+from shards.progress import Progress
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Progress = Callable[[int], object]  # told how many units of work were done since the last call
 
 
 def run_tasks(
     function: Callable[[Task, Progress], Result], tasks: Mapping[str, Task], jobs: int, progress: Progress
 ) -> Iterator[tuple[str, Result]]:
-    """Apply `function` to every task and give (name, result) as they come, in no fixed order.
+    """Apply `function` to every task and yield (name, result) in order of completion.
 
     Args:
-        function: importable by name; called with a task and a `Progress`.
-        tasks: what to do, by a name that a message can show.
-        jobs: processes; with one the work is done here.
-        progress: told what the function reports, in this process.
+        function: Importable by name; called with a task and a `Progress`.
+        tasks: The tasks by name, as shown in messages.
+        jobs: Number of processes; with one, the tasks run in this process.
+        progress: Called in this process with what the function reports.
 
     Raises:
-        UserError: the first that a task raises, or a worker that was killed. The other workers are stopped.
-        RuntimeError: any other exception of a task, with the worker's traceback.
+        UserError: The first that a task raises, or a worker was killed. The other workers are stopped.
+        RuntimeError: A task raised another exception; the message has the worker's traceback.
     """
     if jobs <= 1 or len(tasks) <= 1:
         for name, task in tasks.items():
             yield name, function(task, progress)
         return
     workers: dict[Connection, _Worker] = {}
-    todo = iter(tasks.items())
+    remaining = iter(tasks.items())
     try:
         with _no_interrupt():
             for number in range(min(jobs, len(tasks))):
                 worker = _start(number, function)
                 workers[worker.connection] = worker
         for worker in workers.values():
-            worker.give(next(todo, None))
+            worker.send(next(remaining, None))
         while busy := [worker.connection for worker in workers.values() if worker.task is not None]:
             for connection in wait(busy):
                 worker = workers[connection]  # type: ignore[index]
@@ -55,7 +59,7 @@ def run_tasks(
                     progress(value)
                     continue
                 name = str(worker.task)
-                worker.give(next(todo, None))
+                worker.send(next(remaining, None))
                 yield name, value
     finally:
         for worker in workers.values():
@@ -67,9 +71,9 @@ class _Worker:
     number: int
     process: BaseProcess
     connection: Connection
-    task: str | None = None  # name of the task it works on
+    task: str | None = None  # name of its current task
 
-    def give(self, task: tuple[str, Any] | None) -> None:
+    def send(self, task: tuple[str, Any] | None) -> None:
         self.task = task[0] if task else None
         try:
             self.connection.send(task and task[1])
@@ -77,7 +81,7 @@ class _Worker:
             raise UserError(self._worker_death_error()) from None
 
     def receive(self) -> tuple[str, Any]:
-        """Wait for the worker's next word: kind and value; its death, or an error in it, is raised here."""
+        """Wait for the worker's next message: kind and value. Raises its error, or an error if it died."""
         try:
             kind, value = self.connection.recv()
         except (EOFError, OSError):
@@ -102,32 +106,32 @@ class _Worker:
 
 
 def _start(number: int, function: Callable[..., Any]) -> _Worker:
-    # Spawned, not forked: the parent may have threads, whose locks a fork would copy as they happen to be.
+    # Spawned, not forked: the parent may have threads, and a fork would copy their locks in any state.
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, function), name=f"worker {number}", daemon=True)
+    connection, worker_connection = context.Pipe()
+    process = context.Process(target=_serve, args=(worker_connection, function), name=f"worker {number}", daemon=True)
     process.start()
-    theirs.close()  # so that the death of the worker is the end of the stream
-    return _Worker(number, process, ours)
+    worker_connection.close()  # so that `recv` raises EOFError when the worker dies
+    return _Worker(number, process, connection)
 
 
 def _serve(connection: Connection, function: Callable[..., Any]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
     def progress(count: int) -> None:
         connection.send(("progress", count))
 
     while (task := connection.recv()) is not None:
         try:
-            answer = ("done", function(task, progress))
+            message = ("done", function(task, progress))
         except UserError as error:
-            answer = ("user error", str(error))
+            message = ("user error", str(error))
         except Exception:
-            answer = ("failure", traceback.format_exc())
-        connection.send(answer)
+            message = ("failure", traceback.format_exc())
+        connection.send(message)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -136,7 +140,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Start children deaf to Ctrl-C, which a terminal sends to all: this process alone stops them, in order."""
+    """Start children that ignore SIGINT, which a terminal sends to all processes; this process stops them in order."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
