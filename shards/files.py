@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, JSON lines, and listings of a user's folder."""
+"""Atomic writes, checksums, JSON lines, and listings of a user's folder."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from shards.errors import UserError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` for writing; it takes the name `path` only when all of it is on disk."""
+    """Open a temporary file beside `path` for writing; it is renamed to `path` once all of it is on disk."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -27,7 +27,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk: a rename is lasting only then."""
+    """Flush a folder to disk, which makes a rename durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +36,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Checksum of a file, read in blocks of 1 MiB."""
+    """Return the SHA-256 of a file, read in blocks of 1 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -47,7 +47,7 @@ def file_sha256(path: Path) -> str:
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a file, line by line; skip an unfinished last line and anything that is not an object.
 
-    A process may have been killed while it appended a line.
+    A process may have been killed while appending a line.
 
     Raises:
         OSError: The file cannot be read.
@@ -63,10 +63,10 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def listed(folder: Path) -> list[Path]:
-    """List the paths in a folder whose name comes from the user.
+    """List the paths in a folder given by the user.
 
     Raises:
-        UserError: It is not a folder, or cannot be read.
+        UserError: The path is not a folder, or cannot be read.
     """
     try:
         return list(folder.iterdir())

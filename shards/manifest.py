@@ -1,7 +1,7 @@
-"""The manifest: what a folder of shards holds, as columns that a million samples fill in well under a second.
+"""The manifest: the contents of a folder of shards, as columns; a million samples load in well under a second.
 
-`manifest.json` names the shards with their sizes and checksums and is written last, so a folder without one is not
-finished. `index.npz` beside it holds one row a sample and one row a caption.
+`manifest.json` lists the shards with sizes and checksums and is written last, so a folder without one is unfinished.
+`index.npz` beside it has one row per sample and one row per caption.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from shards.remote import Remote, is_url
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
 FORMAT = 1
-# What `manifest.json` says. `report` and `sha256`, its own checksum, are not in one of an earlier version.
-_HEAD = {"format", "corpus", "hash", "arguments", "splits", "index", "shards"}
+# Keys of `manifest.json`. Earlier versions did not write `report` and `sha256`, the checksum of the file itself.
+_KEYS = {"format", "corpus", "hash", "arguments", "splits", "index", "shards"}
 
-# The columns of `index.npz` in order of writing. "S" is a byte string as long as its longest value.
+# The columns of `index.npz` in order of writing. "S" is a byte string of the length of its longest value.
 SAMPLE_COLUMNS = {
     "key": "S",
     "image_id": "S",
@@ -42,14 +42,14 @@ SAMPLE_COLUMNS = {
 CAPTION_COLUMNS = {"audio_offset": "<i8", "audio_bytes": "<i8", "duration": "<f4"}
 COLUMNS = {**SAMPLE_COLUMNS, "first_caption": "<i8", **CAPTION_COLUMNS}
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")  # of a shard: no folder, nothing hidden
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")  # no path, no hidden file
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar file of the folder."""
+    """One shard of the folder."""
 
     name: str
     bytes: int
@@ -61,65 +61,67 @@ class ShardInfo:
 class Manifest:
     """A finished folder of shards: S samples (pictures) with C captions, numbered in order of writing.
 
-    The samples of a split are contiguous, and so are those of a shard, which holds samples of one split.
+    The samples of a split are contiguous, and so are those of a shard, which contains samples of one split.
     """
 
-    folder: Path  # of remote shards only a name: what reads them takes `url`
+    folder: Path  # for remote shards only a name; see `url`
     corpus: str
-    hash: str  # sha256 over the shards' checksums and the index: the identity of the data set
+    hash: str  # SHA-256 of the shards' checksums and the index: the identity of the data set
     shards: tuple[ShardInfo, ...]
     splits: tuple[str, ...]
-    key: np.ndarray  # bytes [S], the name of a sample's tar members
+    key: np.ndarray  # bytes [S], the stem of a sample's tar members
     image_id: np.ndarray  # utf-8 bytes [S]
     shard: np.ndarray  # int32 [S], index in `shards`
     split: np.ndarray  # int8 [S], index in `splits`
-    meta_offset: np.ndarray  # int64 [S], where KEY.json begins in its tar, in bytes
+    meta_offset: np.ndarray  # int64 [S], offset of KEY.json in its tar, in bytes
     meta_bytes: np.ndarray  # int64 [S]
     image_offset: np.ndarray  # int64 [S]
     image_bytes: np.ndarray  # int64 [S]
-    twin: np.ndarray  # int64 [S], sample number of the picture this one is the twin of; -1: none
+    twin: np.ndarray  # int64 [S], sample number of the picture of which this is the twin; -1: none
     first_caption: np.ndarray  # int64 [S+1], caption rows of sample s: first_caption[s] to first_caption[s+1]
     audio_offset: np.ndarray  # int64 [C]
     audio_bytes: np.ndarray  # int64 [C]
     duration: np.ndarray  # float32 [C], seconds
-    arguments: dict[str, Any] = field(default_factory=dict)  # what make_shards was asked for
-    url: str | None = None  # where remote shards are
-    report: str | None = None  # sha256 of the report beside it; None: an earlier version noted none
+    arguments: dict[str, Any] = field(default_factory=dict)  # arguments of make_shards
+    url: str | None = None  # of remote shards
+    report: str | None = None  # SHA-256 of the report; None: written by an earlier version
 
     @property
     def place(self) -> str:
-        """Folder or URL, as messages show it."""
+        """Folder or URL, for messages."""
         return self.url or str(self.folder)
 
     def rows(self, split: str) -> np.ndarray:
-        """Sample numbers of a split, int64, ascending.
+        """Return the sample numbers of a split, int64, ascending.
 
         Raises:
-            UserError: there is no such split.
+            UserError: There is no such split.
         """
         if split not in self.splits:
             raise UserError(f"no split {split!r} in {self.place}: it has {', '.join(self.splits)}")
         return np.flatnonzero(self.split == self.splits.index(split))
 
     def captions(self, sample: int) -> range:
-        """Caption rows of a sample."""
+        """Return the caption rows of a sample."""
         return range(int(self.first_caption[sample]), int(self.first_caption[sample + 1]))
 
 
 def load(folder: Path | str) -> Manifest:
-    """Read the manifest of a folder, check that its index is the one it was written with, and that both make sense.
+    """Read the manifest of a folder, and validate it and its index.
 
     Args:
         folder: A folder, or a URL that fsspec understands.
 
     Raises:
-        UserError: there is no manifest, or it or the index is damaged.
+        UserError: There is no manifest, or it or the index is damaged.
     """
     remote = Remote(str(folder)) if is_url(folder) else None
     folder = Path(folder)
     place = remote.url if remote else str(folder)
     if not remote and os.path.exists(folder / MANIFEST) and not os.path.isfile(folder / MANIFEST):
-        raise UserError(f"{folder / MANIFEST} is no regular file: make the shards again")  # a pipe is not waited for
+        raise UserError(
+            f"{folder / MANIFEST} is not a regular file: make the shards again"
+        )  # reading a pipe would block
     try:
         head = json.loads(remote.read(MANIFEST) if remote else (folder / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -158,10 +160,10 @@ def _load_index(source: Path | bytes, place: str, sha256: str) -> dict[str, np.n
     if isinstance(source, Path) and not os.path.isfile(source):
         raise UserError(f"{name} is missing: make the shards again")
     try:
-        found = file_sha256(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
+        digest = file_sha256(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}") from None
-    if found != sha256:
+    if digest != sha256:
         raise UserError(f"{name} is not the index that {MANIFEST} was written with: make the shards again")
     try:
         with np.load(source if isinstance(source, Path) else io.BytesIO(source), allow_pickle=False) as stored:
@@ -173,24 +175,24 @@ def _load_index(source: Path | bytes, place: str, sha256: str) -> dict[str, np.n
 
 
 def stored_problem(folder: Path) -> str | None:
-    """Say whether `manifest.json`, which `load` has taken, is byte for byte what `save` writes; None: it is.
+    """Return how the bytes of a `manifest.json` accepted by `load` differ from those that `save` writes, or None.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: The file cannot be read.
     """
     try:
         data = (folder / MANIFEST).read_bytes()
     except OSError as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
     head = json.loads(data)
-    unknown = sorted(head.keys() - {*_HEAD, "report", "sha256"})
+    unknown = sorted(head.keys() - {*_KEYS, "report", "sha256"})
     if unknown or ("report" in head and "sha256" not in head) or data != encoded(head):
-        return "its bytes changed since it was written" + (f": it has no key {unknown[0]!r}" if unknown else "")
+        return "its bytes changed since it was written" + (f": unknown key {unknown[0]!r}" if unknown else "")
     return None
 
 
 def encoded(head: Mapping[str, Any]) -> bytes:
-    """The bytes of `manifest.json`."""
+    """Return the bytes of `manifest.json`."""
     return json.dumps(head, indent=1).encode() + b"\n"
 
 
@@ -199,40 +201,40 @@ def _identity(shards: Any, splits: Any, index: Any) -> str:
 
 
 def sign(head: dict[str, Any]) -> None:
-    """Set both checksums of what `manifest.json` says: of the data, its `hash`, and of all of it."""
+    """Set the checksums in the head of a manifest: `hash` of the data, and `sha256` of the head."""
     head["hash"] = _identity(head["shards"], head["splits"], head["index"])
-    head["sha256"] = _signature(head)
+    head["sha256"] = _head_sha256(head)
 
 
-def _signature(head: Mapping[str, Any]) -> str:
-    """Checksum of all that `manifest.json` says but for the checksum itself."""
-    said = {name: value for name, value in head.items() if name != "sha256"}
-    return hashlib.sha256(encoded(said)).hexdigest()
+def _head_sha256(head: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the head without the checksum itself."""
+    rest = {name: value for name, value in head.items() if name != "sha256"}
+    return hashlib.sha256(encoded(rest)).hexdigest()
 
 
 def _problem_of_head(head: Mapping[str, Any]) -> str | None:
-    """Compare what `manifest.json` says with the checksums in it; those of earlier versions have the first only."""
+    """Compare the head with the checksums in it; earlier versions wrote only the first."""
     if head["hash"] != _identity(head["shards"], head["splits"], head["index"]):
-        return f"{MANIFEST} has another hash than what it says of the shards gives: it was changed"
-    if "sha256" in head and head["sha256"] != _signature(head):
-        return f"{MANIFEST} has another checksum than what it says gives: it was changed"
+        return f"{MANIFEST} was changed: its hash does not match its shards"
+    if "sha256" in head and head["sha256"] != _head_sha256(head):
+        return f"{MANIFEST} was changed: its checksum does not match its contents"
     return None
 
 
 def _problem_of(m: Manifest) -> str | None:
-    """Say what is impossible in a manifest that may come from anywhere; None: all of it makes sense."""
+    """Return what is invalid in a manifest from an untrusted source; None if it is valid."""
     if not all(isinstance(value, str) for value in (m.corpus, m.hash)) or not isinstance(m.arguments, dict):
-        return f"{MANIFEST} does not say what the shards are of"
+        return f"{MANIFEST} does not name the corpus and its arguments"
     if not all(isinstance(split, str) and SPLIT.fullmatch(split) for split in m.splits):
-        return f"{MANIFEST} names a split that has not letters, digits, _ and - only"
+        return f"{MANIFEST} names an invalid split: expected letters, digits, _ and -"
     names = [shard.name for shard in m.shards]
     if len(set(m.splits)) < len(m.splits):
         return f"{MANIFEST} names a split twice"
     for shard in m.shards:
-        if not _NAME.fullmatch(shard.name):
+        if not _SHARD_NAME.fullmatch(shard.name):
             return f"{MANIFEST} names a shard {shard.name!r}: expected a plain file name that ends in .tar"
         if not _SHA256.fullmatch(shard.sha256) or type(shard.bytes) is not int or not 0 <= shard.bytes < 2**62:
-            return f"{MANIFEST} has no sound size and checksum of shard {shard.name}"
+            return f"{MANIFEST} has an invalid size or checksum of shard {shard.name}"
     if len(set(names)) < len(names):
         return f"{MANIFEST} names a shard twice"
     for name, dtype in COLUMNS.items():
@@ -250,29 +252,29 @@ def _problem_of_rows(m: Manifest) -> str | None:
                 return f"{INDEX}: column {name} has {len(getattr(m, name))} rows, expected {length}"
     first = m.first_caption
     if first[0] != 0 or first[-1] != captions or (first[1:] < first[:-1]).any():
-        return f"{INDEX}: first_caption does not count the captions"
+        return f"{INDEX}: first_caption does not match the number of captions"
     for name, low, high in (("shard", 0, len(m.shards)), ("split", 0, len(m.splits)), ("twin", -1, samples)):
         column = getattr(m, name)
         if ((column < low) | (column >= high)).any():
-            return f"{INDEX}: column {name} holds a number that is out of range"
+            return f"{INDEX}: column {name} contains a number out of range"
     if not np.isfinite(m.duration).all() or (m.duration < 0).any():
-        return f"{INDEX}: a duration is no length of time"
+        return f"{INDEX}: durations must be finite and at least 0"
     return _problem_of_shards(m)
 
 
 def _problem_of_shards(m: Manifest) -> str | None:
     counts = np.bincount(m.shard, minlength=len(m.shards)).tolist()
     if counts != [shard.samples for shard in m.shards] or (m.shard[1:] < m.shard[:-1]).any():
-        return f"{INDEX}: its samples are not those of the shards in {MANIFEST}"
+        return f"{INDEX}: its samples do not match the shards in {MANIFEST}"
     changes = m.split[1:] != m.split[:-1]
     splits = len(np.flatnonzero(np.bincount(m.split)))
     if (changes & (m.shard[1:] == m.shard[:-1])).any() or int(changes.sum()) >= max(1, splits):
-        return f"{INDEX}: the samples of a split or a shard do not stand together"
+        return f"{INDEX}: the samples of a split or a shard are not contiguous"
     size = np.array([shard.bytes for shard in m.shards], np.int64)
     of_captions = np.repeat(m.shard, np.diff(m.first_caption))
     for what, shard in (("meta", m.shard), ("image", m.shard), ("audio", of_captions)):
         offset, length = getattr(m, f"{what}_offset"), getattr(m, f"{what}_bytes")
-        # Differences of two numbers that are not negative cannot overflow.
+        # The difference of two nonnegative numbers cannot overflow.
         outside = (offset < 0) | (length < 0) | (length > size[shard]) | (offset > size[shard] - length)
         if outside.any():
             name = m.shards[shard[int(np.argmax(outside))]].name
@@ -289,22 +291,22 @@ def save(
     arguments: Mapping[str, Any],
     report: str | None = None,
 ) -> Manifest:
-    """Write `index.npz`, then `manifest.json`, each whole or not at all; the same content gives the same bytes.
+    """Write `index.npz`, then `manifest.json`, each atomically; the same content gives the same bytes.
 
     Args:
-        folder: where the shards are.
-        corpus: name of the corpus.
-        shards: the tar files in order.
-        splits: names that the column `split` indexes.
-        columns: one sequence for every name in `COLUMNS`.
-        arguments: JSON values that say what the shards were made from.
-        report: sha256 of the report beside them; None: there is none.
+        folder: Folder of the shards.
+        corpus: Name of the corpus.
+        shards: The tar files in order.
+        splits: Names indexed by the column `split`.
+        columns: One sequence for every name in `COLUMNS`.
+        arguments: Arguments of make_shards, as JSON values.
+        report: SHA-256 of the report in the folder; None: there is none.
     """
     arrays: dict[str, Any] = {name: np.asarray(columns[name], dtype=dtype) for name, dtype in COLUMNS.items()}
     with atomic_write(folder / INDEX) as file:
         np.savez(file, **arrays)
     index = {"name": INDEX, "sha256": file_sha256(folder / INDEX)}
-    listed = [asdict(shard) for shard in shards]
+    shard_list = [asdict(shard) for shard in shards]
     head: dict[str, Any] = {
         "format": FORMAT,
         "corpus": corpus,
@@ -312,7 +314,7 @@ def save(
         "arguments": dict(arguments),
         "splits": list(splits),
         "index": index,
-        "shards": listed,
+        "shards": shard_list,
     }
     if report is not None:
         head["report"] = {"sha256": report}

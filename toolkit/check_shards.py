@@ -1,41 +1,47 @@
-"""Examine a folder of shards: python toolkit/check_shards.py DIR.
+"""Check a folder of shards: python toolkit/check_shards.py DIR.
 
-Exit code 0: healthy; 1: not healthy; 2: a mistake on the command line.
+Exit code 0: healthy; 1: a check failed; 2: a mistake on the command line.
 """
 
 import argparse
 import json
+import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.errors import Parser, UserError, run_main
+from shards.logs import add_log_level, setup_logging
 
-if TYPE_CHECKING:
-    from shards.worker_pool import Progress
+logger = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the command line."""
     parser = Parser(
         prog="check_shards.py",
-        description="Examine a folder of shards: checksums, tar structure, index, decodability, duplicates.",
-        epilog="exit code: 0 healthy, 1 not healthy, 2 a mistake on the command line",
+        description="Check a folder of shards: checksums, tar structure, index, decodability, duplicates.",
+        epilog="exit code: 0 healthy, 1 a check failed, 2 a mistake on the command line",
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="what make_shards wrote")
-    add("--decode", type=_decode, default=200, metavar="N|all", help="samples to decode, spread out (default: 200)")
-    add("--jobs", type=_number, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
-    add("--ranks", type=_number, default=8, metavar="N", help="advise for so many ranks (default: 8)")
-    add("--workers", type=_number, default=4, metavar="W", help="and so many loader workers each (default: 4)")
-    add("--html", type=Path, metavar="FILE", help="write a page with pictures, recordings and histograms")
+    add("folder", type=Path, metavar="DIR", help="folder written by make_shards")
+    add("--decode", type=_decode, default=200, metavar="N|all", help="samples to decode, evenly spaced (default: 200)")
+    add("--jobs", type=_number, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+    add(
+        "--ranks",
+        type=_number,
+        default=8,
+        metavar="N",
+        help="ranks of a training, for the advice on shard sizes (default: 8)",
+    )
+    add("--workers", type=_number, default=4, metavar="W", help="loader workers per rank, for the same (default: 4)")
+    add("--html", type=Path, metavar="FILE", help="write a page with pictures, audio and histograms")
     add("--json", action="store_true", help="print JSON instead of text")
+    add_log_level(parser)
     return parser
 
 
@@ -54,47 +60,37 @@ def _decode(value: str) -> int | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Examine the folder and print what was found; the process ends with exit code 1 if it is not healthy.
+    """Check the folder and print the result; exits with 1 if a check fails.
 
     Raises:
-        UserError: a mistake on the command line, or no shards there.
+        UserError: A mistake on the command line, or no shards in the folder.
     """
     options = build_parser().parse_args(arguments)
+    setup_logging(options.log_level)
 
-    # Late, since the doctor brings in what --help need not wait for.
+    # Imported here, as --help should not wait for the dependencies.
     from shards.checking.check import check_folder
     from shards.reading.dry_run import advise
 
-    with _progress_bar(options) as progress:
-        health = check_folder(options.folder, options.decode, options.jobs, progress)
-    advice = advise(health.manifest, options.ranks, options.workers) if health.manifest else []
+    result = check_folder(
+        options.folder, options.decode, options.jobs, show_progress=not options.json and sys.stderr.isatty()
+    )
+    advice = advise(result.manifest, options.ranks, options.workers) if result.manifest else []
     if options.json:
-        print(json.dumps({**health.as_json(), "advice": advice}, indent=1))
+        print(json.dumps({**result.as_json(), "advice": advice}, indent=1))
     else:
-        print("\n".join([health.text(), *advice]))
+        print("\n".join([result.text(), *advice]))
     if options.html:
         from shards.checking.page import write_page
 
         try:
-            write_page(options.html, health, advice)
+            write_page(options.html, result, advice)
         except UserError as error:
-            if health.healthy:
+            if result.healthy:
                 raise
-            print(f"error: {error}", file=sys.stderr)
-    if not health.healthy:
+            logger.error("%s", error)
+    if not result.healthy:
         sys.exit(1)
-
-
-@contextmanager
-def _progress_bar(options: Any) -> Iterator["Progress"]:
-    """A bar in a terminal, else nothing."""
-    if options.json or not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(unit=" samples", dynamic_ncols=True, leave=False) as bar:
-        yield bar.update
 
 
 def cli() -> None:

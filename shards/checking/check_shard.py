@@ -1,4 +1,4 @@
-"""The doctor's look at one shard: its bytes, its members against the index, and what is in them."""
+"""Check one shard: its bytes, its members against the index, and their contents."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import soundfile
 from PIL import Image
 
 from shards.checking.duplicates import Digests, text
-from shards.checking.finding import NAMED
+from shards.checking.finding import MAX_NAMED
 from shards.checking.tar import DamagedTar, Member, TarScan
 from shards.errors import UserError
 from shards.manifest import Manifest, ShardInfo
@@ -22,50 +22,50 @@ from shards.media.audio import CODECS, MAX_SECONDS, SAMPLE_RATE
 from shards.media.picture import MAX_STORED_PIXELS as MAX_PIXELS
 from shards.media.picture import decode_picture
 from shards.media.signal_level import LevelMeter
+from shards.progress import Progress
 from shards.reading.reader import MAX_MEMBER, MAX_META
-from shards.worker_pool import Progress
 
-_SIDE = 224  # pixels a picture is decoded to, as training does
-_TOLERANCE = 0.05  # seconds between what the index says and what is there
+_SIDE = 224  # side of decoded pictures in pixels, as in training
+_TOLERANCE = 0.05  # largest difference from the index, in seconds
 _BLOCK = 1 << 16
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One sample as the index has it: members are (offset, bytes) of its JSON, its picture and its recordings."""
+class IndexedSample:
+    """One sample in the index; members are (offset, bytes) of its JSON, picture and audio files."""
 
     key: str
     image_id: str
     twin: str | None
     members: tuple[tuple[int, int], ...]
     durations: tuple[float, ...]  # seconds
-    decode: bool  # whether picture and recordings are to be decoded, not only their headers read
+    decode: bool  # whether to decode picture and audio; otherwise only their headers are read
 
 
 @dataclass(frozen=True)
-class Task:
-    """One shard to look at."""
+class ShardTask:
+    """One shard to check."""
 
     path: Path
     info: ShardInfo
     split: str
-    samples: tuple[Stored, ...]
+    samples: tuple[IndexedSample, ...]
 
 
 @dataclass
-class Found:
-    """What is wrong with a shard, and what its samples are known by."""
+class ShardFindings:
+    """Problems and warnings of a shard, and the digests of its contents."""
 
     digests: Digests
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     pictures: int = 0  # decoded
-    recordings: int = 0
+    audio_files: int = 0  # decoded
 
 
-def task_of(m: Manifest, shard: int, decode: np.ndarray) -> Task:
-    """Take out of a manifest what `check_shard` needs of one shard; `decode`: bool [S]."""
+def task_of(m: Manifest, shard: int, decode: np.ndarray) -> ShardTask:
+    """Build the task of one shard of a manifest; `decode` is bool [S]."""
     first, last = np.searchsorted(m.shard, np.array([shard, shard + 1], m.shard.dtype)).tolist()
     samples = []
     for s in range(first, last):
@@ -77,138 +77,142 @@ def task_of(m: Manifest, shard: int, decode: np.ndarray) -> Task:
         ]
         twin = text(m.image_id[m.twin[s]]) if m.twin[s] >= 0 else None
         durations = tuple(m.duration[rows].tolist())
-        samples.append(Stored(text(m.key[s]), text(m.image_id[s]), twin, tuple(members), durations, bool(decode[s])))
+        samples.append(
+            IndexedSample(text(m.key[s]), text(m.image_id[s]), twin, tuple(members), durations, bool(decode[s]))
+        )
     split = m.splits[m.split[first]] if last > first else ""
-    return Task(m.folder / m.shards[shard].name, m.shards[shard], split, tuple(samples))
+    return ShardTask(m.folder / m.shards[shard].name, m.shards[shard], split, tuple(samples))
 
 
-def check_shard(task: Task, progress: Progress) -> Found:
-    """Read a shard once, from front to back; memory is bounded by its largest member, of at most 64 MiB.
+def check_shard(task: ShardTask, progress: Progress) -> ShardFindings:
+    """Read a shard once, sequentially; memory is bounded by its largest member, of at most 64 MiB.
 
     Args:
-        task: the shard and what the index says of it.
-        progress: told how many samples were done since the last call.
+        task: The shard and its samples in the index.
+        progress: Called with the number of samples done since the last call.
     """
-    found = Found(Digests(len(task.samples), sum(len(sample.durations) for sample in task.samples)))
+    findings = ShardFindings(Digests(len(task.samples), sum(len(sample.durations) for sample in task.samples)))
     try:
         status = task.path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            found.problems.append("is no regular file")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
+            findings.problems.append("is not a regular file")
         elif status.st_size != task.info.bytes:
-            found.problems.append(_wrong_size(task, status.st_size))
+            findings.problems.append(_wrong_size(task, status.st_size))
         else:
-            _scan(task, status.st_size, found)
+            _scan(task, status.st_size, findings)
     except OSError as error:
-        found.problems.append("is missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}")
-    found.problems, found.warnings = _shortened(found.problems), _shortened(found.warnings)
+        findings.problems.append(
+            "is missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
+        )
+    findings.problems, findings.warnings = _shortened(findings.problems), _shortened(findings.warnings)
     progress(len(task.samples))
-    return found
+    return findings
 
 
-def _wrong_size(task: Task, size: int) -> str:
-    line = f"has {size:,} bytes, the manifest says {task.info.bytes:,}: "
+def _wrong_size(task: ShardTask, size: int) -> str:
+    line = f"has {size:,} bytes, the manifest has {task.info.bytes:,}: "
     if size > task.info.bytes:
         return line + "it was changed"
-    whole = sum(all(offset + length <= size for offset, length in sample.members) for sample in task.samples)
-    return line + f"truncated, {whole} of its {len(task.samples)} samples lie before its end"
+    complete = sum(all(offset + length <= size for offset, length in sample.members) for sample in task.samples)
+    return line + f"truncated, {complete} of its {len(task.samples)} samples are complete"
 
 
 def _shortened(lines: Sequence[str]) -> list[str]:
-    rest = len(lines) - NAMED
-    return [*lines[:NAMED], f"and {rest} more like these"] if rest > 0 else list(lines)
+    rest = len(lines) - MAX_NAMED
+    return [*lines[:MAX_NAMED], f"and {rest} more like these"] if rest > 0 else list(lines)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A member as the index has it: number `part` of a sample, 0 its JSON, 1 its picture, then the recordings."""
+class _IndexedMember:
+    """A member in the index: number `part` of a sample, 0 its JSON, 1 its picture, then the audio files."""
 
     sample: int
     part: int
     size: int  # bytes
-    names: tuple[str, ...]  # one of these
-    first_caption: int  # of the sample, among the captions of the shard
+    names: tuple[str, ...]  # accepted names
+    first_caption: int  # number of the sample's first caption in the shard
 
 
-def _scan(task: Task, size: int, found: Found) -> None:
-    places = _places(task, found)
+def _scan(task: ShardTask, size: int, findings: ShardFindings) -> None:
+    expected = _expected_members(task, findings)
     with open(task.path, "rb") as file:
         scan = TarScan(file, size)
         try:
             for member in scan.members():
-                place = places.pop(member.offset, None)
-                if _fits(member, place, found) and place and member.data is not None:
-                    _look_into(task, place, member.data, found)
-            for offset, place in places.items():
-                found.problems.append(f"there is no member {place.names[0]} at byte {offset:,}, as the index says")
+                place = expected.pop(member.offset, None)
+                if _fits(member, place, findings) and place and member.data is not None:
+                    _check_content(task, place, member.data, findings)
+            for offset, place in expected.items():
+                findings.problems.append(f"member {place.names[0]} at byte {offset:,} is in the index, but missing")
         except DamagedTar as damage:
-            found.problems.append(f"{damage}; the rest of the shard was not looked at")
+            findings.problems.append(f"{damage}; the rest of the shard was not checked")
         if scan.sha256() != task.info.sha256:
-            found.problems.append("its checksum is not the manifest's: its bytes changed since it was written")
+            findings.problems.append("its checksum differs from the manifest: its bytes changed since it was written")
 
 
-def _places(task: Task, found: Found) -> dict[int, _Place]:
-    """The members that the index expects, by their offset."""
-    places: dict[int, _Place] = {}
+def _expected_members(task: ShardTask, findings: ShardFindings) -> dict[int, _IndexedMember]:
+    """Return the members in the index by offset."""
+    places: dict[int, _IndexedMember] = {}
     captions = 0
     for number, sample in enumerate(task.samples):
         if not _KEY.fullmatch(sample.key):
-            found.problems.append(f"sample {sample.key!r}: a key has letters, digits, _ and - only")
+            findings.problems.append(f"sample {sample.key!r}: a key must consist of letters, digits, _ and -")
         names: list[tuple[str, ...]] = [(f"{sample.key}.json",), (f"{sample.key}.jpg",)]
         names += [tuple(f"{sample.key}.{n}.{codec}" for codec in CODECS) for n in range(len(sample.durations))]
         if not sample.durations:
-            found.problems.append(f"sample {sample.key}: it has no captions")
+            findings.problems.append(f"sample {sample.key}: it has no captions")
         for part, (offset, length) in enumerate(sample.members):
-            places[offset] = _Place(number, part, length, names[part], captions)
+            places[offset] = _IndexedMember(number, part, length, names[part], captions)
         captions += len(sample.durations)
     if list(places) != sorted(places) or len(places) < sum(len(sample.members) for sample in task.samples):
-        found.problems.append("its members do not lie one behind another in the order of the index")
+        findings.problems.append("its members are not consecutive in the order of the index")
     return places
 
 
-def _fits(member: Member, place: _Place | None, found: Found) -> bool:
-    """Whether a member is the one that the index has at its offset; if not, it is named."""
+def _fits(member: Member, place: _IndexedMember | None, findings: ShardFindings) -> bool:
+    """Return whether a member matches the index at its offset; report it if not."""
     name = repr(member.name)
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        found.problems.append(f"member {name} at byte {member.offset:,} would be written outside of the folder")
+        findings.problems.append(f"member {name} at byte {member.offset:,} would be written outside of the folder")
     elif "/" in member.name:
-        found.problems.append(f"member {name} at byte {member.offset:,} is in a folder")
+        findings.problems.append(f"member {name} at byte {member.offset:,} is in a folder")
     elif member.data is None:
-        found.problems.append(f"member {name} has {member.size:,} bytes, the limit is {MAX_MEMBER:,}")
+        findings.problems.append(f"member {name} has {member.size:,} bytes, the limit is {MAX_MEMBER:,}")
     elif place is None:
-        found.problems.append(f"member {name} at byte {member.offset:,} is not in the index")
+        findings.problems.append(f"member {name} at byte {member.offset:,} is not in the index")
     elif member.name not in place.names:
-        found.problems.append(f"member {name} at byte {member.offset:,} is {place.names[0]} in the index")
+        findings.problems.append(f"member {name} at byte {member.offset:,} is {place.names[0]} in the index")
     elif member.size != place.size:
-        found.problems.append(f"member {name} has {member.size:,} bytes, the index says {place.size:,}")
+        findings.problems.append(f"member {name} has {member.size:,} bytes, the index has {place.size:,}")
     else:
         return True
     return False
 
 
-def _look_into(task: Task, place: _Place, data: bytes, found: Found) -> None:
-    sample, digests = task.samples[place.sample], found.digests
+def _check_content(task: ShardTask, place: _IndexedMember, data: bytes, findings: ShardFindings) -> None:
+    sample, digests = task.samples[place.sample], findings.digests
     warning = None
     if place.part == 0:
-        problem, utterances = _look_into_meta(data, sample, task.split)
+        problem, utterances = _check_meta(data, sample, task.split)
         for number, utterance in enumerate(utterances, place.first_caption):
             digests.put(digests.utterances, number, utterance.encode(errors="surrogatepass"))
     elif place.part == 1:
         digests.put(digests.pictures, place.sample, data)
         problem = problem_of_picture(data, sample.decode)
-        found.pictures += sample.decode
+        findings.pictures += sample.decode
     else:
-        digests.put(digests.recordings, place.first_caption + place.part - 2, data)
-        problem, warning = problem_of_recording(data, sample.durations[place.part - 2], sample.decode)
-        found.recordings += sample.decode
+        digests.put(digests.audio_files, place.first_caption + place.part - 2, data)
+        problem, warning = problem_of_audio(data, sample.durations[place.part - 2], sample.decode)
+        findings.audio_files += sample.decode
     name = place.names[0] if place.part < 2 else f"{sample.key}, caption {place.part - 2}"
     if problem:
-        found.problems.append(f"{name}: {problem}")
+        findings.problems.append(f"{name}: {problem}")
     if warning:
-        found.warnings.append(f"{name}: {warning}")
+        findings.warnings.append(f"{name}: {warning}")
 
 
-def _look_into_meta(data: bytes, sample: Stored, split: str) -> tuple[str | None, list[str]]:
-    """What of a sample's JSON does not agree with the index; if all of it does, the ids of its utterances too."""
+def _check_meta(data: bytes, sample: IndexedSample, split: str) -> tuple[str | None, list[str]]:
+    """Return how a sample's JSON differs from the index, or None and the ids of its utterances."""
     if len(data) > MAX_META:
         return f"{len(data):,} bytes, the limit is {MAX_META:,}", []
     try:
@@ -219,11 +223,11 @@ def _look_into_meta(data: bytes, sample: Stored, split: str) -> tuple[str | None
         return f"not a sample's JSON ({type(error).__name__}: {error})", []
 
 
-def _problem_of_meta(meta: Any, sample: Stored, split: str) -> str | None:
-    """What of a sample's JSON does not agree with the index; any error of it if it has another form."""
-    wanted = {"image_id": sample.image_id, "split": split, "twin": sample.twin}
-    for name, value in wanted.items():
-        # The index has no twin where that picture was dropped.
+def _problem_of_meta(meta: Any, sample: IndexedSample, split: str) -> str | None:
+    """Return how a sample's JSON differs from the index; raises various errors if it is malformed."""
+    expected = {"image_id": sample.image_id, "split": split, "twin": sample.twin}
+    for name, value in expected.items():
+        # The index has no twin if that picture was dropped.
         if meta.get(name) != value and not (name == "twin" and value is None):
             return f"{name} is {meta.get(name)!r}, in the index {value!r}"
     captions = meta["captions"]
@@ -238,16 +242,16 @@ def _problem_of_meta(meta: Any, sample: Stored, split: str) -> str | None:
 
 
 def problem_of_picture(data: bytes, decode: bool) -> str | None:
-    """Look at a JPEG's header, and decode it if asked; a bomb is refused by its header."""
+    """Check a JPEG's header, and optionally decode it; a decompression bomb is rejected by its header."""
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             width, height = image.size
     except Image.DecompressionBombError:
-        return f"a picture bomb: more pixels than the limit of {MAX_PIXELS:,}"
-    except Exception as error:  # a damaged file makes Pillow raise nearly any type
+        return f"a decompression bomb: more pixels than the limit of {MAX_PIXELS:,}"
+    except Exception as error:  # for damaged files, Pillow raises various errors
         return f"not a JPEG ({type(error).__name__})"
     if width * height > MAX_PIXELS:
-        return f"a picture bomb: {width:,} x {height:,} pixels, the limit is {MAX_PIXELS:,}"
+        return f"a decompression bomb: {width:,} x {height:,} pixels, the limit is {MAX_PIXELS:,}"
     if decode:
         try:
             decode_picture(data, _SIDE)
@@ -256,13 +260,16 @@ def problem_of_picture(data: bytes, decode: bool) -> str | None:
     return None
 
 
-def problem_of_recording(data: bytes, duration: float, decode: bool) -> tuple[str | None, str | None]:
-    """Look at a recording's header, and decode it block by block if asked: problem and warning.
+def problem_of_audio(data: bytes, duration: float, decode: bool) -> tuple[str | None, str | None]:
+    """Check an audio file's header, and optionally decode it block by block.
 
     Args:
-        data: the encoded bytes.
-        duration: what the index says, in seconds.
-        decode: whether to decode it.
+        data: The encoded bytes.
+        duration: Duration in the index, in seconds.
+        decode: Whether to decode it.
+
+    Returns:
+        Problem and warning, or None.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -272,19 +279,19 @@ def problem_of_recording(data: bytes, duration: float, decode: bool) -> tuple[st
             if max(frames / SAMPLE_RATE, duration) > MAX_SECONDS:
                 return f"{max(frames / SAMPLE_RATE, duration):,.0f} s of audio, the limit is {MAX_SECONDS:.0f} s", None
             if decode:
-                meter = _decoded(file, int((duration + 2 * _TOLERANCE) * SAMPLE_RATE))
+                meter = _measure_level(file, int((duration + 2 * _TOLERANCE) * SAMPLE_RATE))
                 frames = meter.samples
     except (soundfile.SoundFileError, TypeError, OSError) as error:
         return f"cannot be decoded as audio ({error})", None
     if frames == 0 or (meter and not np.isfinite(meter.peak)):
-        return "holds samples that are not finite" if frames else "holds no audio", None
+        return "contains samples that are not finite" if frames else "contains no audio", None
     if abs(frames / SAMPLE_RATE - duration) > _TOLERANCE:
-        return f"{frames / SAMPLE_RATE:,.2f} s of audio, the index says {duration:.2f} s", None
+        return f"{frames / SAMPLE_RATE:,.2f} s of audio, the index has {duration:.2f} s", None
     return None, meter.warning if meter else None
 
 
-def _decoded(file: Any, limit: int) -> LevelMeter:
-    """Measure a recording, of which no more than a block beyond `limit` frames is decoded."""
+def _measure_level(file: Any, limit: int) -> LevelMeter:
+    """Measure the level of an audio file; stop at most one block after `limit` frames."""
     meter = LevelMeter()
     while meter.samples <= limit and len(block := file.read(_BLOCK, dtype="float32")):
         meter.add(block)

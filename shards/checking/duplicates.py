@@ -1,7 +1,7 @@
-"""What comes twice in a folder of shards: ids, pictures and recordings, the latter two by their bytes.
+"""Duplicates in a folder of shards: ids, and pictures and audio files with the same bytes.
 
-The same picture or recording in two splits is a leak, and a problem. Within a split it may be meant, and is a warning:
-each counts as a query of its own in recall. Of a caption 32 bytes are kept, so that millions fit into memory.
+The same picture or audio file in two splits is a leak, and a problem. Within a split it may be intended, and is a
+warning: recall counts each as a separate query. A caption takes 32 bytes, so that millions fit into memory.
 """
 
 import hashlib
@@ -15,51 +15,51 @@ from shards.checking.finding import Finding, shortened
 from shards.manifest import Manifest
 from shards.reading.reader import MAX_META
 
-DIGEST = 16  # bytes that stand for a picture, a recording or an utterance id
-_AGAIN = "each counts as a query of its own"
+DIGEST = 16  # bytes of the digest of a picture, an audio file or an utterance id
+_EFFECT = "each counts as a separate query"
 
 
 def digest(data: bytes) -> bytes:
-    """Bytes that stand for others."""
+    """Return the first `DIGEST` bytes of the SHA-256."""
     return hashlib.sha256(data).digest()[:DIGEST]
 
 
 class Digests:
-    """Digests of what a shard holds, zeros where nothing could be read; captions are numbered through the shard."""
+    """Digests of the contents of a shard, zero for what cannot be read; captions are numbered consecutively."""
 
     def __init__(self, samples: int, captions: int) -> None:
         self.pictures = bytearray(DIGEST * samples)
-        self.recordings = bytearray(DIGEST * captions)
+        self.audio_files = bytearray(DIGEST * captions)
         self.utterances = bytearray(DIGEST * captions)
 
     @staticmethod
     def put(column: bytearray, number: int, data: bytes) -> None:
-        """Note the digest of `data` as that of a sample or a caption."""
+        """Store the digest of `data` for a sample or caption."""
         column[DIGEST * number : DIGEST * (number + 1)] = digest(data)
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
-    """The digests of a whole folder, as byte strings: pictures [S], recordings [C] and utterance ids [C]."""
+class DigestColumns:
+    """The digests of all shards of a folder, as byte strings: pictures [S], audio files [C], utterance ids [C]."""
 
     pictures: np.ndarray
-    recordings: np.ndarray
+    audio_files: np.ndarray
     utterances: np.ndarray
 
 
-def gather_digests(shards: Iterable[Digests]) -> Columns:
-    """Join the digests of all shards, in their order."""
-    every = list(shards)
-    names = ("pictures", "recordings", "utterances")
-    joined = (b"".join(getattr(one, name) for one in every) for name in names)
-    return Columns(*(np.frombuffer(data, dtype=f"S{DIGEST}") for data in joined))
+def gather_digests(shards: Iterable[Digests]) -> DigestColumns:
+    """Concatenate the digests of all shards, in order."""
+    digests = list(shards)
+    names = ("pictures", "audio_files", "utterances")
+    joined = (b"".join(getattr(one, name) for one in digests) for name in names)
+    return DigestColumns(*(np.frombuffer(data, dtype=f"S{DIGEST}") for data in joined))
 
 
-def find_duplicates(m: Manifest, columns: Columns) -> tuple[list[Finding], list[Finding]]:
-    """Look for what comes twice.
+def find_duplicates(m: Manifest, columns: DigestColumns) -> tuple[list[Finding], list[Finding]]:
+    """Find duplicate ids, pictures and audio files.
 
     Returns:
-        Problems and warnings; of each kind a few are named, the rest counted.
+        Problems and warnings; a few of each kind are named, the rest counted.
     """
     problems: list[Finding] = []
     for what, column in (("image id", m.image_id), ("key", m.key)):
@@ -70,32 +70,32 @@ def find_duplicates(m: Manifest, columns: Columns) -> tuple[list[Finding], list[
     warnings = list(shortened((_same_picture(m, *pair) for pair in repeated.tolist()), len(repeated)))
 
     sample_of = np.repeat(np.arange(len(m.key)), np.diff(m.first_caption))
-    pairs = _equal_pairs(columns.recordings)
-    for into, some in zip((problems, warnings), _by_split(m, pairs, sample_of), strict=True):
-        into += shortened((_same_recording(m, columns, sample_of, *pair) for pair in some.tolist()), len(some))
+    pairs = _equal_pairs(columns.audio_files)
+    for findings, of_kind in zip((problems, warnings), _by_split(m, pairs, sample_of), strict=True):
+        findings += shortened((_same_audio(m, columns, sample_of, *pair) for pair in of_kind.tolist()), len(of_kind))
     pairs = _equal_pairs(columns.utterances)
-    # One recording under one id has been named already.
-    pairs = pairs[columns.recordings[pairs[:, 0]] != columns.recordings[pairs[:, 1]]]
+    # Equal audio files with the same id are already reported.
+    pairs = pairs[columns.audio_files[pairs[:, 0]] != columns.audio_files[pairs[:, 1]]]
     warnings += shortened((_same_utterance(m, sample_of, *pair) for pair in pairs.tolist()), len(pairs))
     return problems, warnings
 
 
 def _equal_pairs(column: np.ndarray) -> np.ndarray:
-    """Neighbouring rows among those of each value, int [pairs, 2]; empty values are nobody's."""
+    """Return consecutive rows with the same value, int [pairs, 2]; empty values are ignored."""
     order = np.argsort(column, kind="stable")
     same = (column[order[1:]] == column[order[:-1]]) & (column[order[1:]] != b"")
     return np.stack([order[:-1][same], order[1:][same]], axis=1)
 
 
 def _by_split(m: Manifest, pairs: np.ndarray, sample_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs [pairs, 2] that are in two splits, and those within one."""
+    """Return the pairs [pairs, 2] across splits, and those within a split."""
     split = m.split[sample_of[pairs]]
     apart = split[:, 0] != split[:, 1]
     return pairs[apart], pairs[~apart]
 
 
 def _same_id(m: Manifest, what: str, column: np.ndarray, one: int, other: int) -> Finding:
-    return Finding(_splits(m, one, other), f"{what} {text(column[one])} comes twice, {_shards(m, one, other)}")
+    return Finding(_splits(m, one, other), f"{what} {text(column[one])} occurs twice, {_shards(m, one, other)}")
 
 
 def _same_picture(m: Manifest, one: int, other: int) -> Finding:
@@ -103,24 +103,24 @@ def _same_picture(m: Manifest, one: int, other: int) -> Finding:
     return Finding(_splits(m, one, other), line)
 
 
-def _same_recording(m: Manifest, columns: Columns, sample_of: np.ndarray, one: int, other: int) -> Finding:
+def _same_audio(m: Manifest, columns: DigestColumns, sample_of: np.ndarray, one: int, other: int) -> Finding:
     samples = int(sample_of[one]), int(sample_of[other])
     splits = _splits(m, *samples)
-    line = f"{_places(m, sample_of, one, other)} are the same recording"
+    line = f"{_places(m, sample_of, one, other)} are the same audio file"
     if columns.utterances[one] == columns.utterances[other] != b"":
         line += f", of utterance {_utterance(m, sample_of, one)}"
     leak = m.split[samples[0]] != m.split[samples[1]]
-    return Finding(splits, f"{line}, {_shards(m, *samples)}" + ("" if leak else f": {_AGAIN}"))
+    return Finding(splits, f"{line}, {_shards(m, *samples)}" + ("" if leak else f": {_EFFECT}"))
 
 
 def _same_utterance(m: Manifest, sample_of: np.ndarray, one: int, other: int) -> Finding:
     samples = int(sample_of[one]), int(sample_of[other])
-    line = f"{_places(m, sample_of, one, other)} are two recordings of utterance {_utterance(m, sample_of, one)}"
-    return Finding(_splits(m, *samples), f"{line}, {_shards(m, *samples)}: an id names one recording")
+    line = f"{_places(m, sample_of, one, other)} are two audio files of utterance {_utterance(m, sample_of, one)}"
+    return Finding(_splits(m, *samples), f"{line}, {_shards(m, *samples)}: an id must identify one audio file")
 
 
 def _places(m: Manifest, sample_of: np.ndarray, one: int, other: int) -> str:
-    """Where two captions are: pictures and numbers of the captions."""
+    """Describe the place of two captions: pictures and numbers of the captions."""
     (first, second), samples = (one, other), (int(sample_of[one]), int(sample_of[other]))
     numbers = [row - int(m.first_caption[sample]) for row, sample in zip((first, second), samples, strict=True)]
     if samples[0] == samples[1]:
@@ -130,7 +130,7 @@ def _places(m: Manifest, sample_of: np.ndarray, one: int, other: int) -> str:
 
 
 def _utterance(m: Manifest, sample_of: np.ndarray, row: int) -> str:
-    """The utterance id of a caption, read from its shard, where it was seen a moment ago."""
+    """Return the utterance id of a caption, read from its shard."""
     sample = int(sample_of[row])
     try:
         with open(m.folder / m.shards[m.shard[sample]].name, "rb") as file:
@@ -138,7 +138,7 @@ def _utterance(m: Manifest, sample_of: np.ndarray, row: int) -> str:
             captions = json.loads(file.read(min(int(m.meta_bytes[sample]), MAX_META)))["captions"]
         return str(captions[row - int(m.first_caption[sample])]["utterance"])
     except (OSError, ValueError, LookupError, TypeError):
-        return "(which cannot be read any more)"
+        return "(now unreadable)"
 
 
 def _splits(m: Manifest, one: int, other: int) -> str:
@@ -151,5 +151,5 @@ def _shards(m: Manifest, one: int, other: int) -> str:
 
 
 def text(stored: bytes) -> str:
-    """A byte string of the index; bytes that are not UTF-8 are shown as such."""
+    """Decode a byte string of the index; invalid UTF-8 is escaped."""
     return stored.decode("utf-8", "backslashreplace")

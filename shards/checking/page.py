@@ -1,4 +1,4 @@
-"""The doctor's page: pictures, recordings, captions and histograms in one HTML file that loads and runs nothing."""
+"""A page of check_shards: pictures, audio, captions and histograms in one HTML file without scripts or links."""
 
 import base64
 import io
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from shards.checking.check import Health, split_rows
-from shards.checking.check_shard import problem_of_picture, problem_of_recording, text
+from shards.checking.check import CheckResult, split_rows
+from shards.checking.check_shard import problem_of_audio, problem_of_picture, text
 from shards.errors import UserError
 from shards.files import atomic_write
 from shards.manifest import Manifest
@@ -20,8 +20,8 @@ from shards.media.audio import SAMPLE_RATE
 from shards.reading.reader import MAX_META
 
 SHOWN = 24  # samples
-_LARGEST = 2 << 20  # bytes of a picture or recording that is shown
-_CAPTIONS = 5  # of a sample
+_MAX_BYTES = 2 << 20  # of a picture or audio file that is shown
+_MAX_CAPTIONS = 5  # shown per sample
 _BINS = 30
 _MIME = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
 _WAVE = (300, 44)  # width and height of a waveform
@@ -63,32 +63,32 @@ audio { width: 100%%; height: 2.2rem; margin-top: .4rem }
 """
 
 
-def write_page(path: Path, health: Health, advice: Sequence[str] = ()) -> None:
-    """Write the page, whole or not at all.
+def write_page(path: Path, result: CheckResult, advice: Sequence[str] = ()) -> None:
+    """Write the page atomically.
 
     Args:
-        path: the file.
-        health: what `check_folder` found.
-        advice: lines shown at the end of the summary.
+        path: The file to write.
+        result: The result of `check_folder`.
+        advice: Lines shown at the end of the summary.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: The file cannot be written.
     """
-    page = "\n".join([_HEAD % escape(f"Shards: {health.folder}"), *_summary(health, advice)])
-    if health.manifest is not None and len(health.manifest.key):
-        page += "\n".join([*_histograms(health.manifest), *_cards(health.manifest)])
+    page = "\n".join([_HEAD % escape(f"Shards: {result.folder}"), *_summary(result, advice)])
+    if result.manifest is not None and len(result.manifest.key):
+        page += "\n".join([*_histograms(result.manifest), *_cards(result.manifest)])
     try:
         with atomic_write(path) as file:
-            # A name of a damaged tar may hold what no UTF-8 can say.
+            # A name in a damaged tar may contain lone surrogates.
             file.write(f"{page}\n</body></html>\n".encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _summary(health: Health, advice: Sequence[str]) -> list[str]:
-    lines = [f"<h1>{escape(str(health.folder))}</h1>"]
-    lines.append(f'<p class="verdict {"good" if health.healthy else "bad"}">{escape(health.verdict)}</p>')
-    if (m := health.manifest) is not None:
+def _summary(result: CheckResult, advice: Sequence[str]) -> list[str]:
+    lines = [f"<h1>{escape(str(result.folder))}</h1>"]
+    lines.append(f'<p class="verdict {"good" if result.healthy else "bad"}">{escape(result.verdict)}</p>')
+    if (m := result.manifest) is not None:
         lines.append(f'<p class="soft">corpus {escape(str(m.corpus))}, hash {escape(str(m.hash)[:12])}</p>')
         lines.append("<h2>Splits</h2><table><tr><th>split<th>pictures<th>captions<th>hours<th>shards<th>MB</tr>")
         for row in split_rows(m):
@@ -96,7 +96,7 @@ def _summary(health: Health, advice: Sequence[str]) -> list[str]:
             cells += [f"{row['shards']:,}", f"{row['megabytes']:,.1f}"]
             lines.append(f"<tr>{''.join(f'<td>{cell}' for cell in cells)}</tr>")
         lines.append("</table>")
-    for title, kind, findings in (("Problems", "bad", health.problems), ("Warnings", "warn", health.warnings)):
+    for title, kind, findings in (("Problems", "bad", result.problems), ("Warnings", "warn", result.warnings)):
         if findings:
             items = "".join(f'<li class="{kind}">{escape(str(finding))}</li>' for finding in findings)
             lines.append(f"<h2>{title}</h2><ul>{items}</ul>")
@@ -110,14 +110,14 @@ def _histograms(m: Manifest) -> list[str]:
         ("Duration of a caption, seconds", m.duration),
         ("Captions of a picture", np.diff(m.first_caption)),
         ("Size of a picture, kB", m.image_bytes / 1e3),
-        ("Size of a recording, kB", m.audio_bytes / 1e3),
+        ("Size of an audio file, kB", m.audio_bytes / 1e3),
     ]
     figures = [f'<div class="card"><div><h3>{title}</h3>{_histogram(values)}</div></div>' for title, values in columns]
     return ["<h2>Distributions</h2>", f'<div class="grid charts">{"".join(figures)}</div>']
 
 
 def _histogram(values: np.ndarray) -> str:
-    """Bars in SVG; whole numbers of small range get a bar each, and the last bar takes the longest 0.1 %."""
+    """Draw a histogram as SVG: a bar per value for integers of a small range; the last includes the largest 0.1 %."""
     if not len(values):
         return '<p class="soft">none</p>'
     low, high = float(values.min()), float(np.quantile(values, 0.999))
@@ -140,19 +140,21 @@ def _histogram(values: np.ndarray) -> str:
     else:
         marks = [(0, "start", f"{low:.3g}"), (width, "end", f"{edges[-1]:.3g}")]
         marks.insert(1, (width / 2, "middle", f"{(edges[0] + edges[-1]) / 2:.3g}"))
-    words = [f'<text x="{x:.1f}" y="{height + 14}" text-anchor="{how}">{word}</text>' for x, how, word in marks]
-    middle = f"median {np.median(values):.4g}, mean {values.mean():.4g}, largest {values.max():.4g}"
-    drawn = f'<svg viewBox="0 -4 {width} {height + 24}" role="img">{"".join(bars + words)}</svg>'
-    return f"{drawn}<small>{middle}</small>"
+    labels = [
+        f'<text x="{x:.1f}" y="{height + 14}" text-anchor="{anchor}">{label}</text>' for x, anchor, label in marks
+    ]
+    statistics = f"median {np.median(values):.4g}, mean {values.mean():.4g}, largest {values.max():.4g}"
+    svg = f'<svg viewBox="0 -4 {width} {height + 24}" role="img">{"".join(bars + labels)}</svg>'
+    return f"{svg}<small>{statistics}</small>"
 
 
 def _cards(m: Manifest) -> list[str]:
-    """Samples at even distances of each split, every split having its share and one at least."""
+    """Show evenly spaced samples of each split, in proportion to its size and at least one."""
     rows: list[int] = []
     for split in m.splits:
-        mine = m.rows(split)
-        count = min(len(mine), max(1, round(SHOWN * len(mine) / len(m.key))))
-        rows += mine[np.linspace(0, len(mine) - 1, count).round().astype(int)].tolist()
+        samples = m.rows(split)
+        count = min(len(samples), max(1, round(SHOWN * len(samples) / len(m.key))))
+        rows += samples[np.linspace(0, len(samples) - 1, count).round().astype(int)].tolist()
     cards = "".join(_card(m, row) for row in rows)
     return [f"<h2>{len(rows)} of {len(m.key):,} samples</h2>", f'<div class="grid">{cards}</div>']
 
@@ -160,52 +162,52 @@ def _cards(m: Manifest) -> list[str]:
 def _card(m: Manifest, sample: int) -> str:
     name, rows = m.shards[m.shard[sample]].name, list(m.captions(sample))
     try:
-        with open(m.folder / name, "rb", opener=_opened) as file:
+        with open(m.folder / name, "rb", opener=_open_nonblocking) as file:
             picture = _read(file, m.image_offset[sample], m.image_bytes[sample])
             meta = _read(file, m.meta_offset[sample], m.meta_bytes[sample])
-            spoken = [_read(file, m.audio_offset[row], m.audio_bytes[row]) for row in rows[:_CAPTIONS]]
+            audio = [_read(file, m.audio_offset[row], m.audio_bytes[row]) for row in rows[:_MAX_CAPTIONS]]
     except OSError as error:
         return f'<div class="card"><div class="bad">{escape(name)}: {escape(str(error.strerror))}</div></div>'
     problem = _too_large(picture) or problem_of_picture(picture, decode=True)
     shown = (
         f'<div class="bad">{escape(problem)}</div>' if problem else f'<img alt="" src="{_url("image/jpeg", picture)}">'
     )
-    words = _words(meta, len(rows))
-    captions = [_caption(*one) for one in zip(spoken, m.duration[rows].tolist(), words, strict=False)]
-    if len(rows) > _CAPTIONS:
-        captions.append(f'<div class="caption soft">and {len(rows) - _CAPTIONS} more captions</div>')
+    texts = _caption_texts(meta, len(rows))
+    captions = [_caption(*one) for one in zip(audio, m.duration[rows].tolist(), texts, strict=False)]
+    if len(rows) > _MAX_CAPTIONS:
+        captions.append(f'<div class="caption soft">and {len(rows) - _MAX_CAPTIONS} more captions</div>')
     title = f"<h3>{escape(text(m.image_id[sample]))}</h3><small>{escape(name)}, {m.image_bytes[sample]:,} bytes</small>"
     return f'<div class="card">{shown}<div>{title}{"".join(captions)}</div></div>'
 
 
-def _opened(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe in place of a shard is not waited for
+def _open_nonblocking(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe in place of a shard would block
 
 
 def _read(file: io.BufferedReader, offset: int, count: int) -> bytes:
     file.seek(int(offset))
-    return file.read(min(int(count), _LARGEST + 1))
+    return file.read(min(int(count), _MAX_BYTES + 1))
 
 
 def _too_large(data: bytes) -> str | None:
-    return "too large to show" if len(data) > _LARGEST else None
+    return "too large to show" if len(data) > _MAX_BYTES else None
 
 
-def _words(meta: bytes, count: int) -> list[tuple[str, str]]:
-    """Text and speaker of each caption, as far as the JSON can be read."""
+def _caption_texts(meta: bytes, count: int) -> list[tuple[str, str]]:
+    """Return text and speaker of each caption, or placeholders if the JSON cannot be read."""
     unknown = [("(no text)", "")] * count
     try:
         captions = json.loads(meta)["captions"] if len(meta) <= MAX_META else []
-        said = [(str(one["text"] or "(no text)"), str(one["speaker"] or "no speaker")) for one in captions]
-        return said[:count] + unknown
+        texts = [(str(one["text"] or "(no text)"), str(one["speaker"] or "no speaker")) for one in captions]
+        return texts[:count] + unknown
     except (ValueError, KeyError, TypeError, RecursionError):
         return unknown
 
 
-def _caption(data: bytes, duration: float, said: tuple[str, str]) -> str:
-    words, speaker = (escape(one[:1000]) for one in said)
-    problem = _too_large(data) or problem_of_recording(data, duration, decode=False)[0]
-    lines = f'<div class="caption"><p>{words}</p><small>{speaker}, {duration:.2f} s</small>'
+def _caption(data: bytes, duration: float, text_and_speaker: tuple[str, str]) -> str:
+    spoken, speaker = (escape(value[:1000]) for value in text_and_speaker)
+    problem = _too_large(data) or problem_of_audio(data, duration, decode=False)[0]
+    lines = f'<div class="caption"><p>{spoken}</p><small>{speaker}, {duration:.2f} s</small>'
     if problem:
         return f'{lines}<p class="bad">{escape(problem)}</p></div>'
     mime = _MIME.get(data[:4], "application/octet-stream")
@@ -213,21 +215,23 @@ def _caption(data: bytes, duration: float, said: tuple[str, str]) -> str:
 
 
 def _waveform(data: bytes) -> str:
-    """The envelope of a recording as SVG: a bar of the largest sample for each stretch of it."""
+    """Draw the envelope of an audio file as SVG: a bar per interval, as high as its largest sample."""
     width, height = _WAVE
     try:
-        wave, _ = soundfile.read(io.BytesIO(data), dtype="float32")  # its header was found to be within bounds
+        wave, _ = soundfile.read(io.BytesIO(data), dtype="float32")  # its header is within bounds, see `_caption`
     except soundfile.SoundFileError as error:
         return f'<p class="bad">cannot be decoded ({escape(str(error))})</p>'
     bars = width // 3
     starts = np.unique(np.linspace(0, len(wave) - 1, bars, endpoint=False).astype(int))
     peaks = np.maximum.reduceat(np.abs(wave), starts)
     tall = np.maximum(1.0, height * np.minimum(1.0, peaks / max(float(peaks.max()), 0.05)))
-    drawn = "".join(
+    bars_svg = "".join(
         f'<rect x="{3 * n}" y="{(height - high) / 2:.1f}" width="2" height="{high:.1f}" rx="1"/>'
         for n, high in enumerate(tall.tolist())
     )
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{len(wave) / SAMPLE_RATE:.2f} s">{drawn}</svg>'
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{len(wave) / SAMPLE_RATE:.2f} s">{bars_svg}</svg>'
+    )
 
 
 def _url(mime: str, data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""A tar read from front to back as untrusted input: nothing is extracted, no header can make it take much memory."""
+"""Sequential reading of a tar as untrusted input: nothing is extracted, and memory is bounded for any header."""
 
 import hashlib
 import tarfile
@@ -27,12 +27,12 @@ _KINDS = {
 
 
 class DamagedTar(Exception):
-    """The tar cannot be followed beyond this point."""
+    """The tar cannot be parsed beyond this point."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar; `data` is None where it is larger than `MAX_MEMBER`."""
+    """A regular file in a tar; `data` is None if it is larger than `MAX_MEMBER`."""
 
     name: str
     offset: int  # of its data
@@ -41,61 +41,61 @@ class Member:
 
 
 class TarScan:
-    """One pass over a tar file, which also takes its checksum."""
+    """Read a tar file once and compute its checksum."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
-        """Begin at the start of a file of `size` bytes."""
-        self._file, self._size, self._at = file, size, 0
+        """Start at the beginning of a file of `size` bytes."""
+        self._file, self._size, self._position = file, size, 0
         self._digest = hashlib.sha256()
 
     def members(self) -> Iterator[Member]:
-        """Give the members in order, up to the end of the archive and no byte further.
+        """Yield the members in order, up to the end of the archive.
 
         Raises:
-            DamagedTar: a damaged header, a member that is no regular file or ends beyond the file, or bytes after the
-                end. What was given before stands.
+            DamagedTar: There is a damaged header, a member that is not a regular file or ends beyond the file, or data
+                after the end. Members yielded before are valid.
         """
         while True:
-            start = self._at
+            start = self._position
             info = self._header()
             if info is None:
                 break
             name = repr(info.name)
-            if not 0 <= info.size <= self._size - self._at:
+            if not 0 <= info.size <= self._size - self._position:
                 raise DamagedTar(f"member {name} at byte {start:,} claims {info.size:,} bytes, more than the file has")
             if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                 kind = _KINDS.get(info.type, f"of unknown type {info.type!r}")
                 raise DamagedTar(f"member {name} at byte {start:,} is {kind}, not a regular file")
-            offset = self._at
+            offset = self._position
             data = self._read(info.size) if info.size <= MAX_MEMBER else None
-            self._skip(-(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE - (self._at - offset))
+            self._skip(-(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE - (self._position - offset))
             yield Member(info.name, offset, info.size, data)
         while block := self._read(_BLOCK):
             if block.count(0) < len(block):
-                raise DamagedTar(f"there are bytes after the end of the archive (near byte {self._at:,})")
+                raise DamagedTar(f"there are bytes after the end of the archive (near byte {self._position:,})")
 
     def sha256(self) -> str:
-        """Checksum of the whole file; reads what is left of it."""
+        """Return the SHA-256 of the file, after reading the rest of it."""
         self._skip(self._size)
         return self._digest.hexdigest()
 
     def _header(self) -> tarfile.TarInfo | None:
-        """Read the next header; None: the end of the archive."""
-        start = self._at
+        """Read the next header; None at the end of the archive."""
+        start = self._position
         block = self._read(tarfile.BLOCKSIZE)
         try:
             return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             return None
         except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
-            raise DamagedTar("it ends without the mark of an archive's end") from None
+            raise DamagedTar("it ends without the end-of-archive marker") from None
         except (tarfile.HeaderError, ValueError) as error:
             raise DamagedTar(f"the header at byte {start:,} is damaged ({error})") from None
 
     def _read(self, count: int) -> bytes:
         data = self._file.read(count)
         self._digest.update(data)
-        self._at += len(data)
+        self._position += len(data)
         return data
 
     def _skip(self, count: int) -> None:

@@ -124,7 +124,7 @@ class Cache:
 
         for _ in range(2):
             try:
-                problem = remote.patiently(info.name, copy)
+                problem = remote.with_retries(info.name, copy)
             except _WriteError as error:
                 raise error.cause from None
             if not problem:

@@ -193,8 +193,8 @@ def advise(manifest: Manifest, ranks: int, workers: int, shuffle_shards: int = 1
         f"{split}: {_count(len(shards), 'shard')} of {bytes_text(stored / len(shards))}, "
         f"{pictures / len(shards):,.0f} pictures each; "
         f"a shuffle block of {shuffle_shards} shards is {min(1.0, shuffle_shards / len(shards)):.0%} of an epoch",
-        f"for {_count(ranks, 'rank')} x {_count(workers, 'worker')}: up to {min(len(shards), ranks)} shard groups; "
-        f"{_for_readers(len(shards), readers)}",
+        f"for {_count(ranks, 'rank')} x {_count(workers, 'worker')}: up to "
+        f"{_count(min(len(shards), ranks), 'shard group')}; {_for_readers(len(shards), readers)}",
     ]
     better = math.ceil(pictures / per_shard)
     if not ideal / 2 <= len(shards) <= 4 * ideal and better != len(shards):

@@ -1,7 +1,7 @@
-"""The folder that shards are written into: who may write there, and what is kept or removed at the end.
+"""Locks on the folder that shards are written to, and the removal of temporary and unfinished files.
 
-While shards are written, the folder `.unfinished` in it holds the plan, a record of each finished shard, a lock for
-each part of the run, and a lock that is held for moments only, while one of them comes or goes.
+While shards are written, the subfolder `.unfinished` contains the plan, a record of each finished shard, a lock for
+each part of the run, and a lock that is held briefly while a part starts or ends.
 """
 
 import fcntl
@@ -17,16 +17,17 @@ from shards.errors import UserError
 from shards.files import sync_folder
 from shards.manifest import INDEX, MANIFEST, load
 from shards.report import REPORT
-from shards.writing.shard_record import Plan, load_plan
+from shards.writing.shard_record import WritingPlan, load_plan
 from shards.writing.sources import SOURCES, compare_lists
 
 UNFINISHED = ".unfinished"
-_TURNSTILE = "lock"
-_OURS = re.compile("|".join([r"[\w-]+-\d{6,}\.tar", r".*\.tmp", *map(re.escape, (INDEX, REPORT, SOURCES, MANIFEST))]))
+_FOLDER_LOCK = "lock"
+_NAMES = (INDEX, REPORT, SOURCES, MANIFEST)
+_SHARD_FILES = re.compile("|".join([r"[\w-]+-\d{6,}\.tar", r".*\.tmp", *map(re.escape, _NAMES)]))
 
 
 class Part(NamedTuple):
-    """One of several runs that divide the shards of a corpus: of the shards in order, it writes every `of`-th."""
+    """One of several runs that divide the shards of a corpus; it writes every `of`-th shard."""
 
     number: int = 1  # from 1
     of: int = 1
@@ -35,62 +36,64 @@ class Part(NamedTuple):
         return f"{self.number}/{self.of}"
 
 
-WHOLE = Part()
+ALL = Part()
 
 
 @contextmanager
-def claimed(folder: Path, part: Part = WHOLE, plan: Plan | None = None, restart: bool = False) -> Iterator[None]:
-    """Hold one part of a folder; finished shards are kept, whatever happens.
+def claim_folder(
+    folder: Path, part: Part = ALL, plan: WritingPlan | None = None, restart: bool = False
+) -> Iterator[None]:
+    """Lock one part of a folder for writing; finished shards are always kept.
 
-    At the end the notes are removed if there is a manifest, and everything is if no shard is finished.
+    On exit, the notes are removed if there is a manifest, and all files if no shard is finished.
 
     Args:
-        folder: new, empty, or left unfinished by a run of the same plan.
-        part: several may be held at once if they divide the shards alike.
-        plan: of all shards; None to take over the one that is there.
-        restart: remove what an earlier run has left: an unfinished one whatever its plan, or a finished one.
+        folder: A new or empty folder, or that of an unfinished run with the same plan.
+        part: Several parts may be locked at the same time if all have the same `of`.
+        plan: Plan of all shards; None: the plan in the folder.
+        restart: Remove the shards of an earlier run, finished, or unfinished with any plan.
 
     Raises:
-        UserError: another process writes there, it holds other files or another run's shards, or cannot be written.
+        UserError: Another process writes to the folder, it contains other files or shards, or it cannot be written.
     """
-    created = [one for one in (folder, *folder.parents) if not os.path.exists(one)]
+    created = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     claim = _Claim(folder, part)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            claim.enter(plan, restart)
+            claim.acquire(plan, restart)
             yield
         finally:
-            claim.leave()
+            claim.release()
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from None
     finally:
-        for one in created:
-            with suppress(OSError):  # not there, or not empty
-                one.rmdir()
+        for path in created:
+            with suppress(OSError):  # missing, or not empty
+                path.rmdir()
 
 
-def finished(folder: Path) -> int:
-    """How many shards of an unfinished folder are there for good."""
+def count_finished(folder: Path) -> int:
+    """Return the number of finished shards of an unfinished folder."""
     return sum((folder / path.stem).exists() for path in (folder / UNFINISHED).glob("*.tar.json"))
 
 
-def sweep(folder: Path, keep: Collection[str]) -> None:
-    """Remove what writing shards leaves, but for some names: the folder was empty when it was claimed first."""
+def remove_shard_files(folder: Path, keep: Collection[str]) -> None:
+    """Remove the files of shards except some names; the folder was empty before, so no other files are affected."""
     for path in folder.iterdir():
-        if _OURS.fullmatch(path.name) and path.name not in keep:
+        if _SHARD_FILES.fullmatch(path.name) and path.name not in keep:
             path.unlink(missing_ok=True)
 
 
-def tidy(folder: Path) -> None:
-    """Remove the notes of a run that was killed when it had just written the manifest."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove the notes of a run that was killed right after it wrote the manifest."""
     if (folder / UNFINISHED).is_dir():
-        with suppress(OSError):  # for instance of someone who may only read
-            _Claim(folder, WHOLE).leave()
+        with suppress(OSError):  # for instance without permission to write
+            _Claim(folder, ALL).release()
 
 
 class _Claim:
-    """What this process holds of a folder."""
+    """The lock of this process on one part of a folder."""
 
     def __init__(self, folder: Path, part: Part) -> None:
         self.folder, self.part = folder, part
@@ -98,67 +101,69 @@ class _Claim:
         self.path = self.notes / f"part-{part.number}-of-{part.of}.lock"
         self.lock: int | None = None
 
-    def enter(self, plan: Plan | None, restart: bool) -> None:
-        """Take the part's lock, sweep what a killed run left, and note the plan; `restart` removes finished shards too.
+    def acquire(self, plan: WritingPlan | None, restart: bool) -> None:
+        """Lock the part, remove files of a killed run, and store the plan; `restart` removes finished shards too.
 
         Raises:
-            UserError: Somebody else is at work here, or the folder holds what is not ours or is of another command.
+            UserError: Another process writes to the folder, or it contains other files or another command's shards.
         """
-        if foreign := self._foreign(restart):
-            raise UserError(f"{self.folder} is not empty (it holds {foreign[0]}): give a new or empty folder as --out")
-        with _turnstile(self.notes):
+        if foreign := self._foreign_files(restart):
+            raise UserError(
+                f"{self.folder} is not empty (it contains {foreign[0]}): give a new or empty folder as --out"
+            )
+        with _lock_folder(self.notes):
             running = self._running()
-            if clashing := [one for one in running if one == self.part or one.of != self.part.of]:
-                which = "" if clashing[0] == WHOLE else f" (part {clashing[0]})"
-                raise UserError(f"another make_shards is writing into {self.folder}{which}: wait for it, or stop it")
+            if conflicts := [part for part in running if part == self.part or part.of != self.part.of]:
+                which = "" if conflicts[0] == ALL else f" (part {conflicts[0]})"
+                raise UserError(f"another make_shards is writing to {self.folder}{which}: wait for it, or stop it")
             if (self.folder / MANIFEST).exists() and not restart:
                 raise UserError(f"{self.folder} has just been finished by another make_shards")
             self.lock = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             _flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._sweep_temporary()
+            self._remove_temporary()
             if restart:
-                # First, and for good: a folder with a manifest is taken for finished.
+                # First and durably, since a folder with a manifest counts as finished.
                 (self.folder / MANIFEST).unlink(missing_ok=True)
                 sync_folder(self.folder)
-                _clear(self.folder)
+                _remove_all(self.folder)
             if plan:
-                self._settle(plan, bool(running))
+                self._store_plan(plan, bool(running))
 
-    def _foreign(self, restart: bool) -> list[str]:
-        """What is in the folder and was not written by a run that this one may go on from or, to restart, remove."""
+    def _foreign_files(self, restart: bool) -> list[str]:
+        """Return files that were not written by a run that this one may resume or, with `restart`, replace."""
         names = {path.name for path in self.folder.iterdir()}
         if restart and MANIFEST in names:
-            made = {shard.name for shard in load(self.folder).shards}
-            return sorted(names - made - {MANIFEST, INDEX, REPORT, SOURCES, UNFINISHED})
+            shards = {shard.name for shard in load(self.folder).shards}
+            return sorted(names - shards - {MANIFEST, INDEX, REPORT, SOURCES, UNFINISHED})
         return [] if UNFINISHED in names else sorted(names)
 
-    def _settle(self, plan: Plan, shared: bool) -> None:
-        """Note the plan, unless a run of another one has something to lose."""
+    def _store_plan(self, plan: WritingPlan, shared: bool) -> None:
+        """Store the plan, unless shards of another plan are finished or being written."""
         earlier = load_plan(self.notes)
-        change = plan.changed(earlier) if earlier else None
-        if change and (shared or finished(self.folder)):
+        change = plan.difference(earlier) if earlier else None
+        if change and (shared or count_finished(self.folder)):
             raise UserError(
-                f"{self.folder} holds shards of an unfinished run made with {change}: run that command again, "
-                "give another --out, or begin anew with --restart"
+                f"{self.folder} contains shards of an unfinished run made with {change}: run that command again, "
+                "give another --out, or start over with --restart"
             )
         if shared and earlier and plan.shards != earlier.shards:
-            what = "; ".join(compare_lists(earlier.lists, plan.lists)) or "it says something else of its samples"
+            what = "; ".join(compare_lists(earlier.lists, plan.lists)) or "it describes its samples differently"
             raise UserError(
-                f"another make_shards is writing into {self.folder}, and the corpus changed since it began ({what}): "
+                f"another make_shards is writing to {self.folder}, and the corpus changed since it started ({what}): "
                 "wait for it, or stop it, then run all parts again"
             )
         if change:
-            _clear(self.folder)
+            _remove_all(self.folder)
         if plan != earlier:
             plan.save(self.notes)
 
-    def leave(self) -> None:
-        """Give the part up; the last one clears the notes of a finished folder, or all where nothing was finished."""
+    def release(self) -> None:
+        """Unlock the part; the last one removes the notes of a finished folder, or all if no shard is finished."""
         if not self.notes.is_dir():
             return
-        with _turnstile(self.notes) as locked:
+        with _lock_folder(self.notes) as locked:
             if self.lock is not None:
-                self._sweep_temporary()
+                self._remove_temporary()
                 self.path.unlink(missing_ok=True)
                 os.close(self.lock)
                 self.lock = None
@@ -166,12 +171,14 @@ class _Claim:
                 return
             if (self.folder / MANIFEST).exists():
                 shutil.rmtree(self.notes)
-            elif not finished(self.folder) and (locked or self.part == WHOLE):  # else another part may be at work
-                _clear(self.folder)
+            elif not count_finished(self.folder) and (
+                locked or self.part == ALL
+            ):  # without locks, parts may be running
+                _remove_all(self.folder)
                 shutil.rmtree(self.notes)
 
     def _running(self) -> list[Part]:
-        """The parts that others hold."""
+        """Return the parts that other processes have locked."""
         running = []
         for path in self.notes.glob("part-*-of-*.lock"):
             if path == self.path and self.lock is not None:
@@ -182,35 +189,35 @@ class _Claim:
             os.close(descriptor)
         return running
 
-    def _sweep_temporary(self) -> None:
-        """Remove what a killed run of this part was about to write."""
+    def _remove_temporary(self) -> None:
+        """Remove the temporary files of a killed run of this part."""
         plan = load_plan(self.notes)
-        ours = list(plan.shards)[self.part.number - 1 :: self.part.of] if plan else []
+        own_shards = list(plan.shards)[self.part.number - 1 :: self.part.of] if plan else []
         for path in (*self.folder.glob("*.tmp"), *self.notes.glob("*.tmp")):
             name = path.name.rsplit(".", 2)[0]
-            if self.part == WHOLE or name.removesuffix(".json") in ours:
+            if self.part == ALL or name.removesuffix(".json") in own_shards:
                 path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _turnstile(notes: Path) -> Iterator[bool]:
-    """Let one process at a time come or go; it gives whether the file system has locks."""
+def _lock_folder(notes: Path) -> Iterator[bool]:
+    """Exclude other processes from starting or ending; yields whether the file system supports locks."""
     while True:
         notes.mkdir(exist_ok=True)
         try:
-            descriptor = os.open(notes / _TURNSTILE, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # the last one has just removed the notes
+            descriptor = os.open(notes / _FOLDER_LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another process has just removed the notes
             continue
         try:
             locked = _flock(descriptor, fcntl.LOCK_EX)
-            if _still_there(descriptor, notes / _TURNSTILE):
+            if _is_same_file(descriptor, notes / _FOLDER_LOCK):
                 yield bool(locked)
                 return
         finally:
             os.close(descriptor)
 
 
-def _still_there(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -218,7 +225,7 @@ def _still_there(descriptor: int, path: Path) -> bool:
 
 
 def _flock(descriptor: int, how: int) -> bool | None:
-    """Lock a file: True; False if its file system has no locks; None if another process has locked it."""
+    """Lock a file: True; False if its file system has no locks; None if another process holds the lock."""
     try:
         fcntl.flock(descriptor, how)
     except BlockingIOError:
@@ -228,9 +235,9 @@ def _flock(descriptor: int, how: int) -> bool | None:
     return True
 
 
-def _clear(folder: Path) -> None:
-    """Remove what writing shards leaves, but for the locks."""
-    sweep(folder, ())
+def _remove_all(folder: Path) -> None:
+    """Remove all files of a run except the locks."""
+    remove_shard_files(folder, ())
     for path in (folder / UNFINISHED).iterdir():
-        if path.suffix != ".lock" and path.name != _TURNSTILE:
+        if path.suffix != ".lock" and path.name != _FOLDER_LOCK:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Close a folder whose shards are all written: the index, the report, what they were made from, last the manifest."""
+"""Finish a folder whose shards are all written: write the index, the report, the sources and, last, the manifest."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,39 +9,39 @@ import numpy as np
 from shards import manifest
 from shards.errors import UserError
 from shards.report import Report
-from shards.writing.folder_lock import UNFINISHED, sweep
-from shards.writing.shard_record import Plan, Record, gather, load_record
+from shards.writing.folder_lock import UNFINISHED, remove_shard_files
+from shards.writing.shard_record import ShardRecord, WritingPlan, gather, load_record
 from shards.writing.sources import compare_files, save_sources
 
-_NAMED = 5  # missing shards that a message shows
+_MAX_NAMED = 5  # missing shards named in a message
 
 
 @dataclass
-class _Seen:
-    """What is wrong with the shards of a plan."""
+class _Problems:
+    """Shards of a plan that are missing or outdated."""
 
     missing: list[str] = field(default_factory=list)
-    changed: dict[str, str] = field(default_factory=dict)  # shard -> what of its sources is other than when it was made
-    gone: int = 0  # source files that are not there any more
+    changed: dict[str, str] = field(default_factory=dict)  # shard -> how its source files changed since it was written
+    missing_sources: int = 0  # source files that do not exist any more
 
 
-def close_folder(folder: Path, plan: Plan) -> Report:
-    """Write what belongs to all shards, from the records of each.
+def close_folder(folder: Path, plan: WritingPlan) -> Report:
+    """Write the files that describe all shards, from the record of each.
 
     Raises:
-        UserError: A shard is missing or not of this plan, a file changed after it was read, or no sample is left.
+        UserError: A shard is missing or of another plan, a source file changed after it was read, or no sample is left.
     """
-    seen = _Seen()
-    gathered = gather(_records(folder, plan, seen))
-    if seen.missing:
-        raise UserError(_still_missing(seen.missing, plan))
-    if seen.changed:
-        raise UserError(_changed(seen.changed, plan))
+    problems = _Problems()
+    gathered = gather(_records(folder, plan, problems))
+    if problems.missing:
+        raise UserError(_missing_message(problems.missing, plan))
+    if problems.changed:
+        raise UserError(_changed_message(problems.changed, plan))
     if not gathered.shards:
         raise UserError(f"no sample is left to write: {gathered.report.dropped[0].reason}")
-    sweep(folder, {shard.name for shard in gathered.shards})
+    remove_shard_files(folder, {shard.name for shard in gathered.shards})
     gathered.report.dropped[:0] = plan.dropped
-    gathered.report.gone = seen.gone
+    gathered.report.missing_sources = problems.missing_sources
     report = gathered.report.save(folder)
     if (sources := gathered.sources(plan)) is not None:
         save_sources(folder, sources)
@@ -49,38 +49,38 @@ def close_folder(folder: Path, plan: Plan) -> Report:
     return gathered.report
 
 
-def _records(folder: Path, plan: Plan, seen: _Seen) -> Iterator[Record]:
-    """Yield the records that are there, in the order of the plan, and note in `seen` what is wrong."""
+def _records(folder: Path, plan: WritingPlan, problems: _Problems) -> Iterator[ShardRecord]:
+    """Yield the existing records in the order of the plan; add missing and outdated shards to `problems`."""
     for name, lists in plan.shards.items():
         record = load_record(folder / UNFINISHED, name, lists, plan.skip_bad)
         if record is None:
-            seen.missing.append(name)
+            problems.missing.append(name)
             continue
-        paths = [one.path for one in record.sources or ()]
-        columns = np.array([one[1:] for one in record.sources or ()], np.int64).reshape(-1, 3)
+        paths = [source.path for source in record.sources or ()]
+        columns = np.array([source[1:] for source in record.sources or ()], np.int64).reshape(-1, 3)
         differences = compare_files(paths, *columns.T)
-        seen.gone += differences.gone
+        problems.missing_sources += differences.missing
         if differences:
-            seen.changed[name] = str(differences)
+            problems.changed[name] = str(differences)
         yield record
 
 
-def _still_missing(names: Sequence[str], plan: Plan) -> str:
+def _missing_message(names: Sequence[str], plan: WritingPlan) -> str:
     part_of_shard = _parts_by_shard(plan)
-    named = ", ".join(f"{name} (part {part_of_shard[name]})" for name in names[:_NAMED])
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    what = f"{len(names)} of {len(plan.shards)} shards are missing, or not as planned last"
-    return f"{what}: {named}{more}: {_again(names, plan)}"
+    named = ", ".join(f"{name} (part {part_of_shard[name]})" for name in names[:_MAX_NAMED])
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    what = f"{len(names)} of {len(plan.shards)} shards are missing or do not match the latest plan"
+    return f"{what}: {named}{more}: {_how_to_repeat(names, plan)}"
 
 
-def _changed(shards: dict[str, str], plan: Plan) -> str:
+def _changed_message(shards: dict[str, str], plan: WritingPlan) -> str:
     name, what = next(iter(shards.items()))
     more = f", and files of {len(shards) - 1} more shards changed" if len(shards) > 1 else ""
-    return f"{what} since {name} was written{more}: {_again(list(shards), plan)}"
+    return f"{what} since {name} was written{more}: {_how_to_repeat(list(shards), plan)}"
 
 
-def _again(names: Sequence[str], plan: Plan) -> str:
-    """How to write some shards again."""
+def _how_to_repeat(names: Sequence[str], plan: WritingPlan) -> str:
+    """Return the command that writes some shards again."""
     if plan.parts == 1:
         return "run the same command again"
     part_of_shard = _parts_by_shard(plan)
@@ -88,6 +88,6 @@ def _again(names: Sequence[str], plan: Plan) -> str:
     return f"run --part {', '.join(parts)} again"
 
 
-def _parts_by_shard(plan: Plan) -> dict[str, str]:
-    """Which part writes each shard."""
+def _parts_by_shard(plan: WritingPlan) -> dict[str, str]:
+    """Return the part that writes each shard."""
     return {name: f"{number % plan.parts + 1}/{plan.parts}" for number, name in enumerate(plan.shards)}

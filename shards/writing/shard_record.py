@@ -1,4 +1,4 @@
-"""What a run notes beside its shards: the plan, and a record of each finished shard. The manifest is made from them."""
+"""The plan of a run and the record of each finished shard, stored beside the shards; the manifest is made from them."""
 
 import hashlib
 import json
@@ -14,45 +14,45 @@ from typing import Any
 import numpy as np
 
 from shards.corpora.item import Item
-from shards.corpora.lists import ListFile
+from shards.corpora.text_files import ListFile
 from shards.files import atomic_write
 from shards.manifest import COLUMNS, FORMAT, ShardInfo
-from shards.report import Counts, Dropped, RecordingWarning, Report
+from shards.report import AudioWarning, Dropped, Report, SplitCounts
 from shards.writing.sources import SourceFile, Sources
 
 PLAN = "plan.json"
-# A shard in which nothing was bad is the same with and without it, so that a run may go on with the other choice.
-_EITHER_WAY = "skip_bad"
+# A shard without bad input is the same with and without this option, so a run may be resumed with the other choice.
+_SKIP_BAD = "skip_bad"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All shards of a folder and what they are made from; every part of a divided run plans the same."""
+class WritingPlan:
+    """All shards of a folder and their inputs; every part of a divided run has the same plan."""
 
     corpus: str
-    arguments: dict[str, Any]  # JSON values kept in the manifest
+    arguments: dict[str, Any]  # JSON values stored in the manifest
     form: dict[str, Any]  # how samples are stored
-    shards: dict[str, str]  # name of a tar -> digest of what the corpus says of its samples
+    shards: dict[str, str]  # name of a tar -> digest of its samples' description; see `lists_digest`
     parts: int = 1  # of the latest run
-    dropped: tuple[Dropped, ...] = ()  # left out when the corpus was read
-    lists: tuple[ListFile, ...] = ()  # of the corpus
-    pictures: int = 0  # of the corpus
+    dropped: tuple[Dropped, ...] = ()  # while the corpus was read
+    lists: tuple[ListFile, ...] = ()  # list files of the corpus
+    pictures: int = 0  # in the corpus
     captions: int = 0
 
     @property
     def skip_bad(self) -> bool:
-        """Whether what cannot be read is left out."""
-        return bool(self.form.get(_EITHER_WAY))
+        """Whether unreadable input is dropped."""
+        return bool(self.form.get(_SKIP_BAD))
 
-    def changed(self, earlier: "Plan") -> str | None:
-        """What the two commands have different, as "NAME OLD, now NEW"; None if the later can go on from the earlier.
+    def difference(self, earlier: "WritingPlan") -> str | None:
+        """Return how two commands differ, as "NAME OLD, now NEW"; None if this one can resume the earlier one.
 
-        The corpus itself may have changed: the digests of the shards tell which are still good.
+        The corpus itself may have changed; the digests of the shards show which are still valid.
         """
-        old, new = ({"corpus": one.corpus, **one.form, **one.arguments} for one in (earlier, self))
+        old, new = ({"corpus": plan.corpus, **plan.form, **plan.arguments} for plan in (earlier, self))
         for name in sorted(old.keys() | new.keys()):
-            # One that is not there is of another version, which did the same as one does now without it.
-            if name != _EITHER_WAY and (old.get(name) or None) != (new.get(name) or None):
+            # A missing name belongs to another version, in which the default had the same effect.
+            if name != _SKIP_BAD and (old.get(name) or None) != (new.get(name) or None):
                 return f"{name} {old.get(name)}, now {new.get(name)}"
         return None
 
@@ -62,67 +62,67 @@ class Plan:
             file.write(json.dumps(asdict(self), indent=1).encode() + b"\n")
 
 
-def load_plan(notes: Path) -> Plan | None:
-    """Read what `Plan.save` wrote; None if it is not there or damaged."""
+def load_plan(notes: Path) -> WritingPlan | None:
+    """Read `plan.json`; None if it is missing or damaged."""
     try:
         stored = json.loads((notes / PLAN).read_bytes())
         stored["dropped"] = tuple(Dropped(**one) for one in stored.get("dropped", ()))
         stored["lists"] = tuple(ListFile(*one) for one in stored.get("lists", ()))
-        return Plan(**stored)
+        return WritingPlan(**stored)
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
 @dataclass
-class Sample:
+class SampleRecord:
     """One written sample."""
 
     key: str
     image_id: str
     twin: str | None
-    durations: list[float]  # seconds, a caption
+    durations: list[float]  # seconds, per caption
     speakers: list[str | None]
     members: list[tuple[int, int]] = field(default_factory=list)  # (offset, bytes) of JSON, picture, captions' audio
 
 
 @dataclass
-class Record:
+class ShardRecord:
     """One finished shard; if all its samples were dropped, there is no tar."""
 
     name: str
     split: str
-    lists: str  # digest of what the corpus says of its samples
-    files: str  # digest of the sizes and times of the files they were read from
-    samples: list[Sample] = field(default_factory=list)
+    lists: str  # digest of its samples' description; see `lists_digest`
+    files: str  # digest of the sizes and times of its source files; see `files_digest`
+    samples: list[SampleRecord] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
-    warnings: list[RecordingWarning] = field(default_factory=list)
+    warnings: list[AudioWarning] = field(default_factory=list)
     bytes: int = 0
     sha256: str = ""
-    sources: list[SourceFile] | None = None  # what they were read from; None: an earlier version did not note it
+    sources: list[SourceFile] | None = None  # None: written by an earlier version
 
     def save(self, notes: Path) -> None:
-        """Write `NAME.json`; the tar has to be in its place."""
+        """Write `NAME.json`, after the tar is complete."""
         with atomic_write(notes / f"{self.name}.json") as file:
             file.write(json.dumps(self, default=vars).encode())
 
 
-def load_record(notes: Path, name: str, lists: str, skip_bad: bool) -> Record | None:
-    """The record of a shard that is finished as planned, its tar as long as it was.
+def load_record(notes: Path, name: str, lists: str, skip_bad: bool) -> ShardRecord | None:
+    """Read the record of a shard; None unless it is finished as planned and its tar has the recorded size.
 
     Args:
-        notes: folder of the records, in the folder of the shards.
-        name: of the tar.
-        lists: digest of what the corpus says of its samples now.
-        skip_bad: whether a shard from which something was dropped will do.
+        notes: Folder of the records, inside the folder of the shards.
+        name: Name of the tar.
+        lists: Current digest of the samples' description; see `lists_digest`.
+        skip_bad: Whether to accept a shard from which input was dropped.
     """
     try:
         stored = json.loads((notes / f"{name}.json").read_bytes())
-        stored["samples"] = [Sample(**one) for one in stored["samples"]]
+        stored["samples"] = [SampleRecord(**one) for one in stored["samples"]]
         stored["dropped"] = [Dropped(**one) for one in stored["dropped"]]
         if stored.get("sources") is not None:
             stored["sources"] = [SourceFile(*one) for one in stored["sources"]]
-        stored["warnings"] = [RecordingWarning(**one) for one in stored.get("warnings", [])]
-        record = Record(**stored)
+        stored["warnings"] = [AudioWarning(**one) for one in stored.get("warnings", [])]
+        record = ShardRecord(**stored)
         size = (notes.parent / name).stat().st_size if record.samples else 0
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -131,13 +131,13 @@ def load_record(notes: Path, name: str, lists: str, skip_bad: bool) -> Record | 
 
 
 def lists_digest(items: Sequence[Item], form: dict[str, Any]) -> str:
-    """Digest of what a corpus says of some samples and how they are to be stored, from which their bytes follow."""
-    kept = {name: value for name, value in form.items() if name != _EITHER_WAY}
-    return _digest([FORMAT, kept, _described(items)])
+    """Return the digest of the description and the format of some samples, which determine a shard's bytes."""
+    relevant = {name: value for name, value in form.items() if name != _SKIP_BAD}
+    return _digest([FORMAT, relevant, _as_json(items)])
 
 
 def files_digest(stamps: Iterable[tuple[int, int]]) -> str:
-    """Digest of the size and the time of change of every file that some samples are read from; see `sources.stamp`."""
+    """Return the digest of size and time of modification of the source files of some samples; see `sources.stamp`."""
     return _digest([one if one[0] >= 0 else None for one in stamps])
 
 
@@ -145,18 +145,18 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _described(value: Any) -> Any:
-    """JSON that says the same in every process: functions by name, what they are called with by content."""
+def _as_json(value: Any) -> Any:
+    """Return a JSON value that is the same in every process: functions by name, their arguments by content."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Path):
         return ["file", os.path.abspath(value)]
     if isinstance(value, list | tuple):
-        return [_described(one) for one in value]
+        return [_as_json(one) for one in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return [_name(type(value)), *(_described(getattr(value, one.name)) for one in fields(value) if one.compare)]
+        return [_name(type(value)), *(_as_json(getattr(value, one.name)) for one in fields(value) if one.compare)]
     if isinstance(value, partial):
-        return ["call", *map(_described, (value.func, value.args, list(value.keywords.items())))]
+        return ["call", *map(_as_json, (value.func, value.args, list(value.keywords.items())))]
     if isinstance(value, FunctionType | BuiltinFunctionType | type):
         return ["function", _name(value)]
     return ["pickle", hashlib.sha256(pickle.dumps(value)).hexdigest()]
@@ -167,20 +167,20 @@ def _name(value: Any) -> str:
 
 
 @dataclass
-class Gathered:
-    """What the manifest and the report are made of, record by record in the order of the plan."""
+class GatheredRecords:
+    """The contents of the manifest and the report, gathered from the records in the order of the plan."""
 
     shards: list[ShardInfo] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
     report: Report = field(default_factory=Report)
     _rows: list[dict[str, np.ndarray]] = field(default_factory=list)
     _twins: list[str | None] = field(default_factory=list)
-    _sources: list[np.ndarray] | None = field(default_factory=list)  # [files, 3] each; None: not noted of all shards
+    _sources: list[np.ndarray] | None = field(default_factory=list)  # [files, 3] each; None: some shards have none
 
-    def add(self, record: Record) -> None:
-        """Take in one shard."""
+    def add(self, record: ShardRecord) -> None:
+        """Add one shard."""
         self._add_sources(record.sources)
-        counts = self.report.splits.setdefault(record.split, Counts())
+        counts = self.report.splits.setdefault(record.split, SplitCounts())
         self.report.dropped += record.dropped
         self.report.warnings += record.warnings
         if not record.samples:
@@ -192,7 +192,7 @@ class Gathered:
         self.report.bytes += record.bytes
         if record.split not in self.splits:
             self.splits.append(record.split)
-        # As arrays at once: as lists of numbers a large corpus would fill the memory.
+        # Converted to arrays at once, as lists of numbers of a large corpus would fill the memory.
         self._rows.append(_rows(record, len(self.shards), self.splits.index(record.split)))
         self._twins += [sample.twin for sample in record.samples]
         self.shards.append(ShardInfo(record.name, record.bytes, record.sha256, len(record.samples)))
@@ -203,15 +203,15 @@ class Gathered:
         else:
             self._sources.append(np.array([one[1:] for one in files], np.int64).reshape(-1, 3))
 
-    def sources(self, plan: Plan) -> Sources | None:
-        """What all shards were made from; None if an earlier version, which did not note it, has made some."""
+    def sources(self, plan: WritingPlan) -> Sources | None:
+        """Return the sources of all shards; None if some shards were written by an earlier version without them."""
         if self._sources is None:
             return None
         columns = np.concatenate([np.zeros((0, 3), np.int64), *self._sources]).T
         return Sources(plan.pictures, plan.captions, plan.lists, *columns)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The manifest's columns; there is at least one sample."""
+        """Return the columns of the manifest; there must be at least one sample."""
         columns = {name: np.concatenate([rows[name] for rows in self._rows]) for name in self._rows[0]}
         columns["first_caption"] = np.concatenate([[0], np.cumsum(columns.pop("captions"))])
         columns["twin"] = np.full(len(self._twins), -1)
@@ -222,7 +222,7 @@ class Gathered:
         return columns
 
 
-def _rows(record: Record, shard: int, split: int) -> dict[str, np.ndarray]:
+def _rows(record: ShardRecord, shard: int, split: int) -> dict[str, np.ndarray]:
     samples = record.samples
     first = np.array([sample.members[:2] for sample in samples], np.int64)  # [n, JSON or picture, offset or bytes]
     audio = np.array([member for sample in samples for member in sample.members[2:]], np.int64)
@@ -242,9 +242,9 @@ def _rows(record: Record, shard: int, split: int) -> dict[str, np.ndarray]:
     }
 
 
-def gather(records: Iterable[Record]) -> Gathered:
-    """Take in all shards, one at a time."""
-    gathered = Gathered()
+def gather(records: Iterable[ShardRecord]) -> GatheredRecords:
+    """Gather the records of all shards, one at a time."""
+    gathered = GatheredRecords()
     for record in records:
         gathered.add(record)
     return gathered

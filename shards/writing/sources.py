@@ -1,17 +1,16 @@
-"""What shards were made from: the lists of a corpus, and its pictures and recordings file by file.
+"""The source files of shards: the lists of a corpus, and its pictures and audio files.
 
-`sources.json` in the folder of the shards keeps it; neither a tar nor the manifest depends on it. A list is the same if
-its sha256 is. A picture or a recording is the same if it has the size that it had and also its time of change; if only
-the time is another, as in a corpus that was copied, its content is read and its CRC-32 decides. So a moved or copied
-corpus is the same corpus, a file that was edited to the same size is not the same file, and a look at a corpus that
-nobody touched costs one question of the file system a file.
+They are stored in `sources.json` in the folder of the shards; neither the tars nor the manifest depend on it. A list is
+unchanged if its SHA-256 is. A picture or audio file is unchanged if size and time of modification are; if only the time
+differs, as in a copied corpus, the CRC-32 of its content decides. Therefore a moved or copied corpus is the same
+corpus, an edit that keeps the size is noticed, and checking an untouched corpus takes one `stat` per file.
 """
 
 import hashlib
 import json
+import logging
 import os
 import re
-import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +21,16 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.corpora.item import Item
-from shards.corpora.lists import ListFile
+from shards.corpora.text_files import ListFile
 from shards.errors import UserError
 from shards.files import atomic_write
 
+logger = logging.getLogger(__name__)
+
 SOURCES = "sources.json"
 _FIRST_SPLITS = ("train", "dev", "test")
-_NAMED = 3  # changed files that a message shows
-_MANY = 1000  # files whose content is compared without a word
+_MAX_NAMED = 3  # changed files named in a message
+_MAX_SILENT = 1000  # files whose content is compared without a message
 _READERS = 8  # threads that compare content
 _BLOCK = 1 << 20
 _MISSING = (-1, -1)
@@ -38,33 +39,33 @@ _TAIL_BYTES = 78
 
 
 class SourceFile(NamedTuple):
-    """A picture or a recording as it was when it was read; sizes and times of one that was not there are -1."""
+    """A picture or audio file when it was read; size and time of a missing one are -1."""
 
     path: str
     bytes: int
-    time: int  # of its last change, in ns
+    time: int  # of modification, in ns
     crc32: int
 
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """What a finished folder was made from; its F files are in the order of the samples."""
+    """The source files of a finished folder; its F files are in the order of the samples."""
 
     pictures: int
     captions: int
     lists: tuple[ListFile, ...]
-    bytes: np.ndarray  # int64 [F], as are the others; see `SourceFile`
+    bytes: np.ndarray  # int64 [F], like the others; see `SourceFile`
     time: np.ndarray
     crc32: np.ndarray
 
 
 @dataclass
 class Differences:
-    """How a corpus differs from what was recorded of it."""
+    """Differences between a corpus and its record."""
 
-    changed: list[str] = field(default_factory=list)  # what changed, a few files by name
-    gone: int = 0  # files that are not there now, or cannot be looked at
-    gone_one: str = ""  # one of them
+    changed: list[str] = field(default_factory=list)  # what changed, with the names of a few files
+    missing: int = 0  # files that are missing now, or cannot be read
+    missing_example: str = ""  # one of them
 
     def __bool__(self) -> bool:
         return bool(self.changed)
@@ -74,7 +75,7 @@ class Differences:
 
 
 def by_split(items: Sequence[Item]) -> dict[str, list[Item]]:
-    """The items of each split, in the order in which they are written."""
+    """Return the items of each split, in order of writing."""
     splits: dict[str, list[Item]] = {}
     for item in items:
         splits.setdefault(item.split, []).append(item)
@@ -83,13 +84,13 @@ def by_split(items: Sequence[Item]) -> dict[str, list[Item]]:
 
 
 def files_of(items: Iterable[Item]) -> list[Path]:
-    """The files that samples are read from, a sample's picture before its recordings."""
-    every = (source for item in items for source in (item.picture, *(one.audio for one in item.captions)))
-    return [source for source in every if isinstance(source, Path)]
+    """Return the source files of samples; a sample's picture precedes its audio files."""
+    sources = (source for item in items for source in (item.picture, *(caption.audio for caption in item.captions)))
+    return [source for source in sources if isinstance(source, Path)]
 
 
 def stamp(path: Path | str) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns of a file; both -1 if it cannot be asked for."""
+    """Return size in bytes and time of modification in ns of a file; both -1 if they cannot be read."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -98,10 +99,10 @@ def stamp(path: Path | str) -> tuple[int, int]:
 
 
 def crc32(path: Path | str) -> int:
-    """Checksum of a file's content, -1 if it cannot be read."""
+    """Return the CRC-32 of a file's content; -1 if it cannot be read."""
     value = 0
     try:
-        if not os.path.isfile(path):  # a pipe is not waited for
+        if not os.path.isfile(path):  # reading a pipe would block
             return -1
         with open(path, "rb") as file:
             while block := file.read(_BLOCK):
@@ -112,8 +113,8 @@ def crc32(path: Path | str) -> int:
 
 
 def compare_files(paths: Sequence[Path | str], size: np.ndarray, time: np.ndarray, crc: np.ndarray) -> Differences:
-    """Hold files against what was recorded of them, int64 [paths] each; see the rule above."""
-    gone: dict[str, None] = {}  # in order, once each: several samples may be read from one file
+    """Compare files with their recorded sizes, times and checksums, int64 [paths] each, by the rule above."""
+    missing: dict[str, None] = {}  # ordered and distinct, as samples may share files
     touched: dict[str, int] = {}
     lines: dict[str, None] = {}
     for number, (path, *then) in enumerate(zip(paths, size.tolist(), time.tolist(), strict=True)):
@@ -121,21 +122,21 @@ def compare_files(paths: Sequence[Path | str], size: np.ndarray, time: np.ndarra
         if now == tuple(then):
             continue
         if now == _MISSING:
-            gone[str(path)] = None
+            missing[str(path)] = None
         elif now[0] == then[0]:
             touched[str(path)] = int(crc[number])
         else:
-            lines[f"{path} {'is there now' if then[0] == -1 else 'has another size'}"] = None
-    changed = list(lines) or _other_content(list(touched), list(touched.values()))
-    if len(changed) > _NAMED:
-        changed[_NAMED:] = [f"{len(changed) - _NAMED:,} more files changed"]
-    return Differences(changed, len(gone), next(iter(gone), ""))
+            lines[f"{path} {'exists now' if then[0] == -1 else 'has another size'}"] = None
+    changed = list(lines) or _first_changed_content(list(touched), list(touched.values()))
+    if len(changed) > _MAX_NAMED:
+        changed[_MAX_NAMED:] = [f"{len(changed) - _MAX_NAMED:,} more files changed"]
+    return Differences(changed, len(missing), next(iter(missing), ""))
 
 
-def _other_content(paths: Sequence[str], crc: Sequence[int]) -> list[str]:
-    """Name the first file whose content is another, if there is one."""
-    if len(paths) > _MANY:
-        print(f"reading {len(paths):,} files whose time of change is another than it was", file=sys.stderr)
+def _first_changed_content(paths: Sequence[str], crc: Sequence[int]) -> list[str]:
+    """Name the first file whose content changed, if there is one."""
+    if len(paths) > _MAX_SILENT:
+        logger.info("reading %s files whose time of modification changed", f"{len(paths):,}")
     with ThreadPoolExecutor(_READERS) as readers:
         for path, then, now in zip(paths, crc, readers.map(crc32, paths), strict=True):
             if then != now:
@@ -145,26 +146,26 @@ def _other_content(paths: Sequence[str], crc: Sequence[int]) -> list[str]:
 
 
 def compare_lists(then: Sequence[ListFile], now: Sequence[ListFile], complete: bool = True) -> list[str]:
-    """What changed in the lists of a corpus, wherever they are now.
+    """Return changes of the lists of a corpus, which may have moved.
 
     Args:
         then: The lists as they were recorded.
         now: The lists as they were read now.
-        complete: Whether all were read; if not, nothing is said of those that are not among them.
+        complete: Whether all lists were read; if not, lists missing from `now` are not reported.
     """
     old, new = _by_name(then), _by_name(now)
     lines = []
     for name, one in new.items():
         if name not in old:
-            lines.append(f"{one.path} is read now and was not then")
+            lines.append(f"{one.path} is read now and was not before")
         elif old[name].sha256 != one.sha256:
             lines.append(f"{one.path} was edited")
     unread = [one for name, one in old.items() if name not in new] if complete else []
-    return lines + [f"{one.path} was read then and is not now" for one in unread]
+    return lines + [f"{one.path} was read before and is not now" for one in unread]
 
 
 def _by_name(lists: Sequence[ListFile]) -> dict[tuple[str, int], ListFile]:
-    """Lists by name, and by number among those of that name: their folder may have moved."""
+    """Return lists by name and number among those of the same name, as their folder may have moved."""
     named: dict[tuple[str, int], ListFile] = {}
     for one in lists:
         name = os.path.basename(one.path)
@@ -173,12 +174,12 @@ def _by_name(lists: Sequence[ListFile]) -> dict[tuple[str, int], ListFile]:
 
 
 def compare(recorded: Sources, lists: Sequence[ListFile], items: Sequence[Item]) -> Differences:
-    """Hold a corpus against what was recorded of it when shards were made from it.
+    """Compare a corpus with its record of when the shards were made.
 
     Args:
-        recorded: What they were made from.
-        lists: The corpus's lists as they were read now.
-        items: What the corpus holds now.
+        recorded: The sources of the shards.
+        lists: The lists as they were read now.
+        items: The current samples of the corpus.
     """
     changed = compare_lists(recorded.lists, lists)
     counts = {"picture": len(items) - recorded.pictures}
@@ -195,18 +196,18 @@ def compare(recorded: Sources, lists: Sequence[ListFile], items: Sequence[Item])
 
 
 def save_sources(folder: Path, sources: Sources) -> None:
-    """Write `sources.json`, which ends with the checksum of all before it."""
-    said = {
+    """Write `sources.json`, which ends with the checksum of all preceding bytes."""
+    stored = {
         **{"pictures": sources.pictures, "captions": sources.captions, "lists": sources.lists},
         **{name: getattr(sources, name).tolist() for name in ("bytes", "time", "crc32")},
     }
-    body = json.dumps(said).encode()[:-1] + b",\n"
+    body = json.dumps(stored).encode()[:-1] + b",\n"
     with atomic_write(folder / SOURCES) as file:
         file.write(body + b'"sha256": "%s"}\n' % hashlib.sha256(body).hexdigest().encode())
 
 
 def load_sources(folder: Path) -> Sources | None:
-    """Read what `save_sources` wrote; None if it is not there.
+    """Read `sources.json`; None if it is missing.
 
     Raises:
         UserError: It is damaged or cannot be read.
@@ -216,20 +217,20 @@ def load_sources(folder: Path) -> Sources | None:
     if problem := sources_problem(folder):
         raise UserError(f"{folder / SOURCES} {problem}")
     try:
-        said = json.loads((folder / SOURCES).read_bytes())
-        lists = tuple(ListFile(*one) for one in said["lists"])
-        columns = (np.array(said[name], np.int64) for name in ("bytes", "time", "crc32"))
-        return Sources(int(said["pictures"]), int(said["captions"]), lists, *columns)
+        stored = json.loads((folder / SOURCES).read_bytes())
+        lists = tuple(ListFile(*one) for one in stored["lists"])
+        columns = (np.array(stored[name], np.int64) for name in ("bytes", "time", "crc32"))
+        return Sources(int(stored["pictures"]), int(stored["captions"]), lists, *columns)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise UserError(f"{folder / SOURCES} is damaged ({error!r})") from None
 
 
 def sources_problem(folder: Path) -> str | None:
-    """Hold `sources.json` against the checksum at its end; None: it is as it was written. Little of it is in memory."""
+    """Compare `sources.json` with the checksum at its end, reading it in blocks; None: it is intact."""
     path = folder / SOURCES
     try:
         if not os.path.isfile(path):
-            return "is no regular file"
+            return "is not a regular file"
         left, digest = path.stat().st_size - _TAIL_BYTES, hashlib.sha256()
         with open(path, "rb") as file:
             while left > 0 and (block := file.read(min(left, _BLOCK))):
@@ -238,4 +239,4 @@ def sources_problem(folder: Path) -> str | None:
             tail = _TAIL.fullmatch(file.read(_TAIL_BYTES + 1))
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return None if tail and tail[1].decode() == digest.hexdigest() else "is damaged: its checksum is another"
+    return None if tail and tail[1].decode() == digest.hexdigest() else "is damaged: its checksum differs"

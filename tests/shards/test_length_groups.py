@@ -43,5 +43,5 @@ def test_the_number_of_groups_is_that_of_every_rank(count: int, groups: int) -> 
 def test_a_large_batch_is_cut_nearly_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = np.random.default_rng(0).lognormal(1.4, 0.4, 1500)
     coarse = padded_length(lengths, 5)
-    monkeypatch.setattr("shards.length_groups._EDGES", 10_000)
+    monkeypatch.setattr("shards.length_groups._MAX_EDGES", 10_000)
     assert padded_length(lengths, 5) <= coarse < 1.005 * padded_length(lengths, 5)

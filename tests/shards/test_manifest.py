@@ -163,7 +163,7 @@ def test_a_shard_that_is_no_plain_file_of_the_folder_is_refused(tmp_path, name):
 )
 def test_a_shard_that_cannot_be_is_refused(tmp_path, shard):
     write(tmp_path, [shard, SHARDS[1]])
-    with pytest.raises(UserError, match=r"shard a\.tar|a shard twice|not those of the shards"):
+    with pytest.raises(UserError, match=r"shard a\.tar|a shard twice|do not match the shards"):
         load(tmp_path)
 
 
@@ -179,17 +179,17 @@ def test_a_shard_that_cannot_be_is_refused(tmp_path, shard):
         ("audio_bytes", [6, 7, 10238, 9, 10], "lies outside"),
         ("shard", [0, 0, 2], "column shard"),
         ("shard", [-1, 0, 1], "column shard"),
-        ("shard", [0, 1, 0], "not those of the shards"),
+        ("shard", [0, 1, 0], "do not match the shards"),
         ("split", [0, 0, 2], "column split"),
-        ("split", [0, 1, 1], "do not stand together"),
+        ("split", [0, 1, 1], "are not contiguous"),
         ("twin", [-1, -1, 3], "column twin"),
         ("twin", [-2, -1, 0], "column twin"),
         ("first_caption", [0, 2, 3, 6], "first_caption"),
         ("first_caption", [1, 2, 3, 5], "first_caption"),
         ("first_caption", [0, 4, 3, 5], "first_caption"),
         ("first_caption", [0, 2, 5], "3 rows"),
-        ("duration", [0.5, 1.0, float("nan"), 2.0, 2.5], "a duration"),
-        ("duration", [0.5, 1.0, -1.0, 2.0, 2.5], "a duration"),
+        ("duration", [0.5, 1.0, float("nan"), 2.0, 2.5], "durations must be finite"),
+        ("duration", [0.5, 1.0, -1.0, 2.0, 2.5], "durations must be finite"),
         ("audio_bytes", [6, 7, 8, 9], "4 rows"),
         ("key", [b"a", b"b"], r"rows|not those"),
     ],
@@ -204,7 +204,7 @@ def test_an_index_that_cannot_be_is_refused(tmp_path, column, values, reason):
 def test_a_split_in_two_pieces_is_refused(tmp_path):
     shards = [ShardInfo(f"{n}.tar", 2**41, "ab" * 32, 1) for n in range(3)]
     write(tmp_path, shards, shard=[0, 1, 2], split=[0, 1, 0])
-    with pytest.raises(UserError, match="do not stand together"):
+    with pytest.raises(UserError, match="are not contiguous"):
         load(tmp_path)
 
 

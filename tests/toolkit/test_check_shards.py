@@ -41,7 +41,7 @@ def test_exit_codes(folder: Path, tmp_path: Path) -> None:
     os.truncate(folder / damage.SHARD, 100)
     done = run(folder, "--jobs", 2)
     assert (done.returncode, done.stderr) == (1, "")
-    assert f"\nproblem: {damage.SHARD}: has 100 bytes, the manifest says " in done.stdout
+    assert f"\nproblem: {damage.SHARD}: has 100 bytes, the manifest has " in done.stdout
     assert "\nNOT HEALTHY (1 problem)\n" in done.stdout
     done = run(tmp_path / "nowhere")
     assert (done.returncode, done.stdout) == (2, "")
@@ -51,22 +51,23 @@ def test_exit_codes(folder: Path, tmp_path: Path) -> None:
 def test_how_much_is_decoded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage.replace(folder, "t4", 1, damage.member(folder, "t4", 1)[:700])
     assert check(folder, "--decode", 0, "--jobs", 1) == 0
-    assert "decoded: 0 pictures, 0 recordings" in capsys.readouterr().out
+    assert "decoded: 0 pictures, 0 audio files" in capsys.readouterr().out
     assert check(folder, "--decode", "all", "--jobs", 1) == 1
-    assert "decoded: 11 pictures, 22 recordings" in capsys.readouterr().out
+    assert "decoded: 11 pictures, 22 audio files" in capsys.readouterr().out
 
 
 def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "more.tar").touch()
     (folder / "notes.txt").touch()
     assert check(folder, "--json", "--jobs", 1) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["healthy"] is False
-    assert told["splits"]["train"]["pictures"] == 7
-    assert told["decoded"] == {"pictures": 11, "recordings": 22}
-    assert told["problems"] == ["more.tar: is not in the manifest, but whatever reads *.tar would read it: remove it"]
-    assert told["warnings"] == ["notes.txt: is not of the data set"]
-    assert told["advice"]
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["healthy"] is False
+    assert shown["splits"]["train"]["pictures"] == 7
+    assert shown["decoded"] == {"pictures": 11, "recordings": 22}
+    line = "more.tar: is not in the manifest, but programs that read *.tar would read it: remove it"
+    assert shown["problems"] == [line]
+    assert shown["warnings"] == ["notes.txt: does not belong to the data set"]
+    assert shown["advice"]
 
 
 def test_page(folder: Path, tmp_path: Path) -> None:
@@ -87,9 +88,9 @@ def test_a_page_that_cannot_be_written_costs_no_findings(
     assert "\nhealthy\n" in capsys.readouterr().out
     os.truncate(folder / damage.SHARD, 100)
     assert check(folder, "--html", page, "--jobs", 1) == 1
-    told = capsys.readouterr()
-    assert "NOT HEALTHY (1 problem)" in told.out
-    assert told.err == f"error: cannot write {page}: No such file or directory\n"
+    shown = capsys.readouterr()
+    assert "NOT HEALTHY (1 problem)" in shown.out
+    assert shown.err == f"error: cannot write {page}: No such file or directory\n"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_mistakes_on_the_command_line(arguments: list[str], reason: str) -> None
 
 def test_help_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
     assert check("--help") == 0
-    assert "exit code: 0 healthy, 1 not healthy" in capsys.readouterr().out
+    assert "exit code: 0 healthy, 1 a check failed" in capsys.readouterr().out
     code = (
         "import sys; from toolkit.check_shards import build_parser; build_parser();"
         "print(*{'torch', 'torchaudio', 'numpy', 'PIL', 'soundfile', 'tqdm'} & sys.modules.keys())"

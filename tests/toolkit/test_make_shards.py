@@ -122,7 +122,7 @@ def test_a_place_whose_name_is_too_long(tmp_path):
     out = tmp_path / ("x" * 300)
     with pytest.raises(UserError, match=r"cannot write into .*: File name too long"):
         make("table", "--root", tiny.one_row_table(tmp_path / "corpus"), "--out", out, "--jobs", 1)
-    with pytest.raises(UserError, match="holds no parts to merge"):
+    with pytest.raises(UserError, match="contains no parts to merge"):
         make("merge", "--out", out)
 
 
@@ -136,7 +136,7 @@ def test_finished_folder_is_left_as_it_is(tmp_path, capsys):
     assert "finished already, made with the same arguments" in output
     assert "train" in output
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
-    with pytest.raises(UserError, match="holds shards made with quality 90, now 80: give another --out"):
+    with pytest.raises(UserError, match="contains shards made with quality 90, now 80: give another --out"):
         make("flickr8k", "--root", root, "--out", tmp_path / "out", "--quality", 80)
     with pytest.raises(UserError, match="made with corpus flickr8k, now places"):
         make("places", "--root", root, "--out", tmp_path / "out")
@@ -244,9 +244,7 @@ def test_what_is_gone_is_not_called_unchanged(finished_one, tmp_path, capsys):
     media = files(tmp_path / "corpus", ".jpg", ".png", ".wav")
     media[0].unlink()
     remake(finished_one, tmp_path)
-    line = (
-        rf"the same arguments; 1 of the \d+ files of their corpus are gone \({media[0]}\): whether these changed since"
-    )
+    line = rf"the same arguments; 1 of the \d+ files of their corpus are missing \({media[0]}\): whether these changed"
     assert re.search(line, capsys.readouterr().out)
     lengthen(media[1])
     assert f"{media[1]} has another size" in refused(finished_one, tmp_path)
@@ -254,8 +252,8 @@ def test_what_is_gone_is_not_called_unchanged(finished_one, tmp_path, capsys):
         path.unlink()
     remake(finished_one, tmp_path)
     output = capsys.readouterr().out
-    assert "finished already, made with the same arguments; their corpus could not be looked at (" in output
-    assert "): whether it changed since is not known\n" in output
+    assert "finished already, made with the same arguments; their corpus could not be read (" in output
+    assert "): whether it changed since is unknown\n" in output
     with pytest.raises(UserError):
         remake(finished_one, tmp_path, "--restart")
     assert identities(tmp_path / "out") == before
@@ -287,7 +285,7 @@ def test_a_list_that_is_there_now_is_noticed(tmp_path):
     (tmp_path / "corpus/dev_unseen_2020.json").rename(tmp_path / "later")
     remake("places", tmp_path)
     (tmp_path / "later").rename(tmp_path / "corpus/dev_unseen_2020.json")
-    line = "dev_unseen_2020.json is read now and was not then; 1 picture more; 1 caption more: give another"
+    line = "dev_unseen_2020.json is read now and was not before; 1 picture more; 1 caption more: give another"
     assert line in refused("places", tmp_path)
     remake("places", tmp_path, "--restart")
     (tmp_path / "corpus/dev_unseen_2020.json").unlink()
@@ -307,11 +305,11 @@ def test_folders_that_do_not_say_what_they_were_made_from(finished_one, tmp_path
     for damaged in (data[:-1], data.replace(b"1", b"2", 1), b"", data + data):
         path.write_bytes(damaged)
         remake(finished_one, tmp_path)
-        line = f"made with the same arguments; what of their corpus was recorded cannot be read ({path} is damaged"
+        line = f"made with the same arguments; the record of their corpus cannot be read ({path} is damaged"
         assert line in capsys.readouterr().out
     path.unlink()
     remake(finished_one, tmp_path)
-    line = "the same arguments; an earlier version did not record what their corpus was: whether it changed since is"
+    line = "the same arguments; an earlier version did not record their corpus: whether it changed since is"
     assert line in capsys.readouterr().out
 
 
@@ -371,7 +369,7 @@ def test_an_interrupted_run_does_not_mix_old_and_new(tmp_path):
             "--restart and --part: remove y instead",
         ),
         (["merge"], "required: --out"),
-        (["merge", "--out", "/no/where"], "/no/where holds no parts to merge"),
+        (["merge", "--out", "/no/where"], "/no/where contains no parts to merge"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, reason):

@@ -1,4 +1,4 @@
-"""What comes twice in a folder of shards is named with its places: leaks as problems, the rest as warnings."""
+"""Duplicates in a folder of shards are reported with their places: leaks as problems, the rest as warnings."""
 
 import tracemalloc
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from shards import manifest
-from shards.checking.check import Health, check_folder
-from shards.checking.duplicates import DIGEST, Columns, find_duplicates
+from shards.checking.check import CheckResult, check_folder
+from shards.checking.duplicates import DIGEST, DigestColumns, find_duplicates
 from shards.corpora.item import Item
 from shards.manifest import Manifest, ShardInfo
 from tests.shards.checking import damage
 
 
-def check(folder: Path, *more: Item) -> Health:
+def check(folder: Path, *more: Item) -> CheckResult:
     return check_folder(damage.write(folder / "shards", [*damage.corpus(), *more]), 0)
 
 
@@ -39,15 +39,15 @@ def same_recording(name: str, split: str, row: int, utterance: str = "new") -> I
 
 
 def test_same_picture_in_two_splits(tmp_path: Path) -> None:
-    health = check(tmp_path, same_picture("other", "test", 4))
+    result = check(tmp_path, same_picture("other", "test", 4))
     line = "train and test: t4 and other are the same picture, in train-000001.tar and test-000000.tar"
-    assert (lines(health.problems), health.warnings) == ([line], [])
+    assert (lines(result.problems), result.warnings) == ([line], [])
 
 
 def test_same_picture_within_a_split_is_a_warning(tmp_path: Path) -> None:
-    health = check(tmp_path, same_picture("other", "train", 0), same_picture("third", "train", 0))
-    assert health.healthy
-    found = lines(health.warnings)
+    result = check(tmp_path, same_picture("other", "train", 0), same_picture("third", "train", 0))
+    assert result.healthy
+    found = lines(result.warnings)
     assert len(found) == 2
     assert found[0].startswith("train: t0 and other are the same picture, in train-000000.tar and train-000002.tar")
     assert "other and third" in found[1]
@@ -62,8 +62,8 @@ def test_id_and_key_in_two_splits(tmp_path: Path) -> None:
         damage.resave(folder, **{column: values})
     found = lines(check_folder(folder, 0).problems)
     where = "in train-000001.tar and test-000000.tar"
-    assert f"train and test: image id t4 comes twice, {where}" in found
-    assert f"train and test: key t4 comes twice, {where}" in found
+    assert f"train and test: image id t4 occurs twice, {where}" in found
+    assert f"train and test: key t4 occurs twice, {where}" in found
 
 
 # The recordings of t4 are those of rows 28 and 29, and the utterances t4-0 and t4-1.
@@ -72,53 +72,53 @@ def test_id_and_key_in_two_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("split", "shard"), [("dev", "dev-000000.tar"), ("test", "test-000000.tar")])
 @pytest.mark.parametrize(("utterance", "named"), [("new", ""), ("t4-1", ", of utterance t4-1")])
 def test_same_recording_in_two_splits(tmp_path: Path, split: str, shard: str, utterance: str, named: str) -> None:
-    health = check(tmp_path, same_recording("other", split, 29, utterance))
-    what = f"caption 1 of t4 and caption 0 of other are the same recording{named}"
-    assert lines(health.problems) == [f"train and {split}: {what}, in train-000001.tar and {shard}"]
-    assert health.warnings == []
+    result = check(tmp_path, same_recording("other", split, 29, utterance))
+    what = f"caption 1 of t4 and caption 0 of other are the same audio file{named}"
+    assert lines(result.problems) == [f"train and {split}: {what}, in train-000001.tar and {shard}"]
+    assert result.warnings == []
 
 
 @pytest.mark.parametrize("codec", ["flac", "wav", "opus"])
 def test_same_recording_is_seen_in_any_codec(tmp_path: Path, codec: str) -> None:
     items = [*damage.corpus(), same_recording("other", "test", 29)]
-    health = check_folder(damage.write(tmp_path / "shards", items, codec=codec), 0)
-    (line,) = lines(health.problems)
-    assert line.startswith("train and test: caption 1 of t4 and caption 0 of other are the same recording")
+    result = check_folder(damage.write(tmp_path / "shards", items, codec=codec), 0)
+    (line,) = lines(result.problems)
+    assert line.startswith("train and test: caption 1 of t4 and caption 0 of other are the same audio file")
 
 
 def test_same_recording_within_a_split_is_a_warning(tmp_path: Path) -> None:
-    health = check(tmp_path, same_recording("other", "train", 28))
-    assert health.healthy
-    line = "train: caption 0 of t4 and caption 0 of other are the same recording, in train-000001.tar and "
-    assert lines(health.warnings) == [f"{line}train-000002.tar: each counts as a query of its own"]
+    result = check(tmp_path, same_recording("other", "train", 28))
+    assert result.healthy
+    line = "train: caption 0 of t4 and caption 0 of other are the same audio file, in train-000001.tar and "
+    assert lines(result.warnings) == [f"{line}train-000002.tar: each counts as a separate query"]
 
 
 def test_row_that_comes_twice_is_a_warning(tmp_path: Path) -> None:
     item = damage.item("other", "dev", seed=50)
-    health = check(tmp_path, replace(item, captions=(*item.captions, item.captions[0])))
-    assert health.healthy
-    line = "dev: captions 0 and 2 of other are the same recording, of utterance other-0, in dev-000000.tar"
-    assert lines(health.warnings) == [f"{line}: each counts as a query of its own"]
+    result = check(tmp_path, replace(item, captions=(*item.captions, item.captions[0])))
+    assert result.healthy
+    line = "dev: captions 0 and 2 of other are the same audio file, of utterance other-0, in dev-000000.tar"
+    assert lines(result.warnings) == [f"{line}: each counts as a separate query"]
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
 def test_two_recordings_of_one_utterance_are_a_warning(tmp_path: Path, split: str) -> None:
     item = damage.item("other", split, seed=50)
     captions = (replace(item.captions[0], utterance="t4-1\n"), replace(item.captions[1], utterance="t4-1"))
-    health = check(tmp_path, replace(item, captions=captions))
-    assert health.healthy
-    (line,) = lines(health.warnings)
-    assert "caption 1 of t4 and caption 1 of other are two recordings of utterance t4-1, in train-000001.tar" in line
-    assert line.endswith(": an id names one recording")
+    result = check(tmp_path, replace(item, captions=captions))
+    assert result.healthy
+    (line,) = lines(result.warnings)
+    assert "caption 1 of t4 and caption 1 of other are two audio files of utterance t4-1, in train-000001.tar" in line
+    assert line.endswith(": an id must identify one audio file")
 
 
-def many(samples: int) -> tuple[Manifest, Columns]:
+def many(samples: int) -> tuple[Manifest, DigestColumns]:
     """A folder of pictures with five captions each, half in train and half in test, and all of it twice."""
     number = np.arange(samples)
     rows = np.arange(5 * samples)
     chance = np.random.default_rng(1)
     half = chance.bytes(DIGEST * samples // 2), chance.bytes(DIGEST * 5 * samples // 2)
-    columns = Columns(*(np.frombuffer(2 * half[one], f"S{DIGEST}") for one in (0, 1, 1)))
+    columns = DigestColumns(*(np.frombuffer(2 * half[one], f"S{DIGEST}") for one in (0, 1, 1)))
     split = (number >= samples // 2).astype(np.int8)
     shards = tuple(ShardInfo(f"{name}.tar", 2**40, "ab" * 32, samples // 2) for name in ("a", "b"))
     index: dict[str, Any] = {name: rows if name in manifest.CAPTION_COLUMNS else number for name in manifest.COLUMNS}

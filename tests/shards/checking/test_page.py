@@ -81,7 +81,7 @@ def test_damaged_members_are_shown_as_such(tmp_path: Path) -> None:
     os.mkfifo(folder / "test-000000.tar")
     page = page_of(folder)
     assert (len(page.sources("img")), len(page.sources("audio"))) == (5, 12)
-    for word in ("NOT HEALTHY", "a picture bomb", "3,700 s of audio", "(no text)", "No such file"):
+    for word in ("NOT HEALTHY", "a decompression bomb", "3,700 s of audio", "(no text)", "No such file"):
         assert word in page.words
     assert page.words.count("cannot be decoded as audio") == 2  # in the summary and beside the recording
 
@@ -119,12 +119,12 @@ def test_a_caption_without_a_text(tmp_path: Path) -> None:
 def test_large_members_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = damage.write(tmp_path / "shards", [damage.item("t0", "train", 0)])
     picture, first = (len(damage.member(folder, "t0", part)) for part in (1, 2))
-    monkeypatch.setattr(module, "_LARGEST", first - 1)
+    monkeypatch.setattr(module, "_MAX_BYTES", first - 1)
     second = len(damage.member(folder, "t0", 3))
     page = page_of(folder)
     assert page.words.count("too large to show") == sum(size >= first for size in (picture, first, second))
     assert f"{picture:,} bytes" in page.words
-    assert module._LARGEST < 2 << 20
+    assert module._MAX_BYTES < 2 << 20
 
 
 def test_histograms_count_everything(tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_folder_without_a_manifest(tmp_path: Path) -> None:
 
 def test_unwritable_place_and_odd_bytes(tmp_path: Path) -> None:
     folder = damage.write(tmp_path / "shards")
-    health = check_folder(folder, 0)
+    result = check_folder(folder, 0)
     with pytest.raises(UserError, match=r"cannot write .*nowhere/page\.html: No such file"):
-        write_page(tmp_path / "nowhere/page.html", health)
+        write_page(tmp_path / "nowhere/page.html", result)
     stored = json.loads(damage.member(folder, "t4", 0))
     stored["captions"][1]["text"] = "half \ud800 a letter"
     damage.replace(folder, "t4", 0, json.dumps(stored).encode())

@@ -212,7 +212,7 @@ class Shaky:
 
 def shaky(manifest: Manifest, system: Shaky) -> Reader:
     reader = Reader(manifest)
-    reader._remotes[0]._found = (system, str(manifest.url).removeprefix("file://"))
+    reader._remotes[0]._filesystem = (system, str(manifest.url).removeprefix("file://"))
     reader._remotes[0]._process = os.getpid()
     return reader
 
@@ -231,7 +231,7 @@ def test_a_network_that_fails_is_asked_again(data: Path, monkeypatch: pytest.Mon
 
 
 def test_a_server_that_sends_whole_files_is_named(data: Path) -> None:
-    with pytest.raises(UserError, match=r"does not send parts of files: set --data\.cache"):
+    with pytest.raises(UserError, match=r"does not support range requests: set --data\.cache"):
         shaky(load(f"file://{data}/one"), Shaky(0, whole_files=True)).picture(0)
 
 

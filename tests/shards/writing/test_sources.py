@@ -52,9 +52,9 @@ def test_lists_are_noted_as_they_are_read(tmp_path: Path) -> None:
 def test_lists_are_compared_by_name_and_content_wherever_they_are() -> None:
     then = [ListFile("/a/t.json", 1, "x"), ListFile("/b/t.json", 1, "y"), ListFile("/a/u.json", 1, "z")]
     now = [ListFile("/c/t.json", 1, "x"), ListFile("/d/t.json", 1, "other"), ListFile("/c/v.json", 1, "z")]
-    lines = ["/d/t.json was edited", "/c/v.json is read now and was not then"]
+    lines = ["/d/t.json was edited", "/c/v.json is read now and was not before"]
     assert compare_lists(then, now, complete=False) == lines
-    assert compare_lists(then, now) == [*lines, "/a/u.json was read then and is not now"]
+    assert compare_lists(then, now) == [*lines, "/a/u.json was read before and is not now"]
     assert compare_lists(then, then) == []
 
 
@@ -83,7 +83,7 @@ def test_files_that_come_or_go(paths: list[Path]) -> None:
     paths[1].unlink()
     paths[2].unlink()
     assert compare_files([*paths, paths[1]], *np.hstack([then, [[10], [7], [7]]])) == Differences(
-        [f"{paths[0]} is there now"], gone=2, gone_one=str(paths[1])
+        [f"{paths[0]} exists now"], missing=2, missing_example=str(paths[1])
     )
     paths[3].unlink()
     paths[3].mkdir()
@@ -123,7 +123,7 @@ def recorded(paths: list[Path]) -> Sources:
 def test_a_corpus_is_compared_with_what_was_recorded(paths: list[Path]) -> None:
     then, lists = recorded(paths), [ListFile("/moved/t.csv", 1, "x")]
     assert compare(then, lists, items_of(paths)) == Differences()
-    assert compare(then, [], items_of(paths)).changed == ["t.csv was read then and is not now"]
+    assert compare(then, [], items_of(paths)).changed == ["t.csv was read before and is not now"]
     assert compare(then, lists, items_of(paths)[1:2]).changed == ["4 pictures fewer", "8 captions fewer"]
     other = [Item(one.image_id, one.split, one.picture, (one.captions[1],) * 2) for one in items_of(paths)]
     assert compare(then, lists, other).changed == ["it names 5 files rather than 10"]
@@ -151,5 +151,5 @@ def test_every_bit_that_is_turned_and_every_cut_is_noticed(tmp_path: Path) -> No
         assert sources_problem(tmp_path), place
         path.write_bytes(data[:place])
         assert sources_problem(tmp_path), place
-    with pytest.raises(UserError, match=r"sources\.json is damaged: its checksum is another"):
+    with pytest.raises(UserError, match=r"sources\.json is damaged: its checksum differs"):
         load_sources(tmp_path)

@@ -22,8 +22,16 @@ from shards.corpora.text_files import ListFile
 from shards.errors import UserError
 from shards.report import Dropped, Report, load_report
 from shards.writing import writer as module
-from shards.writing.folder_lock import UNFINISHED, Part, claimed, finished, tidy
-from shards.writing.writer import Format, merge_shards, outlook, plan_shards, sample_key, write_part, write_shards
+from shards.writing.folder_lock import UNFINISHED, Part, claim_folder, count_finished, remove_leftovers
+from shards.writing.writer import (
+    Format,
+    estimate_sizes,
+    merge_shards,
+    plan_shards,
+    sample_key,
+    write_part,
+    write_shards,
+)
 from tests.shards import tiny_corpora as tiny
 
 
@@ -315,9 +323,9 @@ def test_what_was_left_out_when_the_corpus_was_read_is_reported(tmp_path, parts)
     if parts == 1:
         write_shards(ITEMS, tmp_path, "tiny", Format(), {}, dropped=[LEFT_OUT])
     else:
-        work = plan_shards(ITEMS, "tiny", Format(), {}, parts, [LEFT_OUT])
+        planned = plan_shards(ITEMS, "tiny", Format(), {}, parts, [LEFT_OUT])
         for number in range(1, parts + 1):
-            write_part(work, tmp_path, Part(number, parts))
+            write_part(planned, tmp_path, Part(number, parts))
         merge_shards(tmp_path)
     assert load_report(tmp_path).dropped == [LEFT_OUT]
 
@@ -351,7 +359,7 @@ def test_recordings_to_listen_to_are_counted_and_named(tmp_path, parts):
         report = write(items, out, samples_per_shard=1)
     else:
         for number in (2, 1):
-            rank_slice(items, out, number, 2)
+            write_one_part(items, out, number, 2)
         report = merge_shards(out)
     assert [(one.utterance, one.sample, one.caption, one.what.partition(":")[0]) for one in report.warnings] == [
         ("loud", "p0", 0, "clipped"),
@@ -363,7 +371,9 @@ def test_recordings_to_listen_to_are_counted_and_named(tmp_path, parts):
     assert load_report(out) == report
     lines = report.text().splitlines()
     at = lines.index("nothing dropped")
-    assert lines[at + 1].startswith("stored, but to be listened to: 4 recordings (1 clipped, 1 silence, 1 very quiet")
+    assert lines[at + 1].startswith(
+        "stored, but should be checked by ear: 4 audio files (1 clipped, 1 silence, 1 very quiet"
+    )
     assert lines[at + 2].startswith("  train caption loud: clipped: ")
     assert (
         lines[at + 5] == "  train caption opposite: cancelled: the mean of its channels is nearly 0; channel 1 was kept"
@@ -380,7 +390,7 @@ def test_progress_counts_every_picture(tmp_path):
 
 def test_folder_with_other_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "train-000000.tar").write_bytes(b"someone else's")
-    with pytest.raises(UserError, match=r"is not empty \(it holds train-000000\.tar\)"):
+    with pytest.raises(UserError, match=r"is not empty \(it contains train-000000\.tar\)"):
         write(ITEMS, tmp_path)
     assert (tmp_path / "train-000000.tar").read_bytes() == b"someone else's"
     with pytest.raises(UserError, match=r"cannot write into .*: File exists"):
@@ -467,7 +477,7 @@ def test_with_skip_bad_a_run_goes_on_and_without_it_does_not(tmp_path):
     kept = stop(items, out)
     items.append(Item("gone", "dev", tmp_path / "gone.jpg", items[0].captions))  # dev is planned anew, train is not
     items.append(Item("end", "test", no_voice, items[0].captions))
-    with pytest.raises(UserError, match=r"install the voices; 4 of 6 shards .*: the same command goes on"):
+    with pytest.raises(UserError, match=r"install the voices; 4 of 6 shards .*: the same command resumes"):
         write(items, out, samples_per_shard=2, skip_bad=True)
     assert kept.items() <= identities(out).items()
     with pytest.raises(UserError, match=r"2\.wav: empty file"):  # the shard without it is not taken for whole
@@ -530,7 +540,7 @@ def test_arrays_that_look_alike_are_told_apart(tmp_path):
         plan_shards([replace(drawn("a"), picture=partial(Image.fromarray, one))], "tiny", Format(), {})
         for one in (pixels, pixels.copy(), other)
     ]
-    digests = [work.plan.shards["train-000000.tar"] for work in plans]
+    digests = [planned.plan.shards["train-000000.tar"] for planned in plans]
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -654,7 +664,7 @@ def test_killed_at_every_change_of_a_name(tmp_path, after):
         kept = {name: value for name, value in identities(out).items() if (notes / f"{name}.json").exists()}
         if not (out / manifest.MANIFEST).exists():
             assert write(items, out, samples_per_shard=1).kept == len(kept)
-        tidy(out)
+        remove_leftovers(out)
         assert kept.items() <= identities(out).items()
         assert contents(out) == contents(tmp_path / "undisturbed")
         moment += 1
@@ -675,7 +685,7 @@ def test_killed_at_every_change_of_a_name_while_a_finished_folder_is_made_again(
         work = partial(write_shards, items, out, "tiny", Format(1), {"corpus": "tiny"}, restart=True)
         again = killed_at(moment, after, work)
         if (out / manifest.MANIFEST).exists() and again:
-            tidy(out)
+            remove_leftovers(out)
             left_finished += 1
             assert contents(out) in (old, contents(tmp_path / "undisturbed")), "neither the old folder nor the new one"
             write_shards(items, out, "tiny", Format(1), {"corpus": "tiny"}, restart=True)
@@ -690,7 +700,7 @@ def test_restart_of_a_finished_folder_removes_nothing_of_others(tmp_path):
     write(ITEMS, tmp_path)
     before = identities(tmp_path)
     (tmp_path / "mine-000001.tar").touch()
-    with pytest.raises(UserError, match=r"is not empty \(it holds mine-000001.tar\)"):
+    with pytest.raises(UserError, match=r"is not empty \(it contains mine-000001.tar\)"):
         write_shards(ITEMS, tmp_path, "tiny", Format(), {}, restart=True)
     assert before.items() <= identities(tmp_path).items()
     (tmp_path / "mine-000001.tar").unlink()
@@ -740,12 +750,12 @@ def test_a_file_that_changes_after_it_was_read_is_noticed_at_the_end(tmp_path, n
 def test_merge_refuses_parts_made_from_files_that_changed_since(tmp_path, change, line):
     items = shard_corpus(tmp_path / "corpus")
     for number in (1, 2):
-        rank_slice(items, tmp_path / "out", number, 2)
+        write_one_part(items, tmp_path / "out", number, 2)
     change(tmp_path / "corpus/1.wav")
     shard = r"since train-000001\.tar was written"
     with pytest.raises(UserError, match=rf"corpus/1\.wav {line} {shard}: run --part 2/2 again$"):
         merge_shards(tmp_path / "out")
-    assert rank_slice(items, tmp_path / "out", 2, 2) == (1, 3)
+    assert write_one_part(items, tmp_path / "out", 2, 2) == (1, 3)
     merge_shards(tmp_path / "out")
     write(items, tmp_path / "undisturbed", samples_per_shard=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
@@ -754,13 +764,13 @@ def test_merge_refuses_parts_made_from_files_that_changed_since(tmp_path, change
 def test_merge_takes_files_that_were_touched_and_names_how_many_are_gone(tmp_path):
     items = shard_corpus(tmp_path / "corpus")
     for number in (1, 2):
-        rank_slice(items, tmp_path / "out", number, 2)
+        write_one_part(items, tmp_path / "out", number, 2)
     os.utime(tmp_path / "corpus/1.wav", ns=(1, 1))
     (tmp_path / "corpus/2.wav").unlink()
     (tmp_path / "corpus/2.png").unlink()
     report = merge_shards(tmp_path / "out")
-    assert report.gone == 2
-    assert "\n2 files that they were made from are gone: whether these changed was not seen\n" in report.text()
+    assert report.missing_sources == 2
+    assert "\n2 source files are missing now: whether these changed is unknown\n" in report.text()
 
 
 def test_parts_that_read_other_lists_are_refused_while_one_is_at_work(tmp_path):
@@ -768,11 +778,11 @@ def test_parts_that_read_other_lists_are_refused_while_one_is_at_work(tmp_path):
         plan_shards(items, "tiny", Format(), {}, 2, lists=[ListFile("t.csv", 1, sha)]).plan
         for items, sha in ((ITEMS, "a"), (ITEMS[:3], "b"))
     ]
-    line = r"the corpus changed since it began \(t\.csv was edited\): wait for it"
+    line = r"the corpus changed since it started \(t\.csv was edited\): wait for it"
     with (
-        claimed(tmp_path, Part(1, 2), plans[0]),
+        claim_folder(tmp_path, Part(1, 2), plans[0]),
         pytest.raises(UserError, match=line),
-        claimed(tmp_path, Part(2, 2), plans[1]),
+        claim_folder(tmp_path, Part(2, 2), plans[1]),
     ):
         pass
 
@@ -799,7 +809,7 @@ def test_a_run_of_an_earlier_version_is_gone_on_from(tmp_path):
 
 def test_parts_of_an_earlier_version_are_merged_and_their_sources_are_not_known(tmp_path):
     items, out = shard_corpus(tmp_path / "corpus"), tmp_path / "out"
-    rank_slice(items, out, 1, 1)
+    write_one_part(items, out, 1, 1)
     forget(out / UNFINISHED)
     merge_shards(out)
     write(items, tmp_path / "undisturbed", samples_per_shard=1)
@@ -810,8 +820,8 @@ def test_parts_of_an_earlier_version_are_merged_and_their_sources_are_not_known(
 
 def test_one_writer_at_a_time(tmp_path):
     plan = plan_shards(ITEMS, "tiny", Format(), {"corpus": "tiny"}).plan
-    with claimed(tmp_path, plan=plan):
-        with pytest.raises(UserError, match=rf"^another make_shards is writing into {tmp_path}: wait for it"):
+    with claim_folder(tmp_path, plan=plan):
+        with pytest.raises(UserError, match=rf"^another make_shards is writing to {tmp_path}: wait for it"):
             write(ITEMS, tmp_path)
         assert (tmp_path / UNFINISHED / "plan.json").exists()
     assert contents(tmp_path) == {}
@@ -842,19 +852,19 @@ def test_full_disk_leaves_finished_shards_or_nothing(tmp_path, monkeypatch, mome
 # Parts.
 
 
-def rank_slice(items, folder, number, of, **how):
-    work = plan_shards(items, "tiny", Format(samples_per_shard=1, **how), {"corpus": "tiny"}, of)
-    return write_part(work, folder, Part(number, of))
+def write_one_part(items, folder, number, of, **how):
+    planned = plan_shards(items, "tiny", Format(samples_per_shard=1, **how), {"corpus": "tiny"}, of)
+    return write_part(planned, folder, Part(number, of))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_parts_in_any_order_give_the_same_bytes(tmp_path, parts):
     out = tmp_path / "out"
-    written = [rank_slice(ITEMS, out, number, parts) for number in range(parts, 0, -1)]
+    written = [write_one_part(ITEMS, out, number, parts) for number in range(parts, 0, -1)]
     assert sum(shards for shards, _ in written) == len(ITEMS)
     assert [kept for _, kept in written] == [0] * parts
     assert not (out / "manifest.json").exists()
-    assert rank_slice(ITEMS, out, 1, parts) == (0, written[-1][0])
+    assert write_one_part(ITEMS, out, 1, parts) == (0, written[-1][0])
     before = identities(out)
     report = merge_shards(out)
     undisturbed = write(ITEMS, tmp_path / "undisturbed", samples_per_shard=1)
@@ -872,10 +882,10 @@ def test_a_new_tar_never_goes_with_an_old_record(tmp_path):
         moment += 1
         tiny.speech(tmp_path / "u.wav")
         out = tmp_path / f"{moment}"
-        rank_slice(items, out, 1, 1, codec="wav")
+        write_one_part(items, out, 1, 1, codec="wav")
         (tmp_path / "u.wav").write_bytes(other)
-        again = killed_at(moment, True, partial(rank_slice, items, out, 1, 1, codec="wav"))
-        if not finished(out):
+        again = killed_at(moment, True, partial(write_one_part, items, out, 1, 1, codec="wav"))
+        if not count_finished(out):
             refused += 1
             continue
         merge_shards(out)
@@ -885,8 +895,8 @@ def test_a_new_tar_never_goes_with_an_old_record(tmp_path):
 
 
 def test_another_number_of_parts_goes_on(tmp_path):
-    rank_slice(ITEMS, tmp_path / "out", 2, 3)
-    assert rank_slice(ITEMS, tmp_path / "out", 2, 2) == (1, 1)
+    write_one_part(ITEMS, tmp_path / "out", 2, 3)
+    assert write_one_part(ITEMS, tmp_path / "out", 2, 2) == (1, 1)
     assert write(ITEMS, tmp_path / "out", samples_per_shard=1).kept == 3
     write(ITEMS, tmp_path / "undisturbed", samples_per_shard=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
@@ -894,33 +904,33 @@ def test_another_number_of_parts_goes_on(tmp_path):
 
 def test_merge_names_what_is_missing(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"out holds no parts to merge: write them with .* --part I/N"):
+    with pytest.raises(UserError, match=r"out contains no parts to merge: write them with .* --part I/N"):
         merge_shards(out)
     assert not out.exists()
-    rank_slice(ITEMS, out, 2, 3)
+    write_one_part(ITEMS, out, 2, 3)
     line = r"^3 of 5 shards are missing.*: train-000000\.tar \(part 1/3\), train-000002\.tar \(part 3/3\), "
     with pytest.raises(UserError, match=line + r"dev-000000\.tar \(part 1/3\): run --part 1/3, 3/3 again$"):
         merge_shards(out)
-    rank_slice(ITEMS, out, 1, 3)
-    rank_slice(ITEMS, out, 3, 3)
+    write_one_part(ITEMS, out, 1, 3)
+    write_one_part(ITEMS, out, 3, 3)
     os.truncate(out / "train-000001.tar", 1024)
     with pytest.raises(UserError, match=r"1 of 5 .* train-000001\.tar \(part 2/3\): run --part 2/3 again"):
         merge_shards(out)
     assert not (out / "manifest.json").exists()
-    assert rank_slice(ITEMS, out, 2, 3) == (1, 1)
+    assert write_one_part(ITEMS, out, 2, 3) == (1, 1)
     merge_shards(out)
     assert len(manifest.load(out).key) == 5
-    with pytest.raises(UserError, match="holds no parts to merge"):
+    with pytest.raises(UserError, match="contains no parts to merge"):
         merge_shards(out)
 
 
 def test_merge_refuses_parts_of_a_corpus_that_changed_between_them(tmp_path):
     items = [*ITEMS[:3], replace(ITEMS[4], image_id="t-0")]
-    rank_slice(ITEMS, tmp_path, 1, 2)
-    rank_slice(items, tmp_path, 2, 2)  # train: t-2, t-1, t-0 rather than t-3; no extra
+    write_one_part(ITEMS, tmp_path, 1, 2)
+    write_one_part(items, tmp_path, 2, 2)  # train: t-2, t-1, t-0 rather than t-3; no extra
     with pytest.raises(UserError, match=r"1 of 4 shards .* train-000002\.tar \(part 1/2\): run --part 1/2 again"):
         merge_shards(tmp_path)
-    assert rank_slice(items, tmp_path, 1, 2) == (1, 1)
+    assert write_one_part(items, tmp_path, 1, 2) == (1, 1)
     merge_shards(tmp_path)
     write(items, tmp_path / "undisturbed", samples_per_shard=1)
     (tmp_path / "undisturbed").rename(tmp_path.with_name("undisturbed"))
@@ -931,26 +941,28 @@ def test_parts_at_work_at_once(tmp_path):
     out = tmp_path / "out"
     items = [Item("late", "dev", tmp_path / "late.png", ITEMS[0].captions), *ITEMS]
     plan = plan_shards(items, "tiny", Format(samples_per_shard=1), {"corpus": "tiny"}, 2).plan
-    with claimed(out, Part(1, 2), plan):
+    with claim_folder(out, Part(1, 2), plan):
         temporary = out / "train-000000.tar.77.tmp"
         temporary.touch()
         for number, of in ((1, 2), (1, 1), (2, 3)):
-            with pytest.raises(UserError, match=r"another make_shards is writing into .* \(part 1/2\): wait for it"):
-                rank_slice(items, out, number, of)
+            with pytest.raises(UserError, match=r"another make_shards is writing to .* \(part 1/2\): wait for it"):
+                write_one_part(items, out, number, of)
         with pytest.raises(UserError, match=r"\(part 1/2\): wait"):
             merge_shards(out)
         with pytest.raises(UserError, match="quality 90, now 80"):
-            rank_slice(items, out, 2, 2, quality=80)
-        with pytest.raises(UserError, match=r"the corpus changed since it began \(.*\): wait for it, or stop it, then"):
-            rank_slice(ITEMS, out, 2, 2)
+            write_one_part(items, out, 2, 2, quality=80)
+        with pytest.raises(
+            UserError, match=r"corpus changed since it started \(.*\): wait for it, or stop it, then"
+        ):
+            write_one_part(ITEMS, out, 2, 2)
         with pytest.raises(UserError, match=r"late\.png: no such file"):
-            rank_slice(items, out, 2, 2)
+            write_one_part(items, out, 2, 2)
         assert temporary.exists(), "of the part at work"
         assert (out / UNFINISHED / "plan.json").exists()
         tiny.photo(tmp_path / "late.png")
-        rank_slice(items, out, 2, 2)
+        write_one_part(items, out, 2, 2)
     assert not temporary.exists()
-    assert rank_slice(items, out, 1, 2) == (3, 0)
+    assert write_one_part(items, out, 1, 2) == (3, 0)
     merge_shards(out)
     assert not (out / UNFINISHED).exists()
 
@@ -958,7 +970,7 @@ def test_parts_at_work_at_once(tmp_path):
 def test_last_part_to_fail_leaves_nothing(tmp_path):
     bad = [Item("bad", "train", tmp_path / "none.jpg", ITEMS[0].captions)]
     with pytest.raises(UserError, match=r"no such file$"):
-        rank_slice(bad, tmp_path / "out", 1, 2)
+        write_one_part(bad, tmp_path / "out", 1, 2)
     assert not (tmp_path / "out").exists()
 
 
@@ -972,7 +984,7 @@ def test_the_last_one_removes_the_notes_while_another_comes(tmp_path, monkeypatc
         real(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    assert rank_slice(ITEMS, tmp_path, 1, 1) == (5, 0)
+    assert write_one_part(ITEMS, tmp_path, 1, 1) == (5, 0)
     assert len(calls) > 1
 
 
@@ -984,10 +996,10 @@ def test_without_locks_of_the_file_system(tmp_path, monkeypatch):
     out = tmp_path / "out"
     bad = [ITEMS[1], Item("bad", "train", tmp_path / "none.jpg", ITEMS[0].captions)]
     with pytest.raises(UserError, match=r"none\.jpg"):
-        rank_slice(bad, out, 2, 2)
+        write_one_part(bad, out, 2, 2)
     assert (out / UNFINISHED / "plan.json").exists()  # the other part may be at work
-    rank_slice(ITEMS[1:3], out, 1, 2)
-    rank_slice(ITEMS[1:3], out, 2, 2)
+    write_one_part(ITEMS[1:3], out, 1, 2)
+    write_one_part(ITEMS[1:3], out, 2, 2)
     merge_shards(out)
     assert len(manifest.load(out).key) == 2
 
@@ -995,9 +1007,9 @@ def test_without_locks_of_the_file_system(tmp_path, monkeypatch):
 # Before anything is written.
 
 
-def test_outlook(tmp_path):
+def test_size_estimate(tmp_path):
     items = [drawn(f"t{n}", captions=1 + n % 3) for n in range(40)] + [drawn("d", "dev")]
-    lines = outlook(items, Format(samples_per_shard=9)).splitlines()
+    lines = estimate_sizes(items, Format(samples_per_shard=9)).splitlines()
     report = write(items, tmp_path / "out", samples_per_shard=9)
     train, dev, every = (line.split() for line in lines[1:4])
     assert train[:4] == ["train", "40", "79", "5"]
@@ -1006,12 +1018,12 @@ def test_outlook(tmp_path):
     assert float(every[5]) == pytest.approx(report.bytes / 1e6, rel=0.3, abs=0.1)
     assert lines[4] == "hours and MB are estimated from 9 samples; nothing is written"
     with pytest.raises(UserError, match="occurs 2 times"):
-        outlook(items + items[:1], Format())
+        estimate_sizes(items + items[:1], Format())
 
 
-def test_outlook_of_longer_speech():
+def test_estimate_of_longer_speech():
     minute = Caption("m", partial(tone, seconds=60))
     items = [replace(drawn(f"{n}"), captions=(minute,)) for n in range(120)]
-    row = outlook(items, Format(codec="wav")).splitlines()[1].split()
+    row = estimate_sizes(items, Format(codec="wav")).splitlines()[1].split()
     assert row[:5] == ["train", "120", "120", "1", "2.00"]
     assert float(row[5]) == pytest.approx(120 * 60 * 32000 / 1e6, rel=0.01)
