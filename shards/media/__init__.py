@@ -1,1 +1,1 @@
-"""Audio and image files: what they are, whether they are whole, and how they are decoded and stored."""
+"""Decoding and encoding of audio and image files, and checks that they are complete."""

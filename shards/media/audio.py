@@ -1,4 +1,4 @@
-"""Speech in and out: any file that libsndfile decodes becomes float32 mono at 16 kHz; shards hold FLAC, WAV or Opus."""
+"""Audio decoding and encoding: any file that libsndfile reads becomes 16 kHz mono, stored as FLAC, WAV or Opus."""
 
 import io
 import math
@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from shards.errors import UserError
-from shards.media.containers import bytes_behind_nothing, find_spans, samples_extent
+from shards.media.containers import bytes_after_empty_header, find_spans, samples_extent
 from shards.media.media_type import describe_content, read_head
 from shards.media.ogg import with_serial_zero
-from shards.media.random_access import Content, DamagedRecording, Span
+from shards.media.random_access import Content, DamagedAudioError, Span
 from shards.media.signal_level import ChannelMixer, LevelMeter, check_audible, check_peak, peak_of
 
 SAMPLE_RATE = 16000
@@ -24,24 +24,24 @@ Codec = Literal["flac", "wav", "opus"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
 MAX_SECONDS = 600.0  # of a caption in a shard
 
-_BLOCK = 1 << 16  # frames decoded at a time, so that many channels or a wrong header never fill the memory
+_BLOCK = 1 << 16  # frames decoded at a time; bounds memory with many channels or a wrong header
 _MAX_RATE = 192_000
-_UNKNOWN = 1 << 62  # frames or more: a FLAC that was written to a pipe does not say how many it has
-_MAX_IN_MEMORY = 1 << 28  # bytes of a stream that is decoded from memory
-_AGAIN = "fetch the file again, or write it anew if this is all there is, e.g. ffmpeg -i X Y.flac"
-# Containers of which only libsndfile's log tells that the file is shorter than its header says.
+_UNKNOWN = 1 << 62  # at least this many frames: a FLAC written to a pipe, of unknown length
+_MAX_IN_MEMORY = 1 << 28  # largest stream in bytes that is decoded from memory
+_REPAIR = "fetch the file again, or rewrite it if no more is available, e.g. ffmpeg -i X Y.flac"
+# Containers for which truncation is only visible in libsndfile's log.
 _LOG = re.compile(r"seems to be (a )?truncated|^Data length \d+ should be \d+", re.IGNORECASE | re.MULTILINE)
 _LOGGED = ("MAT4", "VOC", "WVE")
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A decoded file.
+    """A decoded audio file.
 
     Attributes:
         wave: float32 [n] at 16 kHz in [-1, 1], n > 0.
-        warning: What someone should know of it, if anything: that it is silent, very quiet or clipped, or that its
-            channels cancel and one was kept.
+        warning: Why someone should listen to it, if needed: it is silent, very quiet or clipped, or its channels cancel
+            and only one was kept.
     """
 
     wave: np.ndarray
@@ -49,25 +49,25 @@ class Recording:
 
 
 def read_audio(source: Path | bytes, max_seconds: float) -> np.ndarray:
-    """Decode a file by its content, whatever its name, and bring it to mono at 16 kHz.
+    """Decode a file to 16 kHz mono; the format is detected from the content, not from the name.
 
     Args:
         source: A file, or the bytes of one.
-        max_seconds: Longest duration allowed; checked from the header before anything is decoded.
+        max_seconds: Longest duration allowed; checked in the header before anything is decoded.
 
     Returns:
         float32 [n] in [-1, 1], n > 0.
 
     Raises:
-        UserError: No such file, empty, not decodable, truncated by what its container says, too long or of no known
-            length, not finite, of a rate that is no speech's, or of a scale that is no audio's (see
+        UserError: The file is missing, empty, not decodable, truncated according to its container, too long or of
+            unknown length, or has values that are not finite, an unsupported sampling rate, or an invalid scale (see
             `shards/media/signal_level.py`).
     """
     return read_recording(source, max_seconds).wave
 
 
 def read_recording(source: Path | bytes, max_seconds: float) -> Recording:
-    """Decode a file as `read_audio` does, and tell what someone should know of it.
+    """Decode a file as `read_audio` does, and add a warning if its level is suspicious.
 
     Raises:
         UserError: As for `read_audio`.
@@ -79,7 +79,7 @@ def read_recording(source: Path | bytes, max_seconds: float) -> Recording:
         raise UserError(f"{name}: {error.strerror}") from None
     if size == 0:
         raise UserError(f"{name}: empty file (0 bytes)")
-    # A rate that is rounded before resampling makes it a few samples longer.
+    # Rounding the rate before resampling can add a few samples.
     longest = math.ceil(max_seconds * SAMPLE_RATE)
     parts = list(_decode_all(source, name, max_seconds))
     waves = [resample(part.mono, part.rate, name)[:longest] for part in parts]
@@ -98,7 +98,7 @@ def read_recording(source: Path | bytes, max_seconds: float) -> Recording:
 
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[tuple[Any, Content]]:
-    """What soundfile takes, a file by its number, since it would believe the ending of a name; and the same to read."""
+    """Open a source for soundfile and for `Content`; by descriptor, since soundfile trusts the ending of a name."""
     if isinstance(source, bytes):
         yield io.BytesIO(source), Content(source)
         return
@@ -110,11 +110,11 @@ def _opened(source: Path | bytes) -> Iterator[tuple[Any, Content]]:
 class _Decoded:
     mono: np.ndarray  # float32 [n]
     rate: int  # Hz
-    kept: int | None  # channel that stands for all, from 0, where their mean cancels
+    kept: int | None  # index of the channel used in place of the mean, if the channels cancel
 
 
 def _decode_all(source: Path | bytes, name: str, max_seconds: float) -> Iterator[_Decoded]:
-    """Decode the streams of a file; nearly all have one."""
+    """Decode the streams of a file; most files have one."""
     import soundfile
 
     try:
@@ -125,17 +125,15 @@ def _decode_all(source: Path | bytes, name: str, max_seconds: float) -> Iterator
                 return
             for span in spans:
                 if span.end - span.start > _MAX_IN_MEMORY:
-                    raise UserError(
-                        f"{name}: too large for a file whose header does not tell its length: write it anew"
-                    )
+                    raise UserError(f"{name}: too large for a file whose header does not give its length: rewrite it")
                 part = span.header + content.read(span.start, span.end - span.start)
                 yield _decode(io.BytesIO(part), Content(part), span, name, max_seconds)
-    except DamagedRecording as damage:
-        raise UserError(f"{name}: {damage}") from None
+    except DamagedAudioError as error:
+        raise UserError(f"{name}: {error}") from None
     except (soundfile.SoundFileError, TypeError, OSError) as error:
         reason = getattr(error, "strerror", None)
-        if reason is None and (content_is := describe_content(read_head(source), "audio")):
-            raise UserError(f"{name}: cannot be decoded as audio: {content_is}") from None
+        if reason is None and (file_type := describe_content(read_head(source), "audio")):
+            raise UserError(f"{name}: cannot be decoded as audio: {file_type}") from None
         reason = reason or str(error).rsplit(": ", 1)[-1].rstrip(".")
         raise UserError(f"{name}: cannot be decoded as audio ({reason})") from None
 
@@ -146,13 +144,13 @@ def _decode(opened: Any, content: Content, span: Span, name: str, max_seconds: f
     with soundfile.SoundFile(opened, closefd=False) as file:
         _check_rate(file.samplerate, name)
         if file.frames >= _UNKNOWN:
-            raise UserError(f"{name}: its header does not give its length: write it anew, as ffmpeg does")
-        # The header of a compressed file may understate, so the limit is kept while decoding too.
+            raise UserError(f"{name}: its header does not give its length: rewrite it, e.g. with ffmpeg")
+        # The header of a compressed file may understate the length, so the limit is also enforced while decoding.
         if file.frames > math.ceil(max_seconds * file.samplerate):
             raise UserError(_too_long(name, file.frames / file.samplerate, max_seconds))
         mixer = ChannelMixer()
         blocks = [mixer.add(block.T) for block in _blocks(file, name, max_seconds)]
-        _check_whole(file, sum(map(len, blocks)), content, span, name)
+        _check_complete(file, sum(map(len, blocks)), content, span, name)
         kept = mixer.kept
         if kept is not None:
             file.seek(0)
@@ -161,7 +159,7 @@ def _decode(opened: Any, content: Content, span: Span, name: str, max_seconds: f
 
 
 def _blocks(file: Any, name: str, max_seconds: float) -> Iterator[np.ndarray]:
-    """Yield what is left of an open file, float32 [n, channels] at a time."""
+    """Yield the remaining blocks of an open file, float32 [n, channels]."""
     total, limit = 0, math.ceil(max_seconds * file.samplerate)
     while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
         total += len(block)
@@ -170,40 +168,40 @@ def _blocks(file: Any, name: str, max_seconds: float) -> Iterator[np.ndarray]:
         yield block
 
 
-def _check_whole(file: Any, total: int, content: Content, span: Span, name: str) -> None:
-    """See that the samples are there which the file's container promises.
+def _check_complete(file: Any, total: int, content: Content, span: Span, name: str) -> None:
+    """Check that a file has all samples that its container declares.
 
     Args:
-        file: It, decoded to its end.
-        total: Frames that were decoded.
-        content: Its bytes.
-        span: Where they are, of a file that holds several streams.
-        name: For the message.
+        file: The file, decoded to its end.
+        total: Number of frames decoded.
+        content: The file's bytes.
+        span: The stream that was decoded, in a file with several.
+        name: The file's name, for messages.
 
     Raises:
-        UserError: They are not.
+        UserError: The file is truncated or has no samples.
     """
-    held, promised = float(total), float(file.frames)
-    if file.format == "MP3":  # its length is estimated where no header tells
-        held, promised = span.present * promised, promised if span.present < 1 else 0.0
+    present, declared = float(total), float(file.frames)
+    if file.format == "MP3":  # without a header its length is only an estimate
+        present, declared = span.fraction * declared, declared if span.fraction < 1 else 0.0
     elif extent := samples_extent(content):
-        promised = total / extent.present if extent.present else math.inf
+        declared = total / extent.fraction if extent.fraction else math.inf
     elif file.format in _LOGGED and _LOG.search(file.extra_info):
-        promised = math.inf
-    if held < promised:
-        digits = 1 if promised - held > 0.1 * file.samplerate else 3
-        told = f"{promised / file.samplerate:.{digits}f} s" if math.isfinite(promised) else "more"
-        there = f"the file holds {held / file.samplerate:.{digits}f} s"
-        raise UserError(f"{name}: truncated: its header promises {told}, {there}: {_AGAIN}")
+        declared = math.inf
+    if present < declared:
+        digits = 1 if declared - present > 0.1 * file.samplerate else 3
+        expected = f"{declared / file.samplerate:.{digits}f} s" if math.isfinite(declared) else "more"
+        actual = f"{present / file.samplerate:.{digits}f} s"
+        raise UserError(f"{name}: truncated: its header declares {expected}, the file has {actual}: {_REPAIR}")
     if total:
         return
-    if behind := bytes_behind_nothing(content):
-        mend = "if they are its samples, write it anew, e.g. ffmpeg -ignore_length 1 -i X.wav Y.wav"
+    if extra := bytes_after_empty_header(content):
+        hint = "if they are its samples, rewrite it, e.g. ffmpeg -ignore_length 1 -i X.wav Y.wav"
         raise UserError(
-            f"{name}: its header says 0 samples, with {behind:,} bytes behind it, as a recorder that is cut "
-            f"off leaves it: {mend}"
+            f"{name}: its header declares 0 samples, but {extra:,} bytes follow, as after an interrupted "
+            f"recording: {hint}"
         )
-    raise UserError(f"{name}: holds no audio (0 samples)")
+    raise UserError(f"{name}: has no audio (0 samples)")
 
 
 def _too_long(name: str, seconds: float, max_seconds: float) -> str:
@@ -211,7 +209,7 @@ def _too_long(name: str, seconds: float, max_seconds: float) -> str:
 
 
 def mix_down(samples: np.ndarray) -> np.ndarray:
-    """Mean of the channels, or the loudest where that cancels them: float32 [channels, n] or [n] to [n]."""
+    """Average the channels, or return the loudest if they cancel: float32 [channels, n] or [n] to [n]."""
     if samples.ndim == 1:
         return samples
     mixer = ChannelMixer()
@@ -220,10 +218,10 @@ def mix_down(samples: np.ndarray) -> np.ndarray:
 
 
 def resample(wave: np.ndarray, rate: int, name: str = "audio") -> np.ndarray:
-    """Bring float32 [n] at `rate` Hz to 16 kHz, clipped to [-1, 1].
+    """Resample float32 [n] at `rate` Hz to 16 kHz, clipped to [-1, 1].
 
     Raises:
-        UserError: A rate that is no speech's, or samples that are not finite or of a scale that is no audio's.
+        UserError: The rate is unsupported, or samples are not finite or have an invalid scale.
     """
     _check_rate(rate, name)
     peak = peak_of(wave)
@@ -245,17 +243,17 @@ def _check_rate(rate: int, name: str) -> None:
 
 @lru_cache(maxsize=8)
 def _resampler(rate: int) -> Any:
-    # torchaudio's windowed-sinc resampling; the module keeps the filter, which costs more to make than to apply.
+    # torchaudio's windowed-sinc resampling; cached, since creating the filter costs more than applying it.
     from torchaudio.transforms import Resample
 
     if rate // math.gcd(rate, SAMPLE_RATE) > 1000:
-        # The filter bank grows with the reduced rates; to the nearest 25 Hz it is small, and no one hears the step.
+        # The filter bank grows with the reduced rates; rounding to 25 Hz keeps it small and is inaudible.
         rate = round(rate / 25) * 25
     return Resample(rate, SAMPLE_RATE)
 
 
 def encode_audio(wave: np.ndarray, codec: Codec) -> bytes:
-    """Encode float32 [n] at 16 kHz; FLAC and WAV hold 16 bits, so that 16-bit recordings survive unchanged.
+    """Encode float32 [n] at 16 kHz; FLAC and WAV have 16 bits, lossless for 16-bit audio.
 
     The same samples give the same bytes.
     """
@@ -271,14 +269,14 @@ def encode_audio(wave: np.ndarray, codec: Codec) -> bytes:
 
 
 def decode_audio(data: bytes, max_seconds: float = MAX_SECONDS) -> np.ndarray:
-    """Decode what `encode_audio` gave to float32 [n] at 16 kHz, n > 0.
+    """Decode the output of `encode_audio` to float32 [n] at 16 kHz, n > 0.
 
     Args:
         data: An encoded caption.
-        max_seconds: Longest duration allowed; checked from the header, which also bounds what is decoded.
+        max_seconds: Longest duration allowed; checked in the header, which also bounds what is decoded.
 
     Raises:
-        UserError: not decodable, not 16 kHz mono, too long, empty, or not finite.
+        UserError: The audio is not decodable, not 16 kHz mono, too long, empty, or not finite.
     """
     import soundfile
 
@@ -298,6 +296,6 @@ def decode_audio(data: bytes, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:
         raise UserError(f"audio of {len(data)} bytes cannot be decoded ({error})") from None
     if not len(wave) or (floats and not np.isfinite(wave).all()):
-        what = "samples that are not finite" if len(wave) else "no samples"
-        raise UserError(f"audio of {len(data)} bytes in a shard holds {what}")
+        problem = "samples that are not finite" if len(wave) else "no samples"
+        raise UserError(f"audio of {len(data)} bytes in a shard has {problem}")
     return wave

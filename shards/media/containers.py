@@ -1,7 +1,7 @@
-"""How much of a recording is there, by the structure of its container.
+"""Detects truncated audio files from the structure of their containers.
 
-Decoders give what they find. Whether that is all there was is told by the header (WAV, AIFF, AU, W64, RF64, CAF,
-8SVX and NIST SPHERE: the length of the samples), by the first frame (MP3), or by the pages (Ogg).
+Decoders return whatever samples are present. The complete length is in the header (WAV, AIFF, AU, W64, RF64, CAF, 8SVX
+and NIST SPHERE), in the first frame (MP3), or follows from the pages (Ogg).
 """
 
 import re
@@ -12,34 +12,34 @@ from typing import Literal
 from shards.media import mpeg, ogg
 from shards.media.random_access import Content, Span, skip_id3
 
-# What is written where the length is not known yet: 0x7FFFFFFF, 0xFFFFFFFF, or somewhat less. SoX has the least.
+# Lengths from here on mean "unknown yet": 0x7FFFFFFF, 0xFFFFFFFF, or slightly less. SoX writes the smallest.
 _STREAMED = 0x7E000000
-_SLACK = 64  # bytes by which headers of whole recordings are wrong, such as those that count themselves
+_SLACK = 64  # bytes by which headers of complete files may be wrong, e.g. by counting themselves
 _MAX_CHUNKS = 4096
 _W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The samples of a file as its header has them, in bytes."""
+    """Extent of a file's samples in bytes, according to its header."""
 
     start: int
-    promised: int
-    held: int  # from there to the end of the file
+    declared: int  # by the header
+    available: int  # from `start` to the end of the file
 
     @property
-    def present(self) -> float:
-        """Share of the promised bytes that is there; 1 too where none or an unknown number is promised."""
-        if self.promised <= self.held + _SLACK or self.promised >= _STREAMED:
+    def fraction(self) -> float:
+        """Fraction of the declared bytes that is available; 1 if none or an unknown number is declared."""
+        if self.declared <= self.available + _SLACK or self.declared >= _STREAMED:
             return 1.0
-        return self.held / self.promised
+        return self.available / self.declared
 
 
 def find_spans(content: Content) -> list[Span]:
-    """The streams that lie one behind another in a file, of which a decoder reads the first only.
+    """Find the concatenated streams in a file; a decoder reads only the first.
 
     Raises:
-        DamagedRecording: Pages of an Ogg stream are missing.
+        DamagedAudioError: Pages of an Ogg stream are missing.
         OSError: The file cannot be read.
     """
     at = skip_id3(content)
@@ -53,7 +53,7 @@ def find_spans(content: Content) -> list[Span]:
 
 
 def samples_extent(content: Content) -> Extent | None:
-    """Where a file's samples lie by its header; None for a container that does not say, or is none of these.
+    """Read the extent of a file's samples from its header; None for containers that do not declare it.
 
     Raises:
         OSError: The file cannot be read.
@@ -76,12 +76,12 @@ def samples_extent(content: Content) -> Extent | None:
     return _sphere_extent(content) if head.startswith(b"NIST_1A") else None
 
 
-def _extent(content: Content, start: int, promised: int) -> Extent:
-    return Extent(start, promised, max(0, content.size - start))
+def _extent(content: Content, start: int, declared: int) -> Extent:
+    return Extent(start, declared, max(0, content.size - start))
 
 
 def _chunks(content: Content, at: int, order: Literal["little", "big"]) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and length of each chunk from `at` on; chunks begin at even bytes."""
+    """Yield name, start and length of each chunk from `at` on; chunks begin at even bytes."""
     for _ in range(_MAX_CHUNKS):
         head = content.read(at, 8)
         if len(head) < 8:
@@ -92,7 +92,7 @@ def _chunks(content: Content, at: int, order: Literal["little", "big"]) -> Itera
 
 
 def _riff_extent(content: Content, at: int, order: Literal["little", "big"]) -> Extent | None:
-    long = 0  # of RF64: the length that does not fit into 32 bits
+    long = 0  # RF64's 64-bit length
     for name, start, length in _chunks(content, at + 12, order):
         if name == b"ds64":
             long = int.from_bytes(content.read(start + 8, 8), "little")
@@ -114,7 +114,7 @@ def _w64_extent(content: Content, at: int) -> Extent | None:
     at += 40  # the first chunk's GUID and length, and "wave"
     for _ in range(_MAX_CHUNKS):
         head = content.read(at, 24)
-        length = int.from_bytes(head[16:], "little")  # with these 24 bytes
+        length = int.from_bytes(head[16:], "little")  # including these 24 bytes
         if len(head) < 24 or length < 24:
             return None
         if head[:16] == _W64_DATA:
@@ -127,7 +127,7 @@ def _caf_extent(content: Content, at: int) -> Extent | None:
     at += 8
     for _ in range(_MAX_CHUNKS):
         head = content.read(at, 12)
-        length = int.from_bytes(head[4:], "big")  # all ones where it is not known
+        length = int.from_bytes(head[4:], "big")  # all ones if unknown
         if len(head) < 12:
             return None
         if head[:4] == b"data":  # begins with a number of edits
@@ -137,29 +137,29 @@ def _caf_extent(content: Content, at: int) -> Extent | None:
 
 
 def _sphere_extent(content: Content) -> Extent | None:
-    """Of NIST SPHERE, whose header gives the number of samples of each channel."""
+    """Read the extent from a NIST SPHERE header, which gives the number of samples per channel."""
     head = content.read(0, 16)[8:]
     start = int(head) if head.strip().isdigit() else 1024
     header = content.read(0, min(start, 1 << 16))
     fields = dict(re.findall(rb"^(\w+) -[is]\d* (\w+)", header, re.MULTILINE))
     numbers = {name: int(value) for name, value in fields.items() if value.isdigit()}
-    # libsndfile gives the codes of telephony two bytes where they have one.
+    # Telephony codecs have one byte per sample; libsndfile writes two in the header.
     width = 1 if fields.get(b"sample_coding") in (b"ulaw", b"alaw", b"mu") else numbers.get(b"sample_n_bytes", 2)
     count = numbers.get(b"sample_count", 0) * width
     extent = _extent(content, start, count * numbers.get(b"channel_count", 1))
-    # Some count the samples of all channels together.
-    return _extent(content, start, count) if abs(extent.held - count) <= _SLACK else extent
+    # Some files count the samples of all channels together.
+    return _extent(content, start, count) if abs(extent.available - count) <= _SLACK else extent
 
 
 def _unclosed_header(content: Content, at: int) -> bytes:
-    """The header of a WAV that was streamed or not closed, with a length that decoders take for an unknown one.
+    """Return a header with unknown lengths for a WAV that was streamed or not closed; empty for other files.
 
-    Both its lengths, the file's and the samples', are those of an empty file. Where only the samples' is 0, something
-    else is wrong, and nothing is returned.
+    In such a WAV both lengths, of the file and of the samples, are those of an empty file. If only that of the samples
+    is 0, something else is wrong.
     """
     order: Literal["little", "big"] = "little" if content.read(at, 4) == b"RIFF" else "big"
     extent = samples_extent(content)
-    if extent is None or extent.promised or not bytes_behind_nothing(content):
+    if extent is None or extent.declared or not bytes_after_empty_header(content):
         return b""
     if at + int.from_bytes(content.read(at + 4, 4), order) > extent.start:
         return b""
@@ -167,14 +167,14 @@ def _unclosed_header(content: Content, at: int) -> bytes:
     return header[: at + 4] + b"\xff" * 4 + header[at + 8 : -4] + b"\xff" * 4
 
 
-def bytes_behind_nothing(content: Content) -> int:
-    """Bytes that lie behind a header which says that there are no samples, where no other chunk begins.
+def bytes_after_empty_header(content: Content) -> int:
+    """Count the bytes after a header that declares no samples, unless another chunk begins there.
 
-    A recorder that is cut off leaves such a file; what it wrote is there, but nothing says where it ends.
+    An interrupted recording leaves such a file: the samples are present, but their end is unknown.
     """
     extent = samples_extent(content)
-    if extent is None or extent.promised or not extent.held:
+    if extent is None or extent.declared or not extent.available:
         return 0
     name, length = (head := content.read(extent.start, 8))[:4], int.from_bytes(head[4:], "little")
-    is_chunk = name.isascii() and name.decode("ascii").isprintable() and length <= extent.held
-    return 0 if is_chunk else extent.held
+    is_chunk = name.isascii() and name.decode("ascii").isprintable() and length <= extent.available
+    return 0 if is_chunk else extent.available

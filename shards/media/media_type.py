@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, for the message about one that cannot be decoded."""
+"""Detects the type of a file from its first bytes, for messages about files that cannot be decoded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,28 +15,28 @@ _UNPACK = ": unpack it"
 
 @dataclass(frozen=True)
 class _Content:
-    """What a signature stands for.
+    """A file format.
 
     Attributes:
-        name: Of the format, with what it is.
-        kind: What it is good for, if either.
-        mend: How to make it readable; empty where libsndfile or Pillow reads it as it is.
+        name: Name of the format and medium.
+        kind: Whether it is audio or a picture; None if neither.
+        fix: How to make it readable; empty if libsndfile or Pillow reads it.
     """
 
     name: str
     kind: Kind | None = None
-    mend: str = ""
+    fix: str = ""
 
 
 def _audio(name: str, suffix: str = "") -> _Content:
     return _Content(name, "audio", _CONVERT_AUDIO.format(suffix=suffix) if suffix else "")
 
 
-def _picture(name: str, mend: str = "") -> _Content:
-    return _Content(name, "picture", mend)
+def _picture(name: str, fix: str = "") -> _Content:
+    return _Content(name, "picture", fix)
 
 
-# Offset, bytes there, and what they say. The first that matches counts.
+# Offset, signature and format. The first match counts.
 _SIGNATURES: tuple[tuple[int, bytes, _Content], ...] = (
     (0, b"\xff\xd8\xff", _picture("a JPEG picture")),
     (0, b"\x89PNG\r\n\x1a\n", _picture("a PNG picture")),
@@ -79,7 +79,7 @@ _SIGNATURES: tuple[tuple[int, bytes, _Content], ...] = (
     (0, b"\x7f\xfe\x80\x01", _audio("DTS audio", "dts")),
     (0, b".ra\xfd", _audio("RealAudio", "ra")),
     (0, b".RMF", _audio("RealMedia", "rm")),
-    (0, b"MThd", _Content("a MIDI file, which is notes and not sound")),
+    (0, b"MThd", _Content("a MIDI file, which has notes and no audio")),
     (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", _audio("Windows Media (WMA or WMV in ASF)", "wma")),
     (0, b"FLV\1", _audio("Flash video", "flv")),
     (0, b"\0\0\1\xba", _audio("an MPEG video", "mpg")),
@@ -99,11 +99,11 @@ _SIGNATURES: tuple[tuple[int, bytes, _Content], ...] = (
     (0, b"7z\xbc\xaf\x27\x1c", _Content("a 7z archive" + _UNPACK)),
     (0, b"Rar!\x1a\7", _Content("a RAR archive" + _UNPACK)),
     (257, b"ustar", _Content("a tar archive" + _UNPACK)),
-    (0, b"\x93NUMPY", _Content("a NumPy array: write it as a picture or a recording")),
-    (0, b"\x89HDF\r\n\x1a\n", _Content("an HDF5 file: write what it holds as pictures or recordings")),
+    (0, b"\x93NUMPY", _Content("a NumPy array: save it as a picture or an audio file")),
+    (0, b"\x89HDF\r\n\x1a\n", _Content("an HDF5 file: save its contents as pictures or audio files")),
 )
 
-# Brands of the ISO base media format, which begins with a box "ftyp".
+# Brands of the ISO base media format, whose first box is "ftyp".
 _BRANDS: tuple[tuple[tuple[bytes, ...], _Content], ...] = (
     ((b"avif", b"avis"), _picture("an AVIF picture", _CONVERT_PICTURE)),
     (
@@ -117,7 +117,7 @@ _BRANDS: tuple[tuple[tuple[bytes, ...], _Content], ...] = (
 )
 _ANY_BRAND = _audio("AAC or a video in MP4", "mp4")
 
-# Format tags of WAV files that libsndfile does not read.
+# WAV format tags that libsndfile does not support.
 _IN_WAV = {
     0x0022: "TrueSpeech", 0x0042: "G.723.1", 0x0045: "G.726", 0x0050: "MPEG audio", 0x0055: "MP3", 0x0083: "G.729",
     0x00FF: "AAC", 0x0130: "ACELP", 0x0160: "Windows Media", 0x0161: "Windows Media", 0x0162: "Windows Media",
@@ -132,31 +132,31 @@ _POINTERS = (
 
 
 def describe_content(head: bytes, wanted: Kind | None = None) -> str | None:
-    """Say in one clause what an undecodable file is and how to mend it, by its first bytes.
+    """Describe in one clause what an undecodable file is and how to fix it, from its first bytes.
 
     Args:
         head: The first bytes of the file, up to `HEAD_BYTES` of them.
-        wanted: What it was to be. A recording where a picture was wanted is then told as such, and of a format that
-            the decoder reads there is nothing to say: the file is damaged.
+        wanted: Expected kind. The other kind is then described as unexpected, and formats that the decoder supports
+            return None, since such a file is damaged.
 
     Returns:
         A clause such as "AAC in MP4, which libsndfile does not read: convert it, e.g. ffmpeg -i X.m4a X.flac", to
-        follow the file's name; None if the bytes say nothing.
+        follow the file's name; None if the type is unknown.
     """
     head = head[:HEAD_BYTES]
     if not head:
         return "empty file (0 bytes)"
     content = _binary(head) or _text(head)
-    if content is None or (content.kind == wanted and content.kind and not content.mend):
+    if content is None or (content.kind == wanted and content.kind and not content.fix):
         return None
     if wanted and content.kind and content.kind != wanted:
         expected = "audio" if wanted == "audio" else "a picture"
         return f"{content.name}, where {expected} is expected: check the columns or paths"
-    return content.name + content.mend
+    return content.name + content.fix
 
 
 def read_head(source: Path | bytes) -> bytes:
-    """The first bytes of a file for `describe_content`; none if it cannot be read."""
+    """Read the first bytes of a file for `describe_content`; empty if it cannot be read."""
     if isinstance(source, bytes):
         return source[:HEAD_BYTES]
     try:
@@ -171,20 +171,20 @@ def _binary(head: bytes) -> _Content | None:
         if head.startswith(magic, offset):
             return content
     for probe in (_iso_media, _riff, _aiff, _ogg, _caf, _sphere, _matroska, _mpeg_audio, _transport_stream, _bitmap):
-        if found := probe(head):
-            return found
+        if detected := probe(head):
+            return detected
     if len(head) >= 16 and not head.strip(b"\0"):
-        return _Content("only zero bytes: it was not copied or downloaded whole, fetch it again")
+        return _Content("only zero bytes: the copy or download is incomplete, fetch it again")
     return None
 
 
 def _iso_media(head: bytes) -> _Content | None:
     if head[4:8] != b"ftyp":
-        # Old QuickTime files begin with another box.
+        # Old QuickTime files start with another box.
         return _audio("a QuickTime video", "mov") if head[4:8] in (b"moov", b"mdat", b"wide") else None
     end = min(int.from_bytes(head[:4], "big"), len(head))
     brands = [head[8:12], *(head[at : at + 4] for at in range(16, end, 4))]
-    # An AVIF file names HEIF's general brands too, so the order is that of the table.
+    # An AVIF file also lists HEIF's general brands, so the table's order decides.
     return next((content for known, content in _BRANDS if any(brand.startswith(known) for brand in brands)), _ANY_BRAND)
 
 
@@ -233,8 +233,8 @@ def _sphere(head: bytes) -> _Content | None:
     if not head.startswith(b"NIST_1A"):
         return None
     if b"shorten" in head:
-        mend = ", which libsndfile does not read: convert it, e.g. sph2pipe -f wav X.sph X.wav"
-        return _Content("NIST SPHERE audio compressed by shorten", "audio", mend)
+        fix = ", which libsndfile does not read: convert it, e.g. sph2pipe -f wav X.sph X.wav"
+        return _Content("NIST SPHERE audio compressed by shorten", "audio", fix)
     return _audio("NIST SPHERE audio")
 
 
@@ -265,7 +265,7 @@ def _bitmap(head: bytes) -> _Content | None:
     ):
         return _picture("an icon (ICO)")
     if head[:2] == b"PF" and head[2:3].isspace():
-        return _picture("a colour PFM picture", ", which Pillow does not read: convert it to PNG or TIFF of 16 bits")
+        return _picture("a color PFM picture", ", which Pillow does not read: convert it to PNG or TIFF of 16 bits")
     return _picture("a PNM picture") if head[:1] == b"P" and head[1:2] in b"1234567f" and head[2:3].isspace() else None
 
 
@@ -287,14 +287,14 @@ def _text(head: bytes) -> _Content | None:
 
 
 def _decoded(head: bytes) -> str | None:
-    """The bytes as text, if they are text without control characters."""
+    """Decode the bytes if they are text without control characters; None otherwise."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         text = head[: len(head) & ~1].decode("utf-16", "replace")
     else:
         try:
             text = head.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            if len(head) - error.start > 3:  # more than a character that the end of the head cuts
+            if len(head) - error.start > 3:  # not just a character that is cut at the end
                 return None
             text = head[: error.start].decode("utf-8-sig", "replace")
     return text if all(letter.isprintable() or letter.isspace() for letter in text) else None

@@ -1,8 +1,8 @@
-"""MPEG audio (MP3): whether a file holds as many frames as its first one says, and where files were joined.
+"""MPEG audio (MP3): compares the number of frames with the header's, and splits files that were concatenated.
 
-Only the Xing, Info and VBRI headers, which most encoders write into a first, silent frame, promise a number. A file
-without one may end anywhere, even within a frame, as many whole recordings do. If its bit rate varies, libsndfile takes
-its length from the first frame's, and stops there: such a file is given a header.
+Only Xing, Info and VBRI headers, which most encoders write into a first, silent frame, declare a number of frames. A
+file without one may end anywhere, even within a frame, as many complete files do. If its bit rate varies, libsndfile
+estimates its length from the first frame and stops there: such a file is given a header.
 """
 
 import struct
@@ -21,32 +21,32 @@ _KBITS = {  # by whether it is MPEG-1, and by layer
 }
 _NEAR = 1 << 16  # bytes within which the first frame begins
 _ALL = 1 << 62  # frames
-_JOINED = 8  # frames in a row, behind those promised, that are another stream rather than what an encoder left there
+_JOINED = 8  # consecutive frames after the declared ones that count as another stream, not as encoder padding
 
 
 def find_spans(content: Content, at: int) -> list[Span]:
-    """The streams that were joined to one file, each with the share of its frames that is there.
+    """Find the streams that were concatenated, each with the fraction of its frames that is present.
 
     Args:
         content: The file.
-        at: Where its tags end.
+        at: End of the file's tags.
     """
     spans: list[Span] = []
     start, first = 0, _find_frame(content, at, at + _NEAR)
     while first >= 0:
-        promised = _promised_frames(content, first)
-        frames = _count_frames(content, first, promised or _ALL)
-        if not promised:
-            header = _xing_frame(content.read(first, 4), frames.held + 1) if frames.variable else b""
+        declared = _declared_frames(content, first)
+        frames = _count_frames(content, first, declared or _ALL)
+        if not declared:
+            header = _xing_frame(content.read(first, 4), frames.count + 1) if frames.variable else b""
             spans.append(Span(first if header else start, content.size, header=header))
             break
-        spans.append(Span(start, frames.end, frames.held / promised))
+        spans.append(Span(start, frames.end, frames.count / declared))
         start = first = _joined_frame(content, frames.end)
     return spans or [Span(0, content.size)]
 
 
 def _frame_bytes(header: bytes) -> int:
-    """Length of the frame with this header of 4 bytes; 0 if it is none, or of no length that the header tells."""
+    """Return the length of the frame with this 4-byte header; 0 if it is invalid or does not determine a length."""
     if len(header) < 4 or header[0] != 0xFF or header[1] < 0xE0:
         return 0
     version, layer = header[1] >> 3 & 3, 4 - (header[1] >> 1 & 3)
@@ -61,12 +61,12 @@ def _frame_bytes(header: bytes) -> int:
 
 
 def _kind(header: bytes) -> tuple[int, int]:
-    """Version, layer and sampling rate, which all frames of a stream share."""
+    """Return version, layer and sampling rate bits, which are equal in all frames of a stream."""
     return header[1] & 0xFE, header[2] & 0x0C
 
 
 def _find_frame(content: Content, at: int, end: int, kind: tuple[int, int] | None = None) -> int:
-    """The first frame from `at` on behind which another of its kind, or the end of the file, lies; -1 if none."""
+    """Find the first frame from `at` on that is followed by a frame of its kind or the end of the file; -1 if none."""
     while (at := content.find(b"\xff", at, end)) >= 0:
         header = content.read(at, 4)
         length = _frame_bytes(header)
@@ -78,10 +78,10 @@ def _find_frame(content: Content, at: int, end: int, kind: tuple[int, int] | Non
     return -1
 
 
-def _promised_frames(content: Content, at: int) -> int:
-    """How many frames are to follow a stream's first; 0 if it does not say."""
+def _declared_frames(content: Content, at: int) -> int:
+    """Return the number of frames declared after a stream's first; 0 if there is no such header."""
     tag = at + 4 + _side_bytes(content.read(at, 4))
-    for place in (tag, tag + 2):  # behind a checksum, where there is one
+    for place in (tag, tag + 2):  # with or without a checksum before it
         head = content.read(place, 12)
         if head[:4] in (b"Xing", b"Info") and head[7] & 1:
             return int.from_bytes(head[8:12], "big")
@@ -91,53 +91,53 @@ def _promised_frames(content: Content, at: int) -> int:
 
 @dataclass(frozen=True)
 class _Frames:
-    held: int  # whole ones behind the first
-    end: int  # byte behind the last
-    variable: bool  # whether their bit rate varies
+    count: int  # complete frames after the first
+    end: int  # index of the byte after the last
+    variable: bool  # whether the bit rate varies
 
 
-def _count_frames(content: Content, first: int, promised: int) -> _Frames:
-    """Follow the frames of a stream, up to those promised.
+def _count_frames(content: Content, first: int, declared: int) -> _Frames:
+    """Count the frames of a stream, up to the declared number.
 
-    One may be missing: some encoders count the first frame too. Not so where the frames do not follow one another:
-    there bytes were lost.
+    One frame may be missing, since some encoders count the first frame too; but not if there are gaps between frames,
+    which mean that bytes were lost.
     """
     header = content.read(first, 4)
     kind, lengths = _kind(header), {header[:3]: _frame_bytes(header)}
-    previous, at, held, gaps = first, first + lengths[header[:3]], 0, 0
-    while held < promised:
+    previous, at, count, gaps = first, first + lengths[header[:3]], 0, 0
+    while count < declared:
         header = content.read(at, 4)
         if (length := lengths.get(header[:3], -1)) < 0:
             length = lengths[header[:3]] = _frame_bytes(header) if len(header) == 4 and _kind(header) == kind else 0
         if length and at + length <= content.size:
-            previous, at, held = at, at + length, held + 1
+            previous, at, count = at, at + length, count + 1
             continue
         resumed = _find_frame(content, previous + 1, content.size, kind)
         if resumed < 0:
             break
         gaps += 1
-        # If it begins within the one before, that one is not whole.
-        previous, at, held = resumed, resumed, held - (resumed < at and previous != first)
-    if not gaps and promised - held <= 1:
-        held = promised
-    return _Frames(held, at, len({header[2] >> 4 for header, length in lengths.items() if length}) > 1)
+        # If it begins within the previous frame, that one is incomplete.
+        previous, at, count = resumed, resumed, count - (resumed < at and previous != first)
+    if not gaps and declared - count <= 1:
+        count = declared
+    return _Frames(count, at, len({header[2] >> 4 for header, length in lengths.items() if length}) > 1)
 
 
 def _xing_frame(header: bytes, frames: int) -> bytes:
-    """A silent frame that tells how many follow; `header`: of one of them."""
+    """Build a silent frame that declares the number of frames after it, from the header of one of them."""
     header = bytes([header[0], header[1] | 1, 0x80 | header[2] & 0x0C, header[3]])  # no checksum, room for the tag
     head = header + bytes(_side_bytes(header)) + b"Xing" + struct.pack(">II", 1, frames)
     return head.ljust(_frame_bytes(header), b"\0")
 
 
 def _side_bytes(header: bytes) -> int:
-    """Length of the side information, which lies between a frame's header and a Xing tag."""
+    """Return the length of the side information between a frame's header and a Xing tag."""
     mono, mpeg1 = header[3] >> 6 == 3, header[1] >> 3 & 3 == 3
     return (17 if mono else 32) if mpeg1 else (9 if mono else 17)
 
 
 def _joined_frame(content: Content, at: int) -> int:
-    """Where another stream's first frame begins behind the end of one; -1 if there is none."""
+    """Find the first frame of another stream after the end of one; -1 if there is none."""
     if content.read(at, 3) == b"TAG":  # ID3v1
         at += 128
     at = first = skip_id3(content, at)

@@ -1,4 +1,4 @@
-"""Pictures in and out: any file that Pillow decodes becomes an RGB JPEG in the shards, and a square of bytes later."""
+"""Picture encoding and decoding: files that Pillow reads become RGB JPEGs in shards, and square arrays on loading."""
 
 import io
 import math
@@ -17,36 +17,36 @@ from shards.media.media_type import describe_content, read_head
 from shards.media.picture_metadata import upright, without_metadata
 from shards.media.pixel_depth import to_rgb
 
-Resize = Literal["crop", "squash"]  # how a picture becomes a square
+Resize = Literal["crop", "squash"]  # how a picture is made square
 # From width and height of a picture to left, top, right and bottom of a region, as shares of width and height.
 Region = Callable[[int, int], tuple[float, float, float, float]]
 
-MAX_PIXELS = 178_000_000  # refused from the header, before any memory is taken
-MAX_STORED_PIXELS = 50_000_000  # of a picture in a shard: bounds what a worker's memory may grow by
-_MAX_SIDE = 65_500  # of a JPEG
-_MAX_FILE = 1 << 30  # bytes of a file that is read whole to take its metadata out
-_IN_SHARDS = ("JPEG", "PNG", "WEBP")  # Pillow's other decoders are not for data of unknown origin
+MAX_PIXELS = 178_000_000  # checked in the header, before memory is allocated
+MAX_STORED_PIXELS = 50_000_000  # of a picture in a shard; bounds the memory of workers
+_MAX_SIDE = 65_500  # limit of JPEG
+_MAX_FILE = 1 << 30  # largest file in bytes that is read to remove its metadata
+_IN_SHARDS = ("JPEG", "PNG", "WEBP")  # Pillow's other decoders are not hardened against untrusted data
 
 _Result = TypeVar("_Result")
 
-# Pillow warns of large pictures, which the limit above decides, and of broken EXIF, which is only passed over.
+# Pillow warns about large pictures, which the limit above covers, and about broken EXIF, which is ignored.
 warnings.filterwarnings("ignore", module="PIL")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class _DecodingError(UserError):
-    """The picture cannot be decoded as it is."""
+    """The picture cannot be decoded as stored."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What a picture is read from.
+    """Source of a picture.
 
     Attributes:
-        content: A file, the bytes of one, or a picture of Pillow.
+        content: A file, the bytes of one, or a Pillow image.
         max_pixels: Largest number of pixels allowed.
-        formats: Pillow's decoders to be tried; None for all.
-        exif: The EXIF block that has been taken out of the content.
+        formats: Pillow's decoders to try; None for all.
+        exif: The EXIF block that was removed from the content.
     """
 
     content: Path | bytes | Image.Image
@@ -62,11 +62,11 @@ class _Source:
         return Image.open(content, formats=self.formats)
 
     def reopener(self) -> Callable[[], Image.Image] | None:
-        """What opens the picture once more, where that is possible."""
+        """Return a function that reopens the picture; None for a Pillow image."""
         return None if isinstance(self.content, Image.Image) else self.open
 
     def bare(self) -> "_Source | None":
-        """The same without metadata; None where there is nothing to take out."""
+        """Return a copy without metadata; None if there is none to remove."""
         content = self.content
         if isinstance(content, Path):
             content = content.read_bytes() if content.is_file() and content.stat().st_size <= _MAX_FILE else b""
@@ -75,17 +75,17 @@ class _Source:
 
 
 def read_picture(source: Path | Image.Image, short_side: int, quality: int) -> bytes:
-    """JPEG bytes of a picture: upright by its EXIF orientation, RGB, its short side shrunk to `short_side` pixels.
+    """Encode a picture as an upright RGB JPEG, with its short side reduced to `short_side` pixels.
 
-    Smaller pictures keep their size. Deep pictures are scaled and transparent ones shown on white (see
-    `shards/media/pixel_depth.py`). Only pixels are stored: no EXIF, no comment, no colour profile.
+    Smaller pictures keep their size. Values of more than 8 bits are scaled and transparent pixels become white (see
+    `shards/media/pixel_depth.py`). Only pixels are stored: no EXIF, comments or color profile.
 
     Raises:
-        UserError: no such file, empty, not decodable, too many pixels, or too many left for a shard.
+        UserError: The file is missing, empty or not decodable, or the picture is too large to decode or to store.
     """
 
     def encode(image: Image.Image, source: _Source) -> bytes:
-        # libjpeg scales by 1/2, 1/4 or 1/8 while decoding; twice the wanted size leaves the rest to a good filter.
+        # libjpeg scales by 1/2, 1/4 or 1/8 while decoding; twice the final size leaves the rest to a better filter.
         _draft(image, 2 * short_side)
         return _encode(upright(to_rgb(image, source.reopener()), source.exif), short_side, quality)
 
@@ -99,12 +99,12 @@ def _encode(image: Image.Image, short_side: int, quality: int) -> bytes:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     size = f"{image.width} x {image.height} pixels"
     if max(image.size) > _MAX_SIDE:
-        raise UserError(f"{size} are too long for a JPEG: cut it")
+        raise UserError(f"{size} are too long for a JPEG: crop it")
     if image.width * image.height > MAX_STORED_PIXELS:
-        raise UserError(f"{size} are more than the {MAX_STORED_PIXELS:,} that a shard holds: lower --short-side")
+        raise UserError(f"{size} are more than the {MAX_STORED_PIXELS:,} allowed in a shard: lower --short-side")
     buffer = io.BytesIO()
     image = image.copy()
-    image.info.clear()  # of which Pillow would write comments, and some releases XMP
+    image.info.clear()  # Pillow would write comments from it, and some releases XMP
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
@@ -112,14 +112,14 @@ def _encode(image: Image.Image, short_side: int, quality: int) -> bytes:
 def decode_picture(
     data: bytes, size: int, max_pixels: int = MAX_PIXELS, resize: Resize = "crop", region: Region | None = None
 ) -> np.ndarray:
-    """Decode a picture of a shard and bring it to a square.
+    """Decode a picture of a shard to a square array.
 
     Args:
         data: An encoded picture.
         size: Side of the square in pixels.
         max_pixels: Largest number of pixels that the picture may have.
-        resize: "crop" resizes the short side to `size` and cuts out the centre, as CLIP's image processor does with
-            Pillow; "squash" resizes both sides to `size`, without regard to the aspect, as BLIP-2's does. Both are
+        resize: "crop" resizes the short side to `size` and crops the center, as CLIP's image processor does with
+            Pillow; "squash" resizes both sides to `size`, ignoring the aspect ratio, as BLIP-2's does. Both are
             bicubic.
         region: Chooses the region that is resized, in place of `resize`.
 
@@ -127,7 +127,7 @@ def decode_picture(
         uint8 [3, size, size], RGB.
 
     Raises:
-        UserError: not decodable, not a format that shards hold, or more than `max_pixels` pixels.
+        UserError: The picture is not decodable, not in a format of shards, or has more than `max_pixels` pixels.
     """
 
     def decode(image: Image.Image, source: _Source) -> np.ndarray:
@@ -147,25 +147,25 @@ def decode_picture(
 
 
 def _central(width: int, height: int, size: int) -> tuple[float, float, float, float]:
-    """The part of a picture that is left of it when its short side is resized to `size` and its centre cut out.
+    """Return the region of a picture that remains after resizing its short side to `size` and cropping the center.
 
-    Only that part is resized. Pillow's filter also sees what is next to it, so the pixels are those of a crop after
-    the resize.
+    Only that region is resized. Pillow's filter also reads the pixels around it, so the result equals a crop after the
+    resize.
 
     Returns:
         Left, top, right and bottom, as shares of width and height.
     """
     short = min(width, height)
-    wide, high = size * width // short, size * height // short  # of the resized picture, rounded down as CLIP's is
-    left, top = (wide - size) // 2, (high - size) // 2  # whole pixels of it
+    wide, high = size * width // short, size * height // short  # resized, rounded down as in CLIP
+    left, top = (wide - size) // 2, (high - size) // 2  # in pixels of the resized picture
     return left / wide, top / high, (left + size) / wide, (top + size) / high
 
 
 def _draft(image: Image.Image, short_side: int) -> tuple[float, float]:
-    """Let libjpeg shrink a picture while decoding it, to no less than a short side.
+    """Let libjpeg reduce a picture while decoding it, with a short side of at least `short_side`.
 
     Returns:
-        Width and height of what it shows, in pixels of the decoded picture: its last row and column may be partly
+        Width and height of the content in pixels of the decoded picture, whose last row and column may be partly
         padding.
     """
     scale = short_side / min(image.size)
@@ -175,7 +175,7 @@ def _draft(image: Image.Image, short_side: int) -> tuple[float, float]:
 
 
 def _read(source: _Source, use: Callable[[Image.Image, _Source], _Result]) -> _Result:
-    """Open a picture and use it; if that fails, once more without its metadata, which may be all that is broken."""
+    """Open a picture and use it; on failure retry without its metadata, which may be the only damaged part."""
     try:
         try:
             with _opened(source) as image:
@@ -193,13 +193,13 @@ def _read(source: _Source, use: Callable[[Image.Image, _Source], _Result]) -> _R
 
 @contextmanager
 def _opened(source: _Source) -> Iterator[Image.Image]:
-    """Open a picture, refuse a bomb by its header, and turn whatever goes wrong inside the block into a `UserError`."""
+    """Open a picture, check its size in the header, and convert errors inside the block to `UserError`."""
     content = source.content
     try:
         if isinstance(content, Path) and content.stat().st_size == 0:
             raise UserError("empty file (0 bytes)")
         with source.open() as image:
-            if image.format == "EPS":  # Pillow would have Ghostscript run it
+            if image.format == "EPS":  # Pillow would run it with Ghostscript
                 raise UserError(describe_content(b"%!PS") or "")
             if image.width * image.height > source.max_pixels:
                 raise UserError(f"{image.width} x {image.height} pixels, the limit is {source.max_pixels:,}")
@@ -214,17 +214,17 @@ def _opened(source: _Source) -> Iterator[Image.Image]:
         raise _DecodingError(_unidentified(source)) from None
     except Image.DecompressionBombError:
         raise UserError(f"more pixels than the limit of {MAX_PIXELS:,}") from None
-    except Exception as error:  # a damaged file makes Pillow's plugins raise nearly any type
+    except Exception as error:  # Pillow's plugins raise almost any type on damaged files
         raise _DecodingError(f"cannot be decoded as a picture ({error})") from None
 
 
 def _unidentified(source: _Source) -> str:
-    """What to say of a file that none of Pillow's decoders takes."""
+    """Describe a file that none of Pillow's decoders accepts."""
     if source.formats:
         return f"not {' or '.join(source.formats)}"
     head = b"" if isinstance(source.content, Image.Image) else read_head(source.content)
     if clause := describe_content(head, "picture"):
         return clause
     if name := describe_content(head):
-        return f"{name} that is damaged or of a kind that Pillow does not read: convert it to JPEG or PNG"
+        return f"{name} that is damaged or of a variant that Pillow does not read: convert it to JPEG or PNG"
     return "not a picture in any format that Pillow reads"

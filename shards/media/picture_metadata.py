@@ -1,4 +1,4 @@
-"""What a picture's file says beside its pixels: orientation is used, and nothing else of it can keep a picture out."""
+"""Metadata of pictures: orientation is applied, and anything else can be removed if it prevents decoding."""
 
 import struct
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from PIL import ExifTags, Image
 
-# What turns a picture upright, by the value of the EXIF tag Orientation.
+# EXIF orientation -> operation that turns the picture upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -19,24 +19,24 @@ _UPRIGHT = {
 
 _EXIF = b"Exif\0\0"
 
-# Of JPEG: JFIF and Adobe's segment, which say how colours are coded, with the bytes that a whole one has.
+# JPEG segments that define the color encoding (JFIF and Adobe) -> smallest size of a complete one.
 _JPEG_KEPT = {0xE0: 16, 0xEE: 14}
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _WEBP_KEPT = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
 
-# Tags of TIFF that say where the pixels are and how they are coded, and Orientation.
+# TIFF tags for the location and encoding of pixels, and Orientation.
 _TIFF_KEPT = {*range(254, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, *range(320, 326), 332,
               338, 339, 347, *range(512, 522), *range(529, 533)}  # fmt: skip
 
 
 def upright(image: Image.Image, exif: bytes | None = None) -> Image.Image:
-    """Turn a loaded picture as its orientation says, where that can be read.
+    """Turn a loaded picture upright according to its orientation, if that can be read.
 
     Args:
         image: The picture as stored.
-        exif: Its EXIF block, if `image` has been opened without it.
+        exif: The EXIF block, if `image` was opened without it.
     """
     turn = _UPRIGHT.get(_orientation(image, exif))
     return image if turn is None else image.transpose(turn)
@@ -46,10 +46,10 @@ def _orientation(image: Image.Image, exif: bytes | None) -> int:
     block = exif if exif is not None else image.info.get("exif") or b""
     for tags in (
         lambda: image.getexif() if exif is None else _tags(exif),
-        # Another tag may be what stops Pillow's reader: an EXIF block is a TIFF file without pixels.
+        # Another tag may have caused the error; an EXIF block is a TIFF file without pixels.
         lambda: _tags(_strip_tiff(block[len(_EXIF) * block.startswith(_EXIF) :])),
     ):
-        with suppress(Exception):  # readers of EXIF and XMP raise nearly any type
+        with suppress(Exception):  # readers of EXIF and XMP raise almost any type
             value = tags().get(ExifTags.Base.Orientation)
             if value in _UPRIGHT:
                 return int(value)
@@ -63,14 +63,14 @@ def _tags(block: bytes) -> Image.Exif:
 
 
 def without_metadata(data: bytes) -> tuple[bytes, bytes | None] | None:
-    """Take out of a file all that Pillow need not read for its pixels.
+    """Remove from a file everything that Pillow does not need for the pixels.
 
     Args:
         data: A JPEG, PNG, WebP or TIFF file.
 
     Returns:
-        The file with the pixels alone, and its EXIF block if it had one (a TIFF file keeps its orientation); None for
-        other formats and what is damaged.
+        The file without metadata, and its EXIF block if it had one (a TIFF file keeps its orientation); None for other
+        formats and damaged files.
     """
     try:
         if data[:2] == b"\xff\xd8":
@@ -121,13 +121,13 @@ def _strip_chunks(
 
 def _strip_webp(data: bytes) -> tuple[bytes, bytes | None]:
     stripped, exif = _strip_chunks(data, data[:12], _webp_chunks(data), _WEBP_KEPT)
-    if stripped[12:16] == b"VP8X":  # its flags say what follows: no longer a profile, EXIF or XMP
+    if stripped[12:16] == b"VP8X":  # clear the flags for profile, EXIF and XMP
         stripped = stripped[:20] + bytes([stripped[20] & ~0x2C]) + stripped[21:]
     return stripped[:4] + struct.pack("<I", len(stripped) - 8) + stripped[8:], exif
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int, int]]:
-    """Name, begin, begin of the payload, and end of each chunk."""
+    """Yield name, start, start of the payload, and end of each chunk."""
     at = 8
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
@@ -145,7 +145,7 @@ def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int, int]]:
 
 
 def _strip_tiff(data: bytes) -> bytes:
-    """Keep the first directory's entries for pixels, in place, and no other directory."""
+    """Keep only the first directory, in place, with its entries for pixels and orientation."""
     order = "<" if data[:2] == b"II" else ">"
     if data[2] == 43 or data[3] == 43:  # BigTIFF
         first, count_form, entry_size, offset_form = struct.unpack_from(order + "Q", data, 8)[0], "Q", 20, "Q"

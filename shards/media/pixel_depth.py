@@ -1,4 +1,4 @@
-"""Pictures of any depth and transparency become 8-bit RGB on white."""
+"""Conversion of pictures of any bit depth and transparency to 8-bit RGB on white."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,44 +10,44 @@ from PIL import Image
 from shards.errors import UserError
 
 _STRIP = 1 << 20  # pixels scaled at a time: bounds the memory that floats take
-_DARK = 16  # a picture whose largest value is less than full scale / 16 would be stored almost black
+_DARK = 16  # a picture with values below full scale / 16 only would be stored almost black
 _FULL_SCALES = (255.0, 4095.0, 65535.0)  # of 8, 12 and 16 bits
 
 _SWAPPED = {"16L": "16B", "16B": "16L", "16N": "16B" if sys.byteorder == "little" else "16L"}
 _NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;32B": "I;32N", "I;16BS": "I;16NS"}
-_GREY_LEVELS = {"1": 1, "L;2": 3, "L;4": 15}  # Pillow spreads these over 0 to 255, but not their transparent level
+_GRAY_LEVELS = {"1": 1, "L;2": 3, "L;4": 15}  # Pillow scales pixels to 0 to 255, but not the transparent level
 
-Rows = Callable[[int, int], np.ndarray]  # values [rows, width] or [rows, width, 3] of some rows of a picture
+Rows = Callable[[int, int], np.ndarray]  # values [rows, width] or [rows, width, 3] of a range of rows
 
 
 def to_rgb(image: Image.Image, reopen: Callable[[], Image.Image] | None = None) -> Image.Image:
-    """Convert a picture to 8-bit RGB; what is transparent becomes white.
+    """Convert a picture to 8-bit RGB; transparent pixels become white.
 
-    Values of more than 8 bits (16- and 32-bit integers, floats) are scaled by the range that they have, since most
-    formats do not say which values are black and white: 0 is black, and white is the smallest of 1 (floats only), 255,
-    4095, 65,535 and the type's largest value that no pixel exceeds. Where that would leave all pixels below 1/16 of
-    white, the brightest pixel becomes white. If there are values well below 0, the smallest becomes black and the
-    largest white; slightly negative ones, as resampling leaves, become black.
+    Values of more than 8 bits (16- and 32-bit integers, floats) are scaled by their range, since most formats do not
+    define black and white: 0 is black, and white is the smallest of 1 (floats only), 255, 4095, 65,535 and the type's
+    largest value that no pixel exceeds. If that would leave all pixels below 1/16 of white, the brightest pixel becomes
+    white. If there are values well below 0, the smallest becomes black and the largest white; slightly negative values,
+    which resampling causes, become black.
 
     Args:
         image: A picture in any mode of Pillow.
-        reopen: Opens it once more. Pillow keeps only the upper byte of 16-bit colours; the lower ones are read by this.
+        reopen: Reopens the picture to read the lower bytes of 16-bit colors, of which Pillow keeps only the upper.
 
     Raises:
-        UserError: Values that are not finite, or 16-bit colours that would be almost black and cannot be scaled.
+        UserError: Values are not finite, or 16-bit colors would be almost black and cannot be scaled.
     """
     _use_native_order(image)
     raw = _raw_mode(image)
-    image.load()  # which may add to what is known of its transparency
+    image.load()  # may update the transparency
     transparent = image.info.get("transparency")
     if image.mode == "F" or image.mode.startswith("I"):
-        return _from_values(*_grey_rows(image), image.size, transparent, white_is_zero=_tag(image, 262) == 0)
+        return _from_values(*_gray_rows(image), image.size, transparent, white_is_zero=_tag(image, 262) == 0)
     if raw.startswith(("RGB", "LA")) and ";16" in raw and (transparent is not None or _is_dark(image)):
-        rows, fulls = _colour_rows(image, raw, reopen)
+        rows, fulls = _color_rows(image, raw, reopen)
         return _from_values(rows, fulls, image.size, transparent, alpha=_alpha(image))
-    if raw in _GREY_LEVELS and isinstance(transparent, int):
-        image.info["transparency"] = transparent * 255 // _GREY_LEVELS[raw]
-    if image.mode in ("La", "RGBa"):  # colours multiplied by their opacity
+    if raw in _GRAY_LEVELS and isinstance(transparent, int):
+        image.info["transparency"] = transparent * 255 // _GRAY_LEVELS[raw]
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert(image.mode.upper())
     return _on_white(image)
 
@@ -55,7 +55,7 @@ def to_rgb(image: Image.Image, reopen: Callable[[], Image.Image] | None = None) 
 def _on_white(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if "A" in image.getbands() or "transparency" in image.info:  # what lies under it is arbitrary: show white
+    if "A" in image.getbands() or "transparency" in image.info:  # hidden colors are arbitrary: use white
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
@@ -70,7 +70,7 @@ def _from_values(
     white_is_zero: bool = False,
     alpha: Image.Image | None = None,
 ) -> Image.Image:
-    """Scale values to bytes (see `to_rgb`), those of a transparent level or colour to white."""
+    """Scale values to bytes (see `to_rgb`); a transparent level or color becomes white."""
     low, high = _range(rows, size, transparent)
     black, white = _limits(low, high, fulls)
     parts = []
@@ -87,7 +87,7 @@ def _from_values(
 
 
 def _limits(low: float, high: float, fulls: tuple[float, ...]) -> tuple[float, float]:
-    """The values that become black and white."""
+    """Return the values that become black and white."""
     if low < 0 and -low > high / _DARK:
         return low, high
     full = next((full for full in fulls if high <= full), high)
@@ -95,21 +95,21 @@ def _limits(low: float, high: float, fulls: tuple[float, ...]) -> tuple[float, f
 
 
 def _range(rows: Rows, size: tuple[int, int], transparent: Any) -> tuple[float, float]:
-    """Smallest and largest value of the pixels that are not transparent; 0 and 0 if there are none."""
-    found = []
+    """Return smallest and largest value of the opaque pixels; zeros if there are none."""
+    extremes = []
     for top, bottom in _strips(size):
         values = rows(top, bottom)
         if not np.isfinite(values).all():
-            raise UserError("holds pixels that are not finite numbers: save it with 8 or 16 bits a channel")
+            raise UserError("has pixels that are not finite numbers: save it with 8 or 16 bits a channel")
         if transparent is not None:
             values = values[~_is_transparent(values, transparent)]
         if values.size:
-            found += [float(values.min()), float(values.max())]
-    return min(found, default=0.0), max(found, default=0.0)
+            extremes += [float(values.min()), float(values.max())]
+    return min(extremes, default=0.0), max(extremes, default=0.0)
 
 
 def _is_transparent(values: np.ndarray, transparent: Any) -> np.ndarray:
-    """Mask [rows, width] of the pixels that have the transparent level (an int) or colour (three)."""
+    """Return a mask [rows, width] of pixels with the transparent level (an int) or color (three ints)."""
     if values.ndim == 3 and isinstance(transparent, tuple):
         return (values == np.asarray(transparent)).all(axis=2)
     if values.ndim == 2 and isinstance(transparent, int):
@@ -117,13 +117,13 @@ def _is_transparent(values: np.ndarray, transparent: Any) -> np.ndarray:
     return np.zeros(values.shape[:2], bool)
 
 
-def _grey_rows(image: Image.Image) -> tuple[Rows, tuple[float, ...]]:
-    """Values of a picture in mode F, I or I;16, and the values that may be their white."""
+def _gray_rows(image: Image.Image) -> tuple[Rows, tuple[float, ...]]:
+    """Return the values of a picture in mode F, I or I;16, and the candidates for white."""
     bits, kind = _tag(image, 258), _tag(image, 339)  # TIFF's BitsPerSample and SampleFormat
 
     def rows(top: int, bottom: int) -> np.ndarray:
         values = np.asarray(image.crop((0, top, image.width, bottom)))
-        # Pillow has no unsigned 32-bit mode: what a TIFF has beyond 2^31 comes as negative.
+        # Pillow has no unsigned 32-bit mode: values of 2^31 and more become negative.
         return values.view(np.uint32) if unsigned and values.dtype == np.int32 else values
 
     unsigned = image.mode == "I" and bits == 32 and kind in (None, 1)
@@ -137,10 +137,10 @@ def _grey_rows(image: Image.Image) -> tuple[Rows, tuple[float, ...]]:
     return rows, (*(full for full in _FULL_SCALES if full < largest), largest)
 
 
-def _colour_rows(
+def _color_rows(
     image: Image.Image, raw: str, reopen: Callable[[], Image.Image] | None
 ) -> tuple[Rows, tuple[float, ...]]:
-    """All 16 bits of colours, by reading the picture once more in the wrong byte order for the lower ones."""
+    """Return 16-bit colors; the lower bytes are read by reopening the picture in the wrong byte order."""
     if reopen is None or not raw.startswith(("RGB;", "RGBA;", "RGBX;")):
         raise UserError("its 16-bit values are almost all black in 8 bits: save it with 8 bits a channel")
     low: Any = reopen()
@@ -157,14 +157,14 @@ def _colour_rows(
 
 
 def _use_native_order(image: Any) -> None:
-    """Undo what Pillow does to compressed big-endian TIFF files of 32 bits: libtiff has swapped the bytes already."""
+    """Fix compressed big-endian 32-bit TIFF files, whose bytes Pillow swaps although libtiff has done so."""
     tiles = getattr(image, "tile", None)
     if tiles and tiles[0][0] == "libtiff" and (native := _NATIVE.get(_raw_mode(image))):
         image.tile = [_with_raw_mode(tile, native) for tile in tiles]
 
 
 def _with_raw_mode(tile: Any, raw: str) -> Any:
-    """One of Pillow's tiles with another raw mode among the decoder's arguments."""
+    """Return one of Pillow's tiles with another raw mode in the decoder's arguments."""
     arguments = raw if isinstance(tile[3], str) else (raw, *tile[3][1:])
     return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
@@ -174,20 +174,20 @@ def _alpha(image: Image.Image) -> Image.Image | None:
 
 
 def _is_dark(image: Image.Image) -> bool:
-    """Whether all colours are among the darkest sixteenth."""
+    """Whether all colors are in the darkest sixteenth of the range."""
     extrema: Any = image.getextrema()
     return max(high for _, high in extrema[:3]) < 256 // _DARK
 
 
 def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """First and last row + 1 of strips of bounded size."""
+    """Yield first row and last row + 1 of strips of bounded size."""
     width, height = size
     step = max(1, _STRIP // width)
     return ((top, min(top + step, height)) for top in range(0, height, step))
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the file packs the pixels, in Pillow's notation; empty if there is no file, or it is loaded."""
+    """Return the file's pixel packing in Pillow's notation; empty without a file or once loaded."""
     tiles = getattr(image, "tile", None) or [(None, None, None, "")]
     arguments = tiles[0][3]
     raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -195,7 +195,7 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _tag(image: Image.Image, number: int) -> Any:
-    """A tag of a TIFF file, its first value if it has several; None in other formats."""
+    """Return the first value of a TIFF tag; None in other formats."""
     try:
         value = image.tag_v2.get(number)  # type: ignore[attr-defined]
         return value[0] if isinstance(value, tuple) else value

@@ -1,9 +1,9 @@
-"""Let torchaudio import where its compiled extension cannot load.
+"""Makes torchaudio importable if its compiled extension cannot be loaded.
 
-torchaudio's Linux wheel links its extension to CUDA; beside a CPU build of torch `import torchaudio` raises OSError,
-and with it every transformers model that looks for torchaudio. What this project uses of torchaudio is plain torch and
-needs no extension, so an import hook replaces `torchaudio._extension` by an empty stand-in, only where the real one
-fails to load. The hook costs nothing until torchaudio is imported.
+torchaudio's Linux wheel links its extension to CUDA; with a CPU build of torch `import torchaudio` raises OSError, and
+so does every transformers model that imports torchaudio. The parts of torchaudio used here are plain torch and need no
+extension, so an import hook replaces `torchaudio._extension` by an empty module, only if the real one fails to load.
+The hook costs nothing until torchaudio is imported.
 """
 
 import sys
@@ -17,17 +17,17 @@ _EXTENSION = "torchaudio._extension"
 
 
 class _TolerantLoader(Loader):
-    """Run the real loader; where the shared library is missing, leave a module that says so when it is used."""
+    """Runs the real loader; if the shared library cannot be loaded, the module raises errors only when it is used."""
 
     def __init__(self, real: Loader) -> None:
         self.real = real
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leave the making of the module to the real loader."""
+        """Create the module with the real loader."""
         return self.real.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, or fill it with what torchaudio asks of an extension that is not there."""
+        """Execute the module, or define what torchaudio needs without the extension."""
         try:
             self.real.exec_module(module)
         except OSError as cause:
@@ -38,7 +38,7 @@ class _TolerantLoader(Loader):
 
 def _unavailable(cause: OSError) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Put in a function's place one that says why it cannot be had."""
+        """Replace a function by one that raises the reason why it is unavailable."""
 
         def fail(*_: Any, **__: Any) -> Any:
             raise RuntimeError(
@@ -54,7 +54,7 @@ class _ExtensionFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find torchaudio's extension as ever, to be loaded by a loader that bears its failure."""
+        """Find torchaudio's extension and wrap its loader in `_TolerantLoader`."""
         if fullname != _EXTENSION:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -64,6 +64,6 @@ class _ExtensionFinder(MetaPathFinder):
 
 
 def install() -> None:
-    """Register the hook once in this process; a torchaudio that loads by itself is left as it is."""
+    """Register the hook once per process; a torchaudio whose extension loads is not changed."""
     if not any(isinstance(finder, _ExtensionFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _ExtensionFinder())

@@ -95,7 +95,7 @@ KINDS = [(*one, channels) for one in (*SAYS_HOW_MUCH, ("MP3", None)) for channel
 def test_the_message_tells_how_much_is_there(container: str, subtype: str | None, channels: int) -> None:
     whole = encoded(speech(4.0, channels=channels), container, subtype)
     line = refusal(whole[: len(whole) // 2])
-    assert re.search(r"truncated: its header promises (4\.[01]|3\.9) s, the file holds (2\.[01]|1\.9) s: fetch", line)
+    assert re.search(r"truncated: its header declares (4\.[01]|3\.9) s, the file has (2\.[01]|1\.9) s: fetch", line)
 
 
 @pytest.mark.parametrize("subtype", ["OPUS", "VORBIS"])
@@ -103,7 +103,7 @@ def test_an_ogg_stream_without_its_last_page_is_truncated(subtype: str) -> None:
     whole = encoded(speech(4.0), "OGG", subtype)
     last = whole.rindex(b"OggS")
     for end in (len(whole) - 1, last + 100, last, last // 2):
-        assert "truncated: its Ogg stream breaks off before its last page, at byte " in refusal(whole[:end])
+        assert "truncated: its Ogg stream ends before its last page, at byte " in refusal(whole[:end])
 
 
 @pytest.mark.parametrize("subtype", ["OPUS", "VORBIS"])
@@ -274,11 +274,11 @@ def test_sphere_headers_that_count_otherwise(change: Callable[[bytes], bytes]) -
 
 def test_samples_behind_a_length_of_zero_are_named() -> None:
     line = refusal(with_sizes(PCM, len(PCM) - 8, 0))
-    assert "its header says 0 samples, with 32,000 bytes behind it, as a recorder that is cut off leaves it" in line
-    assert "write it anew, e.g. ffmpeg -ignore_length 1 -i X.wav Y.wav" in line
+    assert "its header declares 0 samples, but 32,000 bytes follow, as after an interrupted recording" in line
+    assert "rewrite it, e.g. ffmpeg -ignore_length 1 -i X.wav Y.wav" in line
     empty = with_sizes(PCM[:44], 36, 0)
     for data in (empty, with_sizes(empty + b"LIST" + struct.pack("<I", 4) + b"INFO", 48, 0)):
-        assert refusal(data).endswith("holds no audio (0 samples)")
+        assert refusal(data).endswith("has no audio (0 samples)")
 
 
 def test_a_file_is_read_as_its_bytes_are(tmp_path: Path) -> None:

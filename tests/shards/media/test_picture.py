@@ -94,7 +94,7 @@ def bomb(width, height):
 def test_a_picture_that_no_shard_may_hold_is_refused(tmp_path):
     Image.new("1", (8_000, 6_251)).save(tmp_path / "a.png")
     with pytest.raises(
-        UserError, match=r"a\.png: 8000 x 6251 pixels are more than the 50,000,000 that a shard holds: lo"
+        UserError, match=r"a\.png: 8000 x 6251 pixels are more than the 50,000,000 allowed in a shard: lo"
     ):
         read_picture(tmp_path / "a.png", 7_000, 95)
     assert opened(read_picture(tmp_path / "a.png", 256, 95)).height == 256

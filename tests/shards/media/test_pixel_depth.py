@@ -80,13 +80,13 @@ def test_tiff_that_pillow_reads_in_one_byte_order_only(tmp_path, compressed):
 def test_pixels_that_are_not_numbers_are_refused(tmp_path, order, compressed):
     for bad in (np.nan, np.inf):
         data = tiff(np.float32(np.where(GREY == 52, bad, GREY)), 3, 1, order, compressed)
-        with pytest.raises(UserError, match=r"a\.tif: holds pixels that are not finite numbers: save it with 8 or 16"):
+        with pytest.raises(UserError, match=r"a\.tif: has pixels that are not finite numbers: save it with 8 or 16"):
             stored(tmp_path, data)
 
 
 @pytest.mark.parametrize("values", [np.float64(GREY), np.float16(GREY), np.float32(COLOUR)])
 def test_tiff_that_pillow_does_not_read_is_refused(tmp_path, values):
-    with pytest.raises(UserError, match="a TIFF picture that is damaged or of a kind that Pillow does not read: conv"):
+    with pytest.raises(UserError, match="a TIFF picture that is damaged or of a variant that Pillow does not read: c"):
         stored(tmp_path, tiff(values, 3, 2 if values.ndim == 3 else 1))
 
 
@@ -142,7 +142,7 @@ def test_pnm(tmp_path, data):
 
 
 def test_colour_pfm_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="a colour PFM picture, which Pillow does not read: convert it to PNG"):
+    with pytest.raises(UserError, match="a color PFM picture, which Pillow does not read: convert it to PNG"):
         stored(tmp_path, b"PF\n32 32\n-1.0\n" + (COLOUR / 255).astype("<f4").tobytes())
 
 

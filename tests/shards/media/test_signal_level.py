@@ -42,7 +42,7 @@ def test_floats_far_beyond_full_scale_are_refused(
     container: str, subtype: str, rate: int, channels: int, peak: float
 ) -> None:
     wave = np.stack([tone(peak, rate)] * channels, axis=1)
-    with pytest.raises(UserError, match=r"holds samples up to .*, full scale is 1: divide them") as caught:
+    with pytest.raises(UserError, match=r"has samples up to .*, full scale is 1: divide them") as caught:
         read_audio(encoded(wave, subtype, container, rate), 30)
     assert "\n" not in str(caught.value)
 
