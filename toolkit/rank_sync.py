@@ -1,4 +1,4 @@
-"""Keep ranks in step: run something on rank 0 or on all ranks, and fail on all of them if it fails on one."""
+"""Keep ranks in step: run a function on rank 0 or on all ranks, and raise on every rank if it fails on one."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,12 +15,12 @@ class RemoteRankError(dist.DistError):
     """Raised here because another rank failed; see its log."""
 
 
-def run_on_rank_zero(work: Callable[[], T], rank: int) -> T:
-    """Do something on rank 0 alone and give its result, or the exception that it raised, to all ranks."""
+def run_on_rank_zero(function: Callable[[], T], rank: int) -> T:
+    """Call a function on rank 0 only, and broadcast its result, or the exception that it raised, to all ranks."""
     outcome: list[Any] = [None, None]
     if rank == 0:
         try:
-            outcome[0] = work()
+            outcome[0] = function()
         except Exception as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome)
@@ -29,33 +29,44 @@ def run_on_rank_zero(work: Callable[[], T], rank: int) -> T:
     return outcome[0]
 
 
-def run_on_all_ranks(work: Callable[[], T], rank: int, world_size: int) -> T:
-    """Do something on every rank and give each its result; if it fails on one, it fails on all, with that one's reason.
-
-    Costs one reduction of two numbers between the hosts.
+def run_on_all_ranks(function: Callable[[], T], rank: int, world_size: int) -> T:
+    """Call a function on every rank, and return each rank its own result; if one call fails, all ranks raise.
 
     Raises:
-        UserError: It failed so on another rank; here it raises what it raised.
-        PeerError: It failed on another rank, by an error that no user can mend.
+        UserError: The function raised one on this rank or, with that rank named, on another.
+        RemoteRankError: The function raised another exception on another rank.
+        Exception: What the function raised on this rank.
     """
-    return run_on_all_ranks_with_max(lambda: 0, work, rank, world_size)[0]
-
-
-def run_on_all_ranks_with_max(
-    number: Callable[[], int], work: Callable[[], T], rank: int, world_size: int
-) -> tuple[T, int]:
-    """Do `run_on_all_ranks`, and in its reduction agree on a number: the greatest of those that the ranks name afterwards."""
     failure: Exception | None = None
     try:
-        result = work()
+        result = function()
     except Exception as error:
         failure = error
-    greatest = number()
+    raise_on_all_ranks(failure, rank, world_size)
+    return result
+
+
+def raise_on_all_ranks(failure: Exception | None, rank: int, world_size: int, reduce_max: int = 0) -> int:
+    """Raise on every rank if one of them has failed; costs one reduction of two integers between the hosts.
+
+    Args:
+        failure: What this rank caught; None: it succeeded. It is raised here if there is one.
+        rank: This process.
+        world_size: Number of processes.
+        reduce_max: A number of this rank, to be reduced in the same collective.
+
+    Returns:
+        The maximum of `reduce_max` over the ranks.
+
+    Raises:
+        UserError: Another rank failed with one.
+        RemoteRankError: Another rank failed with another exception.
+    """
     if world_size > 1:
-        agreed = torch.tensor([failure is not None, greatest], dtype=torch.int32)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        failed, greatest = agreed.tolist()
-        if failed and failure is None:
+        reduced = torch.tensor([failure is not None, reduce_max], dtype=torch.int32)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        any_failed, reduce_max = reduced.tolist()
+        if any_failed and failure is None:
             reasons: list[Any] = [None] * world_size
             dist.all_gather_object(reasons, None)
             first = next(other for other, reason in enumerate(reasons) if reason)
@@ -67,4 +78,4 @@ def run_on_all_ranks_with_max(
             dist.all_gather_object([None] * world_size, (kind, line))
     if failure is not None:
         raise failure
-    return result, greatest
+    return reduce_max

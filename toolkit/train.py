@@ -12,7 +12,7 @@ from toolkit.config.load import Parser, parse
 from toolkit.config.schema import Config
 from toolkit.config.validate import batch_warnings
 from toolkit.launcher import check_alone
-from toolkit.run_folder import save_configuration, prepare_run
+from toolkit.run_folder import prepare_run, save_configuration
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,19 +54,19 @@ def main(arguments: list[str] | None = None) -> None:
     from toolkit.training.zero.settings import deepspeed_config
 
     rank, world_size, device = initialise()
-    # A mistake in what follows leaves no run folder behind.
-    deepspeed_config(config, world_size)
-    open_order(config, world_size)
+    # Raise errors of the configuration before a run folder is made.
+    deepspeed_settings = deepspeed_config(config, world_size)
+    data = open_order(config, world_size)
     if options.profile:
         from toolkit.training.metrics.profile import profile_training
 
-        profile_training(config, rank, world_size, device, options.profile)
+        profile_training(config, rank, world_size, device, options.profile, data, deepspeed_settings)
         return
     check_dev(config)
     run = Path(config.run)
     run_on_rank_zero(lambda: check_wandb(config.wandb, run), rank)
     run_on_rank_zero(lambda: prepare_run(config), rank)
-    trainer = Trainer(config, run, rank, world_size, device)
+    trainer = Trainer(config, run, rank, world_size, device, data, deepspeed_settings)
 
     def begin() -> None:
         trainer.lease.check()

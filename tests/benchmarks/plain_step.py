@@ -15,8 +15,9 @@ from toolkit.model.build import build_model
 from toolkit.model.outputs import Encoded
 from toolkit.objectives.denoising import add_noise, denoising_loss
 from toolkit.objectives.matching import draw_negatives
-from toolkit.training.learner import Learner, StepRandomness
+from toolkit.training.learner import Learner
 from toolkit.training.queue import EmbeddingQueue
+from toolkit.training.step_randomness import StepRandomness
 
 
 class PlainStep:

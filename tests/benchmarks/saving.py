@@ -57,7 +57,7 @@ class Stretches:
         for _ in range(self.count):
             self.trainer.train_step(self.next, iter([self.batch]))
             self.next += 1
-        self.trainer._finish_writing()
+        self.trainer.wait()
         return time.perf_counter() - begin
 
     def _save(self) -> None:

@@ -57,7 +57,7 @@ def check(trainer: Trainer, plain: PlainStep, batch_size: int) -> float:
     worst = 0.0
     for step in range(2):
         batch = make_batch(step, batch_size, IMAGE_SIZE, LONGEST)
-        expected = plain.step(batch, trainer._draws(step, 0))
+        expected = plain.step(batch, trainer.seed(step, 0))
         losses = trainer.train_step(step, iter([batch]))
         for name, value in expected.items():
             worst = max(worst, abs(float(losses[name] / value) - 1))
@@ -74,7 +74,7 @@ def seconds(trainer: Trainer, plain: PlainStep, batch_size: int, repeats: int) -
         begin = time.process_time()
         trainer.train_step(step, iter([batch]))
         middle = time.process_time()
-        plain.step(batch, trainer._draws(step, 0), row_by_row=True)
+        plain.step(batch, trainer.seed(step, 0), row_by_row=True)
         ours.append(middle - begin)
         theirs.append(time.process_time() - middle)
     return statistics.median(ours), statistics.median(theirs)

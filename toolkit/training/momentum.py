@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from toolkit.training.zero.slices import Cut, Slice
 from torch import Tensor
 
 from toolkit.distributed import begin_all_gather
 from toolkit.model.outputs import Encoded, Features
-from toolkit.model.retrieval import SpeechImageModel, teacher_of
+from toolkit.model.retrieval import SpeechImageModel, build_teacher
+from toolkit.training.zero.slices import Cut, Slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class MomentumEncoder:
             decay: m, in [0, 1).
         """
         self.decay = decay
-        self.encoder = teacher_of(student)
+        self.encoder = build_teacher(student)
         trained = {name: p for name, p in student.named_parameters() if p.requires_grad and averaged(name)}
         copies = dict(self.encoder.named_parameters())
         self.names, self.student = list(trained), list(trained.values())

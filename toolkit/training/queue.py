@@ -1,10 +1,11 @@
 """Queues: pairs of earlier batches, as keys of SIC and as hard negatives of SIM.
 
-SIC's queue holds embeddings (MoCo, arXiv 1911.05722; ALBEF, arXiv 2107.07651). SIM's holds token sequences as well: hard
-negatives are mined in the queue by the contrastive similarities (arXiv 2408.13119).
+SIC's queue holds embeddings (MoCo, arXiv 1911.05722; ALBEF, arXiv 2107.07651). SIM's holds token sequences as well:
+hard negatives are mined in the queue by the contrastive similarities (arXiv 2408.13119).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,29 @@ from toolkit.objectives.contrastive import EMPTY
 
 _KEYS = ("speech", "image", "ids")
 _TOKENS = ("speech", "speech_mask", "image")
+
+
+@dataclass
+class ContrastiveKeys:
+    """Embeddings that SIC compares with.
+
+    Attributes:
+        speech: [M, D].
+        image: [M, D].
+        ids: int64 [M], identities of the pictures.
+    """
+
+    speech: Tensor
+    image: Tensor
+    ids: Tensor
+
+    def __getitem__(self, rows: slice) -> "ContrastiveKeys":
+        """Select rows."""
+        return ContrastiveKeys(self.speech[rows], self.image[rows], self.ids[rows])
+
+    def detach(self) -> "ContrastiveKeys":
+        """Return the same values, detached from the graph."""
+        return ContrastiveKeys(self.speech.detach(), self.image.detach(), self.ids)
 
 
 class EmbeddingQueue(nn.Module):

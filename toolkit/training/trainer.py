@@ -1,32 +1,27 @@
-"""The trainer: a visible loop over steps, around a DeepSpeed engine."""
+"""The trainer: a loop over optimizer steps around a DeepSpeed engine."""
 
 import gc
-import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from toolkit.training.zero.engine import backward, gathered_parameters, make_engine
-from toolkit.training.zero.float32 import ExactTemperature, gather_masters
-from torch import Tensor, nn
+from torch import Tensor
 
 from shards.errors import UserError
+from shards.manifest import Manifest
 from shards.manifest import load as load_manifest
-from shards.media.audio import SAMPLE_RATE
-from shards.reading.dataset import Batch, open_stream
-from shards.reading.order import rank_slice
-from toolkit.config.schema import Config, micro_batch
-from toolkit.data import open_order, open_reader
-from toolkit.evaluation.encode import Process
-from toolkit.evaluation.examples import keep_examples
+from shards.reading.dataset import Batch
+from shards.reading.order import Order
+from toolkit.config.schema import Config
+from toolkit.data import open_order
+from toolkit.evaluation.encode import ProcessInfo
+from toolkit.evaluation.examples import save_examples
 from toolkit.evaluation.retrieve import retrieve
 from toolkit.model.build import build_model
-from toolkit.objectives.counter_rng import CounterRNG
-from toolkit.rank_sync import run_on_all_ranks_with_max, run_on_rank_zero
+from toolkit.rank_sync import raise_on_all_ranks, run_on_rank_zero
 from toolkit.training.activation_checkpointing import recompute_activations
-from toolkit.training.checkpointing.background import tell
 from toolkit.training.checkpointing.checkpoint import Checkpoints
 from toolkit.training.checkpointing.export import Exports, exported_config
 from toolkit.training.checkpointing.progress import Progress
@@ -34,24 +29,39 @@ from toolkit.training.fault_tolerance import lease
 from toolkit.training.fault_tolerance.nonfinite import NonFiniteDetector
 from toolkit.training.fault_tolerance.signals import StopSignals
 from toolkit.training.fault_tolerance.watchdog import Watchdog
-from toolkit.training.grad_cache import make_caches
-from toolkit.training.learner import Learner, Pairs, StepRandomness
-from toolkit.training.metrics.flops import Work, count_frames, count_patches
-from toolkit.training.metrics.log import Log
+from toolkit.training.grad_cache import cache_gradients
+from toolkit.training.learner import Learner, Pairs
+from toolkit.training.metrics.flops import FlopCounter
+from toolkit.training.metrics.log import MetricsLogger
 from toolkit.training.metrics.spans import span
 from toolkit.training.momentum import MomentumEncoder
-from toolkit.training.queue import EmbeddingQueue, TokenQueue
+from toolkit.training.queue import EmbeddingQueue
+from toolkit.training.schedules import is_coarse, learning_rate, soft_target_weight
+from toolkit.training.setup import make_token_queue, open_batches
+from toolkit.training.step_randomness import StepRandomness, seed_micro_batch
+from toolkit.training.zero.engine import backward, gathered_parameters, make_engine
+from toolkit.training.zero.float32 import ExactTemperature, gather_masters
 
 
 class Trainer:
     """One training run on this rank.
 
     Attributes:
-        stop: The signal by which any rank was asked to stop, the same on all ranks; 0: none.
+        progress: Steps done, best recall, skipped steps.
+        stop: The signal by which any rank was requested to stop, the same on all ranks; 0: none.
     """
 
-    def __init__(self, config: Config, run: Path, rank: int, world_size: int, device: torch.device) -> None:
-        """Build everything that the run needs and continue from its newest checkpoint.
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        data: tuple[list[Manifest], Order] | None = None,
+        deepspeed_settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Build everything that the run needs, and load its newest checkpoint.
 
         Args:
             config: The resolved configuration.
@@ -59,93 +69,87 @@ class Trainer:
             rank: This process.
             world_size: Number of processes.
             device: Where this process computes.
+            data: Result of `open_order` for this configuration and world size; default: computed here.
+            deepspeed_settings: Result of `deepspeed_config`; default: computed here.
         """
         self.signals, self.stop = StopSignals(), 0
         self.config, self.run = config, run
         self.rank, self.world_size, self.device = rank, world_size, device
         self.lease = run_on_rank_zero(lambda: lease.take(run), rank)
         self.watchdog = Watchdog(run, rank, config.training.watchdog)
-        self.micro_batch = micro_batch(config, world_size)
-        self.manifest = load_manifest(config.data.shards)
-        self.training_manifests, self.order = open_order(config, world_size)
+        self.training_manifests, self.order = data or open_order(config, world_size)
+        # Recall on dev is measured on this data set, of which a mixture need not consist.
+        self.manifest = load_manifest(config.data.shards) if config.data.mixture else self.training_manifests[0]
 
         torch.manual_seed(config.seed)
-        before = exported_config(run)
-        model = build_model(config.model, config.objectives.contrastive, config.data.resize, before)
+        model = build_model(config.model, config.objectives.contrastive, config.data.resize, exported_config(run))
         momentum = config.objectives.momentum
         self.teacher = MomentumEncoder(model, momentum.decay) if momentum.enabled else None
         self.learner = Learner(model, config.objectives, rank, world_size)
-        self.work = Work(self.learner, config, world_size)
+        self.flop_counter = FlopCounter(self.learner, config, world_size)
         if config.training.activation_checkpointing:
             recompute_activations(self.learner)
-        self.engine = make_engine(self.learner, config, world_size, device)
+        self.engine = make_engine(self.learner, config, world_size, device, deepspeed_settings)
         if self.teacher:
             self.teacher.follow(self.engine, rank, world_size)
         self.nonfinite_detector = None
         if config.training.detect_nonfinite:
-            watched: dict[str, nn.Module] = {"": self.learner} | (
-                {"teacher": self.teacher.encoder} if self.teacher else {}
-            )
-            self.nonfinite_detector = NonFiniteDetector(watched)
+            teacher = {"teacher": self.teacher.encoder} if self.teacher else {}
+            self.nonfinite_detector = NonFiniteDetector({"": self.learner, **teacher})
         self.queue = EmbeddingQueue(config.objectives.contrastive.queue, config.model.embed_dim).to(device)
-        self.tokens = self._make_token_queue()
+        self.token_queue = make_token_queue(config, model, world_size, device)
 
-        data = [manifest.hash for manifest in self.training_manifests]
-        self.checkpoints = Checkpoints(run, config, data, rank, world_size)
-        self.exports = Exports(run, config, self.manifest.arguments)
-        self.exports.check_lease = self.lease.check
-        self.checkpoints.check_lease = self._before_complete
-        self.progress = self.checkpoints.resume(self.engine, self.teacher, self.queue, self.tokens)
+        self.exports = Exports(run, config, self.manifest.arguments, self.lease.check)
+        hashes = [manifest.hash for manifest in self.training_manifests]
+        self.checkpoints = Checkpoints(run, config, hashes, rank, world_size, self._before_complete)
+        self.progress = self.checkpoints.maybe_load_latest(self.engine, self.teacher, self.queue, self.token_queue)
         self.exact_temperature = ExactTemperature(self.engine, model.temperature, world_size)
         self.exact_temperature.refresh()
-        self._see_best()
-        self.log = Log(run, config, self.progress, rank, world_size, device)
+        self._refresh_best()
+        self.metrics = MetricsLogger(run, config, self.progress, rank, world_size, device)
 
     def train(self) -> Progress:
-        """Run the remaining steps; evaluate, save and log as configured.
+        """Take the remaining steps; evaluate, save and log as configured.
 
-        When a signal asks to stop, the step under way is the last: it is saved, and an evaluation that is due is left
-        out, since who sends the signal will not wait for it. While steps are being skipped no checkpoint takes the
-        place of an older one, which may be the last with good weights.
+        A signal that requests a stop lets the step under way complete; it is saved, and an evaluation that is due is
+        left out, since the sender will not wait for it. While steps are being skipped no checkpoint replaces an older
+        one, which may be the last with finite weights.
 
         Raises:
-            UserError: Too many steps in a row had numbers that are not finite.
+            UserError: Too many steps in a row had a loss or gradient that is not finite.
         """
-        training = self.config.training
-        last = min(training.steps, self.progress.step + (training.stop_after or training.steps))
-        self.log.start(self)
+        training, progress = self.config.training, self.progress
+        last = min(training.steps, progress.step + (training.stop_after or training.steps))
+        self.metrics.start(self.learner, self.order.pictures, self.training_manifests)
         with self.watchdog:
-            self._train_until(last)
-            with self.watchdog.paused():
-                self._finish_writing()
-        self.stop = self.stop if self.progress.step < last else 0
-        self.log.close(self.progress, self.stop)
-        return self.progress
+            batches = self.batches(range(progress.step, last))
+            for step in range(progress.step, last):
+                losses = self.train_step(step, batches)
+                progress.step = step + 1
+                self.watchdog.beat()
 
-    def _train_until(self, last: int) -> None:
-        training, evaluation = self.config.training, self.config.evaluation
-        batches = self.stream(range(self.progress.step, last))
-        for step in range(self.progress.step, last):
-            losses = self.train_step(step, batches)
-            self.progress.step = step + 1
-            self.watchdog.beat()
-            skipping = self.progress.skipped_in_a_row
-            self.log.step(None if skipping else losses, self.lr(step))
-            if skipping >= training.max_skipped_in_a_row:
-                self._give_up()
-            complete = self.progress.step == last
-            done = complete or bool(self.stop)
-            if self.progress.step % training.log_every == 0 or done:
-                self._check_lease()
-                self.log.flush(self.progress)
-            due = evaluation.every and (step + 1 == training.steps or (step + 1) % evaluation.every == 0)
-            if due and (complete or not self.stop):
-                self.evaluate()
-            best = self.progress.best_step == self.progress.step
-            if (self.progress.step % training.save_every == 0 and not skipping) or best or done:
-                self.save()
-            if done:
-                break
+                applied = progress.skipped_in_a_row == 0
+                self.metrics.step(losses if applied else None, learning_rate(training, step))
+                if progress.skipped_in_a_row >= training.max_skipped_in_a_row:
+                    self._give_up()
+                complete = progress.step == last
+                done = complete or bool(self.stop)
+                if progress.step % training.log_every == 0 or done:
+                    self._check_lease()
+                    self.metrics.flush(progress)
+
+                if self._evaluation_is_due() and (complete or not self.stop):
+                    self.evaluate()
+                is_best = progress.best_step == progress.step
+                if (progress.step % training.save_every == 0 and applied) or is_best or done:
+                    self.save()
+                if done:
+                    break
+            with self.watchdog.paused():
+                self.wait()
+        self.stop = self.stop if progress.step < last else 0
+        self.metrics.close(progress, self.stop)
+        return progress
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """Take one optimizer step.
@@ -157,82 +161,147 @@ class Trainer:
         Returns:
             The losses and scalars of the step's last micro-batch, on the device.
         """
-        self._set_lr(self.lr(step))
-        collected: list[Pairs] = []
+        training = self.config.training
+        accumulation, coarse = training.accumulation, is_coarse(self.config.objectives, step)
+        teacher, token_queue = (None, None) if coarse else (self.teacher, self.token_queue)
+        alpha = soft_target_weight(self.config.objectives, step)
+        controls = (step + 1) % training.log_every == 0
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(training, step)
         if self.nonfinite_detector:
-            self.nonfinite_detector.begin()
-        for losses, pairs in self._micro_losses(step, batches):
+            self.nonfinite_detector.reset()
+
+        fetched: list[Batch] = []
+        if training.grad_cache and accumulation > 1:  # SIC over all micro-batches at once
+            fetched = [self.fetch(batches, coarse) for _ in range(accumulation)]
+            seed = partial(self.seed, step)
+            caches = cache_gradients(self.learner, fetched, seed, teacher, self.queue, alpha)
+
+        pairs: list[Pairs] = []
+        for micro in range(accumulation):
+            batch = fetched[micro] if fetched else self.fetch(batches, coarse)
+            cached = caches[micro] if fetched else None
+            randomness = self.seed(step, micro)
+            losses, encoded = self.engine(
+                batch, teacher, self.queue, alpha, randomness, cached, token_queue, controls=controls, coarse=coarse
+            )
             with span("backward"):
                 backward(self.engine, losses["loss"])
             with span("optimizer"):
                 self.engine.step()
-            collected.append(pairs)
+            pairs.append(encoded)
+
         if self.engine.was_step_applied():
             self.progress.skipped_in_a_row = 0
             self.exact_temperature.refresh()
             with span("teacher's average, queue"):
-                self._follow(step, collected)
+                self.follow(step, pairs)
         else:
-            self._skip()
+            self._count_skipped()
         return losses
 
-    def lr(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, then a cosine to `min_lr`."""
-        t = self.config.training
-        if step < t.warmup_steps:
-            return t.lr * (step + 1) / t.warmup_steps
-        done = (step - t.warmup_steps) / max(1, t.steps - t.warmup_steps)
-        return t.min_lr + (t.lr - t.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    def batches(self, steps: range) -> Iterator[Batch]:
+        """Read this rank's micro-batches of some steps."""
+        ranks = self.rank, self.world_size
+        return open_batches(self.config, self.training_manifests, self.order, steps, *ranks, self.device)
 
-    def alpha(self, step: int) -> float:
-        """Weight of the soft targets at a step: a linear ramp from 0 (ALBEF)."""
-        c = self.config.objectives.contrastive
-        if _is_coarse(self.config, step):
-            return 0.0
-        return c.alpha * min(1.0, step / c.alpha_ramp) if c.alpha_ramp else c.alpha
+    def fetch(self, batches: Iterator[Batch], coarse: bool) -> Batch:
+        """Take the next micro-batch to the device, and count it for the log."""
+        with self.metrics.waiting():
+            batch = self.next_batch(batches)
+        batch = batch.to(self.device)
+        self.metrics.bad_samples += len(batch.bad_samples)
+        self.metrics.stats.add(self.flop_counter.count(batch, coarse))
+        return batch
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Take the next micro-batch; if reading fails on one rank, all ranks raise.
+
+        The ranks' stop signals are reduced in the same collective, so that all of them stop after the same step.
+        """
+        failure: Exception | None = None
+        with span("agreement of the ranks"):
+            try:
+                with span("data"):
+                    batch = next(batches)
+            except StopIteration:
+                failure = RuntimeError("the reader ended before the last step")
+            except Exception as error:
+                failure = error
+            stop = raise_on_all_ranks(failure, self.rank, self.world_size, reduce_max=self.signals.number)
+        self.stop = self.stop or stop
+        return batch
+
+    def seed(self, step: int, micro: int) -> StepRandomness:
+        """Seed a micro-batch: dropout through torch's generators, the rest through what is returned."""
+        accumulation = self.config.training.accumulation
+        ranks = self.rank, self.world_size
+        return seed_micro_batch(self.config.seed, step, micro, accumulation, self.order, *ranks, self.device)
+
+    def follow(self, step: int, pairs: list[Pairs]) -> None:
+        """After an applied step: update the teacher's average, and push the step's pairs to the queues."""
+        coarse = is_coarse(self.config.objectives, step)
+        if self.teacher:
+            self.teacher.update(0.0 if coarse else None)  # equal to the student until the other losses begin
+        if coarse or step < self.config.objectives.contrastive.queue_from:
+            return
+        for each in pairs:
+            keys = each.keys.detach()
+            self.queue.push(keys.speech, keys.image, keys.ids)
+            if self.token_queue and each.speech and each.image:
+                if self.token_queue.world_size < self.world_size:  # it is this rank's alone
+                    rows = self.token_queue.rows
+                    keys = keys[self.rank * rows : (self.rank + 1) * rows]
+                self.token_queue.push(each.speech, each.image, keys.speech, keys.image, keys.ids)
 
     def evaluate(self) -> None:
         """Measure recall on dev, and export the model if it is the best so far."""
-        e = self.config.evaluation
+        data, progress = self.config.data, self.progress
         self._check_lease()
-        self._see_best()
-        with self.watchdog.paused(), self.log.paused("evaluating on " + self.config.data.dev):
+        self._refresh_best()
+        with self.watchdog.paused(), self.metrics.paused("evaluating on " + data.dev):
             self.learner.eval()
-            process = Process(self.rank, self.world_size, self.device)
-            dev = self.config.data.dev
-            found = retrieve(self.learner.model, self.manifest, dev, self.config, e.rerank, process, fit=True)
-            if found.report["reranked"]:
-                self.progress.match_weight = found.report["reranked"].get("match_weight", -1.0)
-            recall = found.report
+            process = ProcessInfo(self.rank, self.world_size, self.device)
+            rerank = self.config.evaluation.rerank
+            retrieval = retrieve(self.learner.model, self.manifest, data.dev, self.config, rerank, process, fit=True)
             self.learner.train()
+            recall = retrieval.report
+            if recall["reranked"]:
+                progress.match_weight = recall["reranked"].get("match_weight", -1.0)
             self._check_lease()  # minutes later
             score = (recall.get("reranked") or recall["coarse"])["mean_R@1"]
-            best = score > self.progress.best
-            if best:
-                self.progress.best, self.progress.best_step = score, self.progress.step
+            is_best = score > progress.best
+            if is_best:
+                progress.best, progress.best_step = score, progress.step
                 self.export("best")
         examples = None
         if self.rank == 0:
-            examples = keep_examples(self.run, self.progress.step, self.manifest, found, self.config)
-        self.log.recall(self.progress, recall, best, examples)
+            examples = save_examples(self.run, progress.step, self.manifest, retrieval, self.config)
+        self.metrics.recall(progress, recall, is_best, examples)
 
     def save(self) -> None:
-        """Save a checkpoint and export the model as it is now, behind the training; every rank takes part."""
+        """Save a checkpoint and export the model, both asynchronously; every rank calls this."""
         self._check_lease()
-        with self.watchdog.paused(), self.log.paused("saving"):
-            self.checkpoints.save(self.engine, self.teacher, self.queue, self.progress, self.tokens)
+        with self.watchdog.paused(), self.metrics.paused("saving"):
+            self.checkpoints.save(self.engine, self.teacher, self.queue, self.progress, self.token_queue)
             self.export("last")
 
     def export(self, name: str) -> None:
-        """Write the model alone, as `save_pretrained` does, to `RUN/export/NAME`."""
+        """Write the model alone, as `save_pretrained` does, to `RUN/export/NAME`; every rank calls this."""
         exact = self.config.training.export_dtype == "fp32"
         masters = gather_masters(self.engine, self.rank, self.world_size) if exact else None
         with gathered_parameters(self.engine, list(self.learner.model.parameters())):
             if self.rank == 0:
-                self.exports.write(self.learner.model, name, self.progress, masters)
+                self.exports.save(self.learner.model, name, self.progress, masters)
+
+    def wait(self) -> None:
+        """Wait for asynchronous writes; raise if the run folder has another owner by now."""
+        self.checkpoints.wait()
+        self.exports.wait()
+        self._check_lease()
 
     def close(self) -> None:
-        """Let go of the signals and the engine: else a rank of ZeRO-3 now and then aborts while it exits."""
+        """Release signal handlers, lease and engine; without this a rank under ZeRO-3 may abort at exit."""
         self.signals.close()
         if self.teacher:
             self.teacher.wait_pending()
@@ -242,166 +311,36 @@ class Trainer:
         del self.engine
         gc.collect()
 
-    def _micro_losses(self, step: int, batches: Iterator[Batch]) -> Iterator[tuple[dict[str, Tensor], Pairs]]:
-        """Yield the losses and encoded pairs of a step's micro-batches, each to be followed by its backward pass."""
-        count, coarse = self.config.training.accumulation, _is_coarse(self.config, step)
-        others = (None if coarse else self.teacher, self.queue, self.alpha(step))
-        logged = (step + 1) % self.config.training.log_every == 0
-        further = {"tokens": None if coarse else self.tokens, "controls": logged, "coarse": coarse}
+    def _evaluation_is_due(self) -> bool:
+        every, step = self.config.evaluation.every, self.progress.step
+        return bool(every) and (step % every == 0 or step == self.config.training.steps)
 
-        def take() -> Batch:
-            batch = self.log.waiting(lambda: self._next(batches)).to(self.device)
-            self.log.bad_samples += len(batch.bad_samples)
-            self.log.work.add(self.work.of(batch, coarse))
-            return batch
-
-        def draws(micro: int) -> StepRandomness:
-            return self._draws(step, micro)
-
-        if self.config.training.grad_cache and count > 1:
-            local_shards = [take() for _ in range(count)]
-            caches = make_caches(self.learner, local_shards, draws, *others)
-            for micro, (batch, cache) in enumerate(zip(local_shards, caches, strict=True)):
-                yield self.engine(batch, *others, draws(micro), cache, **further)
-        else:
-            for micro in range(count):
-                yield self.engine(take(), *others, draws(micro), **further)
-
-    def _follow(self, step: int, collected: list[Pairs]) -> None:
-        """After an applied step: the teacher follows, and the queues take the step's pairs."""
-        coarse = _is_coarse(self.config, step)
-        if self.teacher:
-            self.teacher.update(0.0 if coarse else None)  # equal to the student until the other losses begin
-        filled = step >= self.config.objectives.contrastive.queue_from and not coarse
-        for pairs in collected if filled else ():
-            keys = pairs.keys.speech.detach(), pairs.keys.image.detach(), pairs.keys.ids
-            self.queue.push(*keys)
-            if self.tokens and pairs.speech and pairs.image:
-                own = slice(self.rank * self.micro_batch, (self.rank + 1) * self.micro_batch)
-                of = own if self.tokens.world_size < self.world_size else slice(None)
-                self.tokens.push(pairs.speech, pairs.image, *(each[of] for each in keys))
-
-    def _make_token_queue(self) -> TokenQueue | None:
-        """The queue of SIM's negatives; None where they come from the batch alone."""
-        config, model, matching = self.config, self.learner.model, self.config.objectives.matching
-        if not (matching.weight and matching.queue):
-            return None
-        longest = np.array([int(config.data.max_seconds * SAMPLE_RATE)])
-        return TokenQueue(
-            matching.queue,
-            self.micro_batch,
-            self.world_size if matching.negatives == "global" else 1,
-            config.model.embed_dim,
-            (int(count_frames(model.speech, longest)[0]), model.speech.token_dim),
-            (count_patches(model.image, config.data.image_size), model.image.token_dim),
-            torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
-            self.device,
-            matching.queue_on == "host",
-        )
-
-    def _see_best(self) -> None:
-        """The best so far is the one on the disk: an export may have failed, or have been taken away."""
+    def _refresh_best(self) -> None:
+        """Read the best recall from the export on the disk: it may have failed to be written, or been removed."""
         self.progress.best, self.progress.best_step = run_on_rank_zero(self.exports.best, self.rank)
 
     def _before_complete(self) -> None:
-        """On rank 0, behind the training: a checkpoint that names a best model comes after that."""
-        self.exports.wait("best")
+        """On rank 0, in a background thread: a checkpoint that names a best export is completed after that export."""
+        self.exports.wait_for("best")
         self.lease.check()
 
     def _check_lease(self) -> None:
-        """Before rank 0 writes: if the run folder is another process's by now, all ranks end."""
+        """Before rank 0 writes: raise on all ranks if the run folder has another owner by now."""
         run_on_rank_zero(self.lease.check, self.rank)
 
-    def _skip(self) -> None:
-        """Count a step that was skipped; teacher and queue stay as they are. Every rank skips the same ones."""
+    def _count_skipped(self) -> None:
+        """Count a skipped step, which is one on every rank; teacher and queues stay as they are."""
         self._check_lease()
         self.progress.skipped += 1
         self.progress.skipped_in_a_row += 1
-        found = None
-        if self.nonfinite_detector:
-            names: list[str | None] = [None] * self.world_size
-            dist.all_gather_object(names, self.nonfinite_detector.name())
-            bad = [f"rank {rank}: {name}" for rank, name in enumerate(names) if name]
-            found = "first in " + ", ".join(bad) if bad else "every module's output is finite: in the backward pass"
-        self.log.skipped(self.progress, found)
-
-    def _finish_writing(self) -> None:
-        """Wait for what is written behind the training; a run that has lost its folder meanwhile ends here."""
-        self.checkpoints.finish()
-        self.exports.finish()
-        self._check_lease()
+        detector = self.nonfinite_detector
+        self.metrics.skipped(self.progress, detector.describe(self.world_size) if detector else None)
 
     def _give_up(self) -> None:
-        self.log.flush(self.progress)
-        self._finish_writing()
+        self.metrics.flush(self.progress)
+        self.wait()
         raise UserError(
             f"loss or gradient not finite by step {self.progress.step}, {self.progress.skipped_in_a_row} times in a "
-            "row: lower --training.lr or look for bad samples (--training.detect_nonfinite true says where it begins); "
-            "the last checkpoint is kept"
+            "row: lower --training.lr or look for bad samples (--training.detect_nonfinite true names the first "
+            "module); the last checkpoint is kept"
         )
-
-    def stream(self, steps: range) -> Iterator[Batch]:
-        """The micro-batches of this rank for some steps."""
-        data = self.config.data
-        return open_stream(
-            open_reader(data, *self.training_manifests),
-            self.order,
-            steps,
-            image_size=data.image_size,
-            resize=data.resize,
-            max_seconds=data.max_seconds,
-            micros=self.config.training.accumulation,
-            rank=self.rank,
-            world_size=self.world_size,
-            workers=data.workers,
-            pin=self.device.type == "cuda",
-            timeout=data.timeout,
-            max_bad_samples=data.max_bad_samples,
-            max_bad_samples_in_a_row=data.max_bad_samples_in_a_row,
-            report=lambda line: tell(f"rank {self.rank}: {line}"),
-        )
-
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        """Take the next micro-batch; where one rank's stream ends or fails, all ranks end together, with its reason."""
-
-        def take() -> Batch:
-            try:
-                with span("data"):
-                    return next(batches)
-            except StopIteration:
-                raise RuntimeError("the stream ended before the last step") from None
-
-        # Whether to stop is agreed on in the same reduction, so that no step has one more.
-        with span("agreement of the ranks"):
-            batch, stop = run_on_all_ranks_with_max(lambda: self.signals.number, take, self.rank, self.world_size)
-        self.stop = self.stop or stop
-        return batch
-
-    def _draws(self, step: int, micro: int) -> StepRandomness:
-        """Seed the randomness of a micro-batch by its number: a resumed run draws what an unbroken one would."""
-        seed, micros = self.config.seed, self.config.training.accumulation
-        number = step * micros + micro
-        common = torch.Generator().manual_seed(_seed(seed, number, 0))
-        uniforms = torch.rand(2, self.world_size * self.micro_batch, generator=common)
-        torch.manual_seed(_seed(seed, number, self.rank + 1))  # dropout
-        first = self.rank * self.micro_batch
-        places = rank_slice(self.order.batch_size, micro, micros, self.rank, self.world_size, self.order.shard_groups)
-        return StepRandomness(
-            uniforms[:, first : first + self.micro_batch].to(self.device, non_blocking=True),
-            CounterRNG(_seed(seed, step, 0), torch.from_numpy(places).to(self.device, non_blocking=True)),
-        )
-
-    def _set_lr(self, lr: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-
-
-def _is_coarse(config: Config, step: int) -> bool:
-    """Whether a step is one of the first, which train SIC alone."""
-    return step < config.objectives.coarse_steps
-
-
-def _seed(seed: int, number: int, stream: int) -> int:
-    """Mix a run's seed, a micro-batch's number and a stream into one 63-bit seed."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
-    return (mixed ^ (mixed >> 31)) % 2**63

@@ -14,10 +14,11 @@ from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.objectives.counter_rng import CounterRNG
-from toolkit.training.grad_cache import make_caches
-from toolkit.training.learner import Learner, StepRandomness
+from toolkit.training.grad_cache import cache_gradients
+from toolkit.training.learner import Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
+from toolkit.training.step_randomness import StepRandomness
 
 shards = test_trainer.shards
 ROWS, SAMPLES = 8, 6000
@@ -60,7 +61,7 @@ def step(rank: int, world_size: int, teacher: bool, count: int) -> tuple[list[fl
     """SIC of each micro-batch, and the gradients that the optimizer would get; one micro-batch: without a cache."""
     setting = Setting(rank, world_size, teacher, tiny_model())
     micros, others = setting.micros(count), (setting.teacher, setting.queue, 0.4)
-    caches = make_caches(setting.learner, micros, lambda _: None, *others) if count > 1 else [None]
+    caches = cache_gradients(setting.learner, micros, lambda _: None, *others) if count > 1 else [None]
     found, ids = [], []
     for micro, cache in zip(micros, caches, strict=True):
         losses, pairs = setting.learner(micro, *others, draws(len(micro.ids)), cache)
@@ -104,14 +105,16 @@ def test_both_passes_draw_the_same_dropout() -> None:
 
     setting.learner.model.encode = watched
     micros, others = setting.micros(2), (setting.teacher, setting.queue, 0.4)
-    caches = make_caches(setting.learner, micros, torch.manual_seed, *others)
+    caches = cache_gradients(setting.learner, micros, torch.manual_seed, *others)
     for place, (micro, cache) in enumerate(zip(micros, caches, strict=True)):
         torch.manual_seed(place)
         setting.learner(micro, *others, draws(len(micro.ids)), cache)
     first, second = seen[:2], seen[2:]
     torch.testing.assert_close(first, second)
     torch.manual_seed(5)
-    assert not torch.allclose(setting.learner.embeddings(micros[0], None)[0], first[0]), "there is no dropout to draw"
+    assert not torch.allclose(setting.learner.encode(micros[0], None)[0].embedding, first[0]), (
+        "there is no dropout to draw"
+    )
 
 
 def settings(shards: Path, run: Path, alone: bool, **training: Any) -> config.Config:

@@ -15,9 +15,10 @@ from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.model.outputs import Encoded
 from toolkit.objectives.counter_rng import CounterRNG
-from toolkit.training.learner import Learner, StepRandomness
+from toolkit.training.learner import Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
+from toolkit.training.step_randomness import StepRandomness
 
 
 def learner_of(**objectives: Any) -> Learner:

@@ -44,6 +44,7 @@ def driven(
 ) -> tuple[Any, Any]:
     """An engine at some stage and the teacher that follows it."""
     import deepspeed
+
     from toolkit.training.zero.engine import make_engine
 
     zero, precision, offload = case

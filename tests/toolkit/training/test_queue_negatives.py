@@ -13,8 +13,9 @@ from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.model.outputs import Encoded
 from toolkit.objectives.counter_rng import CounterRNG
-from toolkit.training.learner import Learner, StepRandomness
+from toolkit.training.learner import Learner
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
+from toolkit.training.step_randomness import StepRandomness
 
 PAIRS, STEPS, SIZE = 6, 4, 14  # two micro-batches of six are kept, of three that were seen
 FRAMES = 18
@@ -56,7 +57,7 @@ def train(rank: int, world_size: int) -> tuple[list[dict[str, float]], dict[str,
     for step in range(STEPS):
         batch, draws = micro_batch(step, rank, world_size)
         learner.zero_grad()
-        losses, pairs = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, tokens=queue)
+        losses, pairs = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, token_queue=queue)
         losses["loss"].backward()
         found.append({name: value.item() for name, value in losses.items()})
         keys = (pairs.keys.speech.detach(), pairs.keys.image.detach(), pairs.keys.ids)
@@ -87,7 +88,7 @@ def test_value_and_gradient_equal_a_plain_reference() -> None:
     from_queue = 0
     for step in range(STEPS):
         batch, draws = micro_batch(step, 0, 1)
-        losses, pairs = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, tokens=queue)
+        losses, pairs = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, token_queue=queue)
         gradients = torch.autograd.grad(losses["loss"], parameters)
 
         speech, image = model(batch.images, batch.waveforms, batch.lengths)

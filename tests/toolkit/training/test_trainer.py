@@ -199,7 +199,7 @@ def test_coarse_steps_train_sic_alone_and_leave_the_teacher_at_the_student(shard
 @pytest.mark.timeout(120)
 def test_coarse_steps_decay_unused_weights_alike_at_every_zero_stage(shards: Path, tmp_path: Path) -> None:
     from toolkit.model.build import build_model
-    from toolkit.training.trainer import Trainer
+    from toolkit.training.schedules import learning_rate
 
     runs = [settings(shards, tmp_path / str(zero), zero_stage=zero, lr=0.1, weight_decay=0.5) for zero in range(4)]
     for each in runs:
@@ -208,7 +208,7 @@ def test_coarse_steps_decay_unused_weights_alike_at_every_zero_stage(shards: Pat
     heads = [load_file(tmp_path / f"{zero}/export/last/model.safetensors")["match_head.weight"] for zero in range(4)]
     torch.manual_seed(runs[0].seed)
     begun = build_model(runs[0].model, runs[0].objectives.contrastive).match_head.weight
-    rates = [Trainer.lr(SimpleNamespace(config=runs[0]), step) for step in range(4)]
+    rates = [learning_rate(runs[0].training, step) for step in range(4)]
     for head in heads:
         torch.testing.assert_close(head, begun.detach() * math.prod(1 - 0.5 * rate for rate in rates))
 
@@ -249,31 +249,34 @@ def test_a_run_leaves_checkpoints_exports_and_logs(shards: Path, tmp_path: Path)
 
 
 def test_learning_rate_and_alpha_follow_their_schedules() -> None:
-    from toolkit.training.trainer import Trainer
+    from toolkit.training.schedules import learning_rate, soft_target_weight
 
     whole = config.Config(training=config.Training(steps=110, warmup_steps=10, lr=1.0, min_lr=0.1))
     whole.objectives.contrastive = config.Contrastive(alpha=0.4, alpha_ramp=20)
-    trainer = SimpleNamespace(config=whole)
-    rates = [Trainer.lr(trainer, step) for step in (0, 4, 9, 10, 60, 110)]
+    rates = [learning_rate(whole.training, step) for step in (0, 4, 9, 10, 60, 110)]
     assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.55, 0.1])
-    assert [Trainer.alpha(trainer, step) for step in (0, 10, 20, 90)] == pytest.approx([0.0, 0.2, 0.4, 0.4])
+    assert [soft_target_weight(whole.objectives, step) for step in (0, 10, 20, 90)] == pytest.approx(
+        [0.0, 0.2, 0.4, 0.4]
+    )
     whole.objectives.coarse_steps = 20  # there is no teacher yet
-    assert [Trainer.alpha(trainer, step) for step in (10, 19, 20, 90)] == pytest.approx([0.0, 0.0, 0.4, 0.4])
+    assert [soft_target_weight(whole.objectives, step) for step in (10, 19, 20, 90)] == pytest.approx(
+        [0.0, 0.0, 0.4, 0.4]
+    )
 
 
 def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
     import torch
 
-    from toolkit.training.learner import ContrastiveKeys, Pairs
-    from toolkit.training.queue import EmbeddingQueue
+    from toolkit.training.learner import Pairs
+    from toolkit.training.queue import ContrastiveKeys, EmbeddingQueue
     from toolkit.training.trainer import Trainer
 
     whole = config.Config()
     whole.objectives.contrastive.queue_from = 3
-    trainer = SimpleNamespace(config=whole, teacher=None, queue=EmbeddingQueue(8, 2), tokens=None)
+    trainer = SimpleNamespace(config=whole, teacher=None, queue=EmbeddingQueue(8, 2), token_queue=None)
     for step in range(5):
         keys = ContrastiveKeys(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([step]))
-        Trainer._follow(trainer, step, [Pairs(keys)])
+        Trainer.follow(trainer, step, [Pairs(keys)])
     assert sorted(trainer.queue.ids[trainer.queue.ids >= 0].tolist()) == [3, 4]
 
 
@@ -326,7 +329,7 @@ def test_best_is_the_best_on_dev_so_far(monkeypatch: pytest.MonkeyPatch) -> None
 
     trainer.export.side_effect = export
     trainer.exports.best.side_effect = lambda: on_disk[-1]
-    trainer._see_best = partial(module.Trainer._see_best, trainer)
+    trainer._refresh_best = partial(module.Trainer._refresh_best, trainer)
     bests = []
     for step in (1, 2, 3, 4, 5, 6):
         progress.step = step

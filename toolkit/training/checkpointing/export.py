@@ -1,10 +1,11 @@
 """Exports of a run: the model alone, as `save_pretrained` writes it, with its processor.
 
-RUN/export/{best,last}/   written behind the training, in place of what was there
-RUN/export/.best-...      one that is being written; the name is of this attempt alone
+RUN/export/{best,last}/   written asynchronously, replaced atomically
+RUN/export/.best-...      an export that is being written, under a unique name
 """
 
 import json
+import logging
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -20,27 +21,29 @@ from shards.writing.writer import Format
 from toolkit.config.schema import Config
 from toolkit.model.processor import SpeechImageProcessor
 from toolkit.model.retrieval import SpeechImageModel
-from toolkit.training.checkpointing.background import background, outcome_of, tell
+from toolkit.training.checkpointing.background import result_or_reason, run_in_background
 from toolkit.training.checkpointing.progress import MARKER, Progress
+
+logger = logging.getLogger(__name__)
 
 
 class Exports:
-    """The exports of one run folder; used by rank 0 only.
+    """The exports of one run folder; used by rank 0 only."""
 
-    Attributes:
-        fence: Called before an export takes its name; raises if the folder is another run's by now.
-    """
-
-    def __init__(self, run: Path, config: Config, stored: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run: Path, config: Config, stored: Mapping[str, Any], check_lease: Callable[[], None] = lambda: None
+    ) -> None:
         """Prepare to export.
 
         Args:
             run: The run folder.
-            config: Sections data and evaluation say how inputs are prepared.
-            stored: Arguments of make_shards from the manifest, which say how pictures were; where they do not, the
-                defaults hold.
+            config: Its sections data and evaluation define how inputs are preprocessed.
+            stored: Arguments of make_shards from the manifest, which define how stored pictures were preprocessed;
+                default: those of make_shards.
+            check_lease: Called before an export is renamed to its final name; raises if the run folder has another
+                owner by now.
         """
-        self.run = run
+        self.run, self.check_lease = run, check_lease
         default = Format()
         self.processor = SpeechImageProcessor(
             config.data.image_size,
@@ -49,22 +52,23 @@ class Exports:
             short_side=stored.get("short_side", default.short_side),
             quality=stored.get("quality", default.quality),
         )
-        self._under_way: dict[str, Future[None]] = {}
-        self.check_lease: Callable[[], None] = lambda: None
+        self._pending: dict[str, Future[None]] = {}
 
-    def write(
+    def save(
         self, model: SpeechImageModel, name: str, progress: Progress, masters: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Copy the model and have it written to `RUN/export/NAME`; a former one of this name is waited for.
+        """Copy the model and write it to `RUN/export/NAME` in a background thread.
+
+        Waits for an earlier export of this name.
 
         Args:
-            model: With whole parameters.
-            name: Of the export.
+            model: The model, with gathered parameters.
+            name: Name of the export.
             progress: Written beside it.
-            masters: The optimizer's weights by their names in the learner, on the CPU, to be written in place of the
-                model's; then all is written in float32. None: the model as it is.
+            masters: The optimizer's weights by their names in the learner, on the CPU, which replace the model's; all
+                weights are then written in float32. None: the model's weights in their precision.
         """
-        self._settle(name)
+        self._wait_for_result(name)
         if progress.match_weight >= 0:
             model.config.match_weight = progress.match_weight
         state = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
@@ -73,38 +77,39 @@ class Exports:
                 key: masters.get(f"model.{key}", value.float() if value.is_floating_point() else value)
                 for key, value in state.items()
             }
-        so_far = asdict(progress)
-        self._under_way[name] = background(lambda: self._write(model, state, name, so_far))
+        marker = asdict(progress)
+        self._pending[name] = run_in_background(lambda: self._write(model, state, name, marker))
 
-    def finish(self) -> None:
-        """Wait for all that is still being written."""
-        for name in list(self._under_way):
-            self._settle(name)
+    def wait(self) -> None:
+        """Wait for all exports that are being written; a failure is logged."""
+        for name in list(self._pending):
+            self._wait_for_result(name)
 
-    def wait(self, name: str) -> None:
-        """Wait for an export under way, whatever comes of it; from any thread."""
-        if export := self._under_way.get(name):
-            outcome_of(export)
+    def wait_for(self, name: str) -> None:
+        """Wait for an export that is being written, whether it succeeds or fails; may be called from any thread."""
+        if export := self._pending.get(name):
+            result_or_reason(export)
 
     def best(self) -> tuple[float, int]:
-        """Recall and step of the best export on the disk, once none is under way; -1 and 0 where there is none."""
-        self._settle("best")
+        """Read recall and step of the best export on the disk, after a pending one; -1 and 0: there is none."""
+        self._wait_for_result("best")
         try:
-            found = json.loads((self.run / "export" / "best" / MARKER).read_bytes())
-            return float(found["best"]), int(found["best_step"])
+            marker = json.loads((self.run / "export" / "best" / MARKER).read_bytes())
+            return float(marker["best"]), int(marker["best_step"])
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return -1.0, 0
 
-    def _settle(self, name: str) -> None:
-        """Wait for an export under way and forget it; a failure is one line.
+    def _wait_for_result(self, name: str) -> None:
+        """Wait for a pending export and log a failure.
 
-        Forgotten last: the thread that completes a checkpoint may still have to wait for it.
+        Its future is removed last: the thread that completes a checkpoint may wait for it as well.
         """
-        if export := self._under_way.get(name):
-            reason = outcome_of(export)
-            del self._under_way[name]
+        if export := self._pending.get(name):
+            reason = result_or_reason(export)
+            del self._pending[name]
             if isinstance(reason, str):
-                tell(f"the model was not written to {self.run / 'export' / name}: {reason}; training goes on")
+                folder = self.run / "export" / name
+                logger.warning("the model was not written to %s: %s; training goes on", folder, reason)
 
     def _write(self, model: SpeechImageModel, state: dict[str, Tensor], name: str, progress: dict[str, Any]) -> None:
         target = self.run / "export" / name
@@ -113,7 +118,7 @@ class Exports:
             precisions = {value.dtype for value in state.values() if value.is_floating_point()}
             model.save_pretrained(fresh, state_dict=state)  # which empties it
             if precisions == {torch.float32}:
-                _name_precision(fresh / "config.json", "float32")
+                _set_dtype(fresh / "config.json", "float32")
             self.processor.save_pretrained(fresh)
             (fresh / MARKER).write_text(json.dumps(progress, indent=1))
             self.check_lease()
@@ -121,27 +126,27 @@ class Exports:
                 target.rename(old)
             fresh.rename(target)
         finally:
-            shutil.rmtree(fresh, ignore_errors=True)  # of one that failed: room for those who write the log
-        for left in target.parent.glob(f".{name}-*"):  # the one before, and what exports that were cut short have left
+            shutil.rmtree(fresh, ignore_errors=True)  # after a failure: frees the disk for the log
+        for left in target.parent.glob(f".{name}-*"):  # the replaced export, and remains of killed processes
             shutil.rmtree(left, ignore_errors=True)
 
 
 def exported_config(run: Path) -> dict[str, Any] | None:
-    """Read the config.json of what a run has exported; None: nothing so far."""
+    """Read the config.json of a run's export; None: there is none so far."""
     for name in ("last", "best"):
         try:
-            said = json.loads((run / "export" / name / "config.json").read_bytes())
+            values = json.loads((run / "export" / name / "config.json").read_bytes())
         except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(said, dict):
-            return said
+        if isinstance(values, dict):
+            return values
     return None
 
 
-def _name_precision(path: Path, name: str) -> None:
-    """Let config.json name the precision of the weights that were written: transformers names that of the model."""
+def _set_dtype(path: Path, name: str) -> None:
+    """Set the dtype in config.json to that of the written weights; transformers writes the model's."""
     if path.is_file():
-        said = json.loads(path.read_text())
-        for key in {"dtype", "torch_dtype"} & said.keys():
-            said[key] = name
-        path.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+        values = json.loads(path.read_text())
+        for key in {"dtype", "torch_dtype"} & values.keys():
+            values[key] = name
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

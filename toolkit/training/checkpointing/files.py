@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from toolkit.training.zero.slices import Slice
 from torch import Tensor
 
 from shards.errors import UserError
 from shards.files import file_sha256
+from toolkit.training.zero.slices import Slice
 
 _TYPES = {
     torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",

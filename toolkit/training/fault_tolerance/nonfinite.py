@@ -1,46 +1,56 @@
-"""Where numbers that are not finite come from: the first module whose output holds one."""
+"""Detection of the first module whose output is not finite."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
 class NonFiniteDetector:
-    """Looks at the output of every module of a step, and names the first that is not finite.
+    """Checks the output of every module in a step, and names the first that is not finite.
 
-    The looks stay on the device until a name is asked for; each costs a pass over the output.
+    The results stay on the device until they are read; each check reads its module's output once more.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        """Watch some modules and all that are in them.
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        """Register forward hooks on modules and all their submodules.
 
         Args:
-            modules: By the name that is put before those of their parts; empty: none is.
+            modules: By a prefix of their submodules' names, which may be empty.
         """
-        self._looks: list[tuple[str, Tensor]] = []
+        self._checks: list[tuple[str, Tensor]] = []
         for prefix, module in modules.items():
             for name, part in module.named_modules():
                 full = ".".join(filter(None, (prefix, name))) or "the losses"
-                part.register_forward_hook(lambda part, inputs, output, full=full: self._look(full, output))
+                part.register_forward_hook(lambda part, inputs, output, full=full: self._check(full, output))
 
-    def begin(self) -> None:
-        """Forget the step before."""
-        self._looks.clear()
+    def reset(self) -> None:
+        """Discard the results of the previous step."""
+        self._checks.clear()
 
-    def name(self) -> str | None:
-        """The first module of this step with a bad output; waits for the device. None: every output is finite."""
-        if not self._looks:
+    def first_module(self) -> str | None:
+        """Return the first module of this step with an output that is not finite; waits for the device."""
+        if not self._checks:
             return None
-        bad = torch.stack([look for _, look in self._looks]).tolist()
-        return next((name for (name, _), is_bad in zip(self._looks, bad, strict=True) if is_bad), None)
+        nonfinite = torch.stack([check for _, check in self._checks]).tolist()
+        return next(
+            (name for (name, _), is_nonfinite in zip(self._checks, nonfinite, strict=True) if is_nonfinite), None
+        )
 
-    def _look(self, name: str, output: Any) -> None:
+    def describe(self, world_size: int) -> str:
+        """Name the first module on every rank that has one; every rank calls this."""
+        names: list[str | None] = [None] * world_size
+        dist.all_gather_object(names, self.first_module())
+        named = [f"rank {rank}: {name}" for rank, name in enumerate(names) if name]
+        return "first in " + ", ".join(named) if named else "every module's output is finite: in the backward pass"
+
+    def _check(self, name: str, output: Any) -> None:
         finite = [tensor.detach().isfinite().all() for tensor in _tensors(output) if tensor.is_floating_point()]
         if finite:
-            self._looks.append((name, ~torch.stack(finite).all()))
+            self._checks.append((name, ~torch.stack(finite).all()))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

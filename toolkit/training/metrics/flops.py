@@ -1,10 +1,10 @@
-r"""How much work a micro-batch is: speech, tokens, and the model's floating-point operations, from its lengths alone.
+"""Counts of a micro-batch: pairs, speech, tokens and model FLOPs, computed from the lengths of its utterances alone.
 
-Model FLOPs are counted as is usual for utilisation (PaLM, arXiv 2204.02311, appendix B): two for each multiply-add of
-matrix products, convolutions and attention; what is trained counts three times, forward once and backward twice; what
-is frozen and the teacher count once. They are what the model needs, not what a step happens to do: padding counts
-nothing (each utterance at its own length), nor do recomputation (activation checkpointing, the first pass of cached
-steps) and the controls of a logged step.
+Model FLOPs are counted as usual for utilization (PaLM, arXiv 2204.02311, appendix B): two for each multiply-add of
+matrix products, convolutions and attention. Trained layers count three times, forward once and backward twice; frozen
+layers and the teacher count once. Padding does not count (each utterance has its own length), and neither do
+recomputation (activation checkpointing, the first forward pass with cached gradients) and the controls of a logged
+step.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from shards.length_groups import padded_length
 from shards.media.audio import SAMPLE_RATE
 from shards.reading.dataset import Batch
 from toolkit.config.schema import Config, micro_batch
@@ -26,30 +27,33 @@ TRAINED = 3  # forward once, backward twice
 
 
 @dataclass
-class Amount:
-    """Work of one rank.
+class BatchStats:
+    """Counts of one or more micro-batches of one rank.
 
     Attributes:
         pairs: Speech-image pairs.
-        seconds: Of speech, without padding.
+        seconds: Seconds of speech, without padding.
+        padded_seconds: Seconds of speech, with padding.
         frames: Speech frames, without padding.
-        patches: Of pictures.
+        patches: Image patches.
         flops: Model FLOPs by part of the step, see this module.
     """
 
     pairs: int = 0
     seconds: float = 0.0
+    padded_seconds: float = 0.0
     frames: int = 0
     patches: int = 0
     flops: dict[str, float] = field(default_factory=dict)
 
-    def add(self, more: "Amount") -> None:
-        """Add other work to this."""
-        self.pairs += more.pairs
-        self.seconds += more.seconds
-        self.frames += more.frames
-        self.patches += more.patches
-        for part, flops in more.flops.items():
+    def add(self, other: "BatchStats") -> None:
+        """Add the counts of other micro-batches."""
+        self.pairs += other.pairs
+        self.seconds += other.seconds
+        self.padded_seconds += other.padded_seconds
+        self.frames += other.frames
+        self.patches += other.patches
+        for part, flops in other.flops.items():
             self.flops[part] = self.flops.get(part, 0.0) + flops
 
     @property
@@ -57,62 +61,75 @@ class Amount:
         """Speech frames and patches."""
         return self.frames + self.patches
 
-    def total(self) -> float:
+    @property
+    def total_flops(self) -> float:
         """Model FLOPs of all parts."""
         return sum(self.flops.values())
 
 
-class Work:
-    """Counts the work of micro-batches, on the host; a quarter of a millisecond each."""
+class FlopCounter:
+    """Counts micro-batches, on the host; about a quarter of a millisecond each."""
 
     def __init__(self, learner: Learner, config: Config, world_size: int) -> None:
         """Read the sizes.
 
         Args:
-            learner: What is trained.
-            config: Of the run.
+            learner: The module that is trained.
+            config: Configuration of the run.
             world_size: Number of ranks: keys and negatives come from all.
         """
         self.learner, self.objectives = learner, config.objectives
-        together = config.training.accumulation if config.training.grad_cache else 1
-        self.keys = world_size * micro_batch(config, world_size) * together + config.objectives.contrastive.queue
+        micro_batches = config.training.accumulation if config.training.grad_cache else 1
+        batch_keys = world_size * micro_batch(config, world_size) * micro_batches
+        self.num_keys = batch_keys + config.objectives.contrastive.queue
 
-    def of(self, batch: Batch, coarse: bool = False) -> Amount:
-        """Count a micro-batch of this rank; `coarse`: for SIC alone."""
+    def count(self, batch: Batch, coarse: bool = False) -> BatchStats:
+        """Count a micro-batch of this rank.
+
+        Args:
+            batch: The micro-batch.
+            coarse: It trains SIC alone.
+        """
         width = batch.waveforms.shape[1]
-        lengths = np.array(batch.host_lengths or [width] * len(batch.ids), dtype=np.int64)
+        host_lengths = batch.host_lengths or (width,) * len(batch.ids)
+        lengths = np.array(host_lengths, dtype=np.int64)
         frames = count_frames(self.learner.model.speech, lengths)
         patches = count_patches(self.learner.model.image, batch.images.shape[-1])
-        seconds = float(lengths.sum()) / SAMPLE_RATE
-        flops = self.flops(lengths, patches, coarse)
-        return Amount(len(lengths), seconds, int(frames.sum()), patches * len(lengths), flops)
+        return BatchStats(
+            pairs=len(lengths),
+            seconds=float(lengths.sum()) / SAMPLE_RATE,
+            padded_seconds=padded_length(host_lengths, self.learner.model.speech.groups) / SAMPLE_RATE,
+            frames=int(frames.sum()),
+            patches=patches * len(lengths),
+            flops=self.flops(lengths, patches, coarse),
+        )
 
     def flops(self, lengths: np.ndarray, patches: int, coarse: bool = False) -> dict[str, float]:
-        """Model FLOPs by part of the step.
+        """Count model FLOPs by part of the step.
 
         Args:
             lengths: int64 [B], samples of the utterances.
-            patches: Of a picture.
-            coarse: For SIC alone.
+            patches: Patches of a picture.
+            coarse: The step trains SIC alone.
         """
         model, objectives = self.learner.model, self.objectives
         rows, frames = len(lengths), count_frames(model.speech, lengths)
         frozen_speech, speech = speech_flops(model.speech, lengths)
         frozen_image, image = image_flops(model.image, patches)
         trained = speech + rows * image
-        similarities = 2 * 2.0 * rows * self.keys * model.config.embed_dim
+        similarities = 2 * 2.0 * rows * self.num_keys * model.config.embed_dim
         teacher = objectives.momentum.enabled and not coarse
-        targets = bool(teacher and objectives.contrastive.alpha)
+        soft_targets = bool(teacher and objectives.contrastive.alpha)
         parts = {
             "frozen trunks": frozen_speech + rows * frozen_image,
             "encoders": TRAINED * trained,
             "teacher": trained * teacher,
-            "SIC": similarities * (TRAINED + targets),
+            "SIC": similarities * (TRAINED + soft_targets),
         }
         if objectives.matching.weight and not coarse:
             pooled = -(-frames // model.fusion.pool)
             once = float(fusion_flops(model.fusion, pooled, patches).sum()) + rows * 2.0 * model.fusion.width * 2
-            parts["SIM"] = TRAINED * 3 * once  # the right pair, another picture, another utterance
+            parts["SIM"] = TRAINED * 3 * once  # the matching pair, a wrong picture, a wrong utterance
         if objectives.denoising.weight and not coarse:
             parts["CMD"] = 0.0
             for side, denoiser in self.learner.denoisers.items():
@@ -124,7 +141,7 @@ class Work:
 
 
 def count_frames(encoder: SpeechEncoder, lengths: np.ndarray) -> np.ndarray:
-    """Frames that the trunk makes of utterances of so many samples, int64 [B]; one at least."""
+    """Count the frames of utterances, given their samples; int64 [B], at least 1."""
     config = encoder.trunk.config
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         lengths = (lengths - kernel) // stride + 1
@@ -132,12 +149,12 @@ def count_frames(encoder: SpeechEncoder, lengths: np.ndarray) -> np.ndarray:
 
 
 def count_patches(encoder: ImageEncoder, image_size: int) -> int:
-    """Patches of a picture of so many pixels a side."""
+    """Count the patches of a square picture."""
     return (image_size // encoder.trunk.config.patch_size) ** 2
 
 
 def speech_flops(encoder: SpeechEncoder, lengths: np.ndarray) -> tuple[float, float]:
-    """FLOPs of one forward pass over utterances, each by itself: of what is frozen, of what is trained."""
+    """Count the FLOPs of one forward pass over utterances without padding: of frozen and of trained layers."""
     config = encoder.trunk.config
     width, first = config.hidden_size, 1
     samples, embedding = lengths, np.zeros(len(lengths))
@@ -146,7 +163,7 @@ def speech_flops(encoder: SpeechEncoder, lengths: np.ndarray) -> tuple[float, fl
         embedding += 2.0 * samples * first * size * kernel
         first = size
     taps = config.num_conv_pos_embeddings
-    shifted = samples + (taps % 2 == 0)  # an even kernel gives one more, which is cut off
+    shifted = samples + (taps % 2 == 0)  # an even kernel returns one more, which is cut off
     embedding += 2.0 * samples * first * width
     embedding += 2.0 * shifted * width * (width // config.num_conv_pos_embedding_groups) * taps
     layers = encoder.frozen_layers if encoder.frozen_layers is not None else 0
@@ -157,7 +174,7 @@ def speech_flops(encoder: SpeechEncoder, lengths: np.ndarray) -> tuple[float, fl
 
 
 def image_flops(encoder: ImageEncoder, patches: int) -> tuple[float, float]:
-    """FLOPs of one forward pass over a picture: of what is frozen, of what is trained."""
+    """Count the FLOPs of one forward pass over a picture: of frozen and of trained layers."""
     config = encoder.trunk.config
     embedding = _patch_embedding(encoder, patches)
     layers, each = len(encoder.trunk.encoder.layers), float(_layer(config, patches + 1))
@@ -175,7 +192,7 @@ def _patch_embedding(encoder: ImageEncoder, patches: int) -> float:
 
 
 def fusion_flops(encoder: FusionEncoder, queries: Any, context: Any) -> Any:
-    """FLOPs of one forward pass over so many queries with so many context tokens; 0: without context."""
+    """Count the FLOPs of one forward pass over query tokens and context tokens; 0 of the latter: without context."""
     width = encoder.width
     into, other = encoder.query_input[0].in_features, encoder.context_input[0].in_features
     total = 2.0 * width * (queries * into + context * other)
@@ -189,18 +206,18 @@ def fusion_flops(encoder: FusionEncoder, queries: Any, context: Any) -> Any:
 
 
 def _layer(config: Any, tokens: Any) -> Any:
-    """A layer of a trunk: self-attention and feed-forward."""
+    """FLOPs of a layer of a trunk: self-attention and feed-forward."""
     width = config.hidden_size
     return _attention(width, tokens, tokens) + 2.0 * tokens * 2 * width * config.intermediate_size
 
 
 def _head(head: Head, tokens: Any) -> Any:
-    """Transformer layers with a class token, and the projection."""
+    """FLOPs of transformer layers with a class token, and of the projection."""
     width, tokens = head.project.in_features, tokens + 1
     projection = 2.0 * width * head.project.out_features
     return len(head.layers) * (_attention(width, tokens, tokens) + 2.0 * tokens * 8 * width**2) + projection
 
 
 def _attention(width: int, queries: Any, keys: Any) -> Any:
-    """Projections of queries and output, of keys and values, and the two products between them."""
+    """FLOPs of the projections of queries, output, keys and values, and of the two products between them."""
     return 2.0 * width**2 * (2 * queries + 2 * keys) + 2 * 2.0 * queries * keys * width

@@ -1,4 +1,4 @@
-"""The peak that utilisation is measured against: a device's fastest dense matrix products."""
+"""Peak throughput of a device, which utilization is relative to: its fastest dense matrix products."""
 
 import time
 
@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from toolkit.training.metrics.spans import Recorder
 
-# TFLOP/s of dense matrix products: bf16 with float32 sums, TF32, float32; by a part of the GPU's name, the first that
-# fits. From NVIDIA's data sheets, which quote some with sparsity, twice these. V100 has no units for bf16 and TF32.
+# TFLOP/s of dense matrix products: bf16 with float32 accumulation, TF32, float32; by a substring of the GPU's name, the
+# first that matches. From NVIDIA's data sheets, which quote some with sparsity, twice these. V100 has no bf16 or TF32.
 _PEAKS: dict[str, tuple[float | None, float | None, float]] = {
     "H100 PCIe": (756.0, 378.0, 51.0),
     "H100 NVL": (835.0, 417.5, 60.0),
@@ -21,12 +21,12 @@ _PEAKS: dict[str, tuple[float | None, float | None, float]] = {
     "V100-PCIE": (None, None, 14.0),
     "V100": (None, None, 15.7),
 }
-_MEASURED = 2048  # side of the matrices by which a peak is measured
+_MEASURED = 2048  # side of the matrices that are multiplied
 _MEASURED_SECONDS = 1.0
 
 
 def peak_of(device: torch.device, precision: str) -> tuple[float, str]:
-    """TFLOP/s of dense matrix products on a device, and where that is from: a table, or a measurement."""
+    """Return TFLOP/s of dense matrix products on a device, and the source: a data sheet or a measurement."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         tf32 = torch.get_float32_matmul_precision() != "highest" or torch.backends.cuda.matmul.allow_tf32
@@ -38,7 +38,7 @@ def peak_of(device: torch.device, precision: str) -> tuple[float, str]:
 
 
 def table_peak(name: str, precision: str, tf32: bool) -> float | None:
-    """TFLOP/s of a known GPU by its name; None: it is not known, or has no units for that."""
+    """Look up TFLOP/s of a GPU by its name; None: it is not in the table, or does not support the precision."""
     for part, (bf16, with_tf32, fp32) in _PEAKS.items():
         if part in name:
             return bf16 if precision == "bf16" else with_tf32 if tf32 else fp32
@@ -46,10 +46,10 @@ def table_peak(name: str, precision: str, tf32: bool) -> float | None:
 
 
 def _measure_peak(device: torch.device, precision: str) -> float:
-    """The best of many matrix products; ranks of one machine measure at the same time, as they compute."""
+    """Time matrix products and return the best; ranks of one machine measure at the same time, as they train."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, _MEASURED, _MEASURED, device=device).to(dtype)
-    dist.all_reduce(torch.zeros(1, device=device))  # so that none begins alone
+    dist.all_reduce(torch.zeros(1, device=device))  # all ranks begin together
     best, until = 0.0, time.perf_counter() + _MEASURED_SECONDS
     while not best or time.perf_counter() < until:
         with Recorder(device) as recorder:

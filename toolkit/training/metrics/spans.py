@@ -1,4 +1,4 @@
-"""Names for the parts of a training step: a profile reads from them where the time goes, and no one else pays."""
+"""Named spans of a training step: a profile times them, and without a profile they cost nothing."""
 
 import contextlib
 import functools
@@ -14,18 +14,18 @@ from torch.profiler import record_function
 P = ParamSpec("P")
 T = TypeVar("T")
 
-REST = "rest"  # of a step: what is in no span
+REST = "rest"  # time of a step outside all spans
 _NOTHING = contextlib.nullcontext()
 _recorder: "Recorder | None" = None
 
 
 def span(name: str) -> contextlib.AbstractContextManager[None]:
-    """Name what is done inside; of spans in one another the innermost counts."""
+    """Name the code inside; time in nested spans counts for the innermost."""
     return _NOTHING if _recorder is None else _recorder.span(name)
 
 
 def spanned(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """The same for all of a function."""
+    """Decorate a function with a span."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
@@ -39,10 +39,10 @@ def spanned(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 class Recorder:
-    """Shares out the time of whole steps among the spans, and labels them in a trace.
+    """Attributes the time of steps to their spans, and labels the spans in a trace.
 
-    On a GPU the times are those of its default stream, taken by events in it: what the host does while the GPU still
-    has work costs nothing, and waiting shows where the stream waits. Elsewhere they are the host's.
+    On a GPU times are measured by events in its default stream: work of the host that overlaps with the GPU's costs
+    nothing, and a wait counts for the span in which the stream waits. On a CPU times are the host's.
 
     Use it as a context around the steps, from the thread that trains; call `end_step` after each.
     """
@@ -65,7 +65,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """See the function of this name."""
+        """Time and label the code inside, see the function `span`."""
         self._mark()
         outer, self._open = self._open, name
         try:
@@ -76,25 +76,25 @@ class Recorder:
             self._open = outer
 
     def end_step(self) -> None:
-        """What follows is of the next step."""
+        """End a step and begin the next."""
         self._mark()
         self._steps.append([])
         self._mark()
 
     def seconds(self) -> list[dict[str, float]]:
-        """Seconds of each step by span, `rest` among them: they add up to the whole. Waits for the device."""
+        """Return the seconds of each step by span, including `rest`: they add up to the step. Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        found = []
+        steps = []
         for marks in self._steps[:-1]:
             step: dict[str, float] = {}
             for (_, begin), (name, end) in itertools.pairwise(marks):
                 step[name] = step.get(name, 0.0) + _between(begin, end)
-            found.append(step)
-        return found
+            steps.append(step)
+        return steps
 
     def _mark(self) -> None:
-        """Note that what was done since the last mark belongs to the span that is open."""
+        """Attribute the time since the last mark to the open span."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()

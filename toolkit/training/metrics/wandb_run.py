@@ -8,6 +8,7 @@ process offline. Restarts and parts have one id, so that wandb takes them for on
 import configparser
 import contextlib
 import json
+import logging
 import netrc
 import os
 import queue
@@ -26,8 +27,10 @@ from urllib.parse import urlsplit
 
 from shards.errors import UserError
 from toolkit.config import schema as config
-from toolkit.training.checkpointing.background import reason_of, tell
+from toolkit.training.checkpointing.background import reason_of
 from toolkit.training.checkpointing.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 _INIT = 20.0  # seconds that a server has for its first answer, where WANDB_INIT_TIMEOUT says nothing else
 _START = 60.0  # seconds for a process to import wandb, from a slow file system too
@@ -79,7 +82,7 @@ def open_wandb(settings: config.Wandb, run: Path, progress: Progress) -> "WandbR
     if mode == "disabled":
         return None
     if problem:
-        tell(f"wandb is offline: {problem}")
+        logger.warning(f"wandb is offline: {problem}")
         mode = "offline"
     kept = run / "wandb_id"
     if not progress.wandb_id:
@@ -89,7 +92,7 @@ def open_wandb(settings: config.Wandb, run: Path, progress: Progress) -> "WandbR
     try:
         kept.write_text(progress.wandb_id)
     except OSError as error:
-        tell(f"{kept} was not written: {reason_of(error)}; training goes on")
+        logger.warning(f"{kept} was not written: {reason_of(error)}; training goes on")
     options = {"project": settings.project, "name": run.resolve().name, "id": progress.wandb_id, "resume": "allow"}
     return WandbRun(options | {"dir": str(run.resolve())}, mode)
 
@@ -132,7 +135,7 @@ class WandbRun:
             process.kill()
         self._thread.join(_FINISH_OFFLINE)
         if self._thread.is_alive():
-            tell(f"wandb was not finished within {_FINISH_OFFLINE:.0f} s; log.jsonl has all that was logged")
+            logger.warning(f"wandb was not finished within {_FINISH_OFFLINE:.0f} s; log.jsonl has all that was logged")
             if process := self._process:
                 process.kill()
 
@@ -150,7 +153,7 @@ class WandbRun:
                     self._process.kill()
             if self._process:
                 self._drop_empty(self._process.folder)
-        tell(f"wandb is off: {reason}; training goes on, and log.jsonl has all that is logged")
+        logger.warning(f"wandb is off: {reason}; training goes on, and log.jsonl has all that is logged")
         self._opened.set()
         while self._waiting.get() is not None:
             pass
@@ -174,12 +177,12 @@ class WandbRun:
         self._process.open(options, _START + seconds)
         folder = self._process.folder
         if Path(self._options["dir"]) not in folder.resolve().parents:
-            tell(f"wandb cannot write to {self._options['dir']}/wandb: its files are in {folder}")
+            logger.warning(f"wandb cannot write to {self._options['dir']}/wandb: its files are in {folder}")
         self._opened.set()
         for record in list(self._kept):
             self._process.ask(record, _LOG)
         if reason:
-            tell(f"wandb is offline: {reason}; later, `wandb sync {folder.parent}/offline-run-*` uploads it")
+            logger.warning(f"wandb is offline: {reason}; later, `wandb sync {folder.parent}/offline-run-*` uploads it")
         while (line := self._waiting.get()) is not None:
             self._kept.append(line)
             self._process.ask(line, _LOG)

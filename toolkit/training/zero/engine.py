@@ -1,24 +1,37 @@
-"""The DeepSpeed engine around the learner; its ways are known here, in `deepspeed_config.py` and in `fragments.py`."""
+"""The DeepSpeed engine around the learner."""
 
 import contextlib
 from typing import Any
 
 import torch
-from toolkit.training.zero.deepspeed_import import deepspeed
-from toolkit.training.zero.settings import deepspeed_config
 from torch import Tensor, nn
 
 from toolkit.config.schema import Config
 from toolkit.training.momentum import averaged
+from toolkit.training.zero.deepspeed_import import deepspeed
+from toolkit.training.zero.settings import deepspeed_config
 
 
-def make_engine(learner: nn.Module, config: Config, world_size: int, device: torch.device) -> deepspeed.DeepSpeedEngine:
+def make_engine(
+    learner: nn.Module,
+    config: Config,
+    world_size: int,
+    device: torch.device,
+    settings: dict[str, Any] | None = None,
+) -> deepspeed.DeepSpeedEngine:
     """Wrap the learner with AdamW at the configured ZeRO stage and precision.
+
+    Args:
+        learner: The module that is trained.
+        config: Configuration of the run.
+        world_size: Number of ranks.
+        device: Where this process computes.
+        settings: Result of `deepspeed_config`; default: computed here.
 
     Raises:
         UserError: The `deepspeed` section holds an unknown key, or the batch does not divide.
     """
-    settings = deepspeed_config(config, world_size)
+    settings = settings or deepspeed_config(config, world_size)
     training = config.training
     groups = _parameter_groups(learner, training.weight_decay)
     # Stage 0 under bf16 takes a step with zero gradients while it is built: at this rate it changes no weight.
@@ -28,8 +41,8 @@ def make_engine(learner: nn.Module, config: Config, world_size: int, device: tor
         group["lr"] = training.lr
     for state in optimizer.state.values():
         state["step"].zero_()
-    if engine.optimizer is optimizer:  # stage 0 in float32: the others look for bad gradients
-        optimizer.overflow = False  # DeepSpeed asks for it after a step
+    if engine.optimizer is optimizer:  # stage 0 in float32: the others check gradients themselves
+        optimizer.overflow = False  # DeepSpeed reads it after a step
         optimizer.register_step_pre_hook(_skip_bad_step)
     return engine
 
@@ -44,19 +57,19 @@ def gathered_parameters(
 
 
 def backward(engine: deepspeed.DeepSpeedEngine, loss: Tensor) -> None:
-    """Add a micro-batch's gradients; a loss that is not finite makes them all NaN, and so the step one to skip.
+    """Add a micro-batch's gradients; a loss that is not finite makes all of them NaN, so that the step is skipped.
 
-    The reduction of the gradients then tells all ranks, with no word more between them and nothing read on the host.
-    `engine.was_step_applied()` is the same on all ranks; a step that is skipped clears the gradients, and no more.
+    The reduction of the gradients spreads NaN to all ranks, without a further collective and without reading the loss
+    on the host. `engine.was_step_applied()` is the same on all ranks; a skipped step only clears the gradients.
     """
     engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
 
 
 def _skip_bad_step(optimizer: Any, *_: Any) -> None:
-    """Before a step of PyTorch's optimizer: with a gradient that is not finite take all away, and tell DeepSpeed.
+    """Before a step of PyTorch's optimizer: if a gradient is not finite, clear all, and set DeepSpeed's overflow flag.
 
-    Its own optimizers do the same, and also read the norm of the reduced gradients on the host, once a step: whether to
-    skip decides what is run next. The gradients are reduced, so all ranks see the same.
+    DeepSpeed's optimizers do the same. Reads the norms of the gradients on the host once a step, as they do. The
+    gradients are reduced already, so all ranks decide alike.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norms = torch._foreach_norm([p.grad for p in parameters]) if parameters else [torch.zeros(())]
@@ -67,10 +80,10 @@ def _skip_bad_step(optimizer: Any, *_: Any) -> None:
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices; leave biases, norms and the temperature alone.
+    """Group parameters by weight decay: matrices have it, biases, norms and the temperature do not.
 
-    ZeRO 1 and 2 cut each group into equal parts, one a rank. What the teacher averages has groups of its own, so that
-    every rank has an equal part of that, too.
+    ZeRO 1 and 2 partition each group equally among the ranks. Parameters with a momentum average are in separate
+    groups, so that the average is partitioned equally, too.
     """
     trained = [(averaged(name), p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [

@@ -6,11 +6,11 @@ need more; the logarithm of the temperature, in bf16, would move by steps of 1.6
 
 import torch
 import torch.distributed as dist
-from toolkit.training.zero.deepspeed_import import deepspeed
-from toolkit.training.zero.state import fragments
 from torch import Tensor
 
 from toolkit.model.retrieval import Temperature
+from toolkit.training.zero.deepspeed_import import deepspeed
+from toolkit.training.zero.state import fragments
 
 
 class ExactTemperature:

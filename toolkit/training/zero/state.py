@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from toolkit.training.zero.deepspeed_import import deepspeed
-from toolkit.training.zero.slices import Cut, Slice
 from torch import Tensor, nn
 
 from shards.errors import UserError
+from toolkit.training.zero.deepspeed_import import deepspeed
+from toolkit.training.zero.slices import Cut, Slice
 
 PARTS = ("master", "exp_avg", "exp_avg_sq")
 

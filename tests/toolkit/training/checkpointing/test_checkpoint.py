@@ -20,12 +20,13 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.toolkit.training.zero import test_state
 
 from shards.errors import UserError
 from shards.files import file_sha256
 from tests.distributed import RankError, device_of, run_ranks
 from tests.toolkit.training import test_trainer
+from tests.toolkit.training.log_lines import collect_lines
+from tests.toolkit.training.zero import test_state
 from toolkit.config import schema as config
 
 shards = test_trainer.shards
@@ -84,7 +85,7 @@ def train(rank: int, world_size: int, runs: list[tuple[config.Config, int | None
         try:
             trainer.train()
         except Gone:
-            trainer.checkpoints._linger()
+            trainer.checkpoints._wait_at_exit()
         trainer.close()
 
 
@@ -217,18 +218,18 @@ def test_a_run_on_other_data_begins_at_step_0_with_what_another_has_learned(shar
 
 
 def engine_and_queue(world_size: int, zero: int = 1) -> tuple[Any, Any]:
-    from toolkit.training.zero.engine import make_engine
-
     from toolkit.training.queue import EmbeddingQueue
+    from toolkit.training.zero.engine import make_engine
 
     made = test_state.settings(world_size, zero, "fp32", "none")
     return make_engine(test_state.Small(), made, world_size, torch.device("cpu")), EmbeddingQueue(6, 2)
 
 
-def checkpoints(run: Path, rank: int, world_size: int, keep: int = 9, data: str = "data") -> Any:
+def checkpoints(run: Path, rank: int, world_size: int, keep: int = 9, data: str = "data", **options: Any) -> Any:
     from toolkit.training.checkpointing.checkpoint import Checkpoints
 
-    return Checkpoints(run, config.Config(training=config.Training(keep_checkpoints=keep)), [data], rank, world_size)
+    whole = config.Config(training=config.Training(keep_checkpoints=keep))
+    return Checkpoints(run, whole, [data], rank, world_size, **options)
 
 
 def truncated(folder: Path) -> None:
@@ -307,7 +308,7 @@ def resume_damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     for step in (1, 2):
         queue.push(torch.full((1, 2), float(step)), torch.zeros(1, 2), torch.tensor([step]))
         saving.save(engine, None, queue, Progress(step=step))
-    saving.finish()
+    saving.wait()
     seen: dict[str, Any] = {}
     for damage in [None, *DAMAGES]:
         run = folder / (damage.__name__ if damage else "none")
@@ -318,15 +319,18 @@ def resume_damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         dist.barrier()
         engine, queue = engine_and_queue(world_size)
         resuming = checkpoints(run, rank, world_size)
-        lines: list[str] = []
-        resuming._say = lines.append
-        progress = resuming.resume(engine, None, queue)
+        lines = collect_lines()
+        progress = resuming.maybe_load_latest(engine, None, queue)
         seen[run.name] = (progress.step, progress.restarts, queue.ids.max().item(), lines)
-    seen["other data"] = caught(lambda: checkpoints(whole, rank, world_size, data="x").resume(engine, None, queue))
+    seen["other data"] = caught(
+        lambda: checkpoints(whole, rank, world_size, data="x").maybe_load_latest(engine, None, queue)
+    )
     if rank == 0:
         truncated(folder / "missing" / "checkpoints" / "step-00000001")
     dist.barrier()
-    seen["all"] = caught(lambda: checkpoints(folder / "missing", rank, world_size).resume(engine, None, queue))
+    seen["all"] = caught(
+        lambda: checkpoints(folder / "missing", rank, world_size).maybe_load_latest(engine, None, queue)
+    )
     return seen
 
 
@@ -352,9 +356,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_no_pickle_is_read(
         step, restarts, newest_key, lines = first[damage.__name__]
         assert (step, restarts, newest_key) == (1, 1, 1), damage.__name__
         assert len(lines) == 1
-        assert lines[0].startswith(
-            f"checkpoint {tmp_path}/{damage.__name__}/checkpoints/step-00000002 is passed over: "
-        )
+        assert lines[0].startswith(f"checkpoint {tmp_path}/{damage.__name__}/checkpoints/step-00000002 is skipped: ")
         assert line in lines[0]
         assert second[damage.__name__][:3] == (1, 1, 1)
     assert "was trained on other data" in first["other data"]
@@ -366,16 +368,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_no_pickle_is_read(
 def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Save while the disk takes nothing more on rank 1, while a rank is slow, and then as usual."""
     import torch.distributed as dist
-    from toolkit.training.zero.state import fragments
 
     from toolkit.training.checkpointing import checkpoint
     from toolkit.training.checkpointing.files import tensor_names
     from toolkit.training.checkpointing.progress import Progress
+    from toolkit.training.zero.state import fragments
 
     engine, queue = engine_and_queue(world_size)
-    saving = checkpoints(folder, rank, world_size, keep_checkpoints=2)
-    lines: list[str] = []
-    saving._say = lines.append
+    saving = checkpoints(folder, rank, world_size, keep=2)
+    lines = collect_lines()
     seen: dict[str, Any] = {}
 
     def save(step: int) -> None:
@@ -386,14 +387,14 @@ def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
     save(1)
-    saving.finish()
+    saving.wait()
     seen["first"] = there()
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
     save(2)
-    saving.wait_pending()
+    saving.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     seen["full"], seen["line"] = there(), list(lines)
 
@@ -406,14 +407,14 @@ def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     for each in local_shards:
         each.master.add_(1.0)  # training goes on
     if rank == 0:
-        saving._attempt.written.result()
-        time.sleep(3 * checkpoint._LOOK_EVERY)
-        seen["slow, marked"] = saving._attempt.marked.done()
+        saving._pending.written.result()
+        time.sleep(3 * checkpoint._POLL_INTERVAL)
+        seen["slow, marked"] = saving._pending.completed.done()
     seen["slow"] = [name for name in there() if not name.startswith(".")]
     go_on.set()
     for step in (3, 4, 5):
         save(step)
-    saving.finish()
+    saving.wait()
     seen["last"], seen["lines"] = there(), lines
     saved = load_file(folder / "checkpoints" / "step-00000002" / f"fragments-{rank:05d}.safetensors")
     seen["kept"] = all(torch.equal(tensor, before[name]) for name, tensor in saved.items())
@@ -445,10 +446,9 @@ def complete_as_a_ghost(rank: int, world_size: int, folder: Path) -> str:
         raise UserError("taken over")
 
     engine, queue = engine_and_queue(world_size)
-    saving = checkpoints(folder, rank, world_size)
-    saving.check_lease = lost
+    saving = checkpoints(folder, rank, world_size, before_complete=lost)
     saving.save(engine, None, queue, Progress(step=1))
-    return caught(saving.finish)
+    return caught(saving.wait)
 
 
 @pytest.mark.timeout(120)
@@ -471,24 +471,23 @@ class Model:
 
 
 def test_an_export_holds_what_was_there_and_its_failure_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from toolkit.training.checkpointing.export import Exports
     from toolkit.training.checkpointing.progress import Progress
 
     exporting, model = Exports(tmp_path, config.Config(), {}), Model()
     (tmp_path / "export").touch()
-    exporting.write(model, "last", Progress(step=1))
-    exporting.finish()
+    exporting.save(model, "last", Progress(step=1))
+    exporting.wait()
     where = tmp_path / "export" / "last"
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said == f"the model was not written to {where}: Not a directory; training goes on"
+    assert caplog.messages[-1] == f"the model was not written to {where}: Not a directory; training goes on"
     (tmp_path / "export").unlink()
     for step in (2, 3):
-        exporting.write(model, "last", progress := Progress(step=step))
+        exporting.save(model, "last", progress := Progress(step=step))
         model.weight += 1  # training goes on
         progress.step = 9
-    exporting.finish()
+    exporting.wait()
     assert load_file(where / "model.safetensors")["weight"].tolist() == [1.0] * 3
     assert json.loads((where / "progress.json").read_text())["step"] == 3
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["last"]
@@ -496,10 +495,10 @@ def test_an_export_holds_what_was_there_and_its_failure_is_one_line(
     def lost() -> None:
         raise UserError("taken over")
 
-    exporting.check_lease = lost
-    exporting.write(model, "last", Progress(step=4))
-    exporting.finish()
-    assert capsys.readouterr().out.endswith("UserError: taken over; training goes on\n")
+    exporting = Exports(tmp_path, config.Config(), {}, lost)
+    exporting.save(model, "last", Progress(step=4))
+    exporting.wait()
+    assert caplog.messages[-1].endswith("UserError: taken over; training goes on")
     assert json.loads((where / "progress.json").read_text())["step"] == 3
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["last"]
 

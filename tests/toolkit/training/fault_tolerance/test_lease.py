@@ -15,7 +15,7 @@ from shards.errors import UserError
 from tests.distributed import run_ranks
 from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
-from toolkit.run_folder import save_configuration, prepare_run
+from toolkit.run_folder import prepare_run, save_configuration
 from toolkit.training.fault_tolerance import lease
 
 shards = test_trainer.shards
@@ -86,12 +86,11 @@ def test_a_ghost_that_has_evaluated_writes_nothing_of_it(shards: Path, tmp_path:
 def test_a_save_that_is_under_way_when_the_folder_is_lost_is_not_completed(shards: Path, tmp_path: Path) -> None:
     from toolkit.training.checkpointing.checkpoint import Checkpoints
 
-    checkpoints = Checkpoints(tmp_path, config.Config(), [], 0, 1)
     mine = lease.take(tmp_path)
-    checkpoints.check_lease = mine.check
+    checkpoints = Checkpoints(tmp_path, config.Config(), [], 0, 1, mine.check)
     taken_by_another_host(tmp_path)
     with pytest.raises(UserError, match="taken over"):
-        checkpoints._mark(None, [])  # type: ignore[arg-type]
+        checkpoints._complete(None, [])  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Numbers that are not finite: one rank's are every rank's, and the step leaves no trace but its count."""
 
-import contextlib
-import io
 import json
 import math
 from functools import partial
@@ -14,6 +12,7 @@ from torch import nn
 
 from tests.distributed import RankError, device_of, run_ranks
 from tests.toolkit.training import test_trainer
+from tests.toolkit.training.log_lines import collect_lines
 from toolkit.config import schema as config
 from toolkit.training.fault_tolerance.nonfinite import NonFiniteDetector
 
@@ -48,10 +47,10 @@ def train(rank: int, world_size: int, runs: list[config.Config], how: str) -> li
         else:
             micro = BAD * each.training.accumulation if rank == world_size - 1 else -1
             spoil(module, trainer, how, micro)
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            progress = trainer.train()
+        lines = collect_lines()
+        progress = trainer.train()
         counted = {"skipped": progress.skipped, "step": progress.step, "in a row": progress.skipped_in_a_row}
-        Path(each.run, f"said{rank}").write_text(said.getvalue())
+        Path(each.run, f"said{rank}").write_text("\n".join(lines))
         ends.append(counted | {"queue": trainer.queue.ids.tolist(), "pointer": int(trainer.queue.pointer)})
         trainer.close()
     return ends
@@ -60,7 +59,7 @@ def train(rank: int, world_size: int, runs: list[config.Config], how: str) -> li
 def spoil(module: Any, trainer: Any, how: str, bad_micro: int) -> None:
     micro = iter(range(10**6))
     now = [-1]
-    real = trainer._next
+    real = trainer.next_batch
 
     def fetch(batches: Any) -> Any:
         batch = real(batches)
@@ -76,7 +75,7 @@ def spoil(module: Any, trainer: Any, how: str, bad_micro: int) -> None:
     def spoil_gradient(gradient: torch.Tensor) -> torch.Tensor:
         return gradient * math.inf if how == "gradient" and now[0] == bad_micro else gradient
 
-    trainer._next = fetch
+    trainer.next_batch = fetch
     module.backward = spoil_loss
     next(p for name, p in trainer.learner.named_parameters() if "fusion" in name).register_hook(spoil_gradient)
 
@@ -94,7 +93,7 @@ def leave_out(trainer: Any) -> None:
         if number != BAD:
             return take(number, batches)
         for _ in range(trainer.config.training.accumulation):
-            trainer._next(batches)
+            trainer.next_batch(batches)
         return {"loss": torch.zeros(()), "contrastive": torch.zeros(()), "temperature": torch.zeros(())}
 
     trainer.train_step = step
@@ -173,12 +172,12 @@ def test_the_first_module_is_found_in_any_kind_of_output() -> None:
     root = Root()
     first = NonFiniteDetector({"": root, "other": nn.Identity()})
     root(torch.ones(2))
-    assert first.name() is None
-    first.begin()
+    assert first.first_module() is None
+    first.reset()
     root(torch.tensor([math.inf, 1.0]))
-    assert first.name() == "divide"
-    first.begin()
+    assert first.first_module() == "divide"
+    first.reset()
     with torch.no_grad():
         root.add.weight.fill_(math.nan)
     root(torch.ones(2))
-    assert first.name() == "add"
+    assert first.first_module() == "add"

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from shards.errors import ExitCode
 from tests.distributed import run_ranks
 from tests.toolkit.training import test_trainer
-from shards.errors import ExitCode
 from toolkit.config import schema as config
 from toolkit.run_folder import to_yaml
 from toolkit.training.fault_tolerance.signals import ASKING, StopSignals
@@ -74,7 +74,9 @@ def test_stopped_at_random_steps_and_started_again_equals_never_stopped(shards: 
     hits = [{first: (1, signal.SIGTERM)}, {second: (0, signal.SIGUSR1)}, {}]
     broken = configured(settings(shards, tmp_path / "broken", zero_stage=2), tmp_path)
     ends = [run_ranks(start, 2, broken, hit, "train_step", timeout=100) for hit in hits]
-    assert [codes(end) for end in ends] == [[ExitCode.REQUEUE] * 2, [ExitCode.REQUEUE] * 2, [0, 0]], f"signals at {first} and {second}"
+    assert [codes(end) for end in ends] == [[ExitCode.REQUEUE] * 2, [ExitCode.REQUEUE] * 2, [0, 0]], (
+        f"signals at {first} and {second}"
+    )
     for (step, name), end in zip(((first, "SIGTERM"), (second, "SIGUSR1")), ends, strict=False):
         assert end[0][1].count(f"{name}: stopped after step {step + 1} of {STEPS}, exit code 75; ") == 1
         assert end[1][1] == "", "rank 0 speaks for all"

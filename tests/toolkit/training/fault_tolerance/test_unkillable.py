@@ -44,7 +44,7 @@ def train(rank: int, world_size: int, lives: list[tuple[config.Config, Accident 
     for run, accident in lives:
         run_on_rank_zero(lambda run=run: prepare_run(run), rank)
         trainer = Trainer(run, Path(run.run), rank, world_size, device_of(rank))
-        following = trainer._next
+        following = trainer.next_batch
 
         def noted(batches: Iterator[Batch], trainer: Trainer = trainer, following: Any = following) -> Batch:
             batch = following(batches)
@@ -59,7 +59,7 @@ def train(rank: int, world_size: int, lives: list[tuple[config.Config, Accident 
                 os.kill(os.getpid(), accident.signal)
             return take(number, batches)
 
-        trainer._next, trainer.train_step = noted, step
+        trainer.next_batch, trainer.train_step = noted, step
         trainer.train()
         trainer.close()
 

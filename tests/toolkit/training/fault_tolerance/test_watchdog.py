@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from shards.errors import ExitCode
 from tests.distributed import RankError, run_ranks
 from tests.toolkit.training import test_trainer
-from shards.errors import ExitCode
 from toolkit.config import schema as config
 from toolkit.training.fault_tolerance.watchdog import Watchdog
 

@@ -6,19 +6,19 @@ import resource
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from shards.files import read_records
+from shards.logs import setup_logging
 from tests.distributed import run_ranks
 from tests.toolkit.training import test_trainer
+from tests.toolkit.training.log_lines import collect_lines
 from toolkit.config import schema as config
-from toolkit.training.checkpointing.background import tell
 from toolkit.training.checkpointing.progress import Progress
-from toolkit.training.metrics.flops import Amount
-from toolkit.training.metrics.log import Log
+from toolkit.training.metrics.flops import BatchStats
+from toolkit.training.metrics.log import MetricsLogger, logger
 
 shards = test_trainer.shards
 CPU = torch.device("cpu")
@@ -29,10 +29,14 @@ def intervals(rank: int, world_size: int, run: Path) -> None:
     settings = config.Config(wandb=config.Wandb(mode="disabled"))
     settings.training.batch_size = 12
     progress = Progress()
-    log = Log(run, settings, progress, rank, world_size, torch.device("cpu"))
+    log = MetricsLogger(run, settings, progress, rank, world_size, torch.device("cpu"))
     for step, times in ((1, 1), (2, 3)):
         share = times * (rank + 1)
-        log.work.add(Amount(share, 2.0 * share, 10 * share, 20 * share, {"SIC": 3e9 * share, "SIM": 1e9 * share}))
+        log.stats.add(
+            BatchStats(
+                share, 2.0 * share, 3.0 * share, 10 * share, 20 * share, {"SIC": 3e9 * share, "SIM": 1e9 * share}
+            )
+        )
         log.step({"loss": torch.tensor(1.0), "contrastive": torch.tensor(1.0)}, 1e-3)
         progress.step = step
         log.flush(progress)
@@ -50,7 +54,9 @@ def test_an_interval_tells_tokens_speech_and_operations_of_all_ranks(tmp_path: P
 
 def controls(rank: int, world_size: int, run: Path) -> None:
     """Two intervals of two steps; the last step of the first has a control, greater on rank 1."""
-    log = Log(run, config.Config(wandb=config.Wandb(mode="disabled")), progress := Progress(), rank, world_size, CPU)
+    log = MetricsLogger(
+        run, config.Config(wandb=config.Wandb(mode="disabled")), progress := Progress(), rank, world_size, CPU
+    )
     for step in range(1, 5):
         losses = {"loss": 1.0, "contrastive": 1.0, "matching": float(step)}
         losses |= {"matching_control": 5.0 + rank} if step == 2 else {}
@@ -70,7 +76,9 @@ def test_a_control_is_of_the_intervals_last_step_and_the_mean_of_the_ranks(tmp_p
 
 def begun_within(rank: int, world_size: int, run: Path) -> None:
     """An interval of three steps, in the last two of which SIM takes part."""
-    log = Log(run, config.Config(wandb=config.Wandb(mode="disabled")), progress := Progress(), rank, world_size, CPU)
+    log = MetricsLogger(
+        run, config.Config(wandb=config.Wandb(mode="disabled")), progress := Progress(), rank, world_size, CPU
+    )
     for step in range(1, 4):
         losses = {"loss": float(step), "contrastive": 1.0} | ({"matching": 10.0 * step + rank} if step > 1 else {})
         log.step({name: torch.tensor(value) for name, value in losses.items()}, 1e-3)
@@ -87,21 +95,18 @@ def test_a_loss_that_begins_within_an_interval_is_averaged_over_its_own_steps(tm
 def log_on_a_full_disk(rank: int, world_size: int, run: Path) -> None:
     """Nothing more can be written, then it can again."""
     settings = config.Config(wandb=config.Wandb(mode="disabled"))
-    log = Log(run, settings, Progress(), rank, world_size, torch.device("cpu"))
-    log.say = (said := []).append  # type: ignore[assignment]
+    log = MetricsLogger(run, settings, Progress(), rank, world_size, torch.device("cpu"))
+    lines = collect_lines()
     log._write({"step": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((run / "log.jsonl").stat().st_size + 4, limits[1]))
-    trainer = MagicMock()
-    trainer.learner.parameters.return_value = []
-    trainer.order.pictures = 3
-    log.start(trainer)
+    log.start(torch.nn.Module(), 3, [])
     for step in (2, 3):
         log._write({"step": step})
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     log._write({"step": 4})
     log.close(Progress())
-    assert [line for line in said if "training goes on" in line] == [
+    assert [line for line in lines if "training goes on" in line] == [
         f"{run / name} was not written: File too large; training goes on" for name in ("environment.json", "log.jsonl")
     ]
 
@@ -117,8 +122,9 @@ def test_a_disk_that_is_full_ends_no_run(tmp_path: Path) -> None:
 def test_nor_does_output_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr("sys.stdout", full)
+        setup_logging()
         for _ in range(3000):
-            tell("a line")
+            logger.info("a line")
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             full.close()
@@ -158,7 +164,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_its_wandb_id(
     )
     settings = config.Config(wandb=config.Wandb(mode="offline"))
     for _ in "12":
-        Log(tmp_path, settings, Progress(), 0, 1, torch.device("cpu"))
-    Log(tmp_path, settings, Progress(wandb_id="fromcheckpoint"), 0, 1, torch.device("cpu"))
+        MetricsLogger(tmp_path, settings, Progress(), 0, 1, torch.device("cpu"))
+    MetricsLogger(tmp_path, settings, Progress(wandb_id="fromcheckpoint"), 0, 1, torch.device("cpu"))
     assert opened[0] == opened[1]
     assert opened[2] == "fromcheckpoint" == (tmp_path / "wandb_id").read_text()

@@ -23,10 +23,11 @@ from toolkit import train
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.objectives.counter_rng import CounterRNG
-from toolkit.training.learner import Learner, StepRandomness
+from toolkit.training.learner import Learner
 from toolkit.training.metrics import flops, peak, profile, spans
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
+from toolkit.training.step_randomness import StepRandomness
 
 shards = test_trainer.shards
 ROWS, SAMPLES, PATCHES = 4, 9000, 16
@@ -41,10 +42,10 @@ def whole(train: str, head_layers: int, **training: Any) -> config.Config:
     return config.Config(model=model, objectives=objectives, training=config.Training(batch_size=ROWS, **training))
 
 
-def made(settings: config.Config) -> tuple[Learner, flops.Work]:
+def made(settings: config.Config) -> tuple[Learner, flops.FlopCounter]:
     torch.manual_seed(0)
     learner = Learner(build_model(settings.model, settings.objectives.contrastive), settings.objectives, 0, 1)
-    return learner, flops.Work(learner, settings, 1)
+    return learner, flops.FlopCounter(learner, settings, 1)
 
 
 def batch(*lengths: int) -> Batch:
@@ -83,7 +84,7 @@ def test_flops_of_the_parts_are_those_that_torch_counts(train: str, head_layers:
         pytest.approx(b, abs=1e4),
     )  # means over frames
     assert flops.image_flops(model.image, PATCHES) == (c / ROWS, d / ROWS)
-    parts = count.of(one).flops
+    parts = count.count(one).flops
     assert parts.get("frozen trunks", 0) == a + c
     assert parts["encoders"] == pytest.approx(3 * (b + d), rel=0.01)
     assert parts["teacher"] == pytest.approx(b + d, rel=0.01)
@@ -104,16 +105,17 @@ def test_flops_of_a_whole_step_are_nearly_those_that_torch_counts() -> None:
     draws = StepRandomness(torch.full((2, ROWS), 0.5), CounterRNG(0, torch.arange(ROWS)))
     one = batch(*[SAMPLES] * ROWS)
     _, done = counted(lambda: learner(one, teacher, queue, 0.4, draws)[0]["loss"].backward())
-    assert count.of(one).total() == pytest.approx(done, rel=0.05)
+    assert count.count(one).total_flops == pytest.approx(done, rel=0.05)
 
 
 def test_padding_counts_nothing() -> None:
     _, count = made(whole("1", 1))
-    together = count.of(batch(SAMPLES, 4000, 2500, 6000))
-    each = flops.Amount()
+    together = count.count(batch(SAMPLES, 4000, 2500, 6000))
+    each = flops.BatchStats()
     for length in (SAMPLES, 4000, 2500, 6000):
-        each.add(count.of(batch(length)))
-    assert together == each
+        each.add(count.count(batch(length)))
+    assert replace(together, padded_seconds=each.padded_seconds) == each
+    assert together.padded_seconds == pytest.approx(ROWS * SAMPLES / 16000), "of one group"
     assert together.seconds == pytest.approx((SAMPLES + 4000 + 2500 + 6000) / 16000)
     assert together.tokens == together.frames + ROWS * PATCHES
 
@@ -123,13 +125,13 @@ def test_frames_are_those_of_the_encoder() -> None:
     lengths = (SAMPLES, 10, 2500, 6001)
     one = batch(*lengths)
     mask = learner.model.encode_speech(one.waveforms, one.lengths).mask
-    assert count.of(one).frames == int(mask.sum())
+    assert count.count(one).frames == int(mask.sum())
     assert flops.count_frames(learner.model.speech, np.array(lengths)).tolist() == mask.sum(1).tolist()
 
 
 def test_cached_steps_compare_with_the_keys_of_the_whole_step() -> None:
     plain, cached = (made(whole("none", 0, accumulation=2, grad_cache=cached))[1] for cached in (False, True))
-    assert (plain.keys, cached.keys) == (2 + 12, 4 + 12)
+    assert (plain.num_keys, cached.num_keys) == (2 + 12, 4 + 12)
 
 
 def test_time_belongs_to_the_innermost_span_and_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +204,7 @@ def test_collectives_are_known_by_name_and_their_overlap_counts_once() -> None:
 
 def profiled(rank: int, world_size: int, settings: config.Config) -> profile.Profile:
     """A profile of a run in which rank 1 waits 50 ms for each micro-batch and both 100 ms in the optimizer."""
-    make, stream = profile.Trainer.__init__, profile.Trainer.stream
+    make, stream = profile.Trainer.__init__, profile.Trainer.batches
 
     def slow_step(self: Any, *args: Any) -> None:
         make(self, *args)
@@ -214,7 +216,7 @@ def profiled(rank: int, world_size: int, settings: config.Config) -> profile.Pro
             time.sleep(0.05 * rank)
             yield each
 
-    profile.Trainer.__init__, profile.Trainer.stream = slow_step, slow_stream  # type: ignore[method-assign]
+    profile.Trainer.__init__, profile.Trainer.batches = slow_step, slow_stream  # type: ignore[method-assign]
     profile.WARM_UP = profile.TRACED = 1
     return profile.profile_training(settings, rank, world_size, torch.device("cpu"), 3)
 
@@ -242,7 +244,13 @@ def test_a_profile_says_where_the_time_went_and_leaves_the_run_alone(shards: Pat
     assert found.peak_source.startswith("measured")
     assert {"all_reduce", "all_gather", "all_to_all"} <= set(found.collectives)
     text = found.text()
-    for title in ("waiting for data", "SIM: negatives, fusion", "optimizer", "collectives in all that", "utilisation"):
+    for title in (
+        "waiting for data",
+        "SIM: negatives, fusion",
+        "optimizer",
+        "collectives, including waits",
+        "utilization",
+    ):
         assert title in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["profile"]
     assert json.loads((tmp_path / "profile/profile.json").read_text())["steps"] == 3
@@ -261,4 +269,4 @@ def test_a_profile_takes_a_number_of_steps() -> None:
 def test_work_of_a_batch_without_lengths_on_the_host_is_that_of_its_width() -> None:
     _, count = made(whole("none", 0))
     one = batch(SAMPLES, SAMPLES)
-    assert count.of(replace(one, host_lengths=None)) == count.of(one)
+    assert count.count(replace(one, host_lengths=None)) == count.count(one)

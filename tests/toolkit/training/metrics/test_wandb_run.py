@@ -17,6 +17,7 @@ from shards.errors import UserError
 from shards.files import read_records
 from tests.distributed import run_ranks
 from tests.toolkit.training import test_trainer
+from tests.toolkit.training.log_lines import collect_lines
 from tests.toolkit.training.metrics.wandb_server import KEY, WandbServer
 from toolkit.config.schema import Wandb
 from toolkit.training.checkpointing.progress import Progress
@@ -50,11 +51,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def told() -> list[str]:
     """The lines that a user sees."""
-    lines: list[str] = []
-    monkeypatch.setattr(wandb_run, "tell", lines.append)
-    return lines
+    return collect_lines()
 
 
 def opened(run: Path, mode: str = "auto", progress: Progress | None = None) -> WandbRun:

@@ -27,11 +27,10 @@ def plain(each: config.Config) -> config.Config:
 
 def watch(rank: int, world_size: int, *runs: config.Config) -> list[tuple[list[float], list[float], float]]:
     """Train, and give what each step computed with, the optimizer's own value after it, and one resumed from there."""
-    from toolkit.training.zero.state import fragments
-
     from toolkit.rank_sync import run_on_rank_zero
     from toolkit.run_folder import prepare_run
     from toolkit.training.trainer import Trainer
+    from toolkit.training.zero.state import fragments
 
     found = []
     for each in runs:
@@ -39,14 +38,14 @@ def watch(rank: int, world_size: int, *runs: config.Config) -> list[tuple[list[f
         trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
         name = "model.temperature.log_temperature"
         seen, masters = [], []
-        batches = trainer.stream(range(each.training.steps))
+        batches = trainer.batches(range(each.training.steps))
         for step in range(each.training.steps):
             own = [float(one.master[0].exp()) for one in fragments(trainer.engine) if one.name == name]
             masters += own
             seen.append(float(trainer.train_step(step, batches)["temperature"]))
         trainer.progress.step = each.training.steps
         trainer.save()
-        trainer.checkpoints.finish()
+        trainer.checkpoints.wait()
         trainer.close()
         again = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
         shown = again.learner.model.temperature.exact
@@ -89,11 +88,10 @@ def test_a_fixed_temperature_is_the_configured_one(shards: Path, tmp_path: Path)
 
 def export_weights(rank: int, world_size: int, *runs: config.Config) -> list[dict[str, torch.Tensor]]:
     """Train each; on every rank the float32 weights that the optimizer has of the last step, by name, in parts."""
-    from toolkit.training.zero.state import fragments
-
     from toolkit.rank_sync import run_on_rank_zero
     from toolkit.run_folder import prepare_run
     from toolkit.training.trainer import Trainer
+    from toolkit.training.zero.state import fragments
 
     kept: list[Any] = []
     for each in runs:

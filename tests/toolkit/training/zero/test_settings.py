@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from toolkit.training.zero.settings import deepspeed_config
 from torch import nn
 
 from shards.errors import UserError
@@ -13,6 +12,7 @@ from tests.distributed import run_ranks
 from tests.toolkit.training import test_trainer
 from tests.toolkit.training.checkpointing import test_checkpoint
 from toolkit.config.schema import Config
+from toolkit.training.zero.settings import deepspeed_config
 
 shards = test_trainer.shards
 
