@@ -27,6 +27,11 @@ _MUTABLE_KEYS = (
 )  # fmt: skip
 
 
+# Prefixes of keys that are newer than some checkpoints: they count only where they differ from their defaults, with
+# which training is what it was before.
+_NEW_KEYS = ("data.augment.",)
+
+
 def prepare_run(config: Config) -> Path:
     """Create the run folder and acquire its lease; called by one process.
 
@@ -119,7 +124,9 @@ def fingerprint(config: Config) -> str:
     Renamed keys are hashed under their original names, so that checkpoints of earlier versions remain valid.
     """
     original_names = {f"{old.rpartition('.')[0]}.{new}": old for old, new in RENAMED_KEYS.items()}
-    flat = _flatten(dataclasses.asdict(config))
+    flat, defaults = (_flatten(dataclasses.asdict(each)) for each in (config, Config()))
+    for key in [key for key in flat if key.startswith(_NEW_KEYS) and flat[key] == defaults[key]]:
+        del flat[key]
     hashed = {original_names.get(key, key): value for key, value in flat.items() if not key.startswith(_MUTABLE_KEYS)}
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 

@@ -1,6 +1,6 @@
 """The micro-batches of one rank: bytes at known offsets of the shards, decoded, cropped and padded.
 
-    order.batch(t) -> places of this rank -> read -> decode, replace bad samples -> pad -> Batch
+    order.batch(t) -> places of this rank -> read -> decode, augment, replace bad samples -> pad -> Batch
 
 `shards.reading.loader` runs this in worker processes.
 """
@@ -11,16 +11,21 @@ import queue
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from shards.augment.image import augment_colors, draw_crop
+from shards.augment.randomness import SampleRandomness
+from shards.augment.settings import Augment
+from shards.augment.speech import augment_speech
 from shards.errors import UserError
 from shards.media.audio import decode_audio
 from shards.media.picture import MAX_STORED_PIXELS as MAX_PIXELS
 from shards.media.picture import Resize, decode_picture
+from shards.reading.babble import Babble
 from shards.reading.bad_samples import BadSample, UnreadableSampleError, distinct
 from shards.reading.order import Order, Selection, rank_slice
 from shards.reading.reader import Reader
@@ -79,6 +84,7 @@ class MicroBatches(Dataset[Loaded]):
     max_bad_samples_in_a_row: int
     buffers: tuple[SharedBuffers, ...] = ()  # one for each worker
     resize: Resize = "crop"
+    augment: Augment = field(default_factory=Augment)
 
     def __getitem__(self, number: int) -> Loaded:
         try:
@@ -138,11 +144,20 @@ class MicroBatches(Dataset[Loaded]):
 
     def _decode(self, sample: int, caption: int, position: int) -> tuple[np.ndarray, np.ndarray]:
         picture, audio = self.reader.picture(sample), self.reader.audio(caption)
+        randomness = SampleRandomness(self.order.seed, position)
         try:
-            image = decode_picture(picture, self.image_size, MAX_PIXELS, self.resize)
-            return image, self._crop(decode_audio(audio), position)
+            region = draw_crop(self.augment.image, randomness, self.resize)
+            image = decode_picture(picture, self.image_size, MAX_PIXELS, self.resize, region)
+            wave = self._crop(decode_audio(audio), position)
         except UserError as error:  # the sample is bad; errors of reading concern its shard
             raise UnreadableSampleError(str(error)) from None
+        voices = partial(self._babble.voices, position, sample)
+        wave = self._crop(augment_speech(wave, self.augment.speech, randomness, voices), position)
+        return augment_colors(image, self.augment.image, randomness), wave
+
+    @cached_property
+    def _babble(self) -> Babble:
+        return Babble(self.reader, self.order, self.max_samples)
 
     def _crop(self, wave: np.ndarray, position: int) -> np.ndarray:
         excess = len(wave) - self.max_samples

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from shards.augment.settings import Augment
 from shards.errors import TransientError, UserError
 from shards.media.audio import SAMPLE_RATE
 from shards.media.picture import Resize
@@ -47,6 +48,7 @@ def load_batches(
     workers: int,
     pin: bool = False,
     resize: Resize = "crop",
+    augment: Augment | None = None,
     timeout: float = 600.0,
     max_bad_samples: int = 1000,
     max_bad_samples_in_a_row: int = 50,
@@ -65,6 +67,7 @@ def load_batches(
         workers: Worker processes; 0 decodes in this process.
         pin: Pin the batches' memory.
         resize: How pictures become squares (see `decode_picture`).
+        augment: Augmentation, a function of the order's seed and of the position in it; None: none.
         timeout: Seconds to wait for a batch of the worker processes.
         max_bad_samples: Largest number of unreadable samples; they are replaced in every epoch.
         max_bad_samples_in_a_row: Largest number of unreadable samples in a row.
@@ -78,7 +81,8 @@ def load_batches(
     largest: Layout = [(torch.uint8, (rows, 3, image_size, image_size)), (torch.float32, (rows, max_samples))]
     # Two slots more than are prefetched: one is being consumed and one filled. Pinning copies a batch anyway.
     buffers = tuple(SharedBuffers(PREFETCHED + 2, bytes_of(largest)) for _ in range(0 if pin else workers))
-    dataset = MicroBatches(reader, order, image_size, max_samples, micros, rank, world_size, *limits, buffers, resize)
+    how = (resize, augment or Augment())
+    dataset = MicroBatches(reader, order, image_size, max_samples, micros, rank, world_size, *limits, buffers, *how)
     numbers = range(steps.start * micros, steps.stop * micros)
     if warning := _small_cache_warning(dataset):
         logger.warning("%s", warning)

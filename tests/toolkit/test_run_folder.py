@@ -3,6 +3,7 @@
 import pytest
 
 from shards.errors import UserError
+from toolkit import run_folder
 from toolkit.config.load import load_config
 from toolkit.config.schema import Config
 from toolkit.run_folder import check_run, fingerprint, load_run, prepare_run, save_configuration
@@ -87,3 +88,16 @@ def test_run_folder_that_cannot_be_created(tmp_path):
         prepare_run(changed(Config(), run=str(tmp_path / "file" / "run")))
     with pytest.raises(UserError, match=r"is not a run folder: no config\.yaml$"):
         load_run(tmp_path)
+
+
+def test_augmentation_counts_only_where_it_is_not_the_default(monkeypatch):
+    """Checkpoints from before the augmentation resume; one with it does not resume without it."""
+    config = load_config(["--config", "quickstart"])
+    with monkeypatch.context() as without:
+        without.setattr(run_folder, "_MUTABLE_KEYS", (*run_folder._MUTABLE_KEYS, "data.augment."))
+        before = fingerprint(config)
+    assert fingerprint(config) == before
+    changed(config, data__augment__speech__noise=0.5)
+    noisy = fingerprint(config)
+    changed(config, data__augment__speech__noise_snr=[0.0, 10.0])
+    assert len({before, noisy, fingerprint(config)}) == 3

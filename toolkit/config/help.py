@@ -1,4 +1,4 @@
-"""Text of `--help` for the configuration: every key with its type, default and the comment beside it in schema.py."""
+"""Text of `--help` for the configuration: every key with its type, default and the comment beside it in the source."""
 
 import ast
 import io
@@ -8,13 +8,15 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from shards.augment import settings
 from toolkit.config import schema
 from toolkit.config.load import describe
 
 
 def describe_keys() -> str:
     """Format all keys, section by section."""
-    comments = _field_comments(Path(schema.__file__).read_text(encoding="utf-8"))
+    files = (schema.__file__, settings.__file__)
+    comments = {key: text for file in files for key, text in _field_comments(Path(file).read_text("utf-8")).items()}
     lines = _format_section(schema.Config(), "", comments)
     return "\n".join(["configuration keys, with types and defaults:", *lines, ""])
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from shards.augment.settings import Augment
 from shards.errors import UserError
 
 GPUS = re.compile(r"(?:(?!\d+:)[\w.-]+:)?\d+")  # a number of GPUs, or type:number as in SLURM, such as a100:4
@@ -46,6 +47,7 @@ class Data:
     cache_gb: float = 100.0  # maximum size of the cache in GB
     max_bad_samples: int = 1000  # distinct unreadable samples that a rank may replace before training fails
     max_bad_samples_in_a_row: int = 50  # largest number of unreadable samples in a row
+    augment: Augment = field(default_factory=Augment)  # its keys are in shards/augment/settings.py
 
 
 @dataclass

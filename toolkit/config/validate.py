@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from shards.augment.settings import IMAGE_KINDS, SPEECH_KINDS
 from shards.errors import UserError
 from toolkit.config.schema import GPUS, Config, micro_batch
 
@@ -18,7 +19,8 @@ def check_config(config: Config) -> None:
             value = _get(config, key)
             if not all(is_valid(item) for item in (value if isinstance(value, list) else [value])):
                 raise UserError(f"--{key} is {value}; expected {expected}")
-    for is_wrong, message in (*_objective_rules(config), *_model_rules(config), *_training_rules(config)):
+    rules = (_objective_rules, _model_rules, _training_rules, _augment_rules)
+    for is_wrong, message in (one for rule in rules for one in rule(config)):
         if is_wrong:
             raise UserError(message)
 
@@ -27,7 +29,8 @@ def check_config(config: Config) -> None:
 _RANGES: dict[str, tuple[Any, str]] = {
     "1 or more": (
         lambda value: value >= 1,
-        """data.image_size data.shuffle_shards data.shard_groups model.embed_dim model.fusion.width model.fusion.layers
+        """data.augment.speech.babble_voices data.augment.speech.frequency_masks
+        data.augment.speech.time_masks data.image_size data.shuffle_shards data.shard_groups model.embed_dim model.fusion.width model.fusion.layers
         model.fusion.heads model.fusion.pool model.speech.head_heads model.image.head_heads objectives.denoising.span
         objectives.denoising.swap_group objectives.denoising.layers
         training.steps training.batch_size training.accumulation training.log_every
@@ -54,7 +57,14 @@ _RANGES: dict[str, tuple[Any, str]] = {
         lambda value: 0 <= value < 1,
         "model.speech.dropout model.image.dropout model.fusion.dropout training.betas",
     ),
-    "0 to 1": (lambda value: 0 <= value <= 1, "objectives.contrastive.alpha objectives.momentum.decay"),
+    "0 to 1": (
+        lambda value: 0 <= value <= 1,
+        " ".join(
+            ["objectives.contrastive.alpha objectives.momentum.decay"]
+            + [f"data.augment.speech.{kind}" for kind in SPEECH_KINDS]
+            + [f"data.augment.image.{kind}" for kind in IMAGE_KINDS]
+        ),
+    ),
     "a number of GPUs, or a type and a number such as a100:4": (
         lambda value: value is None or GPUS.fullmatch(str(value)) is not None,
         "launch.gpus_per_node",
@@ -160,6 +170,34 @@ def _training_rules(config: Config) -> list[Rule]:
             f"--training.stop_after is {training.stop_after}; expected 1 or more, or null",
         ),
     ]
+
+
+# Limits of the ranges of data.augment.
+_AUGMENT_LIMITS: dict[tuple[float, float], str] = {
+    (0.5, 2): "speech.speed_range speech.tempo_range image.crop_aspect",
+    (-12, 12): "speech.pitch_semitones",
+    (0.7, 1.4): "speech.formants_range",
+    (0.01, 5): "speech.reverberation_seconds",
+    (-30, 100): "speech.reverberation_db speech.noise_snr speech.babble_snr",
+    (-40, 40): "speech.equalizer_db speech.gain_db",
+    (1, 8000): "speech.band_low speech.band_high",
+    (0, 0.5): "speech.frequency_mask_width",
+    (0, 10): "speech.time_mask_seconds",
+    (0.01, 1): "image.crop_area",
+    (0, 3): "image.brightness image.contrast image.saturation",
+    (-0.5, 0.5): "image.hue",
+}
+
+
+def _augment_rules(config: Config) -> list[Rule]:
+    rules = []
+    for (low, high), keys in _AUGMENT_LIMITS.items():
+        for key in keys.split():
+            value = _get(config, f"data.augment.{key}")
+            is_valid = len(value) == 2 and low <= value[0] <= value[1] <= high
+            expected = f"two numbers from {low} to {high}, the smaller first"
+            rules.append((not is_valid, f"--data.augment.{key} is {value}; expected {expected}"))
+    return rules
 
 
 def batch_warnings(config: Config, world_size: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Validation: combinations of values, and warnings about micro-batches that are too small for an objective."""
 
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -129,3 +130,18 @@ def test_a_run_of_coarse_steps_only_is_a_warning():
     made = load_config(["--config", "quickstart", "--training.steps", "60"])
     assert any("--objectives.coarse_steps 950: all of 60 steps" in line for line in batch_warnings(made, 2))
     assert not batch_warnings(load_config(["--config", "quickstart"]), 2)
+
+
+def test_ranges_of_the_augmentation() -> None:
+    """Each list of `data.augment` is checked: two numbers in order, within limits that contain the defaults."""
+    for section in ("speech", "image"):
+        for field in fields(getattr(Config().data.augment, section)):
+            current = getattr(getattr(Config().data.augment, section), field.name)
+            wrong = {list: [[], [1.0], [0.9, 0.8], [1e6, 1e6], [-1e6, 0.0]], float: [-0.1, 1.1], int: [0]}[
+                type(current)
+            ]
+            for value in wrong:
+                changed = Config()
+                setattr(getattr(changed.data.augment, section), field.name, value)
+                with pytest.raises(UserError, match=rf"--data\.augment\.{section}\.{field.name} is .*; expected "):
+                    check_config(changed)
