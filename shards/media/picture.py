@@ -131,13 +131,13 @@ def decode_picture(
     """
 
     def decode(image: Image.Image, source: _Source) -> np.ndarray:
-        whole, short_side = image.size, size
+        stored, short_side = image.size, size
         if region:
-            left, top, right, bottom = region(*whole)
-            sides = whole[0] * (right - left), whole[1] * (bottom - top)
-            short_side = math.ceil(size * min(whole) / max(1.0, min(sides)))  # of a picture with `size` in the region
+            left, top, right, bottom = region(*stored)
+            sides = stored[0] * (right - left), stored[1] * (bottom - top)
+            short_side = math.ceil(size * min(stored) / max(1.0, min(sides)))  # of a picture with `size` in the region
         else:
-            left, top, right, bottom = _central(*whole, size) if resize == "crop" else (0.0, 0.0, 1.0, 1.0)
+            left, top, right, bottom = _central(*stored, size) if resize == "crop" else (0.0, 0.0, 1.0, 1.0)
         width, height = _draft(image, short_side)
         box = (left * width, top * height, right * width, bottom * height)
         square = to_rgb(image, source.reopener()).resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -84,7 +84,7 @@ def test_cmyk_jpeg(tmp_path):
 
 
 def bomb(width, height):
-    """A PNG that promises many pixels, and holds none."""
+    """A PNG that declares many pixels but has none."""
     chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(100)))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
