@@ -1,4 +1,4 @@
-"""Where a job runs and what is asked of it there: SLURM, this machine, or this process."""
+"""Where a job runs (SLURM, this machine, this process) and with which resources."""
 
 import os
 import re
@@ -11,80 +11,80 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.profiles import Profile, slurm_config
+from launch.profiles import Profile
 from launch.slurm import requeue
-from launch.slurm.client import job_number
-from launch.slurm.sbatch_options import beside, with_gpus
+from launch.slurm.client import job_number, slurm_config
+from launch.slurm.sbatch_options import merge_options, with_gpus
 from shards.errors import UserError
 from toolkit.config.schema import Config, Launch, gpu_count
 
 TOOLS = ("sbatch", "srun", "squeue", "scontrol")
-_BESIDE = 2  # cores of a rank on SLURM, beside those of its loader's workers
-_OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI_", "PMI2_", "PMIX_")
-# What SLURM's commands need to find a cluster and to be let in, and how they print times; all else is a job's.
-_OF_CLIENTS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
-# sbatch tells srun what it was told itself, by --export or SBATCH_EXPORT: NONE would keep from the ranks what the batch
-# script has set for them. A label before each line would hide what the ranks say.
-_OF_SRUN = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SBATCH_EXPORT", "SLURM_LABELIO")
+_CORES_BESIDE_WORKERS = 2  # cores of a rank on SLURM in addition to one for each loader worker
+_JOB_VARIABLES = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI_", "PMI2_", "PMIX_")
+# What SLURM's commands need to find a cluster, to authenticate and to print times; all others belong to a job.
+_CLIENT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
+# sbatch passes --export or SBATCH_EXPORT on to srun: NONE would withhold from the ranks what the batch script sets for
+# them. A label before each line would hide the ranks' messages.
+_SRUN_VARIABLES = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SBATCH_EXPORT", "SLURM_LABELIO")
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A job as it is handed over, apart from what each rank does."""
+    """Resources and configuration of a job."""
 
     cluster: str  # slurm, local or debug
-    config: Config  # its section `launch` with the profile's values filled in
+    config: Config  # with the profile's values in its section `launch`
     profile: Profile
     ranks_per_node: int
     cores: int | None = None  # of the allocation that a job of this machine is started in
 
     @property
     def ranks(self) -> int:
-        """Of the whole job."""
+        """World size."""
         return self.config.launch.nodes * self.ranks_per_node
 
     @property
     def name(self) -> str:
-        """Of the job."""
+        """Name of the job."""
         return self.config.launch.name or Path(self.config.run).name
 
 
 def choose_cluster(launch: Launch) -> str:
-    """Where to run: "slurm", "local" or "debug".
+    """Return where to run: "slurm", "local" or "debug".
 
     Raises:
-        UserError: SLURM is asked for and not there, or does not answer, or there can be one node or rank only.
+        UserError: SLURM is requested and missing, or does not answer, or there can be one node or rank only.
     """
     cluster = launch.cluster
     if cluster in ("auto", "slurm"):
         missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-        there = not missing and slurm_config() is not None
-        if cluster == "slurm" and not there:
-            what = f"{', '.join(missing)} not found here" if missing else "no slurm.conf is found here"
-            raise UserError(f"--launch.cluster slurm: {what}; run this where SLURM is")
-        cluster = "slurm" if there else "local"
+        available = not missing and slurm_config() is not None
+        if cluster == "slurm" and not available:
+            problem = f"{', '.join(missing)} not found here" if missing else "no slurm.conf is found here"
+            raise UserError(f"--launch.cluster slurm: {problem}; run this where SLURM is")
+        cluster = "slurm" if available else "local"
     if cluster != "slurm" and launch.nodes > 1:
         raise UserError(f"--launch.nodes {launch.nodes} needs SLURM; here, set --launch.ranks_per_node for more ranks")
     if cluster == "debug" and launch.ranks_per_node > 1:
-        raise UserError(f"--launch.ranks_per_node {launch.ranks_per_node}: --cluster debug is one process; take local")
+        raise UserError(f"--launch.ranks_per_node {launch.ranks_per_node}: --cluster debug is one process; use local")
     return cluster
 
 
 def leave_job(environment: MutableMapping[str, str]) -> None:
-    """Drop what a job or step of SLURM has set: sbatch would hand it on to a new job, and ranks here would heed it.
+    """Remove variables of a SLURM job or step: a new job would inherit them, and ranks here would follow them.
 
-    Of a job that was left in part, with some variables unset, the others go too. What a shell sets for srun goes as
-    well: what a job asks of srun is in its profile.
+    This includes the rest of a set of which some were unset, and what a shell sets for srun: a profile has srun's
+    options.
     """
     for name in list(environment):
-        if name.startswith(_OF_JOBS) and name not in _OF_CLIENTS:
+        if name.startswith(_JOB_VARIABLES) and name not in _CLIENT_VARIABLES:
             del environment[name]
 
 
 def allocated_cores(environment: Mapping[str, str]) -> int | None:
-    """CPUs on this node of the allocation that this process was started in; None outside of any.
+    """Return the CPUs on this node of the allocation in which this process was started; None outside of one.
 
-    salloc names those of each node, as "4(x2),2"; sbatch and srun those of the node as well.
+    salloc sets those of each node, as "4(x2),2"; sbatch and srun those of the node as well.
     """
     for name in ("SLURM_CPUS_ON_NODE", "SLURM_JOB_CPUS_PER_NODE", "SLURM_CPUS_PER_TASK"):
         if (match := re.match(r"\d+", environment.get(name, ""))) and int(match[0]):
@@ -93,12 +93,12 @@ def allocated_cores(environment: Mapping[str, str]) -> int | None:
 
 
 def same_resources(jobs: list[JobSpec]) -> list[JobSpec]:
-    """The members of a job array, which asks for the same for each: cores for the one that has most loader workers."""
-    most = max(job.config.data.workers for job in jobs) + _BESIDE
+    """Give the members of a job array the same cores: those of the member with the most loader workers."""
+    cores = max(job.config.data.workers for job in jobs) + _CORES_BESIDE_WORKERS
     return [
         replace(
             job,
-            config=replace(config, launch=replace(config.launch, cpus_per_rank=config.launch.cpus_per_rank or most)),
+            config=replace(config, launch=replace(config.launch, cpus_per_rank=config.launch.cpus_per_rank or cores)),
         )
         for job in jobs
         for config in [job.config]
@@ -106,7 +106,7 @@ def same_resources(jobs: list[JobSpec]) -> list[JobSpec]:
 
 
 def ranks_per_node(launch: Launch, cluster: str) -> int:
-    """One rank a GPU, or 2 where there is none, if the configuration does not say."""
+    """Return the ranks of a node; by default one per GPU, or 2 without GPUs."""
     if cluster == "debug":
         return 1
     gpus = gpu_count(launch.gpus_per_node) or (count_gpus() if cluster == "local" else 0)
@@ -114,7 +114,7 @@ def ranks_per_node(launch: Launch, cluster: str) -> int:
 
 
 def count_gpus() -> int:
-    """GPUs of this machine that the user lets be seen; found without torch."""
+    """Count this machine's visible GPUs, without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
@@ -125,10 +125,10 @@ def count_gpus() -> int:
 
 
 def minutes(time_limit: str) -> int:
-    """A time limit in SLURM's notation, in whole minutes.
+    """Convert a time limit in SLURM's notation to minutes, rounded up.
 
     Raises:
-        UserError: It is not one.
+        UserError: It is not a time limit.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", time_limit.strip())
     total = 0
@@ -143,38 +143,38 @@ def minutes(time_limit: str) -> int:
     return total
 
 
-def executor(asked: JobSpec, folder: Path, code: Path) -> Any:
-    """Submitit's executor with everything that this job asks for.
+def executor(spec: JobSpec, folder: Path, code: Path) -> Any:
+    """Return submitit's executor with all parameters of a job.
 
     Args:
-        asked: The job.
-        folder: For submitit's files and the ranks' logs.
-        code: The snapshot that the ranks import from.
+        spec: Job.
+        folder: Folder for submitit's files and the ranks' logs.
+        code: Snapshot from which the ranks import.
     """
     import submitit
 
-    python = f"{_python(asked)} -u {shlex.quote(str(code / 'launch' / 'node.py'))}"
-    # Submitit takes the first "job NUMBER" of whatever sbatch prints, a greeting's too.
+    python = f"{_python(spec)} -u {shlex.quote(str(code / 'launch' / 'node.py'))}"
+    # Submitit takes the first "job NUMBER" in sbatch's output, that of a greeting too.
     submitit.SlurmExecutor._get_job_id_from_submission_command = staticmethod(job_number)  # type: ignore[method-assign, assignment]
-    made = submitit.AutoExecutor(folder=folder, cluster=asked.cluster, slurm_python=python, local_python=python)
-    limit = minutes(asked.config.launch.time)
-    made.update_parameters(name=asked.name, timeout_min=limit, tasks_per_node=asked.ranks_per_node)
-    if asked.cluster == "slurm":
-        made.update_parameters(**slurm_parameters(asked, folder, code))
-        if asked.profile.sbatch.get("wckey", "") is None:
-            made._executor.parameters["wckey"] = None  # not "submitit"; update_parameters passes over None
+    made = submitit.AutoExecutor(folder=folder, cluster=spec.cluster, slurm_python=python, local_python=python)
+    limit = minutes(spec.config.launch.time)
+    made.update_parameters(name=spec.name, timeout_min=limit, tasks_per_node=spec.ranks_per_node)
+    if spec.cluster == "slurm":
+        made.update_parameters(**slurm_parameters(spec, folder, code))
+        if spec.profile.sbatch.get("wckey", "") is None:
+            made._executor.parameters["wckey"] = None  # not "submitit"; update_parameters ignores None
     return made
 
 
 def cores_per_rank(config: Config) -> int:
-    """Cores that a rank asks SLURM for, if the configuration does not say as many as its loader needs."""
-    return config.launch.cpus_per_rank or config.data.workers + _BESIDE
+    """Return the cores of a rank; by default as many as its loader needs."""
+    return config.launch.cpus_per_rank or config.data.workers + _CORES_BESIDE_WORKERS
 
 
-def slurm_parameters(asked: JobSpec, folder: Path, code: Path) -> dict[str, Any]:
-    """What is asked of SLURM, in submitit's names; arguments as of `executor`."""
-    launch, profile = asked.config.launch, asked.profile
-    cores = cores_per_rank(asked.config)
+def slurm_parameters(spec: JobSpec, folder: Path, code: Path) -> dict[str, Any]:
+    """Return the job's resources by submitit's names; arguments as of `executor`."""
+    launch, profile = spec.config.launch, spec.profile
+    cores = cores_per_rank(spec.config)
     return {
         "nodes": launch.nodes,
         "cpus_per_task": cores,
@@ -184,31 +184,31 @@ def slurm_parameters(asked: JobSpec, folder: Path, code: Path) -> dict[str, Any]
         "slurm_constraint": launch.constraint,
         "slurm_array_parallelism": launch.array or None,
         "slurm_signal_delay_s": min(launch.signal, 60 * minutes(launch.time) // 2),
-        # When a rank fails all end; and srun does not take over the batch job's --cpus-per-task since SLURM 22.05.
+        # When a rank fails, all end. Since SLURM 22.05 srun does not inherit the batch job's --cpus-per-task.
         "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cores}", *profile.srun],
         "slurm_setup": setup_lines(profile, folder, code),
-        "slurm_additional_parameters": beside(
+        "slurm_additional_parameters": merge_options(
             {"requeue": True}, with_gpus(profile.sbatch, launch.gpus_per_node, launch.nodes)
         ),
     }
 
 
 def setup_lines(profile: Profile, folder: Path, code: Path) -> list[str]:
-    """The batch script's lines before srun: the cluster's own, the environment, and what happens when it ends."""
+    """Return the batch script's lines before srun: the profile's, the environment, and the requeue logic."""
     return [
         *profile.setup,
         *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.env.items()),
-        f"unset {' '.join(_OF_SRUN)}",
-        "export PYTHONSAFEPATH=1",  # else python -m looks for packages in the working directory first
+        f"unset {' '.join(_SRUN_VARIABLES)}",
+        "export PYTHONSAFEPATH=1",  # else python -m imports from the working directory first
         f"export PYTHONPATH={shlex.quote(str(code))}" + '"${PYTHONPATH:+:$PYTHONPATH}"',
         *requeue.setup_lines(folder, sys.executable, code),
     ]
 
 
-def _python(asked: JobSpec) -> str:
-    """The command before a python script: the ranks' interpreter, in its container if it has one."""
-    profile = asked.profile
-    if asked.cluster != "slurm":
+def _python(spec: JobSpec) -> str:
+    """Return the command before a python script: the ranks' interpreter, in its container if there is one."""
+    profile = spec.profile
+    if spec.cluster != "slurm":
         return shlex.quote(sys.executable)
     python = profile.python or ("python" if profile.contained else shlex.quote(sys.executable))
     return f"{profile.container} {python}" if profile.container else python

@@ -1,4 +1,4 @@
-"""The job of one rank: it finds its place among the ranks, trains, evaluates, and leaves its status in a file."""
+"""The job of one rank: set up torch.distributed's environment, train, evaluate, and record the exit code in a file."""
 
 import gc
 import json
@@ -15,36 +15,35 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from shards.errors import UserError
+from shards.errors import ExitCode, UserError
 
-LOST = os.EX_UNAVAILABLE  # 69, exit code of a rank that failed because another one was gone
-_ASKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-_TRANSPORT = re.compile(r"gloo/|NCCL|Connection (closed|reset) by peer|Broken pipe|Connection refused")
+_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+_CONNECTION_LOST = re.compile(r"gloo/|NCCL|Connection (closed|reset) by peer|Broken pipe|Connection refused")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What submitit calls in every rank. It is pickled by name: the node needs the repository on its PYTHONPATH.
+    """The function that submitit calls in every rank; pickled by name, so that the node needs it on its PYTHONPATH.
 
-    A rank that fails ends with its status as exit code, so that srun's --kill-on-bad-exit ends the others too.
+    A rank that fails exits with its code, so that srun's --kill-on-bad-exit ends the others too.
     """
 
     config: str  # YAML file of this submission
     folder: str  # of the logs
-    port: int | None = None  # of the rendezvous on this machine; none: derived from the SLURM job
+    port: int | None = None  # of the rendezvous on this machine; None: derived from the SLURM job
     gpus: str | None = None  # CUDA_VISIBLE_DEVICES as the user set it, which submitit's local executor overwrites
-    directory: str | None = None  # where the command was given: relative paths begin there, also in a container
-    cores: int | None = None  # of the allocation that a job of this machine was started in; none: all that it may use
+    directory: str | None = None  # working directory of the command, to which paths are relative, also in a container
+    cores: int | None = None  # of the allocation that a job of this machine was started in; None: all that it may use
 
     def __call__(self) -> None:
         """Run this rank to its end."""
-        place = self.place()
-        os.environ.update(place)
+        environment = self.rank_environment()
+        os.environ.update(environment)
         self._restore_gpus()
-        status = Status(Path(self.folder), int(place["RANK"]))
+        status = Status(Path(self.folder), int(environment["RANK"]))
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the controller was started with it ignored
-        for asking in _ASKING:  # in place of submitit's handlers, which act on rank 0 alone
-            signal.signal(asking, _leave)
+        for number in _STOP_SIGNALS:  # in place of submitit's handlers, which act on rank 0 alone
+            signal.signal(number, _stop)
         status.write()
         code = self._run()
         status.write(code)
@@ -52,17 +51,19 @@ class Job:
             sys.exit(code)
 
     def work(self) -> None:
-        """What the rank is there for."""
+        """Train and evaluate; a test's job does something else."""
         train_and_evaluate(self.config)
 
-    def place(self) -> dict[str, str]:
-        """The environment that torch.distributed and DeepSpeed read."""
+    def rank_environment(self) -> dict[str, str]:
+        """Return the environment that torch.distributed and DeepSpeed read."""
         from submitit import JobEnvironment
 
         environment = JobEnvironment()
         ranks_here = environment.num_tasks // environment.num_nodes
         local = self.port is not None
-        restart = restart_count(os.environ)  # it has a port of its own: a former incarnation's rank may still hold one
+        restart = restart_count(
+            os.environ
+        )  # each attempt has another port: a rank of an earlier one may still hold its
         return {
             "RANK": str(environment.global_rank),
             "WORLD_SIZE": str(environment.num_tasks),
@@ -74,20 +75,20 @@ class Job:
         }
 
     def _threads(self, ranks_here: int) -> int:
-        """This rank's share of the cores."""
+        """Return this rank's share of the cores."""
         given = os.environ.get("SLURM_CPUS_PER_TASK")
         if self.port is None and given:
             return int(given)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, min(cores, self.cores or cores) // ranks_here)
 
-    def _enter(self) -> None:
+    def _enter_directory(self) -> None:
         if self.directory is not None:
             try:
                 os.chdir(self.directory)
             except OSError as error:
-                what = f"{self.directory}, where the command was given, cannot be entered on {platform.node()}"
-                raise UserError(f"{what}: {error.strerror}; a container has to have it mounted") from None
+                where = f"{self.directory}, the working directory of the command, on {platform.node()}"
+                raise UserError(f"cannot enter {where}: {error.strerror}; a container needs it mounted") from None
 
     def _restore_gpus(self) -> None:
         if self.port is None:
@@ -100,31 +101,30 @@ class Job:
         """Train and evaluate; an error's text goes to the rank's log.
 
         Returns:
-            0, 2 for a user's mistake, 70 for what may go well if it is tried again, 75 when a signal asked to stop and
-            all is saved, 69 when another rank was gone, 130 when interrupted, 1 for any other error.
+            0, or the `ExitCode` of the failure.
         """
         try:
-            self._enter()
+            self._enter_directory()
             self.work()
-            _leave_group()
+            _destroy_group()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return error.code
         except KeyboardInterrupt:
-            return 130
+            return ExitCode.INTERRUPTED
         except BaseException as error:
             code = _exit_code(error)
-            if code != os.EX_TEMPFAIL:  # that is how a training leaves that a signal stopped: nothing failed
+            if code != ExitCode.REQUEUE:  # a training that a signal stopped: nothing failed
                 traceback.print_exc()
             return code
         return 0
 
 
 def train_and_evaluate(config_file: str) -> None:
-    """Train, and once the last step is done, evaluate, in this process.
+    """Train, and evaluate after the last step, in this process.
 
     Raises:
-        UserError: Whatever training and evaluation refuse.
+        UserError: As of training and evaluation.
     """
     from toolkit import evaluate, train
     from toolkit.config.load import load_config
@@ -138,10 +138,10 @@ def train_and_evaluate(config_file: str) -> None:
 
 @dataclass(frozen=True)
 class Status:
-    """A rank's file beside its log: there while it runs, and with its exit code afterwards.
+    """A rank's status file beside its log, written when the rank begins and, with its exit code, when it ends.
 
-    It names the incarnation of the job (SLURM's restart count) that it is of. For a rank that ended before it could
-    write one, the batch script writes it, with `began` false.
+    It holds the restart count of the job's attempt. For a rank that ended before it could write the file, the batch
+    script writes it, with `began` false.
     """
 
     folder: Path
@@ -149,15 +149,15 @@ class Status:
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Status file."""
         return self.folder / f"rank{self.rank}.json"
 
     def write(self, code: int | None = None) -> None:
-        """Say that this process is the rank, and how it ended; one of a former incarnation writes nothing any more."""
+        """Write this process, with the exit code at its end; a rank of an earlier attempt writes nothing."""
         self._write({"pid": os.getpid(), "host": platform.node(), "exit": code}, restart_count(os.environ))
 
-    def write_unbegun(self, code: int, restart: int) -> None:
-        """Say for a rank that it ended before it could say so itself."""
+    def write_failed_start(self, code: int, restart: int) -> None:
+        """Write the status of a rank that ended before it could."""
         self._write({"pid": None, "host": "", "exit": code, "began": False}, restart)
 
     def _write(self, values: dict[str, Any], restart: int) -> None:
@@ -169,7 +169,7 @@ class Status:
         temporary.replace(self.path)
 
     def read(self) -> dict[str, Any] | None:
-        """What the rank wrote last; None before it began."""
+        """Return what the rank wrote last; None before it began."""
         try:
             return json.loads(self.path.read_text())
         except FileNotFoundError:
@@ -177,30 +177,30 @@ class Status:
 
 
 def restart_count(environment: Mapping[str, str]) -> int:
-    """How often SLURM has started this job again."""
+    """Return how often SLURM has restarted this job."""
     return int(environment.get("SLURM_RESTART_COUNT") or 0)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """A signal asks to stop while nothing is being trained: there is nothing to save."""
-    sys.exit(os.EX_TEMPFAIL)
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Exit on a signal outside the training, where there is nothing to save."""
+    sys.exit(ExitCode.REQUEUE)
 
 
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
-    return LOST if _of_transport(error) else 1
+        return error.code if isinstance(error.code, int) else ExitCode.ERROR
+    return ExitCode.PEER_LOST if _is_connection_error(error) else ExitCode.ERROR
 
 
-def _of_transport(error: BaseException) -> bool:
-    """Is it what a collective or the rendezvous raises when another rank is gone? That rank is the one to ask why."""
+def _is_connection_error(error: BaseException) -> bool:
+    """Return whether a collective or the rendezvous failed because another rank was gone."""
     if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return True
-    return isinstance(error, RuntimeError) and bool(_TRANSPORT.search(str(error)))
+    return isinstance(error, RuntimeError) and bool(_CONNECTION_LOST.search(str(error)))
 
 
-def _leave_group() -> None:
-    """Close the process group, after what holds on to it: else a rank now and then aborts while it exits."""
+def _destroy_group() -> None:
+    """Destroy the process group after the objects that use it: else a rank may abort while it exits."""
     if "torch.distributed" in sys.modules:
         import torch.distributed as dist
 

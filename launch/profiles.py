@@ -1,16 +1,15 @@
-"""Profiles: what a cluster wants of every job, in a YAML file that the name of the cluster or of this host finds."""
+"""Profiles: a cluster's settings for every job, in a YAML file that is chosen by the name of the cluster or host."""
 
 import fnmatch
 import re
-import shutil
 import socket
-import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from launch.slurm.sbatch_options import asked_gpus, check_srun, read_options
+from launch.slurm.client import slurm_config
+from launch.slurm.sbatch_options import check_srun, read_options, requested_gpus
 from shards.errors import UserError
 from toolkit.config.load import describe, nearest, read_yaml, typed
 from toolkit.config.schema import GPUS, Config, Launch
@@ -25,42 +24,42 @@ FILLED = (
 
 @dataclass(frozen=True)
 class Profile:
-    """One cluster's defaults; `slurm/profiles/example.yaml` says what each key is for."""
+    """One cluster's defaults; `slurm/profiles/example.yaml` explains the keys."""
 
     name: str = "none"
     match: list[str] = field(default_factory=list)  # patterns of SLURM's ClusterName or of this host's name
     launch: dict[str, Any] = field(default_factory=dict)  # defaults of the section `launch`
     setup: list[str] = field(default_factory=list)  # shell lines before the ranks start
-    env: dict[str, Any] = field(default_factory=dict)  # environment of the ranks, all of it text
-    scratch: str | None = None  # folder on a node's own disk: data.cache, where that is not set
+    env: dict[str, Any] = field(default_factory=dict)  # environment of the ranks, as text
+    scratch: str | None = None  # folder on a node's local disk: data.cache, if that is not set
     container: str | None = None  # command before the ranks' python, such as apptainer exec IMAGE
     python: str | None = None  # the ranks' python; null: this one, or `python` in a container
     srun: list[str] = field(default_factory=list)  # further arguments of srun
-    sbatch: dict[str, Any] = field(default_factory=dict)  # further options of sbatch, as `read_options` gives them
+    sbatch: dict[str, Any] = field(default_factory=dict)  # further options of sbatch, as of `read_options`
 
     @property
     def contained(self) -> bool:
-        """Do the ranks run in a container, with a python of its own?"""
+        """Whether the ranks run in a container, with its python."""
         return bool(self.container) or any(word.startswith("--container-image") for word in self.srun)
 
 
 def find_profile(launch: Launch) -> Profile:
-    """The profile that is asked for, else the one that matches SLURM's ClusterName or this host, else an empty one.
+    """Return the requested profile, else the one that matches SLURM's ClusterName or this host, else an empty one.
 
     Raises:
-        UserError: There is none of this name, a file cannot be read or holds an unknown key, or several match.
+        UserError: There is no such profile, a file cannot be read or has an unknown key, or several match.
     """
     if launch.profile is not None:
         return read_profile(_path(launch.profile))
-    names = _here()
+    names = _cluster_and_host_names()
     matching = [
         profile
         for profile in map(read_profile, sorted(PROFILES.glob("*.yaml")))
         if any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in profile.match for name in names)
     ]
     if len(matching) > 1:
-        found = ", ".join(profile.name for profile in matching)
-        raise UserError(f"the profiles {found} all match {' or '.join(names)}: choose one with --profile NAME")
+        several = ", ".join(profile.name for profile in matching)
+        raise UserError(f"the profiles {several} all match {' or '.join(names)}: choose one with --profile NAME")
     return matching[0] if matching else Profile()
 
 
@@ -68,7 +67,7 @@ def read_profile(path: Path) -> Profile:
     """Read one profile.
 
     Raises:
-        UserError: It is not YAML, or a key is unknown or has a value of another type.
+        UserError: It is not YAML, or a key is unknown or has a value of the wrong type.
     """
     kinds = {name: kind for name, kind in get_type_hints(Profile).items() if name not in ("name", "launch")}
     values: dict[str, Any] = {}
@@ -90,12 +89,12 @@ def read_profile(path: Path) -> Profile:
 
 
 def apply_profile(config: Config, profile: Profile, given: Collection[str]) -> Config:
-    """Fill in what neither the command line nor the configuration says.
+    """Fill in values that neither the command line nor the configuration sets.
 
     Args:
-        config: As read.
-        profile: Its values take the place of defaults only.
-        given: Keys of the command line, such as `launch.nodes`; their values stay, defaults too.
+        config: Configuration as read.
+        profile: Profile, whose values replace defaults only.
+        given: Keys of the command line, such as `launch.nodes`; their values are kept, defaults too.
     """
     launch, untouched = config.launch, Launch()
     filled = {
@@ -109,29 +108,8 @@ def apply_profile(config: Config, profile: Profile, given: Collection[str]) -> C
     return replace(config, launch=replace(launch, **filled), data=data)
 
 
-def slurm_config() -> dict[str, str] | None:
-    """What SLURM says of itself; None where this machine is configured for none, though the commands may be there.
-
-    Raises:
-        UserError: It is configured and does not answer.
-    """
-    if shutil.which("scontrol") is None:
-        return None
-    try:
-        answer = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        raise UserError("SLURM does not answer within a minute: try again later, or --cluster local") from None
-    if answer.returncode:
-        complaint = " ".join(answer.stderr.split())
-        if re.search(r"configuration source|slurm\.conf|process configuration", complaint):
-            return None
-        raise UserError(f"SLURM does not answer ({complaint}): try again later, or --cluster local")
-    pairs = (line.partition("=") for line in answer.stdout.splitlines() if "=" in line)
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _here() -> list[str]:
-    """The names that patterns are compared with, in lower case."""
+def _cluster_and_host_names() -> list[str]:
+    """Return the names that patterns are matched with, in lower case."""
     names = [(slurm_config() or {}).get("ClusterName"), socket.getfqdn(), socket.gethostname()]
     return list(dict.fromkeys(name.lower() for name in names if name))
 
@@ -145,15 +123,15 @@ def _path(name: str) -> Path:
 
 
 def _read_env(values: Mapping[Any, Any], where: str) -> dict[str, str]:
-    """The variables of a section `env` as text; null leaves a variable as it is.
+    """Return the variables of a section `env` as text; null leaves a variable as it is.
 
     Raises:
-        UserError: A name is no variable's, or a value no text.
+        UserError: A name or a value is invalid.
     """
     env = {}
     for name, value in values.items():
         if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
-            raise UserError(f"{where}: {name!r} is no name of a variable: expected letters, digits and underscores")
+            raise UserError(f"{where}: {name!r} is not a variable name: expected letters, digits and underscores")
         if value is None:
             continue
         if not isinstance(value, str | int | float) or "\0" in str(value):
@@ -163,23 +141,23 @@ def _read_env(values: Mapping[Any, Any], where: str) -> dict[str, str]:
 
 
 def _with_gpus(launch: dict[str, Any], sbatch: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A profile's keys of `launch`, with the GPUs that its options of sbatch ask for.
+    """Return a profile's keys of `launch`, with the GPUs that its options of sbatch request.
 
     Raises:
-        UserError: Key and option both ask for some, or the key is no number of GPUs.
+        UserError: Key and option both request some, or the key is not a number of GPUs.
     """
-    own, asked = launch.get("gpus_per_node"), asked_gpus(sbatch, f"{path}: sbatch")
-    if own is not None and not GPUS.fullmatch(str(own)):
+    of_key, of_sbatch = launch.get("gpus_per_node"), requested_gpus(sbatch, f"{path}: sbatch")
+    if of_key is not None and not GPUS.fullmatch(str(of_key)):
         expected = "int or null, or a type and a number such as a100:4"
-        raise UserError(f"{path}: gpus_per_node is {own!r}; expected {expected}")
-    if asked is None:
+        raise UserError(f"{path}: gpus_per_node is {of_key!r}; expected {expected}")
+    if of_sbatch is None:
         return launch
-    if own is not None:
-        raise UserError(f"{path}: gpus_per_node and an option of sbatch both ask for GPUs: keep one")
-    return {**launch, "gpus_per_node": int(asked) if asked.isdecimal() else asked}
+    if of_key is not None:
+        raise UserError(f"{path}: gpus_per_node and an option of sbatch both request GPUs: keep one")
+    return {**launch, "gpus_per_node": int(of_sbatch) if of_sbatch.isdecimal() else of_sbatch}
 
 
-_SECTIONS = {"sbatch": read_options, "env": _read_env}  # with rules of their own
+_SECTIONS = {"sbatch": read_options, "env": _read_env}  # sections with further rules
 
 
 def _checked(value: Any, kind: Any, where: str) -> Any:

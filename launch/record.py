@@ -1,4 +1,4 @@
-"""What is written down of each submission and of each time its job ran: `status`, `follow` and `resume` read it."""
+"""Records of each submission and of each attempt of its job, which `status`, `follow` and `resume` read."""
 
 import contextlib
 import json
@@ -11,31 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.files import read_records
+from shards.files import atomic_write, read_records
 
-SUBMISSION, INCARNATIONS = "submission.json", "incarnations.jsonl"
-MEMBERS = "members.json"  # of a job array: each member's own log folder by its place; there before the job is
+SUBMISSION, ATTEMPTS = "submission.json", "attempts.jsonl"
+_OLD_ATTEMPTS = "incarnations.jsonl"  # the name that earlier versions wrote
+MEMBERS = "members.json"  # log folder of each member of a job array by its index; written before the job is submitted
 
 
 @dataclass(frozen=True)
 class Submission:
-    """One submission of a run; a grid's has the members, and each member one of its own.
+    """One submission of a run; that of a grid names its members, each of which has a record too.
 
     Attributes:
-        job: SLURM's number of the job or of the whole array, or the process that holds the ranks on this machine.
+        job: Number of the SLURM job or array, or the controller process of the ranks on this machine.
         cluster: "slurm" or "local".
         run: The run folder, or the grid's.
         nodes: Number of nodes.
-        ranks: Number of ranks on all of them.
+        ranks: World size.
         command: Arguments of `launch/submit.py`.
         code: Folder of the code that the job runs.
-        time: Of the submission, in seconds since 1970.
-        member: Whether it is a member's of a grid, whose command submits all of them.
-        index: Place of this member in the job array, where they are one.
-        members: Log folder of each member by its place in the array; for a grid.
-        logs: Folder of the ranks' output, where that is not the folder of this record.
-        directory: Where the command was given: its relative paths begin there.
-        host: The machine that it was given on.
+        time: Unix time of the submission.
+        member: Whether this is a member of a grid, whose command submits all of them.
+        index: Index of this member in the job array, if they are one.
+        members: For a grid, the log folder of each member by its index in the array.
+        logs: Folder of the ranks' output, if that is not the folder of this record.
+        directory: Working directory of the command, to which its paths are relative.
+        host: Machine on which the command was given.
     """
 
     job: str
@@ -55,20 +56,19 @@ class Submission:
 
     @property
     def id(self) -> str:
-        """The job as squeue, scancel and submitit's files name it."""
+        """The job's number as squeue, scancel and submitit's files use it."""
         return self.job if self.index is None else f"{self.job}_{self.index}"
 
     def write(self, folder: Path) -> Path:
-        """Write the record into a log folder, whole or not at all.
+        """Write the record into a log folder, atomically.
 
         Raises:
             UserError: The folder cannot be written.
         """
         path = folder / SUBMISSION
-        temporary = path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            with atomic_write(path) as file:
+                file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
         return path
@@ -76,7 +76,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A submission and the log folder that it was read from."""
+    """A submission and its log folder."""
 
     folder: Path
     submission: Submission
@@ -87,37 +87,37 @@ class Recorded:
         return Path(self.submission.logs) if self.submission.logs else self.folder
 
     def log(self, rank: int, kind: str = "out") -> Path:
-        """A rank's output ("out") or errors ("err")."""
+        """Return the file of a rank's output ("out") or errors ("err")."""
         return self.logs / f"{self.submission.id}_{rank}_log.{kind}"
 
 
 def submissions(run: Path) -> list[Recorded]:
-    """Every submission of a run or grid, oldest first; what cannot be read is passed over."""
-    found = [Recorded(path.parent, record) for path in run.glob(f"logs/*/{SUBMISSION}") if (record := _read(path))]
-    return sorted(found, key=lambda each: (each.submission.time, each.folder.name))
+    """Return the submissions of a run or grid, oldest first, without unreadable ones."""
+    records = [Recorded(path.parent, record) for path in run.glob(f"logs/*/{SUBMISSION}") if (record := _read(path))]
+    return sorted(records, key=lambda each: (each.submission.time, each.folder.name))
 
 
 def newest(run: Path) -> Recorded | None:
-    """The last submission of a run or grid; None where there is none."""
+    """Return the last submission of a run or grid; None if there is none."""
     return (submissions(run) or [None])[-1]  # type: ignore[list-item]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One time that a job ran: SLURM starts a requeued job again under the same number.
+    """One attempt of a job: SLURM restarts a requeued job under the same number.
 
     Attributes:
-        restart: How often it was started before.
-        began: Seconds since 1970; 0 where that was not written.
-        hosts: Its nodes.
-        ended: The same at its end; None while it runs, or where its node was lost.
-        code: How it ended.
-        requeued: Whether it is to be started again.
-        why: In words.
-        cause: In one: done, saved, killed, failed, mistake, cancelled or slurm.
-        began_step: Step of the newest complete checkpoint when it began; -1 for none.
-        step: The same at its end; None where that was not written.
-        errors: Bytes that the batch script's error log held when it began.
+        restart: Restart count; 0 for the first attempt.
+        began: Unix time of its beginning; 0 if that was not written.
+        hosts: Nodes.
+        ended: Unix time of its end; None while it runs, or if its node was lost.
+        code: Exit code of srun.
+        requeued: Whether the job is restarted.
+        why: Explanation for people.
+        cause: One of done, saved, killed, failed, mistake, cancelled and slurm.
+        began_step: Step of the newest complete checkpoint at its beginning; -1 for none.
+        step: The same at its end; None if that was not written.
+        errors: Size of the batch script's error log at its beginning, in bytes.
     """
 
     restart: int
@@ -133,31 +133,32 @@ class Attempt:
     errors: int = 0
 
 
-def attempts(folder: Path) -> list[Attempt]:
-    """The times that the job of a log folder ran, first to last; none on this machine, where nothing is requeued."""
-    found: dict[int, dict[str, Any]] = {}
+def read_attempts(folder: Path) -> list[Attempt]:
+    """Return the attempts of a log folder's job, in order; none for a job of this machine, which is never requeued."""
+    by_restart: dict[int, dict[str, Any]] = {}
+    path = folder / ATTEMPTS
     with contextlib.suppress(OSError):
-        for line in read_records(folder / INCARNATIONS):
-            restart = line.get("restart")
+        for record in read_records(path if path.exists() else folder / _OLD_ATTEMPTS):
+            restart = record.get("restart")
             if isinstance(restart, int):
-                found[restart] = found.get(restart, {}) | line
+                by_restart[restart] = by_restart.get(restart, {}) | record
     known = {each.name for each in fields(Attempt)}
     return [
-        Attempt(**{name: value for name, value in found[restart].items() if name in known}) for restart in sorted(found)
+        Attempt(**{name: value for name, value in values.items() if name in known})
+        for _, values in sorted(by_restart.items())
     ]
 
 
-def ended_for_good(lives: Sequence[Attempt]) -> bool:
-    """Has the last incarnation ended, and none is to follow?"""
-    return bool(lives) and lives[-1].ended is not None and not lives[-1].requeued
+def ended_for_good(attempts: Sequence[Attempt]) -> bool:
+    """Return whether the last attempt has ended and the job is not restarted."""
+    return bool(attempts) and attempts[-1].ended is not None and not attempts[-1].requeued
 
 
 def restarts(run: Path) -> int:
-    """How often a run was begun again, by SLURM or by hand."""
+    """Return how often a run was restarted, by SLURM or by hand."""
     begun = 0
     for each in submissions(run):
-        lives = len(attempts(each.folder))
-        begun += lives or any(each.folder.glob("rank*.json"))
+        begun += len(read_attempts(each.folder)) or any(each.folder.glob("rank*.json"))
     return max(0, begun - 1)
 
 

@@ -1,9 +1,10 @@
-"""What has become of runs: their status, a log as it grows, cancel, resume, and the table of a sweep.
+"""Manage runs: status, follow a log, cancel, resume, and the table of a sweep.
 
-A run is named by its folder. SLURM is asked where it is; without it the folder alone tells.
+A run is given by its folder. SLURM is queried if it is on this machine; else the state comes from the folder alone.
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,66 +19,73 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.errors import Parser, UserError, run_main
+from shards.logs import add_log_level, setup_logging
 
 if TYPE_CHECKING:
     from launch.record import Recorded
     from launch.status.follow import Local, Slurm
     from launch.status.state import RunState
 
-_GRACE = 120.0  # seconds that the ranks of this machine have to save when they are cancelled
-_EVERY = 5.0  # seconds between two looks at the members of a sweep
+logger = logging.getLogger("launch.runs")  # also as a script
+
+_CANCEL_TIMEOUT = 120.0  # seconds that the ranks of this machine have to save when they are cancelled
+_POLL_INTERVAL = 5.0  # seconds between queries of a sweep's members
 
 
 def build_parser() -> Parser:
-    """The command line: a subcommand for each thing to do."""
+    """Return the command line, with one subcommand for each action."""
     parser = Parser(prog="runs.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    todo = parser.add_subparsers(dest="todo", required=True, metavar="COMMAND")
-    status = todo.add_parser("status", help="state, step, time left, restarts and recall of runs, and why one failed")
+    add_log_level(parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    status = commands.add_parser(
+        "status", help="state, step, time left, restarts and recall of runs, and why one failed"
+    )
     status.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them (runs)")
-    status.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument("--json", action="store_true", help="print JSON")
     one = {
-        "follow": "show a run's log as it grows, until it ends; or how the members of a sweep get on",
+        "follow": "show a run's log as it grows, until it ends; or the states of a sweep's members",
         "cancel": "end a run's job; its ranks save first",
         "resume": "submit the recorded command again, in the same folder",
     }
     for name, line in one.items():
-        todo.add_parser(name, help=line, description=line).add_argument("run", type=Path, metavar="RUN")
-    table = todo.add_parser("table", help="results of a sweep so far, one row a member, and which failed")
+        commands.add_parser(name, help=line, description=line).add_argument("run", type=Path, metavar="RUN")
+    table = commands.add_parser("table", help="results of a sweep so far, one row a member, and which failed")
     table.add_argument("grid", type=Path, metavar="FOLDER", help="the folder of a grid, or any folder of runs")
-    table.add_argument("--json", action="store_true", help="for programs")
+    table.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line asks for.
+    """Run a subcommand.
 
     Raises:
-        UserError: A folder is no run, or the run is not in a state for this.
-        SystemExit: With the exit code of what was followed or resumed.
+        UserError: A folder is not a run, or the run's state does not allow the action.
+        SystemExit: Exit code of the run that was followed or resumed.
     """
     options = build_parser().parse_args(arguments)
-    if options.todo == "status":
+    setup_logging(options.log_level)
+    if options.command == "status":
         status(options.runs or [Path("runs")], options.json)
-    elif options.todo == "table":
+    elif options.command == "table":
         table(options.grid, options.json)
-    elif options.todo == "cancel":
+    elif options.command == "cancel":
         cancel(options.run)
     else:
-        sys.exit({"follow": follow, "resume": resume}[options.todo](options.run))
+        sys.exit({"follow": follow, "resume": resume}[options.command](options.run))
 
 
 def status(folders: Sequence[Path], as_json: bool = False) -> None:
-    """Print how runs stand."""
-    from launch.status.state import find_runs, look
+    """Print the states of runs."""
+    from launch.status.state import find_runs, run_states
     from launch.status.tables import status_table, status_values
 
     runs = list(dict.fromkeys(run for folder in folders for run in find_runs(folder)))
-    states = look(runs)
+    states = run_states(runs)
     print(json.dumps([status_values(state) for state in states], indent=1) if as_json else status_table(states))
 
 
 def table(grid: Path, as_json: bool = False) -> None:
-    """Print the results of a sweep as far as they are there."""
+    """Print the results of a sweep so far."""
     from launch.status.tables import result_table, result_values
 
     states = member_states(grid)
@@ -88,26 +96,26 @@ def table(grid: Path, as_json: bool = False) -> None:
 
 
 def member_states(grid: Path) -> "list[RunState]":
-    """How the members of a sweep stand, in its order; of any other folder, the runs in it.
+    """Return the states of a sweep's members, in its order; of another folder, of the runs in it.
 
     Raises:
-        UserError: The folder holds no runs.
+        UserError: The folder has no runs.
     """
     from launch.record import newest
-    from launch.status.state import find_runs, look
+    from launch.status.state import find_runs, run_states
 
     last = newest(grid)
     if last and last.submission.members:
         members = last.submission.members
-        return look([Path(members[index]).parent.parent for index in sorted(members, key=int)])
-    return look(find_runs(grid))
+        return run_states([Path(members[index]).parent.parent for index in sorted(members, key=int)])
+    return run_states(find_runs(grid))
 
 
 def follow(run: Path) -> int:
-    """Show a run's log, or how a sweep's members get on, until all has ended.
+    """Show a run's log, or the states of a sweep's members, until all have ended.
 
     Returns:
-        The run's exit code; of a sweep 0, or 1 if a member failed.
+        Exit code of the run; of a sweep 0, or 1 if a member failed.
     """
     from launch.status.follow import follow as follow_job
 
@@ -121,25 +129,27 @@ def _follow_members(grid: Path) -> int:
     from launch.status.state import ENDED
     from launch.status.tables import result_table
 
-    told: dict[Path, str] = {}
+    shown: dict[Path, str] = {}
     while True:
         states = member_states(grid)
         for state in states:
-            if told.get(state.run) != state.state:
-                told[state.run] = state.state
-                print(f"{state.run.name}: {state.state}{f' ({state.reason})' if state.reason else ''}", flush=True)
+            if shown.get(state.run) != state.state:
+                shown[state.run] = state.state
+                reason = f" ({state.reason})" if state.reason else ""
+                logger.info("%s: %s%s", state.run.name, state.state, reason)
         if all(state.state in ENDED for state in states):
             print(result_table(states, grid))
             return 0 if all(state.state == "done" for state in states) else 1
-        time.sleep(_EVERY)
+        time.sleep(_POLL_INTERVAL)
 
 
 def cancel(run: Path) -> None:
-    """End a run's job, or all of a sweep's.
+    """Cancel a run's job, or all of a sweep's.
 
     Raises:
-        UserError: Nothing runs, or it runs where it cannot be reached from here.
+        UserError: Nothing runs, or it cannot be cancelled from this machine.
     """
+    from launch.slurm.client import cancel_jobs
     from launch.status.follow import Local
     from launch.status.state import ENDED
 
@@ -149,62 +159,66 @@ def cancel(run: Path) -> None:
         _cancel_here(run, recorded, job)
         return
     ids = [recorded.submission.id]
-    if recorded.submission.members:  # one may have been submitted again on its own
+    if recorded.submission.members:  # one may have been resubmitted alone
         alive = [state.recorded for state in member_states(run) if state.recorded and state.state not in ENDED]
         ids = [each.submission.id for each in alive] or ids
     try:
-        answer = subprocess.run(["scancel", *ids], capture_output=True, text=True)
+        error = cancel_jobs(ids)
     except FileNotFoundError:
         raise UserError(
-            f"{run}: job {ids[0]} is SLURM's, and there is no scancel here: do that where SLURM is"
+            f"{run}: job {ids[0]} is SLURM's, and there is no scancel here: cancel it where SLURM is"
         ) from None
-    named = f"job {', '.join(ids)}"
-    if complaint := " ".join(answer.stderr.split()):
-        raise UserError(f"{run}: {named} cannot be cancelled: {complaint}")
-    print(f"{run}: {named} is being ended; the ranks save first")
+    if error:
+        raise UserError(f"{run}: job {', '.join(ids)} cannot be cancelled: {error}")
+    logger.info("%s: job %s is being cancelled; the ranks save first", run, ", ".join(ids))
 
 
 def _cancel_here(run: Path, recorded: "Recorded", job: "Local") -> None:
-    """Ask the ranks of this machine to save and leave; end by force those that have not after a while."""
+    """Signal the ranks of this machine to save and exit; kill them after a timeout."""
     if not job.alive():
         raise UserError(f"{run}: job {job.id} has ended already")
     job.signal_ranks(signal.SIGTERM)
-    deadline = time.monotonic() + _GRACE
+    deadline = time.monotonic() + _CANCEL_TIMEOUT
     while job.alive() and time.monotonic() < deadline:
         time.sleep(0.1)
     saved = not job.alive()
     job.end()
-    print(f"{run}: job {job.id} ended" + ("" if saved else f"; after {_GRACE:.0f} s its ranks were killed"))
+    killed = "" if saved else f"; after {_CANCEL_TIMEOUT:.0f} s its ranks were killed"
+    logger.info("%s: job %s ended%s", run, job.id, killed)
 
 
 def resume(run: Path) -> int:
-    """Submit a run's recorded command again, from where it was given, in the same folder.
+    """Submit a run's recorded command again, from its working directory and in the same run folder.
 
     Returns:
-        The exit code of `launch/submit.py`.
+        Exit code of `launch/submit.py`.
 
     Raises:
-        UserError: The place of the command is gone.
+        UserError: The working directory of the command does not exist.
     """
     recorded = _recorded(run)
     submission = recorded.submission
     if not Path(submission.directory).is_dir():
-        raise UserError(f"{submission.directory}, where the command was given, is gone: submit again from elsewhere")
-    command = _alone(recorded.folder / "config.yaml") if submission.member else submission.command
+        raise UserError(
+            f"{submission.directory}, the working directory of the command, does not exist: submit again from elsewhere"
+        )
+    command = _member_command(recorded.folder / "config.yaml") if submission.member else submission.command
     script = Path(__file__).resolve().with_name("submit.py")
     words = [sys.executable, str(script), *command, "--run", str(run.resolve())]
     return subprocess.run(words, cwd=submission.directory).returncode
 
 
-def _alone(config: Path) -> list[str]:
-    """A command for a member of a sweep, whose own would submit all of it: the same configuration, the same resources.
+def _member_command(config: Path) -> list[str]:
+    """Return the command of a sweep's member alone, with the same configuration and resources.
 
-    What the launch section says is given as words, so that no profile fills it in anew.
+    The launch section is given as options, so that no profile fills it in again.
     """
     from toolkit.config.load import read_yaml
 
-    asked = read_yaml(config).get("launch") or {}
-    words = [f"--launch.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in asked.items()]
+    launch = read_yaml(config).get("launch") or {}
+    words = [
+        f"--launch.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in launch.items()
+    ]
     return ["--config", str(config), *words]
 
 
@@ -218,10 +232,10 @@ def _recorded(run: Path) -> "Recorded":
 
 
 def _job(recorded: "Recorded") -> "Local | Slurm":
-    """A recorded job as something to follow and to end.
+    """Return a recorded job as one that can be followed and cancelled.
 
     Raises:
-        UserError: It is another machine's.
+        UserError: It belongs to another machine.
     """
     from launch.status.follow import Controller, Local, Slurm
 
@@ -229,7 +243,7 @@ def _job(recorded: "Recorded") -> "Local | Slurm":
     if submission.cluster == "slurm":
         return Slurm(submission.id)
     if submission.host != os.uname().nodename:
-        raise UserError(f"{submission.run}: this job is of {submission.host}: do that there")
+        raise UserError(f"{submission.run}: this job runs on {submission.host}: give the command there")
     return Local(Controller(submission.job, recorded.folder), recorded.folder, submission.ranks)
 
 

@@ -1,10 +1,11 @@
-"""Shard a corpus by a job array, a part each, and a last job that closes the folder: as make_shards, with --parts N.
+"""Shard a corpus in parallel: a SLURM job array writes the parts, a last job merges them.
 
     python launch/shard.py spokencoco --root DIR --out DIR --parts 16 --jobs 8 --partition cpu
 
-Where there is no SLURM the parts are written here, one after another. The same command goes on with what is missing.
+Without SLURM the parts are written on this machine, one after another. The same command continues an unfinished folder.
 """
 
+import logging
 import os
 import shlex
 import subprocess
@@ -19,19 +20,22 @@ from typing import Any
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.errors import Parser, UserError, run_main
+from shards.errors import ExitCode, Parser, UserError, run_main
+from shards.logs import add_log_level, setup_logging
 
-_LIMIT = "12:00:00"
-_JOBS = 4  # processes a part on a cluster, and cores that are asked for it
-_MOST = 10_000
-_EVERY = 2.0  # seconds between two looks at the queue
-_LATE = 15.0  # seconds that a shared disk may take to show the last files of a job that is gone
-_TAIL = 20  # lines of a failed part's log that are shown
+logger = logging.getLogger("launch.shard")  # also as a script
+
+_DEFAULT_TIME = "12:00:00"
+_DEFAULT_JOBS = 4  # processes and cores of a part on a cluster
+_MAX_PARTS = 10_000
+_POLL_INTERVAL = 2.0  # seconds between queries of the queue
+_FILE_DELAY = 15.0  # seconds that a shared disk may take to show the last files of a job that has ended
+_TAIL_LINES = 20  # lines of a failed part's log that are shown
 
 
 @dataclass(frozen=True)
 class Scripts:
-    """What sbatch is given, and where it leaves its traces."""
+    """Batch scripts of the parts and the merge, and the folder of their logs and exit codes."""
 
     parts: str
     merge: str
@@ -39,11 +43,11 @@ class Scripts:
     count: int
 
     def log(self, job: str) -> Path:
-        """Output of a part, by its number, or of "merge"."""
+        """Return the output file of a part, by its number, or of "merge"."""
         return self.folder / f"{job}.log"
 
     def code(self, job: str) -> int | None:
-        """Exit code that it has left; None so far."""
+        """Return the exit code of a part or of "merge"; None before its end."""
         try:
             return int((self.folder / f"{job}.exit").read_text())
         except (OSError, ValueError):
@@ -51,7 +55,7 @@ class Scripts:
 
 
 def build_parser() -> Parser:
-    """The command line; what it does not know is for make_shards."""
+    """Return the command line; other options are make_shards'."""
     parser = Parser(
         prog="shard.py",
         usage="%(prog)s CORPUS --root DIR --out DIR --parts N [options of make_shards.py CORPUS] [options]",
@@ -61,14 +65,15 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("--parts", type=int, required=True, metavar="N", help="parts to divide the corpus into")
-    add("--array", type=int, default=0, metavar="K", help="parts at once at most (default: as many as fit)")
-    add("--cluster", choices=("auto", "slurm", "local"), default="auto", help="default: SLURM where it is")
-    add("--profile", help="a name in slurm/profiles or a file (default: the one that fits this cluster)")
+    add("--array", type=int, default=0, metavar="K", help="maximum number of parts at a time (default: as many as fit)")
+    add("--cluster", choices=("auto", "slurm", "local"), default="auto", help="default: SLURM if it is available")
+    add("--profile", help="a name in slurm/profiles or a file (default: the one that matches this cluster)")
     for name in ("partition", "account", "qos", "constraint"):
         add(f"--{name}", help="as of sbatch")
-    add("--time", help=f"limit of a part, as sbatch takes it (default: {_LIMIT})")
-    add("--follow", action=BooleanOptionalAction, default=True, help="wait until all is done")
+    add("--time", help=f"time limit of a part, in sbatch's notation (default: {_DEFAULT_TIME})")
+    add("--follow", action=BooleanOptionalAction, default=True, help="wait for the jobs")
     add("--dry-run", action="store_true", help="show what would be written and submitted")
+    add_log_level(parser)
     return parser
 
 
@@ -76,20 +81,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the parts and merge them.
 
     Raises:
-        UserError: An option or the cluster does not fit.
-        SystemExit: With 0 once the shards are there, else the exit code of the part that failed first.
+        UserError: An option is invalid, or the cluster is not usable.
+        SystemExit: With 0 once the shards are written, else the exit code of the part that failed first.
     """
     from launch.executor import choose_cluster, leave_job
     from launch.snapshot import ROOT
     from toolkit.config.schema import Launch
 
     options, words = build_parser().parse_known_args(arguments)
-    if not 1 <= options.parts <= _MOST:
-        raise UserError(f"--parts {options.parts}: expected 1 to {_MOST}")
+    setup_logging(options.log_level)
+    if not 1 <= options.parts <= _MAX_PARTS:
+        raise UserError(f"--parts {options.parts}: expected 1 to {_MAX_PARTS}")
     if options.array < 0:
         raise UserError(f"--array {options.array}: expected a number of parts, or 0")
-    taken = check_words(words)
-    out = taken.out
+    parsed = check_words(words)
+    out = parsed.out
     cluster = choose_cluster(Launch(cluster=options.cluster))
     if cluster == "slurm":
         leave_job(os.environ)
@@ -97,31 +103,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dry_run:
         code = subprocess.run([*make_shards, *words, "--dry-run"]).returncode
         if cluster == "slurm" and code == 0:
-            print(_shown(scripts(options, words, taken, log_root(out) / "TIME", ROOT)))
+            print(_scripts_text(scripts(options, words, parsed, log_root(out) / "TIME", ROOT)))
         sys.exit(code)
-    if (out / "manifest.json").exists():  # finished, or other shards: make_shards says
+    if (out / "manifest.json").exists():  # finished, or other shards: make_shards reports it
         sys.exit(subprocess.run([*make_shards, *words]).returncode)
-    sys.exit(on_slurm(options, words, taken) if cluster == "slurm" else here(make_shards, words, out, options.parts))
+    sys.exit(on_slurm(options, words, parsed) if cluster == "slurm" else here(make_shards, words, out, options.parts))
 
 
 def check_words(words: Sequence[str]) -> Namespace:
-    """Have make_shards' own command line look at its words.
+    """Parse the options of make_shards.
 
     Returns:
-        What it makes of them.
+        Parsed options.
 
     Raises:
-        UserError: It does not take them, or they are at odds with parts.
+        UserError: One is invalid, or contradicts --parts.
     """
     from toolkit.make_shards import build_parser as parser_of_make_shards
 
-    taken = parser_of_make_shards().parse_args(words)
-    if taken.corpus == "merge":
-        raise UserError("merge: the parts are merged by themselves; name a corpus")
-    for name, mend in {"part": "give --parts N", "restart": f"remove {taken.out} instead"}.items():
-        if getattr(taken, name):
-            raise UserError(f"--{name} is for make_shards.py alone: {mend}")
-    return taken
+    parsed = parser_of_make_shards().parse_args(words)
+    if parsed.corpus == "merge":
+        raise UserError("merge: the parts are merged automatically; name a corpus")
+    for name, instead in {"part": "give --parts N", "restart": f"remove {parsed.out} instead"}.items():
+        if getattr(parsed, name):
+            raise UserError(f"--{name} is for make_shards.py alone: {instead}")
+    return parsed
 
 
 def here(make_shards: Sequence[str], words: Sequence[str], out: Path, parts: int) -> int:
@@ -130,77 +136,81 @@ def here(make_shards: Sequence[str], words: Sequence[str], out: Path, parts: int
     Returns:
         0, or the exit code of the first that failed.
     """
-    each = [[*words, "--part", f"{part}/{parts}"] for part in range(1, parts + 1)]
-    for command in [*each, ["merge", "--out", str(out)]]:
+    commands = [[*words, "--part", f"{part}/{parts}"] for part in range(1, parts + 1)]
+    for command in [*commands, ["merge", "--out", str(out)]]:
         if code := subprocess.run([*make_shards, *command]).returncode:
             return code
     return 0
 
 
-def on_slurm(options: Namespace, words: Sequence[str], taken: Namespace) -> int:
+def on_slurm(options: Namespace, words: Sequence[str], parsed: Namespace) -> int:
     """Submit the parts and the merge, and wait for them.
 
     Returns:
-        0 once the shards are there, or if they are not to be waited for; else the exit code of the first that failed.
+        0 once the shards are written, or without waiting; else the exit code of the first job that failed.
 
     Raises:
         UserError: SLURM refuses a job.
     """
+    from launch.slurm.client import cancel_jobs, submit_script
     from launch.snapshot import snapshot
     from launch.submit import new_folder
 
-    root = log_root(taken.out)
+    root = log_root(parsed.out)
     code = snapshot(root)
-    made = scripts(options, words, taken, new_folder(root), code)
-    parts = _sbatch(made.parts, made.folder / "parts.sh")
+    made = scripts(options, words, parsed, new_folder(root), code)
+    files = {name: made.folder / f"{name}.sh" for name in ("parts", "merge")}
+    for name, file in files.items():
+        file.write_text(getattr(made, name), encoding="utf-8")
+    parts = submit_script(files["parts"])
     try:
-        merge = _sbatch(made.merge, made.folder / "merge.sh", [f"--dependency=afterok:{parts}"])
+        merge = submit_script(files["merge"], [f"--dependency=afterok:{parts}"])
     except UserError:
-        subprocess.run(["scancel", parts], capture_output=True)
+        cancel_jobs([parts])
         raise
-    print(f"jobs {parts} ({made.count} parts) and {merge} (merge), logs {made.folder}", flush=True)
+    logger.info("jobs %s (%d parts) and %s (merge), logs %s", parts, made.count, merge, made.folder)
     if not options.follow:
         return 0
     try:
         return follow(made, parts, merge)
     except KeyboardInterrupt:
-        print(f"the jobs go on; scancel {parts} {merge} ends them", file=sys.stderr)
+        logger.warning("the jobs are still running; scancel %s %s ends them", parts, merge)
         raise
 
 
-def scripts(options: Namespace, words: Sequence[str], taken: Namespace, folder: Path, code: Path) -> Scripts:
-    """The two batch scripts.
+def scripts(options: Namespace, words: Sequence[str], parsed: Namespace, folder: Path, code: Path) -> Scripts:
+    """Return the two batch scripts.
 
     Args:
-        options: Of this command.
-        words: For make_shards.
-        taken: What make_shards makes of them.
-        folder: For logs.
-        code: Holds the packages that the nodes run.
+        options: Options of this command.
+        words: Options for make_shards.
+        parsed: The same, parsed.
+        folder: Folder of the logs.
+        code: Folder of the packages that the nodes run.
     """
-    from launch.slurm.sbatch_options import beside, flag
+    from launch.slurm.sbatch_options import directive, merge_options
 
-    jobs = taken.jobs if any(word.partition("=")[0] == "--jobs" for word in words) else _JOBS
+    jobs = parsed.jobs if any(word.partition("=")[0] == "--jobs" for word in words) else _DEFAULT_JOBS
     limit = f"%{options.array}" if options.array else ""
-    common = {"job-name": f"shards-{taken.out.name}", "open-mode": "append", "requeue": True}
-    asked, setup, python = _asked(options)
+    common = {"job-name": f"shards-{parsed.out.name}", "open-mode": "append", "requeue": True}
+    requested, setup, python = _resources(options)
     command = f"{python} -u {shlex.quote(str(code / 'toolkit' / 'make_shards.py'))}"
     array = {"array": f"1-{options.parts}{limit}", "cpus-per-task": jobs, "output": f"{folder}/%a.log"}
     part = f'{shlex.join([*words, "--jobs", str(jobs)])} --part "$SLURM_ARRAY_TASK_ID/{options.parts}"'
     last = {"kill-on-invalid-dep": "yes", "output": f"{folder}/merge.log"}
-    merge = f"merge --out {shlex.quote(str(taken.out))}"
+    merge = f"merge --out {shlex.quote(str(parsed.out))}"
 
     def script(head: dict[str, Any], job: str, arguments: str) -> str:
         mark = f'{shlex.quote(str(folder))}/"{job}".exit'
         body = [f"rm -f {mark}", f"{command} {arguments}", "code=$?", f"echo $code > {mark}", "exit $code", ""]
-        flags = [flag(name, value) for name, value in beside({**common, **head}, asked).items()]
+        flags = [directive(name, value) for name, value in merge_options({**common, **head}, requested).items()]
         return "\n".join(["#!/bin/bash", *flags, *setup, *body])
 
     return Scripts(script(array, "$SLURM_ARRAY_TASK_ID", part), script(last, "merge", merge), folder, options.parts)
 
 
-def _asked(options: Namespace) -> tuple[dict[str, Any], list[str], str]:
-    """What both jobs ask of SLURM, the lines before their command, and their python, by options and profile."""
+def _resources(options: Namespace) -> tuple[dict[str, Any], list[str], str]:
+    """Return options of sbatch for both jobs, the lines before their command, and their python."""
     from launch.executor import minutes
     from launch.profiles import apply_profile, find_profile
     from launch.slurm.sbatch_options import with_gpus
@@ -211,89 +221,73 @@ def _asked(options: Namespace) -> tuple[dict[str, Any], list[str], str]:
     launch = Launch(**given)
     profile = find_profile(launch)
     launch = apply_profile(Config(launch=launch), profile, [f"launch.{name}" for name in given]).launch
-    limit = _LIMIT if launch.time == Launch().time and "time" not in given else launch.time
-    asked = {name: getattr(launch, name) for name in names[1:-1]} | {"time": minutes(limit)}
-    asked |= with_gpus(profile.sbatch, None, 1)  # parts need none
+    limit = _DEFAULT_TIME if launch.time == Launch().time and "time" not in given else launch.time
+    requested = {name: getattr(launch, name) for name in names[1:-1]} | {"time": minutes(limit)}
+    requested |= with_gpus(profile.sbatch, None, 1)  # no GPUs
     python = shlex.quote(sys.executable)
-    if profile.container or not profile.contained:  # one of srun's, which these scripts do not call, is for ranks alone
+    if (
+        profile.container or not profile.contained
+    ):  # a container of srun's, which these scripts do not call, is for ranks alone
         python = profile.python or ("python" if profile.container else python)
     return (
-        {name: value for name, value in asked.items() if value is not None},
+        {name: value for name, value in requested.items() if value is not None},
         [*profile.setup, *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.env.items())],
         f"{profile.container} {python}" if profile.container else python,
     )
 
 
 def follow(made: Scripts, parts: str, merge: str) -> int:
-    """Say how many parts are done until the merge has ended.
+    """Log how many parts are written until the merge has ended.
 
     Returns:
         0, or the exit code of the first that failed.
     """
-    from launch.slurm.client import find
+    from launch.slurm.client import find_jobs
 
     names = [str(number) for number in range(1, made.count + 1)]
-    told, gone_at = "", None
+    shown, gone_at = "", None
     while True:
-        found = find([*(f"{parts}_{name}" for name in names), merge])
+        jobs = find_jobs([*(f"{parts}_{name}" for name in names), merge])
         codes = {name: made.code(name) for name in [*names, "merge"]}
         done, failed = sum(codes[name] == 0 for name in names), [name for name in codes if codes[name]]
         line = f"{done} of {made.count} parts written" + (f", failed: {', '.join(failed)}" if failed else "")
-        if line != told:
-            print(line, flush=True)
-            told = line
+        if line != shown:
+            logger.info("%s", line)
+            shown = line
         if codes["merge"] == 0:
             print(made.log("merge").read_text(errors="replace"), end="")
             return 0
-        alive = not found or any(each.alive for each in found.values())
+        alive = not jobs or any(each.alive for each in jobs.values())
         gone_at = None if alive else gone_at or time.monotonic()
-        if gone_at is not None and (failed or time.monotonic() - gone_at > _LATE):
-            return _explain(made, codes)
-        time.sleep(_EVERY)
+        if gone_at is not None and (failed or time.monotonic() - gone_at > _FILE_DELAY):
+            return _report_failure(made, codes)
+        time.sleep(_POLL_INTERVAL)
 
 
-def _explain(made: Scripts, codes: dict[str, int | None]) -> int:
-    """Say why there are no shards: by the end of the first log of one that failed."""
+def _report_failure(made: Scripts, codes: dict[str, int | None]) -> int:
+    """Log why the shards are not complete: the end of the first failed job's log; return its exit code."""
     job = next((name for name, code in codes.items() if code), None)
     job = job or next(name for name, code in codes.items() if code is None)
     log, code = made.log(job), codes[job]
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    what = "the merge" if job == "merge" else f"part {job}"
+    name = "the merge" if job == "merge" else f"part {job}"
     mistakes = [line for line in lines if line.startswith("error: ")]
-    if code == 2 and mistakes:
-        print(mistakes[-1], file=sys.stderr)
-        return 2
-    how = "was killed or never began" if code is None else f"failed with exit code {code}"
-    print("\n".join(lines[-_TAIL:]), file=sys.stderr)
-    print(f"error: {what} {how}; the same command goes on with what is missing; its log is {log}", file=sys.stderr)
-    return code or 1
+    if code == ExitCode.USER_ERROR and mistakes:
+        logger.error("%s", mistakes[-1].removeprefix("error: "))
+        return code
+    how = "was killed or never started" if code is None else f"failed with exit code {code}"
+    print("\n".join(lines[-_TAIL_LINES:]), file=sys.stderr)
+    logger.error("%s %s; the same command continues; its log is %s", name, how, log)
+    return code or ExitCode.ERROR
 
 
 def log_root(out: Path) -> Path:
-    """Folder for logs and code beside the shards, which hold nothing else."""
+    """Return the folder for logs and code, beside that of the shards."""
     return out.resolve().with_name(f"{out.name}.logs")
 
 
-def _sbatch(script: str, path: Path, options: Sequence[str] = ()) -> str:
-    """Submit a script.
-
-    Returns:
-        The job's number.
-
-    Raises:
-        UserError: SLURM refuses it.
-    """
-    path.write_text(script, encoding="utf-8")
-    from launch.slurm.client import job_number
-
-    answer = subprocess.run(["sbatch", "--parsable", *options, str(path)], capture_output=True, text=True)
-    if answer.returncode:
-        raise UserError(f"SLURM refused the job: {' '.join(answer.stderr.split())}")
-    return job_number(answer.stdout)
-
-
-def _shown(made: Scripts) -> str:
-    return f"\nthe parts:\n\n{made.parts}\nthe merge, once all have ended well:\n\n{made.merge}"
+def _scripts_text(made: Scripts) -> str:
+    return f"\nthe parts:\n\n{made.parts}\nthe merge, once all have succeeded:\n\n{made.merge}"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""A copy of the code in the run folder: what is edited later does not change a job that waits or is started again.
+"""A copy of the code in the run folder: later edits do not change a job that is pending or restarted.
 
-RUN/code/HASH/{toolkit,launch,shards}/   HASH is of the content: the same code is copied once
-RUN/code/HASH.json                       where it was copied from, and git's state there
+RUN/code/HASH/{toolkit,launch,shards}/   HASH of the content: the same code is copied once
+RUN/code/HASH.json                       folder that was copied, and its state in git
 """
 
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.files import atomic_write
 from toolkit.run_folder import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,40 +20,40 @@ PACKAGES = ("toolkit", "launch", "shards")
 
 
 def snapshot(run: Path, root: Path = ROOT) -> Path:
-    """Copy the packages into a run folder, if they are not there yet.
+    """Copy the packages into a run folder, unless they are there.
 
     Args:
-        run: The run folder.
-        root: Holds the packages.
+        run: Run folder.
+        root: Folder of the packages.
 
     Returns:
-        The folder that holds the copy, absolute: what PYTHONPATH takes.
+        Absolute folder of the copy, for PYTHONPATH.
 
     Raises:
-        UserError: The folder cannot be written, or the copy that is there was changed.
+        UserError: The folder cannot be written, or an earlier copy was changed.
     """
     contents = read_code(root)
-    target = place(run, contents)
+    target = snapshot_folder(run, contents)
     try:
         if not target.is_dir():
             _write(target, contents)
             _write_origin(target.with_suffix(".json"), root)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}; name another with --run DIR") from None
-    if place(run, read_code(target)) != target:
-        raise UserError(f"{target}, the copy of the code, was changed: remove it, and it is made again")
+    if snapshot_folder(run, read_code(target)) != target:
+        raise UserError(f"{target}, the copy of the code, was changed: remove it and submit again")
     return target
 
 
-def place(run: Path, contents: dict[str, bytes]) -> Path:
-    """The folder, absolute, of the copy of what `read_code` gave; it need not be there."""
+def snapshot_folder(run: Path, contents: dict[str, bytes]) -> Path:
+    """Return the absolute folder for a copy of this code; it need not exist."""
     return (run / "code" / digest(contents)).resolve()
 
 
 def read_code(root: Path) -> dict[str, bytes]:
-    """The files of the packages by their path from `root`, whether git knows them or not; no caches, nothing hidden."""
-    found = (path for package in PACKAGES for path in (root / package).rglob("*") if path.is_file())
-    names = {path: path.relative_to(root).parts for path in found}
+    """Return the files of the packages by their path from `root`, tracked or not, without caches and hidden files."""
+    files = (path for package in PACKAGES for path in (root / package).rglob("*") if path.is_file())
+    names = {path: path.relative_to(root).parts for path in files}
     return {
         "/".join(parts): path.read_bytes()
         for path, parts in names.items()
@@ -62,7 +62,7 @@ def read_code(root: Path) -> dict[str, bytes]:
 
 
 def digest(contents: dict[str, bytes]) -> str:
-    """Twelve hex digits of the names and contents."""
+    """Return twelve hex digits of the SHA-256 of names and contents."""
     total = hashlib.sha256()
     for name, content in sorted(contents.items()):
         total.update(f"{name}\0{len(content)}\0".encode())
@@ -71,7 +71,7 @@ def digest(contents: dict[str, bytes]) -> str:
 
 
 def _write(target: Path, contents: dict[str, bytes]) -> None:
-    """Write under another name first: several may submit at once, and a copy is whole or not there."""
+    """Write under a temporary name and rename: several may submit at once, and a copy is complete or absent."""
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
     for name, content in contents.items():
         path = temporary / name
@@ -81,7 +81,7 @@ def _write(target: Path, contents: dict[str, bytes]) -> None:
         temporary.rename(target)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not target.is_dir():  # else another submission of the same code was first
+        if not target.is_dir():  # else another submission has just written the same code
             raise
 
 
@@ -91,6 +91,5 @@ def _write_origin(path: Path, root: Path) -> None:
         "time": time.time(),
         "git": git_state(root, *PACKAGES),
     }
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(origin, indent=1))
-    temporary.replace(path)
+    with atomic_write(path) as file:
+        file.write(json.dumps(origin, indent=1).encode())

@@ -1,7 +1,8 @@
-"""Run shards (if missing), training and evaluation as one job, on SLURM where there is one, else on this machine."""
+"""Run make_shards (if shards are missing), training and evaluation as one job, on SLURM if there is one, else here."""
 
 import argparse
 import json
+import logging
 import os
 import signal
 import socket
@@ -33,39 +34,41 @@ from launch.record import MEMBERS, Submission
 from launch.snapshot import ROOT, snapshot
 from launch.status.follow import Local, Running, Slurm, follow
 from launch.status.state import check_idle
-from shards.errors import UserError, run_main
+from shards.errors import ExitCode, UserError, run_main
 from toolkit.config.load import Parser, parse
 from toolkit.config.schema import Config
 from toolkit.run_folder import to_yaml
 
-SHORT = (
+logger = logging.getLogger("launch.submit")  # also as a script
+
+SHORT_OPTIONS = (
     "cluster", "profile", "name", "nodes", "ranks_per_node", "gpus_per_node", "cpus_per_rank", "partition", "account",
     "qos", "constraint", "time", "signal", "array",
 )  # fmt: skip
-FLAGS = {"--follow": "--launch.follow=true", "--no-follow": "--launch.follow=false"}
+FOLLOW_FLAGS = {"--follow": "--launch.follow=true", "--no-follow": "--launch.follow=false"}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Submit the job, follow its log, and exit with its status.
 
     Raises:
-        UserError: The configuration, the shards, the run folder or the cluster do not fit.
+        UserError: The configuration, the shards, the run folder or the cluster is not usable.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    words = list(lengthen(given))
+    words = list(expand_short_options(given))
     config, options = parse(words, _parser())
     cluster = choose_cluster(config.launch)
     profile = find_profile(config.launch) if cluster == "slurm" else Profile()
-    jobs = [ask(member, cluster, profile, words) for member in members(config, options, words)]
+    jobs = [make_job_spec(member, cluster, profile, words) for member in members(config, options, words)]
     if cluster != "debug":
         leave_job(os.environ)
     if cluster == "slurm" and len(jobs) > 1:
         jobs = same_resources(jobs)
     if options.dry_run:
-        text, well = preview(jobs, Path(config.run))
+        text, ok = preview(jobs, Path(config.run))
         print(text)
-        sys.exit(0 if well else 2)
-    check(jobs)
+        sys.exit(0 if ok else ExitCode.USER_ERROR)
+    run_checks(jobs)
     if cluster == "slurm":
         check_script(script(jobs[0], Path(config.run), len(jobs)), only_hopeless=True)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -80,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
-    for name in SHORT:
+    for name in SHORT_OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=f"the same as --launch.{name}")
     parser.add_argument(
         "--follow", "--no-follow", action="store_true", help="the same as --launch.follow true or false"
@@ -94,19 +97,19 @@ def _parser() -> Parser:
     return parser
 
 
-def lengthen(arguments: Sequence[str]) -> Iterator[str]:
-    """Write the short options out: `--nodes 4` is `--launch.nodes 4`."""
+def expand_short_options(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the words with short options expanded: `--nodes 4` is `--launch.nodes 4`."""
     for word in arguments:
         name, equals, value = word.partition("=")
         key = name[2:].replace("-", "_")
-        if word in FLAGS:
-            yield FLAGS[word]
+        if word in FOLLOW_FLAGS:
+            yield FOLLOW_FLAGS[word]
         else:
-            yield f"--launch.{key}{equals}{value}" if name.startswith("--") and key in SHORT else word
+            yield f"--launch.{key}{equals}{value}" if name.startswith("--") and key in SHORT_OPTIONS else word
 
 
-def ask(config: Config, cluster: str, profile: Profile, words: Sequence[str]) -> JobSpec:
-    """Complete a job by what the cluster's profile says."""
+def make_job_spec(config: Config, cluster: str, profile: Profile, words: Sequence[str]) -> JobSpec:
+    """Return a job with the profile's values filled in."""
     given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     config = apply_profile(config, profile, given)
     ranks = ranks_per_node(config.launch, cluster)
@@ -114,41 +117,41 @@ def ask(config: Config, cluster: str, profile: Profile, words: Sequence[str]) ->
 
 
 def members(config: Config, options: argparse.Namespace, words: list[str]) -> list[Config]:
-    """The configurations of a grid, each with a run folder in that of the command; without a grid the one there is.
+    """Return the configurations of a grid's members, with run folders in that of the command; without a grid the one.
 
     Raises:
-        UserError: The grid's file or a value in it is wrong.
+        UserError: The grid's file or a value in it is invalid.
     """
     if not (options.grid or options.sweep):
         return [config]
     from launch.sweep import expand
 
-    name, found = config.launch.name or Path(config.run).name, []
+    name, configs = config.launch.name or Path(config.run).name, []
     for member in expand(options.grid or {}, options.sweep):
-        places = [f"--run={Path(config.run) / member.name}", f"--launch.name={name}"]
-        found.append(parse([*words, *member.arguments, *places], _parser())[0])
-    return found
+        names = [f"--run={Path(config.run) / member.name}", f"--launch.name={name}"]
+        configs.append(parse([*words, *member.arguments, *names], _parser())[0])
+    return configs
 
 
-def check(jobs: Sequence[JobSpec]) -> None:
-    """Look at everything that can be seen before a job waits in a queue for nothing; make the shards that are missing.
+def run_checks(jobs: Sequence[JobSpec]) -> None:
+    """Run all checks, and make missing shards, so that no job waits in a queue for nothing.
 
     Raises:
-        UserError: The first thing that is wrong.
+        UserError: The first check that failed.
         SystemExit: make_shards failed, with its exit code.
     """
     check_idle([Path(job.config.run) for job in jobs])
     for _, each in distinct(("", each) for job in jobs for each in job_checks(job)):
-        each.look()
+        each.run()
     for job in jobs:
         if to_be_made(job.config):
             make_shards(job.config)
     for _, each in distinct(("", each) for job in jobs for each in data_checks(job)):
-        each.look()
+        each.run()
 
 
 def make_shards(config: Config) -> None:
-    """Write the shards as the configuration says.
+    """Write the shards by the configuration's `data.make`.
 
     Raises:
         SystemExit: make_shards failed, with its exit code.
@@ -160,43 +163,43 @@ def make_shards(config: Config) -> None:
 
 
 def debug(jobs: Sequence[JobSpec]) -> int:
-    """Run in this process, one after another: for a debugger, or to see every warning."""
+    """Run the jobs in this process, one after another, for use with a debugger."""
     for job in jobs:
         train_and_evaluate(str(_write_config(job)))
     return 0
 
 
-def run_one(asked: JobSpec, command: list[str], code: Path, member: bool = False) -> int:
+def run_one(spec: JobSpec, command: list[str], code: Path, member: bool = False) -> int:
     """Submit one job and follow it.
 
     Args:
-        asked: The job.
-        command: As given.
-        code: The snapshot that it runs.
-        member: Whether the command is that of a grid, of which this is a member.
+        spec: Job.
+        command: Arguments of the command.
+        code: Snapshot that the job runs.
+        member: Whether the job is a member of a grid, which the command submits.
 
     Returns:
-        Its exit code; 0 if it is not to be followed.
+        Exit code of the job; 0 if it is not followed.
     """
-    file = _write_config(asked)
+    file = _write_config(spec)
     folder = file.parent
-    (job,) = submit(asked, [_work(asked, file)], folder, code)
-    _record(asked, job.id, command, code, member=member).write(folder)
-    print(f"job {job.id} ({asked.cluster}): {asked.ranks} ranks, run {asked.config.run}, logs {folder}", flush=True)
-    return watch(job, folder, asked.ranks) if asked.config.launch.follow else 0
+    (job,) = submit(spec, [_rank_job(spec, file)], folder, code)
+    _record(spec, job.id, command, code, member=member).write(folder)
+    logger.info("job %s (%s): %d ranks, run %s, logs %s", job.id, spec.cluster, spec.ranks, spec.config.run, folder)
+    return watch(job, folder, spec.ranks) if spec.config.launch.follow else 0
 
 
 def run_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Path) -> int:
-    """Run the members on this machine, one after another, whether they fail or not; then show the table.
+    """Run all members on this machine, one after another, even if some fail; then print the table.
 
     Args:
-        jobs: The members.
-        run: The grid's folder.
-        command: As given.
-        code: The snapshot that all members run.
+        jobs: Members.
+        run: Folder of the grid.
+        command: Arguments of the command.
+        code: Snapshot that all members run.
 
     Returns:
-        0, or 1 if one failed.
+        0, or 1 if a member failed.
     """
     from launch.runs import table
 
@@ -207,54 +210,52 @@ def run_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Path)
 
 
 def submit_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Path) -> int:
-    """Submit a job array of SLURM; every member has its run and log folders, the array's own are in the grid's.
+    """Submit a SLURM job array; every member has a run folder, the array's files are in the grid's log folder.
 
-    Arguments and exit code are those of `run_grid`, and 0 if nothing is followed.
+    Arguments and exit code are those of `run_grid`; 0 if the job is not followed.
     """
     folder = new_folder(run / "logs")
     files = [_write_config(job) for job in jobs]
-    own = {str(index): str(file.parent) for index, file in enumerate(files)}
-    (folder / MEMBERS).write_text(json.dumps(own, indent=1), encoding="utf-8")  # the members read it when they end
-    work = [_work(job, file) for job, file in zip(jobs, files, strict=True)]
+    folders = {str(index): str(file.parent) for index, file in enumerate(files)}
+    (folder / MEMBERS).write_text(json.dumps(folders, indent=1), encoding="utf-8")  # read when a member ends
+    work = [_rank_job(job, file) for job, file in zip(jobs, files, strict=True)]
     array = submit(jobs[0], work, folder, code)[0].id.partition("_")[0]
     for index, (job, file) in enumerate(zip(jobs, files, strict=True)):
         _record(job, array, command, code, member=True, index=str(index), logs=str(folder)).write(file.parent)
-    _record(jobs[0], array, command, code, run=str(run), members=own).write(folder)
+    _record(jobs[0], array, command, code, run=str(run), members=folders).write(folder)
     limit = jobs[0].config.launch.array or len(jobs)
-    print(
-        f"job {array} (slurm): {len(jobs)} members, {limit} at a time, {jobs[0].ranks} ranks each, logs {folder}",
-        flush=True,
-    )
+    members_text = f"{len(jobs)} members, {limit} at a time, {jobs[0].ranks} ranks each"
+    logger.info("job %s (slurm): %s, logs %s", array, members_text, folder)
     if not jobs[0].config.launch.follow:
-        print(f"results as they come: python launch/runs.py table {run}", flush=True)
+        logger.info("results so far: python launch/runs.py table %s", run)
         return 0
     from launch.runs import follow as follow_members
 
     try:
         return follow_members(run)
     except KeyboardInterrupt:
-        print(f"job {array} goes on; scancel {array} ends it", file=sys.stderr)
+        logger.warning("job %s is still running; scancel %s ends it", array, array)
         raise
 
 
-def submit(asked: JobSpec, work: Sequence[Job], folder: Path, code: Path) -> list[Running]:
+def submit(spec: JobSpec, work: Sequence[Job], folder: Path, code: Path) -> list[Running]:
     """Hand a job, or a job array, to submitit.
 
     Args:
-        asked: What is asked of the cluster; the same for all members of an array.
-        work: What each rank does, for each member.
-        folder: For submitit's files and the output of the ranks.
-        code: The snapshot that they import from.
+        spec: Resources; the same for all members of an array.
+        work: Function that the ranks call, for each member.
+        folder: Folder for submitit's files and the output of the ranks.
+        code: Snapshot from which they import.
 
     Raises:
         UserError: SLURM refuses it.
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    made = executor(asked, folder, code)
-    if asked.cluster == "local":
+    made = executor(spec, folder, code)
+    if spec.cluster == "local":
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
-    # The controller of a local job ignores the terminal's Ctrl-C: this process ends the job, with no traceback.
+    # The controller of a local job ignores the terminal's Ctrl-C: this process ends the job, without a traceback.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         jobs = made.submit_array(work)
@@ -262,13 +263,13 @@ def submit(asked: JobSpec, work: Sequence[Job], folder: Path, code: Path) -> lis
         raise UserError(f"SLURM refused the job: {' '.join(str(error).split())}") from None
     finally:
         signal.signal(signal.SIGINT, before)
-    if asked.cluster == "local":
-        return [Local(job, folder, asked.ranks) for job in jobs]
+    if spec.cluster == "local":
+        return [Local(job, folder, spec.ranks) for job in jobs]
     return [Slurm(str(job.job_id)) for job in jobs]
 
 
 def watch(job: Running, folder: Path, ranks: int) -> int:
-    """Follow the job; an interrupt ends a job of this machine, and leaves one on a cluster alone."""
+    """Follow a job; an interrupt ends a job of this machine, but not one on a cluster."""
     try:
         return follow(job, folder, ranks)
     except KeyboardInterrupt:
@@ -276,12 +277,12 @@ def watch(job: Running, folder: Path, ranks: int) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             job.end()
         else:
-            print(f"job {job.id} goes on; scancel {job.id} ends it", file=sys.stderr)
+            logger.warning("job %s is still running; scancel %s ends it", job.id, job.id)
         raise
 
 
 def new_folder(parent: Path) -> Path:
-    """Make a folder named after the time: job numbers of this machine come round again."""
+    """Create a folder named after the time: job numbers of this machine are reused."""
     name = time.strftime("%Y%m%d-%H%M%S")
     for number in range(100):
         folder = parent / (f"{name}-{number}" if number else name)
@@ -290,39 +291,39 @@ def new_folder(parent: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"{folder} cannot be made: {error.strerror}; name another with --run DIR") from None
+            raise UserError(f"{folder} cannot be created: {error.strerror}; name another with --run DIR") from None
         return folder.resolve()
-    raise UserError(f"{parent} holds too many folders of this second")
+    raise UserError(f"{parent} has too many folders of this second: try again")
 
 
-def _write_config(asked: JobSpec) -> Path:
-    """Make the log folder of a job and write its configuration there."""
-    file = new_folder(Path(asked.config.run) / "logs") / "config.yaml"
-    file.write_text(to_yaml(asked.config), encoding="utf-8")
+def _write_config(spec: JobSpec) -> Path:
+    """Create the log folder of a job and write its configuration there."""
+    file = new_folder(Path(spec.config.run) / "logs") / "config.yaml"
+    file.write_text(to_yaml(spec.config), encoding="utf-8")
     return file
 
 
-def _work(asked: JobSpec, file: Path) -> Job:
-    port = _free_port() if asked.cluster == "local" else None
+def _rank_job(spec: JobSpec, file: Path) -> Job:
+    port = _free_port() if spec.cluster == "local" else None
     return Job(
         config=str(file),
         folder=str(file.parent),
         port=port,
         gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
         directory=os.getcwd(),
-        cores=asked.cores,
+        cores=spec.cores,
     )
 
 
 def _record(
-    asked: JobSpec, job: str, command: list[str], code: Path, run: str | None = None, **more: object
+    spec: JobSpec, job: str, command: list[str], code: Path, run: str | None = None, **more: object
 ) -> Submission:
     return Submission(
         job=job,
-        cluster=asked.cluster,
-        run=run or asked.config.run,
-        nodes=asked.config.launch.nodes,
-        ranks=asked.ranks,
+        cluster=spec.cluster,
+        run=run or spec.config.run,
+        nodes=spec.config.launch.nodes,
+        ranks=spec.ranks,
         command=command,
         code=str(code),
         **more,  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
-"""Sweeps: a YAML file or `--sweep KEY=V1,V2` becomes named members, each the configuration with a few values set.
+"""Sweeps: a YAML file or `--sweep KEY=V1,V2` gives named members, each the configuration with a few values set.
 
-    name: "{name}-m{objectives.momentum.decay}"    # optional; else made of the swept keys and their values
-    base: {training.steps: 20000}                  # what all members have
+    name: "{name}-m{objectives.momentum.decay}"    # default: the swept keys and their values
+    base: {training.steps: 20000}                  # of all members
     list: [{name: small, model.embed_dim: 128}, {name: large, model.embed_dim: 512}]
     grid: {objectives.momentum.decay: [0.99, 0.995], seed: [0, 1]}
 
-Every entry of `list` is taken with every combination of `grid`: 2 x 4 members here. Keys may be written with dots or as
+Every entry of `list` is combined with every combination of `grid`: 2 x 4 members here. Keys may be written with dots or as
 nested sections.
 """
 
@@ -22,8 +22,8 @@ from toolkit.config.load import current_keys, describe, nearest, parse_value, re
 from toolkit.config.schema import Config
 
 _SECTIONS = ("name", "base", "list", "grid")
-_RESERVED = ("code", "logs")  # folders that the grid's own folder holds beside those of its members
-_LONGEST = 100  # characters of a member's name
+_RESERVED = ("code", "logs")  # other folders in that of the grid
+_MAX_NAME_LENGTH = 100  # characters of a member's name
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Member:
     """One run of a sweep.
 
     Attributes:
-        name: Of its run folder, within the sweep's.
-        overrides: Values of the configuration by their keys with dots.
+        name: Name of its run folder, within the sweep's.
+        overrides: Values of the configuration by their dotted keys.
     """
 
     name: str
@@ -40,19 +40,19 @@ class Member:
 
     @property
     def arguments(self) -> list[str]:
-        """The overrides as words of a command line."""
+        """Overrides as options of a command line."""
         return [f"--{key}={_text(value)}" for key, value in self.overrides.items()]
 
 
 def expand(source: str | Path | Mapping[str, Any], sweeps: Iterable[str] = ()) -> list[Member]:
-    """The members of a sweep, each with a name of its own.
+    """Return the members of a sweep, with unique names.
 
     Args:
         source: A YAML file as above, or lists of values by key, as its section `grid`.
         sweeps: Further dimensions of the grid, as `KEY=V1,V2,...`.
 
     Raises:
-        UserError: The file cannot be read, a key is unknown, a value does not fit, or two members are the same.
+        UserError: The file cannot be read, a key is unknown, a value has the wrong type, or two members have one name.
     """
     if isinstance(source, Mapping):
         where, sections = "", dict[str, Any](grid=dict(source))
@@ -65,14 +65,14 @@ def expand(source: str | Path | Mapping[str, Any], sweeps: Iterable[str] = ()) -
     base = _checked(_flat(sections.get("base", {}), f"{where}base: "), f"{where}base: ")
     members = []
     for entry in entries:
-        own = dict(entry)
-        name = own.pop("name", None)
+        values = dict(entry)
+        name = values.pop("name", None)
         if name is not None and not isinstance(name, str | int | float):
             raise UserError(f"{where}list: name: {name!r} is not a name")
-        own = _checked(_flat(own, f"{where}list: "), f"{where}list: ")
+        values = _checked(_flat(values, f"{where}list: "), f"{where}list: ")
         for point in _points(grid, f"{where}grid: "):
-            label = _label(sections.get("name"), name, own, point, grid, where)
-            members.append(Member(label, base | own | point))
+            label = _label(sections.get("name"), name, values, point, grid, where)
+            members.append(Member(label, base | values | point))
     if members == [Member("", base)] or not members:
         raise UserError(f"{where}nothing is swept: give `grid` or `list`")
     _distinct(members, where)
@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _swept(words: Iterable[str]) -> dict[str, Any]:
-    """`KEY=V1,V2` as a list of values by key; a value that holds commas itself stands in brackets."""
+    """Return `KEY=V1,V2` as a list of values by key; a value with commas is given in brackets."""
     grid: dict[str, Any] = {}
     for word in words:
         key, equals, values = word.partition("=")
@@ -102,7 +102,7 @@ def _swept(words: Iterable[str]) -> dict[str, Any]:
 
 
 def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
-    """Nested sections as keys with dots; what a free mapping holds stays as it is."""
+    """Return nested sections as dotted keys; free mappings are kept."""
     if not isinstance(tree, dict):
         raise UserError(f"{where}expected a mapping from keys to values, not {tree!r}")
     sections = set(_sections(Config()))
@@ -118,7 +118,7 @@ def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
 
 
 def _points(grid: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    """Every combination of the grid's values."""
+    """Yield every combination of the grid's values."""
     columns = []
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
@@ -129,7 +129,7 @@ def _points(grid: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
 
 
 def _checked(overrides: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same values, each of its key's type."""
+    """Convert each value to its key's type."""
     return {key: _value(key, value, where) for key, value in overrides.items()}
 
 
@@ -148,7 +148,7 @@ def _value(key: str, value: Any, where: str) -> Any:
 
 
 def _kinds(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of the configuration with its type."""
+    """Yield every key of the configuration with its type."""
     kinds = get_type_hints(type(section))
     for each in fields(section):
         value = getattr(section, each.name)
@@ -167,14 +167,14 @@ def _sections(section: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _label(
-    template: Any, name: Any, own: dict[str, Any], point: dict[str, Any], grid: dict[str, list[Any]], where: str
+    template: Any, name: Any, entry: dict[str, Any], point: dict[str, Any], grid: dict[str, list[Any]], where: str
 ) -> str:
-    """A member's name: by the template, else the entry's own name and what the grid sets."""
+    """Return a member's name: by the template, else the entry's name and the grid's values."""
     if template is not None:
-        values = own | point | ({} if name is None else {"name": name})
-        return _clean(re.sub(r"\{([^{}]*)\}", lambda found: _filled(found[1], values, where), str(template)))
-    short = _short_names([*own, *point])
-    parts = [_clean(str(name))] if name is not None else [_part(short[key], own[key], 0) for key in own]
+        values = entry | point | ({} if name is None else {"name": name})
+        return _clean(re.sub(r"\{([^{}]*)\}", lambda match: _filled(match[1], values, where), str(template)))
+    short = _short_names([*entry, *point])
+    parts = [_clean(str(name))] if name is not None else [_part(short[key], entry[key], 0) for key in entry]
     parts += [_part(short[key], value, grid[key].index(value)) for key, value in point.items()]
     return "_".join(parts)
 
@@ -186,7 +186,7 @@ def _filled(key: str, values: dict[str, Any], where: str) -> str:
 
 
 def _short_names(keys: list[str]) -> dict[str, str]:
-    """The last word of each key, and as many before it as tell it from the others."""
+    """Return the last word of each key, with as many before it as make it unique."""
     short = {}
     for key in keys:
         words = key.split(".")
@@ -199,7 +199,7 @@ def _short_names(keys: list[str]) -> dict[str, str]:
 
 
 def _part(key: str, value: Any, number: int) -> str:
-    """One value in a name: decay0.99, side-image; what is long or has parts is numbered."""
+    """Return one value for a name: decay0.99, side-image; long or composite values are numbered."""
     text = _text(value)
     if isinstance(value, list | dict) or len(text) > 40:
         return f"{key}-{number}"
@@ -207,23 +207,23 @@ def _part(key: str, value: Any, number: int) -> str:
 
 
 def _clean(text: str) -> str:
-    """The same without what a folder's name had better not hold."""
+    """Replace characters that do not belong in a folder's name."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.")
 
 
 def _text(value: Any) -> str:
-    """A value as the command line takes it."""
+    """Return a value in the command line's notation."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _distinct(members: list[Member], where: str) -> None:
-    """Make sure that every member has a folder of its own and differs from the others."""
+    """Check that the members' names are valid and unique."""
     seen: dict[str, Member] = {}
     for member in members:
-        if not member.name or member.name in _RESERVED or len(member.name) > _LONGEST:
-            raise UserError(f"{where}{member.name!r} cannot be a member's folder: mend it by `name`")
+        if not member.name or member.name in _RESERVED or len(member.name) > _MAX_NAME_LENGTH:
+            raise UserError(f"{where}{member.name!r} cannot be the name of a member's folder: set `name`")
         if other := seen.get(member.name.lower()):
             same = "the same" if other.overrides == member.overrides else "different"
-            told = f"two members are called {member.name}, with {same} values"
-            raise UserError(f"{where}{told}: tell them apart by `name`")
+            problem = f"two members are called {member.name}, with {same} values"
+            raise UserError(f"{where}{problem}: distinguish them by `name`")
         seen[member.name.lower()] = member

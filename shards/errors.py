@@ -16,7 +16,7 @@ class ExitCode(enum.IntEnum):
     STALLED = 70  # EX_SOFTWARE: ended by the watchdog, or by an error that a retry may cure: requeued
     REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal, saved but not complete: requeued
     INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-    CONTAINER_ERROR = 255  # a container's runtime could not start the process
+    CONTAINER = 255  # the container's runtime failed
 
 
 class UserError(Exception):

@@ -47,7 +47,7 @@ def write_config(path: Path, shards: Path, train: str = "train", dev: str = "dev
         "data": {"shards": str(shards), "image_size": 32, "max_seconds": 4.0, "workers": 1, "train": train, "dev": dev},
         "model": asdict(tiny_model()),
         "objectives": {"contrastive": {"queue": 16}, "denoising": {"side": "both"}},
-        "training": {"steps": 4, "batch_size": 4, "warmup": 1, "precision": "fp32", "log_every": 2, "save_every": 2},
+        "training": {"steps": 4, "batch_size": 4, "warmup_steps": 1, "precision": "fp32", "log_every": 2, "save_every": 2},
         "evaluation": {"every": 2, "batch_size": 4},
         "final": {"split": test, "rerank": 3},
     }

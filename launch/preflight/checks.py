@@ -1,4 +1,4 @@
-"""What can be found wrong with a job before it waits in a queue: one line each, without torch."""
+"""Checks of a job before it is submitted, without torch; each gives one line."""
 
 import os
 import re
@@ -13,58 +13,59 @@ from typing import NamedTuple
 from launch.executor import JobSpec, minutes
 from launch.preflight import limits
 from launch.preflight.estimate import count, estimate, trunk_values
+from launch.slurm import client
 from shards.errors import UserError
 from toolkit.config.schema import Config, gpu_count, micro_batch
 from toolkit.config.validate import batch_warnings
 from toolkit.run_folder import check_run, to_yaml
 
-# Said of a job that no node can ever run, which sbatch itself may take and let wait for ever, or that sbatch refuses.
-_NO_NODES = "Requested node configuration is not available"  # said of nodes that are down for now, too
+# SLURM's messages on jobs that no node can ever run (sbatch may accept them all the same), or that sbatch refuses.
+_NO_NODES = "Requested node configuration is not available"  # also while nodes are down
 _HOPELESS = re.compile(f"{_NO_NODES}|Invalid")
 _PARTITION = re.compile(r"^#SBATCH --partition=(\S+)$", re.MULTILINE)
 
 
 class Check(NamedTuple):
-    """Something to look at; `look` says what it found, or raises a `UserError`."""
+    """A named check; `run` returns its result in a line, or raises a `UserError`."""
 
     name: str
-    look: Callable[[], str]
-    of: object = None  # what the answer depends on, apart from what all members of a grid have in common
+    run: Callable[[], str]
+    key: object = None  # what the result depends on, apart from what all members of a grid share
 
 
 def distinct(checks: Iterable[tuple[str, Check]]) -> Iterator[tuple[str, Check]]:
-    """The same checks, each with a word of whose it is, without those whose answer another's gives."""
+    """Yield the checks, each with the name of its member, without those that have the same result as an earlier one."""
     seen = set()
-    for whose, check in checks:
-        key = (check.name, repr(check.of))
+    for member, check in checks:
+        key = (check.name, repr(check.key))
         if key not in seen:
             seen.add(key)
-            yield whose, check
+            yield member, check
 
 
-def job_checks(asked: JobSpec) -> list[Check]:
-    """What does not need the shards."""
-    config = asked.config
+def job_checks(spec: JobSpec) -> list[Check]:
+    """Return the checks that do not need the shards."""
+    config = spec.config
     checks = [
-        Check("GPUs", lambda: check_gpus(asked)),
+        Check("GPUs", lambda: check_gpus(spec)),
         Check("time", lambda: f"{minutes(config.launch.time)} minutes"),
-        Check("batch", lambda: check_batch(config, asked.ranks), (config.training, config.objectives)),
+        Check("batch", lambda: check_batch(config, spec.ranks), (config.training, config.objectives)),
         Check("model", lambda: check_model(config), (config.model, config.objectives)),
-        Check("run folder", lambda: check_folder(config, asked.ranks), config.run),
+        Check("run folder", lambda: check_folder(config, spec.ranks), config.run),
     ]
     if config.deepspeed:
-        of = (config.deepspeed, config.training)
-        checks.append(Check("deepspeed", lambda: check_deepspeed(config, asked.ranks), of))
-    if asked.cluster == "slurm":
+        key = (config.deepspeed, config.training)
+        checks.append(Check("deepspeed", lambda: check_deepspeed(config, spec.ranks), key))
+    if spec.cluster == "slurm":
         launch = config.launch
-        checks.append(Check("partition", lambda: check_partition(asked)))
-        checks += [_known(kind, name) for kind, name in (("account", launch.account), ("qos", launch.qos)) if name]
-        checks.append(Check("limits", lambda: check_limits(asked)))
+        checks.append(Check("partition", lambda: check_partition(spec)))
+        checks += [_exists(kind, name) for kind, name in (("account", launch.account), ("qos", launch.qos)) if name]
+        checks.append(Check("limits", lambda: check_limits(spec)))
     return checks
 
 
 def check_batch(config: Config, ranks: int) -> str:
-    """Divide the batch among the ranks, and say what an objective loses by the size of a part.
+    """Divide the batch among the ranks, and warn of objectives that a small part harms.
 
     Raises:
         UserError: It does not divide.
@@ -73,29 +74,29 @@ def check_batch(config: Config, ranks: int) -> str:
     return "; ".join([pairs, *(f"warning: {line}" for line in batch_warnings(config, ranks))])
 
 
-def data_checks(asked: JobSpec) -> list[Check]:
-    """What needs the shards."""
-    config = asked.config
+def data_checks(spec: JobSpec) -> list[Check]:
+    """Return the checks that need the shards."""
+    config = spec.config
     return [
         Check("shards", lambda: check_shards(config), (config.data, config.evaluation, config.final)),
-        Check("order", lambda: check_order(config, asked.ranks), (config.data, config.training, config.seed)),
+        Check("order", lambda: check_order(config, spec.ranks), (config.data, config.training, config.seed)),
     ]
 
 
-def check_gpus(asked: JobSpec) -> str:
+def check_gpus(spec: JobSpec) -> str:
     """Compare the GPUs of a node with its ranks.
 
     Raises:
-        UserError: There are fewer, or they are asked for as a number of the whole job, of several nodes.
+        UserError: There are fewer, or they are requested as a number for all nodes of a job of several.
     """
-    launch, ranks = asked.config.launch, asked.ranks_per_node
+    launch, ranks = spec.config.launch, spec.ranks_per_node
     count = gpu_count(launch.gpus_per_node)
-    if not count or asked.cluster != "slurm":
-        return "none asked for"
-    if "gpus" in asked.profile.sbatch and launch.nodes > 1:
+    if not count or spec.cluster != "slurm":
+        return "none requested"
+    if "gpus" in spec.profile.sbatch and launch.nodes > 1:
         raise UserError(
-            f"sbatch.gpus of the profile {asked.profile.name} counts GPUs of the whole job, which SLURM may share out "
-            f"unevenly over {launch.nodes} nodes: set gpus_per_node to those of each node instead"
+            f"sbatch.gpus of the profile {spec.profile.name} counts all GPUs of a job, which SLURM may divide "
+            f"unevenly among {launch.nodes} nodes: set gpus_per_node instead"
         )
     if count < ranks:
         raise UserError(f"{ranks} ranks a node cannot share {count} GPUs: set --ranks-per-node to {count} or less")
@@ -104,7 +105,7 @@ def check_gpus(asked: JobSpec) -> str:
 
 
 def check_model(config: Config) -> str:
-    """Look at what of the trunks can be seen without building them.
+    """Check the trunks without building them.
 
     Raises:
         UserError: A folder is missing, more layers are to be trained than there are, or heads do not divide a width.
@@ -125,17 +126,17 @@ def check_model(config: Config) -> str:
 
 
 def check_folder(config: Config, ranks: int) -> str:
-    """Can the run be written there, and is there room for its checkpoints?
+    """Check that the run folder can be written and that its disk has room for the checkpoints.
 
     Raises:
-        UserError: The folder holds another run, cannot be written, or its disk is too full.
+        UserError: The folder has another run, cannot be written, or its disk is too full.
     """
     check_run(config)
     folder = Path(config.run).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{there} cannot be written: name another run folder with --run DIR")
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} cannot be written: name another run folder with --run DIR")
+    free = shutil.disk_usage(existing).free
     counts = count(config)
     needed = 0.0
     if counts is not None:
@@ -143,22 +144,22 @@ def check_folder(config: Config, ranks: int) -> str:
         needed = disk(config, sizes.checkpoint, sizes.export)
     if free < needed:
         raise UserError(
-            f"{there} has {free / 1e9:,.1f} GB free, the run may take {needed / 1e9:,.1f} GB: name another with "
+            f"{existing} has {free / 1e9:,.1f} GB free, the run may take {needed / 1e9:,.1f} GB: name another with "
             "--run DIR, or keep fewer checkpoints with --training.keep_checkpoints"
         )
     return f"{folder} can be written, {free / 1e9:,.0f} GB free"
 
 
 def disk(config: Config, checkpoint: float, export: float) -> float:
-    """Bytes that a run takes at most: the checkpoints kept, the best and one on its way; two exports and one."""
+    """Return the most bytes of a run: the checkpoints kept, the best and one being written; two exports and one."""
     return (config.training.keep_checkpoints + 2) * checkpoint + 3 * export
 
 
 def check_deepspeed(config: Config, ranks: int) -> str:
-    """Have DeepSpeed itself look at the section `deepspeed`, in a process of its own: importing it takes seconds.
+    """Validate the section `deepspeed` by DeepSpeed, in a separate process: importing it takes seconds.
 
     Raises:
-        UserError: It does not take a key or a value.
+        UserError: DeepSpeed rejects a key or a value.
     """
     code = (
         "import sys; from shards.errors import run_main; from toolkit.config.load import load_config;"
@@ -173,16 +174,16 @@ def check_deepspeed(config: Config, ranks: int) -> str:
         environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["DeepSpeed refuses the section"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["DeepSpeed rejects the section"]
         raise UserError(lines[-1].removeprefix("error: "))
-    return "DeepSpeed takes the section"
+    return "accepted by DeepSpeed"
 
 
 def check_shards(config: Config) -> str:
-    """Look for the manifests, the splits, and every shard with its size.
+    """Check the manifests, the splits, and the size of every shard.
 
     Raises:
-        UserError: Something is missing or has another size than the manifest says.
+        UserError: Something is missing, or a size differs from the manifest's.
     """
     from shards.manifest import load
 
@@ -199,107 +200,109 @@ def check_shards(config: Config) -> str:
                 check_size(manifest.folder / shard.name, shard.bytes)
         shards += len(manifest.shards)
         total += sum(shard.bytes for shard in manifest.shards)
-    remote = " (remote ones were not looked at)" if any(manifest.url for manifest in manifests) else ""
-    return f"{shards:,} shards of {total / 1e9:,.2f} GB are there, with the sizes of their manifest{remote}"
+    remote = " (remote ones were not checked)" if any(manifest.url for manifest in manifests) else ""
+    return f"{shards:,} shards of {total / 1e9:,.2f} GB, with the sizes of their manifest{remote}"
 
 
 def check_size(path: Path, expected: int) -> None:
-    """Compare a file's size with what the manifest says.
+    """Compare a file's size with the manifest's.
 
     Raises:
-        UserError: It is another, or there is no file.
+        UserError: It differs, or there is no file.
     """
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}, though the manifest names it: make the shards again") from None
+        raise UserError(f"{path}: {error.strerror}, though the manifest lists it: make the shards again") from None
     if size != expected:
-        raise UserError(f"{path} has {size:,} bytes, the manifest says {expected:,}: make the shards again")
+        raise UserError(f"{path} has {size:,} bytes, not {expected:,} as in the manifest: make the shards again")
 
 
 def check_order(config: Config, ranks: int) -> str:
-    """Lay out the order of samples.
+    """Compute the order of samples.
 
     Raises:
-        UserError: Batch, ranks, lanes and shards do not fit one another.
+        UserError: Batch size, ranks, shard groups and shards are incompatible.
     """
     from toolkit.data import open_order
 
     _, order = open_order(config, ranks)
-    return f"{order.steps_per_epoch:,.2f} steps a pass"
+    return f"{order.steps_per_epoch:,.2f} steps an epoch"
 
 
-def check_partition(asked: JobSpec) -> str:
-    """Ask SLURM whether the partition is there, up, large enough, and lets a job run that long.
+def check_partition(spec: JobSpec) -> str:
+    """Check in SLURM that the partition exists, is up, and allows the job's nodes and time.
 
     Raises:
-        UserError: It is not, or there is no default one; with several named, none of them will do.
+        UserError: It does not, or there is no default one; of several, none does.
     """
-    launch, known = asked.config.launch, limits.partitions()
-    names = limits.chosen(asked, known)
-    problems = [limits.partition_problem(known[name], asked) for name in names]
+    launch, known = spec.config.launch, client.partitions()
+    names = limits.requested_partitions(spec, known)
+    problems = [limits.partition_problem(known[name], spec) for name in names]
     if all(problems):
         raise UserError(f"partition {names[0]} {problems[0]}")
-    return f"{names[problems.index(None)]} is up, and takes {launch.nodes} nodes for {launch.time}"
+    return f"{names[problems.index(None)]} is up, and allows {launch.nodes} nodes for {launch.time}"
 
 
-def check_limits(asked: JobSpec) -> str:
-    """Ask SLURM's accounting for limits of QOS, user and account, where SLURM enforces any.
+def check_limits(spec: JobSpec) -> str:
+    """Check the limits of QOS, user and account in SLURM's accounting, if SLURM enforces any.
 
     Raises:
-        UserError: The job is above one, in every partition that it may run in.
+        UserError: The job exceeds one, in every partition that it may run in.
     """
     if not limits.enforced():
         return "SLURM enforces none"
-    known = limits.partitions()
-    problems = [limits.limits_problem(known[name], asked) for name in limits.chosen(asked, known)]
+    known = client.partitions()
+    problems = [limits.limits_problem(known[name], spec) for name in limits.requested_partitions(spec, known)]
     if all(problems):
         raise UserError(str(problems[0]))
-    return "those of QOS, user and account leave room for the job"
+    return "within those of QOS, user and account"
 
 
-def check_known(kind: str, names: str) -> str:
-    """Ask SLURM's accounting for accounts or QOS; where there is no accounting nothing is asked.
+def check_exists(kind: str, names: str) -> str:
+    """Check that SLURM's accounting has accounts or QOS of these names; without accounting nothing is checked.
 
     Args:
         kind: "account" or "qos".
-        names: One, or several with commas between; capitals do not matter, as for sbatch.
+        names: Names, separated by commas; case does not matter, as for sbatch.
 
     Raises:
-        UserError: It does not know one of them.
+        UserError: One of them does not exist.
     """
     known = limits.names(kind)
     if not known:
-        return "not looked at: no accounting"
+        return "not checked: no accounting"
     for name in names.split(","):
         if name.strip().lower() not in known:
-            raise UserError(f"--{kind} {name}: SLURM knows none of that name; there are {', '.join(known)}")
-    return f"SLURM knows {names}"
+            raise UserError(f"--{kind} {name}: SLURM has no such {kind}; there are {', '.join(known)}")
+    return f"{names} in SLURM's accounting"
 
 
 def check_script(script: str, only_hopeless: bool = False) -> str:
-    """Have `sbatch --test-only` look at a script; nothing is submitted.
+    """Check a script by `sbatch --test-only`; nothing is submitted.
 
     Args:
-        script: Its text.
-        only_hopeless: Let pass what may change while a job waits, such as nodes that are down.
+        script: Text of the script.
+        only_hopeless: Ignore what may change while a job is pending, such as nodes that are down.
+
+    Returns:
+        Answer of sbatch.
 
     Raises:
-        UserError: SLURM would refuse it, or never run it.
+        UserError: SLURM would refuse or never start the job.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()
-        answer = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
-    said = " ".join(f"{answer.stdout} {answer.stderr}".replace("sbatch:", " ").split())
-    if answer.returncode == 0:
-        return said
-    away = limits.nodes_away(_PARTITION.findall(script)) if _NO_NODES in said else []
-    if only_hopeless and (away or not _HOPELESS.search(said)):
-        return said
-    now = f" now: {said}; it may once {', '.join(away)} can be used again" if away else f": {said}"
-    raise UserError(f"SLURM would not run the job{now}")
+        accepted, answer = client.sbatch_test_only(Path(file.name))
+    if accepted:
+        return answer
+    nodes = limits.unavailable_nodes(_PARTITION.findall(script)) if _NO_NODES in answer else []
+    if only_hopeless and (nodes or not _HOPELESS.search(answer)):
+        return answer
+    reason = f" now: {answer}; it may once {', '.join(nodes)} can be used again" if nodes else f": {answer}"
+    raise UserError(f"SLURM would not run the job{reason}")
 
 
-def _known(kind: str, name: str) -> Check:
-    return Check(kind, lambda: check_known(kind, name))
+def _exists(kind: str, name: str) -> Check:
+    return Check(kind, lambda: check_exists(kind, name))

@@ -1,7 +1,7 @@
-"""What a run will take of memory and disk, counted from the configuration: no model is built and torch is not imported.
+"""Estimate of a run's memory and disk from the configuration: no model is built and torch is not imported.
 
-The parameters are counted exactly. Activations, which depend on the lengths of the captions, and what libraries keep
-for themselves are not in the estimate.
+The parameters are counted exactly. Activations, which depend on the lengths of the captions, and the libraries' buffers
+are not in the estimate.
 """
 
 import json
@@ -15,8 +15,8 @@ from typing import Any
 from toolkit.config.schema import Config, Image, Model, Speech
 
 CONV_STRIDE = [5, 2, 2, 2, 2, 2, 2]  # of HuBERT's convolutions
-THIRDS, GRID = 3, 16  # places that a head without layers pools
-# What transformers takes where a configuration is silent.
+THIRDS, GRID = 3, 16  # positions that a head without layers pools
+# Defaults of transformers.
 HUBERT = {
     "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "conv_dim": [512] * 7,
     "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_bias": False, "feat_extract_norm": "group",
@@ -32,7 +32,7 @@ VISION = {
         "qkv_bias": True,
     },
 }  # fmt: skip
-# Published trunks by their hub id, so that they can be counted before they are downloaded.
+# Published trunks by their hub id, so that they are counted before they are downloaded.
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
 KNOWN: dict[str, dict[str, Any]] = {
     "facebook/hubert-base-ls960": {},
@@ -51,16 +51,16 @@ class Counts:
 
     total: int
     trained: int
-    encoders: int  # of the trained ones those in the two encoders: what the teacher averages
+    encoders: int  # trained parameters of the two encoders, which the teacher averages
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank, in steady state, and of a checkpoint."""
+    """Bytes of a rank during training, and of a checkpoint."""
 
     weights: float
     gradients: float
-    optimizer: float  # float32 weights, where they are kept beside the model's, and two moments
+    optimizer: float  # float32 weights, if they are kept in addition to the model's, and two moments
     teacher: float
     queue: float
     checkpoint: float
@@ -68,12 +68,12 @@ class Memory:
 
     @property
     def rank(self) -> float:
-        """All of a rank."""
+        """Sum of a rank's parts."""
         return self.weights + self.gradients + self.optimizer + self.teacher + self.queue
 
 
 def count(config: Config) -> Counts | None:
-    """Count the parameters; None where a trunk is not here and not known."""
+    """Count the parameters; None if a trunk is neither on this machine nor a known one."""
     speech, image = trunk_values(config.model.speech), trunk_values(config.model.image)
     if speech is None or image is None:
         return None
@@ -88,11 +88,11 @@ def count(config: Config) -> Counts | None:
 
 
 def estimate(config: Config, counts: Counts, ranks: int) -> Memory:
-    """Bytes by part, for the ZeRO stage and precision of the configuration."""
+    """Estimate bytes by part, for the configuration's ZeRO stage and precision."""
     training, stage = config.training, config.training.zero_stage
     width = 2 if training.precision == "bf16" else 4
     sharded = ranks if stage >= 1 else 1
-    own_masters = training.precision == "bf16" or stage >= 1  # float32 at stage 0 has the weights themselves
+    own_masters = training.precision == "bf16" or stage >= 1  # in float32 at stage 0 the weights themselves
     teacher = 0.0
     averages = 4 * counts.encoders if config.objectives.momentum.enabled else 0
     if averages:
@@ -112,7 +112,7 @@ def estimate(config: Config, counts: Counts, ranks: int) -> Memory:
 
 
 def _token_queue(config: Config, width: int) -> tuple[int, int]:
-    """Bytes of the keys of SIM's queue, which every rank has, and of its tokens, which the ranks share."""
+    """Return the bytes of the keys of SIM's queue, which every rank has, and of its tokens, which the ranks share."""
     from shards.media.audio import SAMPLE_RATE
 
     matching, micro = config.objectives.matching, config.training.batch_size // config.training.accumulation
@@ -129,7 +129,7 @@ def _token_queue(config: Config, width: int) -> tuple[int, int]:
 
 
 def trunk_values(encoder: Speech | Image) -> dict[str, Any] | None:
-    """The values of a trunk's configuration, defaults included: its own, a folder's, or those of a known hub id."""
+    """Return a trunk's configuration with defaults: from ours, a folder's, or that of a known hub id."""
     defaults = HUBERT if isinstance(encoder, Speech) else VISION[encoder.architecture]
     if not encoder.trunk:
         return {**defaults, **encoder.config}
@@ -144,7 +144,7 @@ def trunk_values(encoder: Speech | Image) -> dict[str, Any] | None:
 
 
 def _downloaded(name: str) -> Iterator[Path]:
-    """Where the hub's cache keeps a model."""
+    """Yield the folders of a model in the hub's cache."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     yield from sorted(cache.glob(f"models--{name.replace('/', '--')}/snapshots/*"))
@@ -195,7 +195,7 @@ def _image(model: Model, trunk: dict[str, Any]) -> Sizes:
 
 
 def _stem(width: int, patch: int) -> int:
-    """Convolutions of 3 x 3, whose width doubles from a quarter up to the trunk's; all but the last have a norm."""
+    """Count convolutions of 3 x 3 whose width doubles from a quarter to the trunk's; all but the last have a norm."""
     widths = [3, *(min(width >> 2 << step, width) for step in range(patch.bit_length() - 2)), width]
     return sum(9 * narrow * wide for narrow, wide in pairwise(widths)) + 2 * sum(widths[1:-1])
 
@@ -217,7 +217,7 @@ def _linear(before: int, after: int) -> int:
 
 
 def _layer(width: int, inner: int) -> int:
-    """A trunk's transformer layer: attention, two layers around the activation, two norms."""
+    """Count a transformer layer of a trunk: attention, two linear layers, two norms."""
     return 4 * _linear(width, width) + _linear(width, inner) + _linear(inner, width) + 4 * width
 
 
@@ -228,6 +228,6 @@ def _head(width: int, embed_dim: int, layers: int, places: int) -> int:
 
 
 def _fusion(query: int, context: int, width: int, layers: int) -> int:
-    """A fusion encoder without class token: two inputs with their norms, layers with cross-attention, the last norm."""
+    """Count a fusion encoder without class token: two inputs with norms, layers with cross-attention, the last norm."""
     layer = _layer(width, 4 * width) + 4 * _linear(width, width) + 2 * width
     return _linear(query, width) + _linear(context, width) + 4 * width + layers * layer + 2 * width

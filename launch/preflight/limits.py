@@ -1,40 +1,37 @@
-"""Limits of a partition, and of QOS, user and account in SLURM's accounting, against what a job asks for.
+"""Compare a job with the limits of its partition, and of QOS, user and account in SLURM's accounting.
 
-sbatch takes a job that is above most of these limits, and lets it wait for ever.
+sbatch accepts a job above most of these limits, and the job is never started.
 """
 
 import getpass
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from launch.executor import JobSpec, cores_per_rank, minutes
-from launch.profiles import slurm_config
-from launch.slurm.client import ask
+from launch.slurm import client
 from shards.errors import UserError
 from toolkit.config.schema import gpu_count
 
-_SACCTMGR = ("sacctmgr", "--noheader", "--parsable2", "--readonly", "list")
 _QOS = ("name", "flags", "maxwall", "maxtresperjob", "maxtresperuser", "maxtresperaccount", "grptres")
 _ASSOCIATION = ("user", "partition", "parentname", "defaultqos", "maxwall", "maxtresperjob", "grptres")
-# Columns of limits on what jobs take, and for whom they are.
+# Columns of limits on resources, and whose they are.
 _TRES = {"maxtresperjob": "a job", "maxtresperuser": "a user", "maxtresperaccount": "an account", "grptres": "all jobs"}
-_MEND = {"node": "--nodes", "cpu": "--nodes, --ranks-per-node or --cpus-per-rank"}
-# States of nodes that jobs run on, or that SLURM switches on for them.
+_OPTIONS = {"node": "--nodes", "cpu": "--nodes, --ranks-per-node or --cpus-per-rank"}
+# States of nodes that jobs run on, or that SLURM powers up for them.
 _USABLE = re.compile(r"(idle|mixed|allocated|completing|planned|powering_up|powered_down|powering_down)[~#%+-]?")
-_DEEPEST = 20  # accounts above an account that are asked for
+_MAX_DEPTH = 20  # levels of accounts above an account
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one line of the accounting sets.
+    """Limits in one row of the accounting.
 
     Attributes:
-        source: Whose limits they are, for messages.
-        wall: Longest time of a job, as SLURM writes it; empty for none.
-        flags: Of a QOS.
-        tres: What may be taken, by column and trackable resource, such as ("grptres", "gres/gpu").
+        source: Owner of the limits, for messages.
+        wall: Maximum time of a job, in SLURM's notation; empty for none.
+        flags: Flags of a QOS.
+        tres: Limit by column and trackable resource, such as ("grptres", "gres/gpu").
     """
 
     source: str
@@ -43,102 +40,82 @@ class Limits:
     tres: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
-def partitions() -> dict[str, dict[str, str]]:
-    """All partitions by name, each with SLURM's words for what it is.
+def requested_partitions(spec: JobSpec, known: dict[str, dict[str, str]]) -> list[str]:
+    """Return the names of the partitions that a job may run in: the requested ones, else the default one.
 
     Raises:
-        UserError: SLURM does not answer.
-    """
-    answer = subprocess.run(["scontrol", "show", "partition", "--oneliner"], capture_output=True, text=True)
-    if answer.returncode:
-        raise UserError(f"SLURM does not answer: {' '.join(answer.stderr.split())}")
-    lines = (line.split() for line in answer.stdout.splitlines() if "PartitionName=" in line)
-    entries = (dict(word.partition("=")[::2] for word in words if "=" in word) for words in lines)
-    return {entry["PartitionName"]: entry for entry in entries}
-
-
-def chosen(asked: JobSpec, known: dict[str, dict[str, str]]) -> list[str]:
-    """Names of the partitions that a job may run in: those asked for, else the default one.
-
-    Raises:
-        UserError: SLURM has none of a name, or no default one.
+        UserError: SLURM has no partition of a name, or no default one.
     """
     names = [name for name, entry in known.items() if entry.get("Default") == "YES"]
-    if asked.config.launch.partition:
-        names = asked.config.launch.partition.split(",")
+    if spec.config.launch.partition:
+        names = spec.config.launch.partition.split(",")
     shown = ", ".join(sorted(known))
     if not names:
         raise UserError(f"SLURM has no default partition: set --partition to one of {shown}")
     for name in names:
         if name not in known:
-            raise UserError(f"--partition {name}: SLURM has none of that name; there are {shown}")
+            raise UserError(f"--partition {name}: SLURM has no such partition; there are {shown}")
     return names
 
 
-def partition_problem(partition: dict[str, str], asked: JobSpec) -> str | None:
-    """Why a job cannot run in a partition; None if it can. Accounting is asked for what a QOS may override."""
-    launch = asked.config.launch
+def partition_problem(partition: dict[str, str], spec: JobSpec) -> str | None:
+    """Return why a job cannot run in a partition; None if it can. A QOS may lift limits of the partition."""
+    launch = spec.config.launch
     if (state := partition.get("State", "UP")) != "UP":
         return f"is {state}: choose another with --partition"
-    found = list(_sizes(partition, launch.nodes, launch.time))
-    flags = qos_limits(launch.qos).flags if found and launch.qos else frozenset()
-    return next((problem for flag, problem in found if flag not in flags), None)
+    problems = list(_partition_limits(partition, launch.nodes, launch.time))
+    flags = qos_limits(launch.qos).flags if problems and launch.qos else frozenset()
+    return next((problem for flag, problem in problems if flag not in flags), None)
 
 
-def limits_problem(partition: dict[str, str], asked: JobSpec) -> str | None:
-    """Which limit of the accounting a job in a partition is above; None for none.
+def limits_problem(partition: dict[str, str], spec: JobSpec) -> str | None:
+    """Return the limit of the accounting that a job in a partition exceeds; None for none.
 
-    Of several that limit the same the first counts: the partition's QOS, the job's, the user's, and the accounts'.
+    Of several limits on the same resource the first counts: the partition's QOS, the job's, the user's, the accounts'.
     """
     partition_qos = partition.get("QoS", "N/A")
-    account = asked.config.launch.account or _default_account()
+    account = spec.config.launch.account or _default_account()
     chain = [*_associations(account, partition["PartitionName"])] if account else []
-    job_qos = qos_limits(asked.config.launch.qos or next((each[1] for each in chain if each[1]), "") or "normal")
+    job_qos = qos_limits(spec.config.launch.qos or next((each[1] for each in chain if each[1]), "") or "normal")
     of_qos = [qos_limits(partition_qos)] if partition_qos != "N/A" else []
     of_qos.insert(0 if "OverPartQOS" in job_qos.flags else len(of_qos), job_qos)
-    return _first_problem([*of_qos, *(limits for limits, _ in chain)], asked)
+    return _first_problem([*of_qos, *(limits for limits, _ in chain)], spec)
 
 
 def enforced() -> bool:
-    """Does SLURM hold jobs back that are above a limit of its accounting?"""
-    words = (slurm_config() or {}).get("AccountingStorageEnforce", "")
+    """Return whether SLURM enforces the limits of its accounting."""
+    words = (client.slurm_config() or {}).get("AccountingStorageEnforce", "")
     return bool({"limits", "safe", "all"} & set(words.split(",")))
 
 
-def nodes_away(partitions: list[str]) -> list[str]:
-    """Nodes of some partitions, or of the default one, that cannot be used for now: down, drained, not answering.
+def unavailable_nodes(partitions: list[str]) -> list[str]:
+    """Return nodes of some partitions, or of the default one, that are down, drained or not responding.
 
     Args:
-        partitions: Names, several with commas between; empty for the default partition.
+        partitions: Names, separated by commas within an entry; empty for the default partition.
     """
-    lines = ask(["sinfo", "--noheader", "--Node", "--format=%N|%P|%T", *(f"--partition={each}" for each in partitions)])
-    entries = [line.strip().split("|") for line in lines or []]
-    found = [node for node, name, state in entries if (partitions or "*" in name) and not _USABLE.fullmatch(state)]
-    return list(dict.fromkeys(found))
+    nodes = [
+        node
+        for node, name, state in client.node_states(partitions)
+        if (partitions or "*" in name) and not _USABLE.fullmatch(state)
+    ]
+    return list(dict.fromkeys(nodes))
 
 
 def names(kind: str) -> list[str]:
-    """The names of all accounts or QOS, in small letters as SLURM compares them; empty without accounting.
+    """Return the names of all accounts or QOS, in lower case as SLURM compares them; empty without accounting.
 
     Args:
         kind: "account" or "qos".
     """
     column = {"account": "account", "qos": "name"}[kind]  # an account's column `name` is blank
-    return sorted({row[column].lower() for row in _rows(kind, (column,)) if row[column]})
+    return sorted({row[column].lower() for row in client.accounting_rows(kind, (column,)) if row[column]})
 
 
 def qos_limits(name: str) -> Limits:
-    """Limits of a QOS; none for one that is not known, or for several, of which SLURM chooses."""
-    rows = _rows("qos", _QOS, f"where name={name}")
+    """Return the limits of a QOS; none for an unknown one, or for several, of which SLURM chooses."""
+    rows = client.accounting_rows("qos", _QOS, f"where name={name}")
     return _limits(f"QOS {name}", rows[0]) if len(rows) == 1 else Limits(f"QOS {name}")
-
-
-def _rows(entity: str, columns: tuple[str, ...], *where: str) -> list[dict[str, str]]:
-    """What sacctmgr lists, by column; empty where there is no accounting."""
-    words = [word for part in where for word in part.split(" ", 1)]
-    lines = ask([*_SACCTMGR, entity, *words, f"format={','.join(columns)}"]) or []
-    blank = [""] * len(columns)  # for what a line lacks
-    return [dict(zip(columns, [*line.strip().split("|"), *blank], strict=False)) for line in lines if line.strip()]
 
 
 def _limits(source: str, row: dict[str, str]) -> Limits:
@@ -146,21 +123,21 @@ def _limits(source: str, row: dict[str, str]) -> Limits:
     for column in _TRES:
         for entry in row.get(column, "").split(","):
             name, _, number = entry.partition("=")
-            if number.isdecimal():  # memory has a unit, and is the user's to ask for
+            if number.isdecimal():  # memory has a unit, and is set by the user
                 tres[column, name] = int(number)
     return Limits(source, row["maxwall"], frozenset(row.get("flags", "").split(",")), tres)
 
 
 def _default_account() -> str:
-    rows = _rows("user", ("defaultaccount",), f"where name={getpass.getuser()}")
+    rows = client.accounting_rows("user", ("defaultaccount",), f"where name={getpass.getuser()}")
     return rows[0]["defaultaccount"] if rows else ""
 
 
 def _associations(account: str, partition: str) -> Iterator[tuple[Limits, str]]:
-    """Limits and default QOS of the user with an account, of the account, and of those above it."""
+    """Yield limits and default QOS of the user with an account, of the account, and of those above it."""
     user = getpass.getuser()
-    for _ in range(_DEEPEST):
-        rows = _rows("association", _ASSOCIATION, f"where account={account}", f"cluster={_cluster()}")
+    for _ in range(_MAX_DEPTH):
+        rows = client.accounting_rows("association", _ASSOCIATION, f"where account={account}", f"cluster={_cluster()}")
         own = [row for row in rows if row["user"] == user and row["partition"] in ("", partition)]
         for row in sorted(own, key=lambda row: row["partition"] == "")[:1]:
             yield _limits(f"user {user} with account {account}", row), row["defaultqos"]
@@ -173,43 +150,45 @@ def _associations(account: str, partition: str) -> Iterator[tuple[Limits, str]]:
 
 
 def _cluster() -> str:
-    return (slurm_config() or {}).get("ClusterName", "")
+    return (client.slurm_config() or {}).get("ClusterName", "")
 
 
-def _sizes(partition: dict[str, str], nodes: int, time: str) -> Iterator[tuple[str, str]]:
-    """Limits of a partition that a job is above or below, each with the flag of a QOS that lifts it."""
+def _partition_limits(partition: dict[str, str], nodes: int, time: str) -> Iterator[tuple[str, str]]:
+    """Yield the limits of a partition that a job violates, each with the flag of a QOS that lifts it."""
     for key, flag in (("TotalNodes", ""), ("MaxNodes", "PartitionMaxNodes")):
         value = partition.get(key, "UNLIMITED")
         if value.isdecimal() and int(value) < nodes:
-            yield flag or key, f"gives a job at most {value} nodes, --nodes asks for {nodes}"
+            yield flag or key, f"allows at most {value} nodes a job, --nodes is {nodes}"
     least = partition.get("MinNodes", "0")
     if least.isdecimal() and int(least) > nodes:
-        yield "PartitionMinNodes", f"gives a job at least {least} nodes, --nodes asks for {nodes}"
+        yield "PartitionMinNodes", f"allows at least {least} nodes a job, --nodes is {nodes}"
     longest = partition.get("MaxTime", "UNLIMITED")
     if longest[:1].isdecimal() and minutes(longest) < minutes(time):
-        yield "PartitionTimeLimit", f"lets a job run {longest}, --time asks for {time}"
+        yield "PartitionTimeLimit", f"limits a job to {longest}, --time is {time}"
 
 
-def _first_problem(sources: list[Limits], asked: JobSpec) -> str | None:
-    launch, wanted = asked.config.launch, _wanted(asked)
+def _first_problem(sources: list[Limits], spec: JobSpec) -> str | None:
+    launch, requested = spec.config.launch, _requested(spec)
     wall = next((limits for limits in sources if limits.wall), None)
     if wall is not None and wall.wall[:1].isdecimal() and minutes(wall.wall) < minutes(launch.time):
-        return f"{wall.source} lets a job run {wall.wall}, --time asks for {launch.time}"
-    decided = set()
+        return f"{wall.source} limits a job to {wall.wall}, --time is {launch.time}"
+    seen = set()
     for limits in sources:
-        for (column, name), most in limits.tres.items():
-            if (column, name) in decided:
+        for (column, name), limit in limits.tres.items():
+            if (column, name) in seen:
                 continue
-            decided.add((column, name))
-            if wanted.get(name, 0) > most:
-                what = f"{limits.source} gives {_TRES[column]} at most {name}={most}, this one asks for {wanted[name]}"
-                return f"{what}: set {_MEND.get(name, '--nodes or --gpus-per-node')}"
+            seen.add((column, name))
+            if requested.get(name, 0) > limit:
+                problem = (
+                    f"{limits.source} limits {_TRES[column]} to {name}={limit}, this job requests {requested[name]}"
+                )
+                return f"{problem}: set {_OPTIONS.get(name, '--nodes or --gpus-per-node')}"
     return None
 
 
-def _wanted(asked: JobSpec) -> dict[str, int]:
-    """What a job takes, in the words of the accounting."""
-    launch = asked.config.launch
+def _requested(spec: JobSpec) -> dict[str, int]:
+    """Return the resources of a job by the accounting's names."""
+    launch = spec.config.launch
     gpus, kind = launch.nodes * gpu_count(launch.gpus_per_node), str(launch.gpus_per_node).rpartition(":")[0]
-    cores = launch.nodes * asked.ranks_per_node * cores_per_rank(asked.config)
+    cores = launch.nodes * spec.ranks_per_node * cores_per_rank(spec.config)
     return {"node": launch.nodes, "cpu": cores, "gres/gpu": gpus, f"gres/gpu:{kind}": gpus}

@@ -1,19 +1,21 @@
-"""A job between its incarnations: what its batch script does before and after the ranks, and whether it starts again.
+"""Requeue logic of the batch script: records each attempt of a job and decides whether to restart it.
 
 `python launch/slurm/requeue.py FOLDER begin` and `python launch/slurm/requeue.py FOLDER CODE` are lines of the batch
-script. They write `FOLDER/incarnations.jsonl`, two lines for each incarnation, and ask SLURM to requeue the job where
-that is of use.
-`python launch/slurm/requeue.py FOLDER guard SHELL` sees to it that the second of them is reached:
+script. They append two lines for each attempt to `FOLDER/attempts.jsonl`, and requeue the job where that helps:
 
     {"restart": 1, "began": ..., "hosts": ["node1"], "job": "17", "began_step": 400, "errors": 3120}
     {"restart": 1, "ended": ..., "code": 75, "requeued": true, "why": "...", "cause": "saved", "step": 600}
 
 Times are Unix times; steps are those of the newest complete checkpoint, -1 for none; errors is the size of the script's
-error log, which grows from one incarnation to the next. A job that SLURM itself starts again (its node was lost, an
-operator asked) is not requeued a second time.
+error log, which grows from one attempt to the next. A job that SLURM itself restarts (its node was lost, an operator
+asked for it) is not requeued a second time.
+
+`python launch/slurm/requeue.py FOLDER guard SHELL` runs in the background and makes sure that the second line is
+reached when SLURM ends a job whose ranks hang.
 """
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -29,28 +31,31 @@ from typing import Any
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from launch.job import LOST, Status, restart_count
-from launch.record import INCARNATIONS, MEMBERS, attempts
+from launch.job import Status, restart_count
+from launch.record import ATTEMPTS, MEMBERS, Attempt, read_attempts
+from launch.slurm.client import SlurmJobState, host_names, job_state, kill_wait, requeue_job
 from launch.status.failure import failure_of, last_line
+from shards.errors import ExitCode
+from shards.logs import setup_logging
 
-_SAVED = os.EX_TEMPFAIL
-_STALLED = 70  # toolkit.training.fault_tolerance.watchdog.STALLED, which this script, far from torch, does not import
-_CRASHES = 3  # requeues in a row of a job whose ranks die without getting further
-_STOPS = 20  # the same of a job that is asked to stop each time before it got further
-_PATIENCE = 600.0  # seconds that SLURM's controller may take to come back
-_SHARE = 0.6  # of the time from SLURM's TERM to its KILL that is left to the ranks
-_READ = 2**18  # bytes of the script's error log that are looked at
+logger = logging.getLogger("launch.slurm.requeue")  # also as a script
+
+_MAX_KILLED = 3  # requeues in a row of a job whose ranks are killed without a new checkpoint
+_MAX_SAVED = 20  # the same of a job that is stopped by a signal
+_GRACE_SHARE = 0.6  # of the time from SLURM's TERM to its KILL, which the ranks have before srun is killed
+_LOG_TAIL = 2**18  # bytes of the script's error log that are read
 _EXITED = re.compile(r"^srun: error: \S+ tasks? ([\d,-]+): Exited with exit code (\d+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class RestartDecision:
-    """What happens next, and why.
+    """Whether a job is restarted, and why.
 
     Attributes:
-        cause: done, saved (asked to stop), killed, failed, mistake, cancelled, or slurm where that requeues by itself.
-        requeue: Whether this script has to ask for it.
-        why: For people to read.
+        cause: done, saved (stopped by a signal), killed, failed, mistake, cancelled, or slurm where that requeues the
+            job by itself.
+        requeue: Whether this script has to requeue the job.
+        why: Explanation for people.
     """
 
     cause: str
@@ -58,230 +63,176 @@ class RestartDecision:
     why: str
 
 
-@dataclass(frozen=True)
-class SlurmJobState:
-    """How SLURM sees the job while its batch script ends.
-
-    Attributes:
-        state: RUNNING, unless SLURM is ending it: then COMPLETING.
-        reason: TimeLimit when that was reached.
-        restarts: More than this incarnation's once SLURM has decided to start the job again.
-    """
-
-    state: str
-    reason: str
-    restarts: int
-
-
 def setup_lines(folder: Path, python: str, code: Path) -> list[str]:
-    """Lines of bash for the beginning of a batch script, before srun.
+    """Return lines of bash for the beginning of a batch script, before srun.
 
-    The shell outlives the signals that SLURM sends to make the job end, so that it can write down how the ranks ended.
+    The shell survives the signals by which SLURM ends the job, so that it can record how the ranks ended.
 
     Args:
-        folder: Of the submission's logs, as the nodes see it.
-        python: The interpreter.
-        code: The packages that the job runs.
+        folder: Log folder of the submission, as the nodes see it.
+        python: Interpreter.
+        code: Folder of the packages that the job runs.
     """
     call = shlex.join([python, str(code / "launch" / "slurm" / "requeue.py"), str(folder)])
     return [
-        f"end_of_incarnation() {{ code=$?; kill -KILL $guard 2>/dev/null; {call} $code; exit $code; }}",
+        f"end_of_attempt() {{ code=$?; kill -KILL $guard 2>/dev/null; {call} $code; exit $code; }}",
         f"{call} guard $$ & guard=$!; disown",
-        "trap end_of_incarnation EXIT",
+        "trap end_of_attempt EXIT",
         "trap : TERM USR1 USR2",
         f"{call} begin",
     ]
 
 
 def main(arguments: list[str]) -> None:
-    """Do what a line of the batch script asks for."""
-    logs, what = Path(arguments[0]), arguments[1]
-    folder = member(logs, os.environ)
-    if what == "guard":
+    """Run one of the batch script's commands."""
+    setup_logging(rank=0)
+    logs, command = Path(arguments[0]), arguments[1]
+    folder = member_folder(logs, os.environ)
+    if command == "guard":
         guard(int(arguments[2]))
-    elif what == "begin":
+    elif command == "begin":
         begin(folder, os.environ, logs)
     else:
-        end(folder, int(what), os.environ, logs)
+        end(folder, int(command), os.environ, logs)
 
 
-def member(folder: Path, environment: Mapping[str, str]) -> Path:
-    """The folder of this job; of a job array's member, its own."""
+def member_folder(folder: Path, environment: Mapping[str, str]) -> Path:
+    """Return the log folder of this job, which for a member of a job array is the member's."""
     index = environment.get("SLURM_ARRAY_TASK_ID")
     return Path(json.loads((folder / MEMBERS).read_text())[index]) if index else folder
 
 
 def guard(shell: int) -> None:
-    """When SLURM makes the job end, end srun before SLURM ends everything: its ranks may hang.
+    """Kill srun before SLURM kills everything: its ranks may hang.
 
-    The batch script waits for srun, and would be killed while it waits, with nothing written and no requeue asked for.
+    The batch script waits for srun, and would be killed while it waits, with nothing recorded and no requeue.
 
     Args:
         shell: Process of the batch script.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
-    shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True).stdout
-    found = re.search(r"KillWait\s*=\s*(\d+)", shown)
+    seconds = kill_wait()
     signal.sigwait({signal.SIGTERM})
-    time.sleep(_SHARE * (int(found[1]) if found else 30))
+    time.sleep(_GRACE_SHARE * seconds)
     subprocess.run(["pkill", "-KILL", "-x", "-P", str(shell), "srun"])
 
 
 def begin(folder: Path, environment: Mapping[str, str], logs: Path | None = None) -> None:
-    """Write that an incarnation begins; of one that ended without a word, that it did. Arguments as of `end`."""
+    """Record that an attempt begins, and the end of one that could not record it. Arguments as of `end`."""
     restart, step = restart_count(environment), newest_step(folder)
-    if (lives := attempts(folder)) and lives[-1].ended is None:
-        fate = RestartDecision("slurm", False, "ended with its node or by SLURM, which started the job again")
-        _write_end(folder, lives[-1].restart, None, fate, True)
-    nodes = environment.get("SLURM_JOB_NODELIST", "")
-    names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True).stdout.split()
-    line = {"restart": restart, "began": time.time(), "hosts": names, "job": job_id(environment), "began_step": step}
+    if (earlier := read_attempts(folder)) and earlier[-1].ended is None:
+        decision = RestartDecision("slurm", False, "ended with its node or by SLURM, which restarted the job")
+        _write_end(folder, earlier[-1].restart, None, decision, True)
+    hosts = host_names(environment.get("SLURM_JOB_NODELIST", ""))
+    record = {"restart": restart, "began": time.time(), "hosts": hosts, "job": job_id(environment), "began_step": step}
     log = _error_log(logs or folder, environment)
-    _append(folder, {**line, "errors": log.stat().st_size if log.is_file() else 0})
+    _append(folder, {**record, "errors": log.stat().st_size if log.is_file() else 0})
 
 
 def end(folder: Path, code: int, environment: Mapping[str, str], logs: Path | None = None) -> None:
-    """Write how an incarnation ended, and have the job requeued if that is of use.
+    """Record how an attempt ended, and requeue the job where that helps.
 
     Args:
-        folder: Of the job's logs.
-        code: srun's exit code: the greatest of its ranks'.
-        environment: Of the batch script.
-        logs: The ranks' output, where that is another folder.
+        folder: Log folder of the job.
+        code: Exit code of srun: the greatest of its ranks'.
+        environment: Environment of the batch script.
+        logs: Folder of the ranks' output, where that is another one.
     """
     restart, job = restart_count(environment), job_id(environment)
-    seen = look(job)
+    state = job_state(job)
     exits = rank_exits(folder, restart)
-    unbegun = _write_unbegun(folder, code, exits.keys(), environment, logs or folder)
-    fate = decide(code, list(exits.values()), seen, restart, _without_progress(folder, restart), unbegun)
-    by_slurm = seen is not None and seen.restarts > restart
+    failed_start = _record_failed_starts(folder, code, exits.keys(), environment, logs or folder)
+    decision = decide(
+        code, list(exits.values()), state, restart, _causes_without_progress(folder, restart), failed_start
+    )
+    by_slurm = state is not None and state.restarts > restart
     # Written first: with the requeue SLURM ends this process too.
-    _write_end(folder, restart, code, fate, fate.requeue or by_slurm)
-    print(f"incarnation {restart} ended with exit code {code}: {fate.why}", flush=True)
-    if fate.requeue:
-        refused = ask(["scontrol", "requeue", job])
-        if refused is not None:
-            _write_end(
-                folder,
-                restart,
-                code,
-                RestartDecision(fate.cause, False, f"{fate.why}, but SLURM refused: {refused}"),
-                False,
-            )
+    _write_end(folder, restart, code, decision, decision.requeue or by_slurm)
+    logger.info("attempt %d ended with exit code %d: %s", restart, code, decision.why)
+    if decision.requeue and (error := requeue_job(job)) is not None:
+        refused = RestartDecision(decision.cause, False, f"{decision.why}, but SLURM refused: {error}")
+        _write_end(folder, restart, code, refused, False)
 
 
 def decide(
     code: int,
     exits: list[int | None],
-    seen: SlurmJobState | None,
+    state: SlurmJobState | None,
     restart: int,
-    idle: list[str] | None,
-    unbegun: str | None = None,
+    causes: list[str] | None,
+    failed_start: str | None = None,
 ) -> RestartDecision:
-    """Say whether a job starts again.
+    """Decide whether a job is restarted.
 
     Args:
-        code: srun's exit code.
-        exits: What the ranks left as theirs; None where one was killed.
-        seen: The job in SLURM's eyes; None if the controller does not answer.
-        restart: This incarnation's number.
-        idle: Causes of the former incarnations since the last that saved something; None if this one did.
-        unbegun: How a rank failed before it began; None where all began, or were killed before that.
+        code: Exit code of srun.
+        exits: Exit codes that the ranks recorded; None for one that was killed.
+        state: State of the job in SLURM; None if the controller does not answer.
+        restart: Restart count of this attempt.
+        causes: Causes of the attempts before this one since the last that wrote a checkpoint; None if this one did.
+        failed_start: How a rank failed before it began; None if all began or were killed before that.
     """
-    if seen and seen.restarts > restart:
-        return RestartDecision("slurm", False, "SLURM starts it again: an operator, a preemption or a lost node")
+    if state and state.restarts > restart:
+        return RestartDecision("slurm", False, "SLURM restarts it: an operator, a preemption or a lost node")
     if code == 0:
         return RestartDecision("done", False, "complete")
-    if seen and seen.state != "RUNNING" and seen.reason != "TimeLimit":
-        return RestartDecision("cancelled", False, "cancelled: it does not start again")
-    left = [each for each in exits if each is not None]
-    if unbegun and not any(map(_is_error, left)):
-        return RestartDecision("failed", False, f"{unbegun}: it does not start again")
-    left = left or [code]
-    if failures := list(filter(_is_error, left)):
-        mistake = 2 in failures
-        number = 2 if mistake else failures[0]
-        what = "a mistake in the configuration or the data" if mistake else f"a rank failed with exit code {number}"
-        return RestartDecision("mistake" if mistake else "failed", False, f"{what}: it does not start again")
-    # One of ranks that save together may be ended by srun before it says so; but without a checkpoint it was killed.
-    saved = _SAVED in left and (None not in exits or idle is None)
-    cause, most = ("saved", _STOPS) if saved else ("killed", _CRASHES)
-    how = "asked to stop" if saved else "a rank was killed or hung"
-    if (idle or []).count(cause) >= most:
-        return RestartDecision(
-            cause, False, f"{how}; {most} restarts in a row brought no new checkpoint: it does not start again"
-        )
-    return RestartDecision(cause, True, f"{how}: it starts again")
+    if state and state.state != "RUNNING" and state.reason != "TimeLimit":
+        return RestartDecision("cancelled", False, "cancelled: no restart")
+    recorded = [each for each in exits if each is not None]
+    if failed_start and not any(map(_is_error, recorded)):
+        return RestartDecision("failed", False, f"{failed_start}: no restart")
+    recorded = recorded or [code]
+    if failures := list(filter(_is_error, recorded)):
+        if ExitCode.USER_ERROR in failures:
+            return RestartDecision("mistake", False, "a mistake in the configuration or the data: no restart")
+        return RestartDecision("failed", False, f"a rank failed with exit code {failures[0]}: no restart")
+    # One of several ranks that save together may be killed by srun before it records its exit code; but without a new
+    # checkpoint it did not save.
+    saved = ExitCode.REQUEUE in recorded and (None not in exits or causes is None)
+    cause, limit = ("saved", _MAX_SAVED) if saved else ("killed", _MAX_KILLED)
+    how = "stopped by a signal" if saved else "a rank was killed or hung"
+    if (causes or []).count(cause) >= limit:
+        return RestartDecision(cause, False, f"{how}; {limit} restarts in a row wrote no new checkpoint: no restart")
+    return RestartDecision(cause, True, f"{how}: restarting")
 
 
 def _is_error(code: int) -> bool:
-    """Whether a process that left this code failed by itself: not killed or stopped, nor for another rank's sake."""
-    return code not in (0, LOST, _SAVED, _STALLED) and (code < 128 or code == 130)
-
-
-def look(job: str) -> SlurmJobState | None:
-    """How SLURM sees a job; None if the controller stays away."""
-    answer: list[str] = []
-    if ask(["scontrol", "--oneliner", "show", "job", job], answer) is not None:
-        return None
-    fields = dict(re.findall(r"(JobState|Reason|Restarts)=(\S*)", answer[0]))
-    return SlurmJobState(fields.get("JobState", ""), fields.get("Reason", ""), int(fields.get("Restarts", 0)))
-
-
-def ask(command: list[str], answer: list[str] | None = None) -> str | None:
-    """Run a command of SLURM, again and again while its controller is away.
-
-    Args:
-        command: The command.
-        answer: Takes what it printed.
-
-    Returns:
-        None if it worked, else what it complained of.
-    """
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            if answer is not None:
-                answer.append(done.stdout)
-            return None
-        complaint = " ".join(done.stderr.split())
-        away = "nable to contact" in complaint or "timed out" in complaint or "refused" in complaint
-        if not away or time.monotonic() > deadline:
-            return complaint
-        time.sleep(2)
+    """Whether a process failed by itself: neither killed nor stopped, nor because of another rank."""
+    if code in (0, ExitCode.PEER_LOST, ExitCode.REQUEUE, ExitCode.STALLED):
+        return False
+    return code < 128 or code == ExitCode.INTERRUPTED
 
 
 def job_id(environment: Mapping[str, str]) -> str:
-    """The job's number; a member of a job array is asked for by its index, since one has the number of them all."""
+    """Return the job's number; for a member of a job array ARRAY_INDEX, since one of them has the array's number."""
     array = environment.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
 
 
 def newest_step(folder: Path) -> int:
-    """Step of the run's newest complete checkpoint; -1 for none. The run is the folder above the logs."""
-    marked = folder.parent.parent.glob("checkpoints/step-*/progress.json")
-    return max((int(path.parent.name.removeprefix("step-")) for path in marked), default=-1)
+    """Return the step of the run's newest complete checkpoint; -1 for none. The run folder is two above the logs."""
+    complete = folder.parent.parent.glob("checkpoints/step-*/progress.json")
+    return max((int(path.parent.name.removeprefix("step-")) for path in complete), default=-1)
 
 
 def rank_exits(folder: Path, restart: int) -> dict[int, int | None]:
-    """What the ranks of an incarnation left as their exit codes, by rank; those that did not begin are not there."""
+    """Return the exit codes that the ranks of an attempt recorded, by rank; without those that did not begin."""
     ranks = [int(path.stem.removeprefix("rank")) for path in folder.glob("rank*.json")]
-    each = {rank: Status(folder, rank).read() for rank in sorted(ranks)}
+    statuses = {rank: Status(folder, rank).read() for rank in sorted(ranks)}
     return {
         rank: status["exit"]
-        for rank, status in each.items()
+        for rank, status in statuses.items()
         if status is not None and status.get("restart", 0) == restart
     }
 
 
 def srun_exits(text: str) -> dict[int, int]:
-    """Exit codes of the ranks that ended by themselves, by rank, as srun tells them.
+    """Return the exit codes of the ranks that ended by themselves, by rank, from srun's messages.
 
-    srun's own code is the greatest of all, so that of the ranks that it ends for the sake of one hides that one's.
+    srun's own exit code is the greatest of all, so that the codes of ranks that it kills hide the first failure.
 
     Args:
-        text: What srun wrote, with lines such as "srun: error: node1: tasks 0-1,3: Exited with exit code 1".
+        text: Output of srun, with lines such as "srun: error: node1: tasks 0-1,3: Exited with exit code 1".
     """
     codes: dict[int, int] = {}
     for tasks, code in _EXITED.findall(text):
@@ -291,84 +242,87 @@ def srun_exits(text: str) -> dict[int, int]:
     return codes
 
 
-def _write_unbegun(
+def _record_failed_starts(
     folder: Path, code: int, begun: Collection[int], environment: Mapping[str, str], logs: Path
 ) -> str | None:
-    """Write the status of ranks that failed before they could: of a python without the packages, or none at all.
+    """Write the status of ranks that failed before they could: no python there, or one without the packages.
 
     Returns:
-        How the first of them ended; None where there is none.
+        How the first of them ended; None if there is none.
     """
     restart = restart_count(environment)
     errors = _errors(folder, restart, _error_log(logs, environment))
-    # 255 is what a container's runtime ends with; of a process that has begun it would be a signal's.
-    failed = {rank: each for rank, each in srun_exits(errors).items() if _is_error(each) or each == 255}
-    unbegun = {rank: failed[rank] for rank in sorted(failed.keys() - begun)}
+    # 255 is an error of the container's runtime here; of a process that has begun it would be a signal's.
+    failed = {rank: each for rank, each in srun_exits(errors).items() if _is_error(each) or each == ExitCode.CONTAINER}
+    not_begun = {rank: failed[rank] for rank in sorted(failed.keys() - begun)}
     try:
-        for rank, each in unbegun.items():
-            Status(folder, rank).write_unbegun(each, restart)
+        for rank, each in not_begun.items():
+            Status(folder, rank).write_failed_start(each, restart)
     except OSError as error:
-        print(f"{folder}: a rank's status was not written: {error.strerror}", file=sys.stderr)
-    if unbegun:
-        return failure_of(folder, job_id(environment), min(unbegun), restart, logs).how
+        logger.warning("%s: a rank's status was not written: %s", folder, error.strerror)
+    if not_begun:
+        return failure_of(folder, job_id(environment), min(not_begun), restart, logs).how
     if not begun and _is_error(code):
         return f"no rank began, srun ended with exit code {code}: {last_line(errors.splitlines())}".removesuffix(": ")
     return None
 
 
 def _error_log(logs: Path, environment: Mapping[str, str]) -> Path:
-    """Where the batch script's errors go, and with them srun's: rank 0 writes there as well."""
+    """Return the file of the batch script's errors, and so of srun's: rank 0 writes there as well."""
     return logs / f"{job_id(environment)}_0_log.err"
 
 
 def _errors(folder: Path, restart: int, log: Path) -> str:
-    """What the batch script's error log holds of an incarnation; empty where that is not known."""
-    lives = attempts(folder)
-    if not lives or lives[-1].restart != restart:
+    """Return what an attempt wrote to the batch script's error log; empty if that is unknown."""
+    attempts = read_attempts(folder)
+    if not attempts or attempts[-1].restart != restart:
         return ""
     try:
         with log.open("rb") as file:
-            file.seek(max(lives[-1].errors, file.seek(0, os.SEEK_END) - _READ))
+            file.seek(max(attempts[-1].errors, file.seek(0, os.SEEK_END) - _LOG_TAIL))
             return file.read().decode(errors="replace")
     except OSError:
         return ""
 
 
-def _without_progress(folder: Path, restart: int) -> list[str] | None:
-    """Causes of the incarnations before this one since the last that saved something; None if this one did."""
+def _causes_without_progress(folder: Path, restart: int) -> list[str] | None:
+    """Return causes of the attempts before this one since the last that wrote a checkpoint; None if this one did."""
     causes, newest = [], newest_step(folder)
-    for each in reversed(attempts(folder)):
-        saved = (newest if each.step is None else each.step) > each.began_step
-        if each.restart == restart:
-            if saved:
+
+    def progressed(attempt: Attempt) -> bool:
+        return (newest if attempt.step is None else attempt.step) > attempt.began_step
+
+    for attempt in reversed(read_attempts(folder)):
+        if attempt.restart == restart:
+            if progressed(attempt):
                 return None
-        elif saved:
+        elif progressed(attempt):
             break
         else:
-            causes.append(each.cause)
+            causes.append(attempt.cause)
     return causes
 
 
-def _write_end(folder: Path, restart: int, code: int | None, fate: RestartDecision, requeued: bool) -> None:
-    line = {
+def _write_end(folder: Path, restart: int, code: int | None, decision: RestartDecision, requeued: bool) -> None:
+    record = {
         "restart": restart,
         "ended": time.time(),
         "code": code,
         "requeued": requeued,
-        "why": fate.why,
-        "cause": fate.cause,
+        "why": decision.why,
+        "cause": decision.cause,
         "step": newest_step(folder),
     }
-    _append(folder, line)
+    _append(folder, record)
 
 
 def _append(folder: Path, record: dict[str, Any]) -> None:
-    """Add a line; a disk that is full is no reason not to start again."""
+    """Append a record; a full disk does not prevent a restart."""
     try:
-        with (folder / INCARNATIONS).open("a") as file:
+        with (folder / ATTEMPTS).open("a") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        print(f"{folder / INCARNATIONS} was not written: {error.strerror}", file=sys.stderr)
+        logger.warning("%s was not written: %s", folder / ATTEMPTS, error.strerror)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Options of sbatch that a profile adds to a job: checked, GPUs found in them, and written as lines of a script."""
+"""Options of sbatch that a profile adds to a job: validation, GPUs, and lines of the batch script."""
 
 import re
 import shlex
@@ -8,7 +8,7 @@ from typing import Any
 from shards.errors import UserError
 from toolkit.config.schema import GPUS, gpu_count
 
-# By full name without leading dashes: true for an option without a value, None to leave out one that is set otherwise.
+# By full name without leading dashes; true: an option without a value; None: omit one that would be set otherwise.
 Options = dict[str, str | bool | None]
 
 # sbatch's short options.
@@ -20,9 +20,11 @@ _SHORT = {
     "s": "oversubscribe", "t": "time", "u": "usage", "V": "version", "v": "verbose", "W": "wait", "w": "nodelist",
     "x": "exclude",
 }  # fmt: skip
-_KEY = "set the profile's key {}, which the number of ranks and the checks go by"
-_ONE_GPU = "ranks number all GPUs of their node: set gpus_per_node, and ranks_per_node if it is not one rank a GPU"
-# Options that are the launcher's own, and what to do instead.
+_KEY = "set the profile's key {}, by which ranks are counted and the checks are made"
+_ONE_GPU = (
+    "ranks choose among all GPUs of their node: set gpus_per_node, and ranks_per_node if it is not one rank a GPU"
+)
+# Options that the launcher sets, and what to do instead.
 _REFUSED = {
     **dict.fromkeys(("nodes", "time", "partition", "account", "qos", "constraint", "signal", "array"), _KEY),
     **dict.fromkeys(("gpus-per-node", "gpus-per-socket"), _KEY.format("gpus_per_node")),
@@ -32,14 +34,14 @@ _REFUSED = {
     "ntasks-per-gpu": _ONE_GPU,
     "gpus-per-task": _ONE_GPU,
     "job-name": "name a job with --name",
-    **dict.fromkeys(("output", "error", "input", "open-mode"), "logs lie in the run folder; leave it out"),
-    **dict.fromkeys(("chdir", "workdir"), "a job works where the command is given; leave it out"),
-    **dict.fromkeys(("test-only", "wrap"), "the launcher writes the script; --dry-run has it tested"),
+    **dict.fromkeys(("output", "error", "input", "open-mode"), "logs are in the run folder; leave it out"),
+    **dict.fromkeys(("chdir", "workdir"), "a job runs in the working directory of the command; leave it out"),
+    **dict.fromkeys(("test-only", "wrap"), "the launcher writes the script; --dry-run tests it"),
     **dict.fromkeys(("wait", "quiet", "parsable"), "the launcher reads sbatch's answer; leave it out"),
     **dict.fromkeys(("help", "usage", "version"), "nothing would be submitted; leave it out"),
     **dict.fromkeys(("clusters", "cluster"), "export SLURM_CLUSTERS instead, which squeue and scancel read too"),
 }
-# Of srun those that change which ranks there are, what they see or where they write.
+# Options of srun that change the ranks, what they see or where they write.
 _REFUSED_BY_SRUN = (
     "nodes", "ntasks", "ntasks-per-node", "tasks-per-node", "ntasks-per-gpu", "cpus-per-task", "cpus-per-gpu",
     "gpus-per-task", "gpus-per-socket", "output", "error", "input", "time",
@@ -49,27 +51,27 @@ _TRES = re.compile(r"tres-(?:per-\w+|bind)")
 
 
 def read_options(values: Mapping[Any, Any], where: str) -> Options:
-    """Check a profile's section `sbatch`.
+    """Validate a profile's section `sbatch`.
 
-    Null and false leave an option out, true stands for one without a value, and a list is joined by commas. Only of
-    `requeue` false means --no-requeue. A name may have leading dashes, underscores, or be one of sbatch's short ones.
+    Null and false omit an option, true is one without a value, and a list is joined by commas. Only for `requeue` does
+    false mean --no-requeue. A name may have leading dashes or underscores, or be one of sbatch's short ones.
 
     Args:
-        values: The section.
+        values: Section.
         where: File and section, for messages.
 
     Returns:
-        By full name; GPUs stay as `gres` or `gpus`, written the way of `gpus_per_node`.
+        Options by full name; GPUs stay as `gres` or `gpus`, in the form of `gpus_per_node`.
 
     Raises:
-        UserError: A name or value cannot be an option's, or the option is the launcher's own.
+        UserError: A name or value is invalid, or the launcher sets the option.
     """
     options: Options = {}
     seen: dict[str, str] = {}
     for key, value in values.items():
         name, text = _name(key, where), _value(value, f"{where}.{key}")
         if name in seen:
-            raise UserError(f"{where}.{key}: the option stands twice, as {seen[name]} too; keep one")
+            raise UserError(f"{where}.{key}: the option is given twice, as {seen[name]} too; keep one")
         seen[name] = str(key)
         if name in ("requeue", "no-requeue"):
             _read_requeue(options, name, text, f"{where}.{key}")
@@ -78,12 +80,12 @@ def read_options(values: Mapping[Any, Any], where: str) -> Options:
             options[name] = text
         elif name == "wckey":  # which submitit would set
             options[name] = None
-    asked_gpus(options, where)
+    requested_gpus(options, where)
     return options
 
 
 def check_srun(words: list[str], where: str) -> None:
-    """Refuse arguments of srun that change which ranks there are, which GPUs they see, or where they write.
+    """Refuse arguments of srun that change the ranks, the GPUs that they see, or where they write.
 
     Raises:
         UserError: There is one.
@@ -97,72 +99,72 @@ def check_srun(words: list[str], where: str) -> None:
             _refuse(long, word.partition("=")[2], f"{where}: {word}")
 
 
-def asked_gpus(options: Options, where: str) -> str | None:
-    """GPUs of a node that `gres` or `gpus` ask for, in the way of `gpus_per_node`; None for none.
+def requested_gpus(options: Options, where: str) -> str | None:
+    """Return the GPUs of a node that `gres` or `gpus` request, in the form of `gpus_per_node`; None for none.
 
     Raises:
-        UserError: Both ask, or for several types.
+        UserError: Both request some, or there are several types.
     """
-    found = {}
+    requested = {}
     for name in ("gres", "gpus"):
         text = options.get(name)
         if text is True:
             raise UserError(f"{where}.{name} is true; expected a number, or a type and a number such as a100:4")
         gpus = _gpus(str(text or ""), name, where)
         if len(gpus) > 1:
-            raise UserError(f"{where}.{name} asks for several types of GPU ({text}); ranks need one: keep one")
-        found.update({name: gpus[0]} if gpus else {})
-    if len(found) > 1:
-        raise UserError(f"{where}.gres and {where}.gpus both ask for GPUs: keep one, or set gpus_per_node instead")
-    return next(iter(found.values()), None)
+            raise UserError(f"{where}.{name} requests several types of GPU ({text}); ranks need one: keep one")
+        requested.update({name: gpus[0]} if gpus else {})
+    if len(requested) > 1:
+        raise UserError(f"{where}.gres and {where}.gpus both request GPUs: keep one, or set gpus_per_node instead")
+    return next(iter(requested.values()), None)
 
 
 def with_gpus(options: Options, gpus: int | str | None, nodes: int) -> Options:
-    """The options with this number of GPUs a node, asked for by the option that the profile uses.
+    """Return the options with this number of GPUs a node, requested by the option that the profile uses.
 
     Args:
-        options: As read.
-        gpus: For each node, such as 4 or a100:4; None or 0 for no GPU.
+        options: Options as read.
+        gpus: GPUs of each node, such as 4 or a100:4; None or 0 for no GPU.
         nodes: Number of nodes.
     """
     entries = str(options.get("gres", "")).split(",")
     others = [entry for entry in entries if entry and _gpu(entry, "gres") is None]  # such as a disk
-    asked = {name: value for name, value in options.items() if name not in ("gres", "gpus")}
+    rest = {name: value for name, value in options.items() if name not in ("gres", "gpus")}
     count, by_gres = gpu_count(gpus), others != entries and "gres" in options
     if count and by_gres:
         others.insert(0, f"gpu:{gpus}")
     elif count and "gpus" in options:
         kind, colon, _ = str(gpus).rpartition(":")
-        asked["gpus"] = f"{kind}{colon}{count * nodes}"
+        rest["gpus"] = f"{kind}{colon}{count * nodes}"
     elif count:
-        asked["gpus-per-node"] = str(gpus)
-    return asked | ({"gres": ",".join(others)} if others else {})
+        rest["gpus-per-node"] = str(gpus)
+    return rest | ({"gres": ",".join(others)} if others else {})
 
 
-def beside(ours: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """The launcher's options with a profile's; of --requeue and --no-requeue the profile's alone."""
-    both = {**ours, **options}
+def merge_options(launcher: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Merge the launcher's options with a profile's, which alone decides between --requeue and --no-requeue."""
+    both = {**launcher, **options}
     if "no-requeue" in options:
         both["requeue"] = None
     return {name: value for name, value in both.items() if value is not None}
 
 
-def flag(name: str, value: Any) -> str:
-    """An option as a line of a batch script; true for one without a value."""
+def directive(name: str, value: Any) -> str:
+    """Return an option as a line of a batch script; true for one without a value."""
     return f"#SBATCH --{name}" + ("" if value is True else f"={shlex.quote(str(value))}")
 
 
 def _name(key: Any, where: str) -> str:
-    """The full name of an option, however it is written."""
+    """Return the full name of an option."""
     bare = str(key).lstrip("-").replace("_", "-")
     name = _SHORT.get(bare, bare)
     if not isinstance(key, str) or not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) == 1:
-        raise UserError(f"{where}: {key!r} is no option of sbatch: expected a name such as mail-type")
+        raise UserError(f"{where}: {key!r} is not an option of sbatch: expected a name such as mail-type")
     return name
 
 
 def _value(value: Any, where: str) -> str | bool | None:
-    """An option's value as text; true, false and null as they are."""
+    """Return an option's value as text; true, false and null as they are."""
     if isinstance(value, list):
         items = [_value(each, where) for each in value if not isinstance(each, list)]
         if len(items) < len(value) or not all(isinstance(each, str) for each in items):
@@ -175,7 +177,7 @@ def _value(value: Any, where: str) -> str | bool | None:
     text = str(value)
     if any(ord(letter) < 32 for letter in text):
         raise UserError(f"{where} is {text!r}; expected one line")
-    return {"true": True, "false": False}.get(text.lower(), text)  # no option of sbatch has these as its value
+    return {"true": True, "false": False}.get(text.lower(), text)  # no option of sbatch takes these as text
 
 
 def _read_requeue(options: Options, name: str, value: str | bool | None, where: str) -> None:
@@ -187,30 +189,30 @@ def _read_requeue(options: Options, name: str, value: str | bool | None, where: 
     option = "requeue" if value == (name == "requeue") else "no-requeue"
     other = "no-requeue" if option == "requeue" else "requeue"
     if options.get(other):
-        raise UserError(f"{where}: the profile asks for both --requeue and --no-requeue: keep one")
+        raise UserError(f"{where}: the profile sets both --requeue and --no-requeue: keep one")
     options[option] = True
 
 
 def _refuse(name: str, text: str | bool, where: str) -> None:
-    """Refuse what is the launcher's own, and GPUs from which the number of ranks does not follow.
+    """Refuse options that the launcher sets, and requests of GPUs that do not give the number of ranks.
 
     Raises:
-        UserError: The option is one of these.
+        UserError: It is one of these.
     """
-    mend = _REFUSED.get(name)
-    whole = [known for known in _KNOWN if known.startswith(name)]
-    if whole and name not in _KNOWN:  # sbatch takes the beginning of a name for the name
-        mend = f"write the option's whole name, such as {whole[0]}"
+    instead = _REFUSED.get(name)
+    matches = [known for known in _KNOWN if known.startswith(name)]
+    if matches and name not in _KNOWN:  # sbatch accepts abbreviated names
+        instead = f"write the option's full name, such as {matches[0]}"
     if _TRES.fullmatch(name) and "gpu" in str(text):
-        mend = _ONE_GPU
+        instead = _ONE_GPU
     if name == "gpu-bind" and str(text).split(",")[-1] not in ("none", "verbose"):
-        mend = _ONE_GPU
-    if mend is not None:
-        raise UserError(f"{where}: {mend.format(name)}")
+        instead = _ONE_GPU
+    if instead is not None:
+        raise UserError(f"{where}: {instead.format(name)}")
 
 
 def _gpus(text: str, name: str, where: str) -> list[str]:
-    found = []
+    requested = []
     for each in text.split(","):
         gpus = _gpu(each, name)
         if gpus is None:
@@ -219,12 +221,12 @@ def _gpus(text: str, name: str, where: str) -> list[str]:
             example = "gpu:4 or gpu:a100:4" if name == "gres" else "4 or a100:4"
             raise UserError(f"{where}.{name} is {text}; expected GPUs as {example}")
         if gpu_count(gpus):
-            found.append(gpus)
-    return found
+            requested.append(gpus)
+    return requested
 
 
 def _gpu(entry: str, name: str) -> str | None:
-    """What an entry of `gres` or `gpus` says of GPUs, as TYPE:NUMBER; None for something else."""
+    """Return the GPUs of an entry of `gres` or `gpus` as TYPE:NUMBER; None for another resource."""
     parts = re.split("[:=]", entry.strip().removeprefix("gres/").removeprefix("gres:"))
     if name == "gres":
         if parts[0] != "gpu":

@@ -1,20 +1,20 @@
-"""Which rank of a job failed first, and the end of its log: the others may have failed because of it."""
+"""The rank of a job that failed first, and the end of its log: the others may have failed because of it."""
 
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from os import EX_TEMPFAIL
 from pathlib import Path
 from typing import Any
 
-from launch.job import LOST, Status
+from launch.job import Status
+from shards.errors import ExitCode
 
-_TAIL = 20  # lines of a failed rank's log that are shown
-_MOST = 60  # the same, where a traceback is that long
-_NEAR = 200  # lines from the end, within which a traceback is taken for the reason
-_READ = 2**18  # bytes that are looked at for them
-# SLURM's lines on the end of a step, which say that a rank ended and not why; rank 0's log holds them too.
+_TAIL_LINES = 20  # lines of a failed rank's log that are shown
+_MAX_LINES = 60  # the same for a long traceback
+_TRACEBACK_RANGE = 200  # lines from the end within which a traceback is taken for the reason
+_TAIL_BYTES = 2**18  # bytes of the log that are read
+# SLURM's lines on the end of a step, which do not explain why a rank ended; they are in rank 0's log.
 _STEP = re.compile(
     r"srun: (error: \S+ tasks? \S+ |Terminating|Force Terminated|Job step aborted|launch/slurm)"
     r"|slurmstepd\S*: error: \*\*\* "
@@ -23,14 +23,14 @@ _STEP = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank ended that failed.
+    """Failure of a rank.
 
     Attributes:
-        rank: Its number.
-        code: Its exit code; None where it was killed and could leave none.
-        lines: The end of its log, from its last traceback where there is one.
-        log: All of it.
-        began: Whether it got as far as its status file: what ended it before that is in its log alone.
+        rank: Rank.
+        code: Exit code; None if the rank was killed and could record none.
+        lines: End of its log, from the last traceback if there is one.
+        log: File of the log.
+        began: Whether it wrote its status file; the reason of an earlier end is in its log alone.
     """
 
     rank: int
@@ -41,35 +41,35 @@ class Failure:
 
     @property
     def mistake(self) -> str | None:
-        """The one line of a user's mistake; None if it was something else."""
+        """The line of a user error; None if it was another failure."""
         mistakes = [line for line in self.lines if line.startswith("error: ")]
-        return mistakes[-1] if self.code == 2 and mistakes else None
+        return mistakes[-1] if self.code == ExitCode.USER_ERROR and mistakes else None
 
     @property
     def how(self) -> str:
-        """In words."""
-        if self.code == EX_TEMPFAIL:
+        """Explanation for people."""
+        if self.code == ExitCode.REQUEUE:
             return "stopped by a signal, and saved: the same command continues"
         if not self.began:
-            return self._how_it_could_not_begin()
+            return self._how_it_failed_to_start()
         if self.code is None:
             return f"rank {self.rank} was killed, or ran out of memory or time"
         return f"rank {self.rank} failed with exit code {self.code}"
 
-    def _how_it_could_not_begin(self) -> str:
+    def _how_it_failed_to_start(self) -> str:
         code = "" if self.code is None else f" with exit code {self.code}"
-        # Of one that was killed the last line may be anything; an exception says why it ended in any case.
+        # The last line of one that was killed may be anything; an exception is the reason in any case.
         why = exception_line(self.lines) or ("" if self.code is None else last_line(self.lines))
         return f"rank {self.rank} ended{code} before it began to train" + (f": {why}" if why else "")
 
 
 def current_restart(folder: Path, ranks: int, begun: int = 0) -> int:
-    """Restart count of the incarnation that the newest of the ranks' files, or `begun`, speak of."""
+    """Return the restart count of the newest attempt: of the ranks' status files, or `begun`."""
     return max([begun, *(_restart(status) for _, status in _statuses(folder, ranks))])
 
 
 def exit_codes(folder: Path, ranks: int, restart: int) -> list[int | None]:
-    """Exit code of each rank of an incarnation; None while it runs, or where it left none."""
+    """Return the exit code of each rank of an attempt; None while it runs, or if it recorded none."""
     codes: list[int | None] = [None] * ranks
     for rank, status in _statuses(folder, ranks):
         if _restart(status) == restart:
@@ -86,32 +86,32 @@ def first_failure(
     restart: int = 0,
     logs: Path | None = None,
 ) -> int | None:
-    """The rank that failed first.
+    """Return the rank that failed first; None if none failed.
 
-    A rank that was killed leaves no exit code, and the others notice only afterwards: it comes before them. Those that
-    were asked to stop, or saw a connection break, come after one with an error of its own.
+    A rank that was killed records no exit code, and the others notice only afterwards: it comes before them. Ranks that
+    were stopped by a signal, or whose connection broke, come after one with another error.
 
     Args:
-        folder: Of the ranks' status files.
-        job_id: As submitit names its files.
+        folder: Folder of the ranks' status files.
+        job_id: Job number in submitit's file names.
         ranks: Number of ranks.
-        lost: Has this process died?
-        gone: Has the job ended?
-        restart: Incarnation of the job; what ranks of another one left is not looked at.
-        logs: Of submitit's files, where that is another folder.
+        lost: Returns whether this process has died.
+        gone: Whether the job has ended.
+        restart: Restart count of the attempt; files of other attempts are ignored.
+        logs: Folder of submitit's files, if that is another one.
     """
     failures: list[tuple[bool, float, int]] = []
     statuses = dict(_statuses(folder, ranks))
     for rank in range(ranks):
         status = statuses.get(rank)
         if status is None or _restart(status) != restart:
-            # It could not begin: submitit wrote down why. Or no node ever ran it.
+            # It failed to start, and submitit recorded why. Or no node ever ran it.
             if status is None and ((logs or folder) / f"{job_id}_{rank}_result.pkl").exists():
                 failures.append((False, 0.0, rank))
             elif gone:
                 failures.append((True, math.inf, rank))
         elif status["exit"]:
-            failures.append((status["exit"] in (LOST, EX_TEMPFAIL), status["time"], rank))
+            failures.append((status["exit"] in (ExitCode.PEER_LOST, ExitCode.REQUEUE), status["time"], rank))
         elif status["exit"] is None and lost(status["pid"]) and _exit(folder, rank) is None:
             failures.append((False, 0.0, rank))
         elif status["exit"] is None and gone:
@@ -120,7 +120,7 @@ def first_failure(
 
 
 def failure_of(folder: Path, job_id: str, rank: int, restart: int = 0, logs: Path | None = None) -> Failure:
-    """Read how a rank ended; arguments as of `first_failure`."""
+    """Read how a rank failed; arguments as of `first_failure`."""
     status = Status(folder, rank).read()
     code = status["exit"] if status and _restart(status) == restart else None
     log = (logs or folder) / f"{job_id}_{rank}_log.err"
@@ -130,30 +130,30 @@ def failure_of(folder: Path, job_id: str, rank: int, restart: int = 0, logs: Pat
 
 
 def last_lines(log: Path) -> list[str]:
-    """The end of a log: from its last traceback where one is near, else some lines; submitit's own are left out."""
+    """Return the end of a log without submitit's lines: from its last traceback if that is near, else a few lines."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - _READ))
+            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except OSError:
         return []
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("submitit ")]
     begins = [number for number, line in enumerate(lines) if line.startswith("Traceback (")]
-    if begins and len(lines) - begins[-1] <= _NEAR:
-        first = min(begins[-1], max(0, len(lines) - _TAIL))
-        return lines[first : first + _MOST]
-    return lines[-_TAIL:]
+    if begins and len(lines) - begins[-1] <= _TRACEBACK_RANGE:
+        first = min(begins[-1], max(0, len(lines) - _TAIL_LINES))
+        return lines[first : first + _MAX_LINES]
+    return lines[-_TAIL_LINES:]
 
 
 def exception_line(lines: Sequence[str]) -> str:
-    """The line that names the exception of the last traceback; empty where there is none."""
+    """Return the line that names the exception of the last traceback; empty for none."""
     begins = [number for number, line in enumerate(lines) if line.startswith("Traceback (")]
     after = lines[begins[-1] + 1 :] if begins else []
     return next((line for line in after if not line[0].isspace()), "")
 
 
 def last_line(lines: Sequence[str]) -> str:
-    """The last line that is not SLURM's about the end of a step; empty where there is none."""
+    """Return the last line that is not SLURM's about the end of a step; empty for none."""
     return next((line for line in reversed(lines) if line.strip() and not _STEP.match(line)), "")
 
 

@@ -1,5 +1,6 @@
-"""Following a job: rank 0's log in the terminal as it grows, through restarts, and why it failed if it did."""
+"""Following a job: rank 0's log in the terminal as it grows, through restarts, and the reason of a failure."""
 
+import logging
 import math
 import os
 import signal
@@ -10,34 +11,39 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launch.job import Status
-from launch.record import Attempt, attempts, ended_for_good
-from launch.slurm.client import ask
+from launch.record import Attempt, ended_for_good, read_attempts
+from launch.slurm.client import queue_state
 from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
+from shards.errors import ExitCode
 
 __all__ = ["Controller", "Local", "Log", "Running", "Slurm", "first_failure", "follow"]
 
-_LATE = 15.0  # seconds that a shared disk may take to show the last files of a job that is gone
+logger = logging.getLogger(__name__)
+
+_FILE_DELAY = 15.0  # seconds that a shared disk may take to show the last files of a job that has ended
+_QUEUE_INTERVAL = 2.0  # seconds between queries of the queue
+_POLL_INTERVAL = 0.1  # seconds between reads of the files
 
 
 class Running(Protocol):
-    """A submitted job, as far as it is followed."""
+    """A submitted job that is followed."""
 
     @property
     def id(self) -> str:
         """The job's number."""
 
     def alive(self) -> bool:
-        """Is it waiting or running?"""
+        """Return whether it is pending or running."""
 
     def lost(self, pid: int) -> bool:
-        """Has this process of it died? False where that cannot be seen."""
+        """Return whether this process of the job has died; False if that is unknown."""
 
 
 @dataclass
 class Local:
-    """A job of submitit's local executor: a controller process with a child a rank."""
+    """A job of submitit's local executor: a controller process with one child per rank."""
 
-    job: Any  # submitit's LocalJob; its id is the controller's process
+    job: Any  # submitit's LocalJob; its id is the controller's process ID
     folder: Path
     ranks: int
 
@@ -47,13 +53,13 @@ class Local:
         return str(self.job.job_id)
 
     def alive(self) -> bool:
-        """Does the controller run?"""
+        """Return whether the controller runs."""
         return not self.job.done()
 
     def end(self) -> None:
-        """Interrupt the ranks, kill what still runs a second later; the controller follows them.
+        """Interrupt the ranks and kill those that still run a second later; then the controller ends.
 
-        The controller passes SIGTERM on to its children, which ends those that have not named their process yet.
+        The controller passes SIGTERM on to its children, which ends those that have not written their status yet.
         """
         signals = [signal.SIGINT] + 9 * [signal.SIGTERM] + 50 * [signal.SIGKILL]
         for number in signals:
@@ -66,14 +72,14 @@ class Local:
             time.sleep(0.1)
 
     def signal_ranks(self, number: int) -> None:
-        """Send a signal to each rank that runs."""
+        """Send a signal to each running rank."""
         for rank in range(self.ranks):
             status = Status(self.folder, rank).read()
             if status is not None and status["exit"] is None and not self.lost(status["pid"]):
                 os.kill(status["pid"], number)
 
     def lost(self, pid: int) -> bool:
-        """The controller reaps its children, so the process of a dead rank is gone."""
+        """Return whether the process is gone: the controller reaps its children."""
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -83,13 +89,13 @@ class Local:
 
 @dataclass(frozen=True)
 class Controller:
-    """A local job's controller process, found again by its number; that of another process is not taken for it."""
+    """A local job's controller, found by its process ID; a later process with the same ID is recognized."""
 
     job_id: str
     folder: Path
 
     def done(self) -> bool:
-        """Has it ended?"""
+        """Return whether it has ended."""
         try:
             words = Path(f"/proc/{int(self.job_id)}/cmdline").read_bytes().split(b"\0")
         except (OSError, ValueError):
@@ -99,97 +105,96 @@ class Controller:
 
 @dataclass
 class Slurm:
-    """A SLURM job, seen through squeue, which needs no accounting."""
+    """A SLURM job, followed by squeue, which needs no accounting."""
 
     id: str
     state: str = ""
-    there: bool = True
-    asked: float = -math.inf
+    in_queue: bool = True
+    queried_at: float = -math.inf
 
     def alive(self) -> bool:
-        """Is it in the queue? Where squeue is not there or does not answer, nothing is known: it counts as alive."""
-        if time.monotonic() - self.asked > 2:
-            answer = ask(["squeue", "--noheader", "--jobs", self.id, "--format", "%T %R"])
-            self.asked = time.monotonic()
-            if answer is not None:
-                state = " ".join(answer).strip()
+        """Return whether it is in the queue; True if squeue is missing or does not answer."""
+        if time.monotonic() - self.queried_at > _QUEUE_INTERVAL:
+            state = queue_state(self.id)
+            self.queried_at = time.monotonic()
+            if state is not None:
                 if state and state != self.state:
-                    print(f"job {self.id}: {state}", flush=True)
-                self.state, self.there = state, bool(state)
-        return self.there
+                    logger.info("job %s: %s", self.id, state)
+                self.state, self.in_queue = state, bool(state)
+        return self.in_queue
 
     def lost(self, pid: int) -> bool:
-        """A process of another machine cannot be seen."""
+        """Return False: a process of another machine cannot be seen."""
         return False
 
 
 def follow(job: Running, folder: Path, ranks: int, logs: Path | None = None) -> int:
-    """Print rank 0's log as it grows until the job ends for good, and what becomes of it on the way.
+    """Print rank 0's log as it grows, and the job's restarts, until the job ends for good.
 
-    When a rank of a job of this machine fails, the others are ended. On SLURM that is done by srun, and the job may
-    start again.
+    When a rank of a job of this machine fails, the others are ended. On SLURM srun does that, and the job may be
+    restarted.
 
     Args:
-        job: As submitted.
-        folder: Where the ranks' status files are.
+        job: The submitted job.
+        folder: Folder of the ranks' status files.
         ranks: Number of ranks.
-        logs: Where their logs are, if elsewhere.
+        logs: Folder of the ranks' logs, if that is another one.
 
     Returns:
-        Exit code: 0 when every rank ended well, 2 for a user's mistake, 75 when it was stopped and saved, else that of
-        the rank that failed first.
+        0 if every rank succeeded, else the `ExitCode` of a user error or of a saved run, else the exit code of the rank
+        that failed first.
     """
     logs = logs or folder
-    log, told, gone_at = Log(logs / f"{job.id}_0_log.out"), AttemptPrinter(job.id), None
+    log, printer, gone_at = Log(logs / f"{job.id}_0_log.out"), AttemptPrinter(job.id), None
     while True:
-        alive = job.alive()  # asked before the log is read: what a dead job wrote is all there
+        alive = job.alive()  # queried before the log is read, which is complete once the job has ended
         log.show()
-        lives = attempts(folder)
-        told.tell(lives)
-        restart = current_restart(folder, ranks, lives[-1].restart if lives else 0)
+        attempts = read_attempts(folder)
+        printer.show(attempts)
+        restart = current_restart(folder, ranks, attempts[-1].restart if attempts else 0)
         if all(code == 0 for code in exit_codes(folder, ranks, restart)):
             log.show(to_the_end=True)
             return 0
         gone_at = None if alive else gone_at or time.monotonic()
-        gone = ended_for_good(lives) or (gone_at is not None and _late_enough(gone_at, job))
+        gone = ended_for_good(attempts) or (gone_at is not None and _files_complete(gone_at, job))
         failed = first_failure(folder, job.id, ranks, job.lost, gone, restart, logs)
         if failed is not None and (gone or isinstance(job, Local)):
             if isinstance(job, Local):
                 job.end()
             log.show(to_the_end=True)
-            return _explain(failure_of(folder, job.id, failed, restart, logs), lives)
-        time.sleep(0.1)
+            return _report_failure(failure_of(folder, job.id, failed, restart, logs), attempts)
+        time.sleep(_POLL_INTERVAL)
 
 
 class AttemptPrinter:
-    """What was said of a job's incarnations."""
+    """Logs the beginnings and ends of a job's attempts, each once."""
 
     def __init__(self, job: str) -> None:
         self.job, self.ended, self.begun = job, -1, 0
 
-    def tell(self, lives: list[Attempt]) -> None:
-        """Print which have begun again and which have ended since the last call."""
-        for life in lives:
-            if life.restart > self.begun:
-                hosts = f" on {', '.join(life.hosts)}" if life.hosts else ""
-                print(f"job {self.job}: restart {life.restart}{hosts}", flush=True)
-                self.begun = life.restart
-            if life.ended is not None and life.restart > self.ended and life.code != 0:
-                print(f"job {self.job}: {life.why or f'ended with exit code {life.code}'}", flush=True)
-                self.ended = life.restart
+    def show(self, attempts: list[Attempt]) -> None:
+        """Log the restarts and failures since the last call."""
+        for attempt in attempts:
+            if attempt.restart > self.begun:
+                hosts = f" on {', '.join(attempt.hosts)}" if attempt.hosts else ""
+                logger.info("job %s: restart %d%s", self.job, attempt.restart, hosts)
+                self.begun = attempt.restart
+            if attempt.ended is not None and attempt.restart > self.ended and attempt.code != 0:
+                logger.info("job %s: %s", self.job, attempt.why or f"ended with exit code {attempt.code}")
+                self.ended = attempt.restart
 
 
 class Log:
-    """A growing file, printed line by line; submitit's own messages are left out."""
+    """A growing file, printed line by line without submitit's messages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.position = 0
 
     def show(self, to_the_end: bool = False) -> None:
-        """Print the lines that came since the last call; at the end, an unfinished one too.
+        """Print the lines since the last call; at the end an unfinished one too.
 
-        A file that has become shorter was begun anew: it is printed from its start.
+        A file that has become shorter was rewritten: it is printed from its start.
         """
         if not self.path.exists():
             return
@@ -206,18 +211,18 @@ class Log:
         sys.stdout.flush()
 
 
-def _late_enough(gone_at: float, job: Running) -> bool:
-    return isinstance(job, Local) or time.monotonic() - gone_at > _LATE
+def _files_complete(gone_at: float, job: Running) -> bool:
+    return isinstance(job, Local) or time.monotonic() - gone_at > _FILE_DELAY
 
 
-def _explain(failure: Failure, lives: list[Attempt]) -> int:
-    """Say on stderr why a job failed: a user's mistake in its one line, anything else by the end of the rank's log."""
+def _report_failure(failure: Failure, attempts: list[Attempt]) -> int:
+    """Log why a job failed, a user error in its one line; return the exit code."""
     if failure.mistake:
-        print(failure.mistake, file=sys.stderr)
-        return 2
-    if failure.code == os.EX_TEMPFAIL:
-        print(failure.how, file=sys.stderr)
+        logger.error("%s", failure.mistake.removeprefix("error: "))
+        return ExitCode.USER_ERROR
+    if failure.code == ExitCode.REQUEUE:
+        logger.warning("%s", failure.how)
         return failure.code
     print("\n".join([f"{failure.how}; the end of its log:", *failure.lines]), file=sys.stderr)
-    print(f"error: {failure.how}; the whole log is {failure.log}", file=sys.stderr)
-    return failure.code or (lives[-1].code if lives else None) or 1
+    logger.error("%s; the complete log is %s", failure.how, failure.log)
+    return failure.code or (attempts[-1].code if attempts else None) or ExitCode.ERROR

@@ -1,4 +1,4 @@
-"""How a run stands, from its folder and from what SLURM says of its job, where there is one."""
+"""State of a run, from its folder and from SLURM's record of its job, if there is one."""
 
 import contextlib
 import json
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import Status
-from launch.record import Attempt, Recorded, attempts, ended_for_good, newest, restarts
-from launch.slurm.client import Queued, find, in_queue
+from launch.record import Attempt, Recorded, ended_for_good, newest, read_attempts, restarts
+from launch.slurm.client import SlurmJob, find_jobs, queued_jobs
 from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 from launch.status.follow import Controller
-from shards.errors import UserError
+from shards.errors import ExitCode, UserError
 from toolkit.config.load import SAVED, read_yaml
 
 LOG, RECALL = "log.jsonl", "recall.json"
-_NOT_RUNS = ("checkpoints", "code", "export", "logs", "profile", "wandb")  # folders of a run that hold none
+_NOT_RUNS = ("checkpoints", "code", "export", "logs", "profile", "wandb")  # subfolders of a run
 _CHUNK = 2**16
-_FURTHEST = 2**23  # bytes of a log that are searched backwards for the last evaluation
-_WORDS = {
+_SEARCH_LIMIT = 2**23  # bytes of a log that are searched backwards for the last evaluation
+_STATES = {
     "PENDING": "waiting",
     "RUNNING": "running",
     "COMPLETING": "ending",
@@ -40,21 +40,21 @@ ENDED = ("done", "failed", "cancelled", "stopped")
 
 @dataclass
 class RunState:
-    """How a run stands.
+    """State of a run.
 
     Attributes:
-        run: Its folder.
-        recorded: Its last submission; None where it was not begun by `launch/submit.py`.
+        run: Run folder.
+        recorded: Last submission; None if the run was not started by `launch/submit.py`.
         state: waiting, running, ending, done, failed, cancelled, stopped (and saved), or unknown.
-        reason: Why it waits or ended; empty where there is nothing to say.
+        reason: Why it waits or ended; may be empty.
         step: Optimizer steps done.
-        steps: Of how many.
+        steps: Optimizer steps in all.
         eta: Seconds to the end of the training at the pace of the last records.
-        seen: When a rank last wrote to the log, in seconds since 1970.
-        restarts: How often it was begun again.
-        dev: The last evaluation on dev, as in the log.
-        final: The evaluation at the end, as in recall.json, once the run is done.
-        failure: The rank that failed first.
+        last_log: Unix time of the last write to the log.
+        restarts: Number of restarts.
+        dev: Last evaluation on dev, as in the log.
+        final: Evaluation at the end, as in recall.json, once the run is done.
+        failure: Failure of the rank that failed first.
     """
 
     run: Path
@@ -64,7 +64,7 @@ class RunState:
     step: int | None
     steps: int | None
     eta: float | None
-    seen: float | None
+    last_log: float | None
     restarts: int
     dev: dict[str, Any] | None
     final: dict[str, Any] | None
@@ -113,27 +113,30 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _runs_below(below, depth - 1)
 
 
-def look(runs: Collection[Path]) -> list[RunState]:
-    """How runs stand; SLURM is asked once for all of them."""
+def run_states(runs: Collection[Path]) -> list[RunState]:
+    """Return the state of each run; SLURM is queried once for all of them."""
     last = {run: newest(run) for run in runs}
-    jobs = find(_slurm_jobs(last.values()))
-    return [_look_at(run, last[run], jobs) for run in runs]
+    jobs = find_jobs(_slurm_jobs(last.values()))
+    return [_run_state(run, last[run], jobs) for run in runs]
 
 
 def check_idle(runs: Collection[Path]) -> str:
-    """Make sure that no job waits or runs for any of these runs: two would end one another.
+    """Check that none of these runs has a pending or running job: of two the older would be aborted.
+
+    Returns:
+        A line for the dry run.
 
     Raises:
-        UserError: There is one.
+        UserError: One has.
     """
     last = {run: recorded for run in runs if (recorded := newest(run))}
-    jobs = in_queue(_slurm_jobs(last.values())) or {}
+    jobs = queued_jobs(_slurm_jobs(last.values())) or {}
     for run, recorded in last.items():
         queued = jobs.get(recorded.submission.id)
         if queued or _runs_here(recorded):
-            told = f"job {recorded.submission.id} is {_word(queued) if queued else 'running'}"
-            raise UserError(f"{run}: {told}: python launch/runs.py cancel {run} ends it, follow shows it")
-    return "none waits or runs"
+            state = f"job {recorded.submission.id} is {_state_name(queued) if queued else 'running'}"
+            raise UserError(f"{run}: {state}: python launch/runs.py cancel {run} ends it, follow shows it")
+    return "none pending or running"
 
 
 def _slurm_jobs(last: Iterable[Recorded | None]) -> set[str]:
@@ -141,7 +144,7 @@ def _slurm_jobs(last: Iterable[Recorded | None]) -> set[str]:
 
 
 def _runs_here(recorded: Recorded) -> bool:
-    """Is it a job of this machine, and under way?"""
+    """Return whether it is a job of this machine that has not ended."""
     return _is_here(recorded) and not Controller(recorded.submission.job, recorded.folder).done()
 
 
@@ -149,15 +152,15 @@ def _is_here(recorded: Recorded) -> bool:
     return recorded.submission.cluster == "local" and recorded.submission.host == os.uname().nodename
 
 
-def _word(queued: Queued) -> str:
-    return _WORDS.get(queued.state, queued.state.lower())
+def _state_name(job: SlurmJob) -> str:
+    return _STATES.get(job.state, job.state.lower())
 
 
-def _look_at(run: Path, recorded: Recorded | None, jobs: dict[str, Queued]) -> RunState:
+def _run_state(run: Path, recorded: Recorded | None, jobs: dict[str, SlurmJob]) -> RunState:
     steps = _steps(run, recorded)
     records = list(_last_records(run / LOG))
     step = max((record["step"] for record in records), default=None)
-    state, reason = ("unknown", "not begun by launch/submit.py")
+    state, reason = ("unknown", "not started by launch/submit.py")
     failure = None
     if recorded:
         state, reason, failure = _job_state(recorded, jobs.get(recorded.submission.id))
@@ -172,7 +175,7 @@ def _look_at(run: Path, recorded: Recorded | None, jobs: dict[str, Queued]) -> R
         step=step,
         steps=steps,
         eta=_eta(records, steps) if state == "running" else None,
-        seen=(run / LOG).stat().st_mtime if (run / LOG).is_file() else None,
+        last_log=(run / LOG).stat().st_mtime if (run / LOG).is_file() else None,
         restarts=restarts(run),
         dev=_last_evaluation(run / LOG),
         final=final,
@@ -180,34 +183,36 @@ def _look_at(run: Path, recorded: Recorded | None, jobs: dict[str, Queued]) -> R
     )
 
 
-def _job_state(recorded: Recorded, queued: Queued | None) -> tuple[str, str, Failure | None]:
-    """State, reason and failure of a submission's job."""
+def _job_state(recorded: Recorded, job: SlurmJob | None) -> tuple[str, str, Failure | None]:
+    """Return state, reason and failure of a submission's job."""
     folder, submission = recorded.folder, recorded.submission
-    lives = attempts(folder)
-    restart = current_restart(folder, submission.ranks, lives[-1].restart if lives else 0)
+    attempts = read_attempts(folder)
+    restart = current_restart(folder, submission.ranks, attempts[-1].restart if attempts else 0)
     codes = exit_codes(folder, submission.ranks, restart)
     if all(code == 0 for code in codes):
         return "done", "", None
-    if queued and queued.alive:
-        again = lives[-1].why if lives and lives[-1].requeued and queued.state == "PENDING" else ""
-        reason = ", ".join(filter(None, [again, queued.reason]))
-        return _word(queued), reason, None
+    if job and job.alive:
+        restarting = attempts[-1].why if attempts and attempts[-1].requeued and job.state == "PENDING" else ""
+        reason = ", ".join(filter(None, [restarting, job.reason]))
+        return _state_name(job), reason, None
     if _runs_here(recorded):
         return "running", "", None
-    gone = queued is not None or _is_here(recorded) or ended_for_good(lives)
+    gone = job is not None or _is_here(recorded) or ended_for_good(attempts)
     rank = first_failure(folder, submission.id, submission.ranks, lambda pid: False, gone, restart, recorded.logs)
     failure = None if rank is None else failure_of(folder, submission.id, rank, restart, recorded.logs)
     if gone:
-        return _ended(lives, queued, failure)
-    return _from_the_folder(recorded, lives, failure)
+        return _ended_state(attempts, job, failure)
+    return _state_from_folder(recorded, attempts, failure)
 
 
-def _ended(lives: list[Attempt], queued: Queued | None, failure: Failure | None) -> tuple[str, str, Failure | None]:
-    """State of a job that is gone: in the words of its last incarnation, of SLURM, or of the rank that failed."""
-    last = lives[-1] if lives and lives[-1].ended is not None else None
-    stopped = failure is not None and failure.code == os.EX_TEMPFAIL
-    cancelled = (last is not None and last.cause == "cancelled") or (queued is not None and queued.state == "CANCELLED")
-    by_slurm = queued.state.lower() if queued and queued.state != "FAILED" else ""  # which the state says already
+def _ended_state(
+    attempts: list[Attempt], job: SlurmJob | None, failure: Failure | None
+) -> tuple[str, str, Failure | None]:
+    """Return the state of a job that has ended, by its last attempt, by SLURM, or by the rank that failed."""
+    last = attempts[-1] if attempts and attempts[-1].ended is not None else None
+    stopped = failure is not None and failure.code == ExitCode.REQUEUE
+    cancelled = (last is not None and last.cause == "cancelled") or (job is not None and job.state == "CANCELLED")
+    by_slurm = job.state.lower() if job and job.state != "FAILED" else ""  # the state is "failed" already
     reason = (last and last.why) or by_slurm or (failure.how if failure else "")
     if cancelled:
         return "cancelled", reason, None
@@ -216,20 +221,20 @@ def _ended(lives: list[Attempt], queued: Queued | None, failure: Failure | None)
     return "failed", failure.how if failure and failure.code is not None else reason, failure
 
 
-def _from_the_folder(
-    recorded: Recorded, lives: list[Attempt], failure: Failure | None
+def _state_from_folder(
+    recorded: Recorded, attempts: list[Attempt], failure: Failure | None
 ) -> tuple[str, str, Failure | None]:
-    """State of a job of which nothing is known but what it wrote: SLURM is not here, or another machine runs it."""
-    if lives and lives[-1].ended is not None:
-        return "waiting", lives[-1].why, None
-    if failure is not None and not lives:
+    """Return the state by the job's files alone: SLURM is not on this machine, or another machine runs the job."""
+    if attempts and attempts[-1].ended is not None:
+        return "waiting", attempts[-1].why, None
+    if failure is not None and not attempts:
         return "failed", failure.how, failure
     begun = any(Status(recorded.folder, rank).read() for rank in range(recorded.submission.ranks))
     return ("running", "by its folder alone", None) if begun else ("waiting", "by its folder alone", None)
 
 
 def _steps(run: Path, recorded: Recorded | None) -> int | None:
-    """Steps of the whole training, from the run's configuration or from that of its submission."""
+    """Return the steps of the training, from the run's configuration or that of its submission."""
     for path in [run / SAVED, *([recorded.folder / "config.yaml"] if recorded else [])]:
         if path.is_file():
             with contextlib.suppress(UserError):
@@ -239,7 +244,7 @@ def _steps(run: Path, recorded: Recorded | None) -> int | None:
 
 
 def _last_records(log: Path) -> Iterator[dict[str, Any]]:
-    """The last records of training steps, in order; few, but enough for a pace."""
+    """Yield the last records of training steps, in order: enough of them to estimate the pace."""
     for record in next(_backwards(log), []):
         if isinstance(record.get("step"), int) and "seconds" in record:
             yield record
@@ -254,18 +259,18 @@ def _last_evaluation(log: Path) -> dict[str, Any] | None:
 
 
 def _backwards(log: Path) -> Iterator[list[dict[str, Any]]]:
-    """The records of a log in pieces from its end, which may be in the middle of a line; each piece in order."""
+    """Yield the records of a log in chunks from its end, where a line may be unfinished; each chunk in order."""
     try:
         with log.open("rb") as file:
             size = end = file.seek(0, os.SEEK_END)
             rest = b""
-            while end > 0 and size - end < _FURTHEST:
+            while end > 0 and size - end < _SEARCH_LIMIT:
                 begin = max(0, end - _CHUNK)
                 file.seek(begin)
                 text = file.read(end - begin) + rest
                 cut = 0 if begin == 0 else text.find(b"\n") + 1 or len(text)
-                rest, whole = text[:cut], text[cut:]
-                yield [record for line in whole.splitlines() if (record := _record(line))]
+                rest, complete = text[:cut], text[cut:]
+                yield [record for line in complete.splitlines() if (record := _record(line))]
                 end = begin
     except OSError:
         return
@@ -286,7 +291,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _eta(records: list[dict[str, Any]], steps: int | None) -> float | None:
-    """Seconds that the remaining steps take at the pace since the last restart that the records show."""
+    """Estimate the seconds of the remaining steps at the pace since the last restart in the records."""
     since = len(records)
     while since > 1 and records[since - 2]["step"] < records[since - 1]["step"]:
         since -= 1
@@ -298,5 +303,5 @@ def _eta(records: list[dict[str, Any]], steps: int | None) -> float | None:
 
 
 def age(moment: float) -> float:
-    """Seconds since a moment of a file's time."""
+    """Return the seconds since a file's time."""
     return max(0.0, time.time() - moment)

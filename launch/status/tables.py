@@ -1,4 +1,4 @@
-"""Tables of runs for reading: how they stand, and what a sweep has found."""
+"""Tables of runs: their states, and the results of a sweep."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,24 +10,24 @@ _WAYS = ("speech_to_image", "image_to_speech")
 
 
 def status_table(states: Sequence[RunState]) -> str:
-    """A row for each run, and below them why those ended that did not end well."""
+    """Return a row for each run, and below them why runs failed."""
     head = ["run", "job", "state", "step", "left", "restarts", "R@1", "last log", "log"]
     rows = []
     for state in states:
         job = state.recorded.submission.id if state.recorded else ""
         split = "" if state.recall is None else f"{_split(state)} {state.recall:.1f}"
-        seen = "" if state.seen is None else f"{duration(age(state.seen))} ago"
+        last_log = "" if state.last_log is None else f"{duration(age(state.last_log))} ago"
         left = "" if state.eta is None else duration(state.eta)
         rows.append(
             [
                 str(state.run),
                 job,
-                _told(state),
+                _state_text(state),
                 _step(state),
                 left,
                 str(state.restarts),
                 split,
-                seen,
+                last_log,
                 str(state.log or ""),
             ]
         )
@@ -35,7 +35,7 @@ def status_table(states: Sequence[RunState]) -> str:
 
 
 def status_values(state: RunState) -> dict[str, Any]:
-    """The same as JSON values."""
+    """Return the state of a run as JSON values."""
     return {
         "run": str(state.run),
         "job": state.recorded.submission.id if state.recorded else None,
@@ -47,14 +47,14 @@ def status_values(state: RunState) -> dict[str, Any]:
         "restarts": state.restarts,
         "split": _split(state) or None,
         "mean_R@1": state.recall,
-        "last_log": state.seen,
+        "last_log": state.last_log,
         "log": str(state.log) if state.log else None,
         "failure": _failure(state),
     }
 
 
 def result_table(states: Sequence[RunState], grid: Path) -> str:
-    """A row for each member of a sweep: both directions, coarse, and the mean with and without re-ranking."""
+    """Return a row for each member of a sweep: coarse recall in both directions, mean with and without re-ranking."""
     head = ["member", "state", "step", "split", "S>I R@1", "R@10", "I>S R@1", "R@10", "mean R@1", "re-ranked"]
     rows = []
     for state in states:
@@ -62,7 +62,7 @@ def result_table(states: Sequence[RunState], grid: Path) -> str:
         figures = [values[f"{way} {k}"] for way in _WAYS for k in ("R@1", "R@10")]
         figures += [values["mean_R@1"], values["reranked mean_R@1"]]
         numbers = ["" if figure is None else f"{figure:.1f}" for figure in figures]
-        rows.append([values["member"], _told(state), _step(state), values["split"] or "", *numbers])
+        rows.append([values["member"], _state_text(state), _step(state), values["split"] or "", *numbers])
     ended = [state.state for state in states]
     counts = ", ".join(f"{ended.count(each)} {each}" for each in dict.fromkeys(ended))
     lines = [_columns([head, *rows]), f"{len(states)} members: {counts}; recall in per cent, S speech, I image"]
@@ -70,7 +70,7 @@ def result_table(states: Sequence[RunState], grid: Path) -> str:
 
 
 def result_values(state: RunState, grid: Path) -> dict[str, Any]:
-    """One member's row as JSON values."""
+    """Return one member's row as JSON values."""
     report = state.final or state.dev or {}
     coarse, reranked = report.get("coarse") or {}, report.get("reranked") or {}
     recall = {f"{way} {k}": (coarse.get(way) or {}).get(k) for way in _WAYS for k in ("R@1", "R@5", "R@10")}
@@ -89,7 +89,7 @@ def result_values(state: RunState, grid: Path) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a reader takes them in: 40 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    """Format seconds as 40 s, 12 min, 3 h 20 min, 2 d 4 h."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -100,8 +100,8 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
-def _told(state: RunState) -> str:
-    """The state, and why it waits; why it failed is told below the table."""
+def _state_text(state: RunState) -> str:
+    """Return the state, and why a run waits; why it failed is below the table."""
     return f"{state.state} ({state.reason})" if state.reason and state.state == "waiting" else state.state
 
 
@@ -118,12 +118,12 @@ def _failures(states: Sequence[RunState]) -> list[str]:
     for state in states:
         if state.state not in ("failed", "cancelled"):
             continue
-        lines.append(f"\n{state.run} {state.state}: {state.reason or 'nothing is known of why'}")
+        lines.append(f"\n{state.run} {state.state}: {state.reason or 'reason unknown'}")
         if state.failure and state.failure.mistake:
             lines.append(f"    {state.failure.mistake}")
         elif state.failure:
             lines += [f"    {line}" for line in state.failure.lines]
-            lines.append(f"    the whole log is {state.failure.log}")
+            lines.append(f"    the complete log is {state.failure.log}")
     return lines
 
 
@@ -141,7 +141,7 @@ def _name(run: Path, grid: Path) -> str:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows under one another; what is a number under its heading stands at the right."""
+    """Align columns; those of numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = [
         all(not row[place] or row[place][0].isdigit() for row in rows[1:]) and any(row[place] for row in rows[1:])

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch.distributed
 
-from launch.job import LOST, Job, Status, train_and_evaluate
+from launch.job import Job, Status, train_and_evaluate
 from shards.errors import ExitCode, TransientError, UserError
 from toolkit.config.schema import Config
 from toolkit.rank_sync import RemoteRankError
@@ -50,7 +50,7 @@ def environment(monkeypatch):
 
 def test_place_on_slurm(tmp_path):
     os.environ.update(SLURM)
-    assert Job("", str(tmp_path)).place() == {
+    assert Job("", str(tmp_path)).rank_environment() == {
         "RANK": "5",
         "WORLD_SIZE": "8",
         "LOCAL_RANK": "1",
@@ -66,7 +66,7 @@ def test_each_start_has_a_port_of_its_own(tmp_path):
     ports = {}
     for restart in range(20):
         os.environ["SLURM_RESTART_COUNT"] = str(restart)
-        ports[int(Job("", str(tmp_path)).place()["MASTER_PORT"])] = restart
+        ports[int(Job("", str(tmp_path)).rank_environment()["MASTER_PORT"])] = restart
     assert len(ports) == 20
     assert all(20000 <= port < 30000 for port in ports)
 
@@ -74,7 +74,7 @@ def test_each_start_has_a_port_of_its_own(tmp_path):
 def test_place_on_this_machine(tmp_path, monkeypatch):
     os.environ.update(LOCAL)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    place = Job("", str(tmp_path), port=4242).place()
+    place = Job("", str(tmp_path), port=4242).rank_environment()
     assert place == {
         "RANK": "2",
         "WORLD_SIZE": "3",
@@ -84,13 +84,13 @@ def test_place_on_this_machine(tmp_path, monkeypatch):
         "MASTER_PORT": "4242",
         "OMP_NUM_THREADS": "2",
     }
-    assert Job("", str(tmp_path), port=4242, cores=6).place()["OMP_NUM_THREADS"] == "2"
-    assert Job("", str(tmp_path), port=4242, cores=3).place()["OMP_NUM_THREADS"] == "1"
-    assert Job("", str(tmp_path), port=4242, cores=64).place()["OMP_NUM_THREADS"] == "2"
+    assert Job("", str(tmp_path), port=4242, cores=6).rank_environment()["OMP_NUM_THREADS"] == "2"
+    assert Job("", str(tmp_path), port=4242, cores=3).rank_environment()["OMP_NUM_THREADS"] == "1"
+    assert Job("", str(tmp_path), port=4242, cores=64).rank_environment()["OMP_NUM_THREADS"] == "2"
     os.environ["SLURM_CPUS_PER_TASK"] = "8"  # of the allocation's one task, which all ranks here are
-    assert Job("", str(tmp_path), port=4242, cores=8).place()["OMP_NUM_THREADS"] == "2"
+    assert Job("", str(tmp_path), port=4242, cores=8).rank_environment()["OMP_NUM_THREADS"] == "2"
     os.environ["OMP_NUM_THREADS"] = "5"
-    assert Job("", str(tmp_path), port=4242).place()["OMP_NUM_THREADS"] == "5"
+    assert Job("", str(tmp_path), port=4242).rank_environment()["OMP_NUM_THREADS"] == "5"
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,15 @@ def test_place_on_this_machine(tmp_path, monkeypatch):
         (None, 0, ""),
         (UserError("mend it"), 2, "error: mend it\n"),
         (TransientError("the disk did not answer"), ExitCode.STALLED, "error: the disk did not answer\n"),
-        (RemoteRankError("rank 3: broken"), LOST, "rank 3: broken\n"),
+        (RemoteRankError("rank 3: broken"), ExitCode.PEER_LOST, "rank 3: broken\n"),
         (ValueError("broken"), 1, "ValueError: broken\n"),
         (KeyboardInterrupt(), 130, ""),
-        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), LOST, "closed by peer\n"),
-        (torch.distributed.DistNetworkError("no store"), LOST, "no store\n"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+            ExitCode.PEER_LOST,
+            "closed by peer\n",
+        ),
+        (torch.distributed.DistNetworkError("no store"), ExitCode.PEER_LOST, "no store\n"),
         (RuntimeError("shapes do not match"), 1, "RuntimeError: shapes do not match\n"),
         (SystemExit(7), 7, "SystemExit: 7\n"),
         (SystemExit(75), 75, ""),
@@ -118,7 +122,7 @@ def test_status(tmp_path, monkeypatch, capsys, error, code, logged):
             raise error
 
     monkeypatch.setattr("launch.job.train_and_evaluate", train)
-    monkeypatch.setattr("launch.job._leave_group", lambda: None)
+    monkeypatch.setattr("launch.job._destroy_group", lambda: None)
     os.environ.update(LOCAL, CUDA_VISIBLE_DEVICES="")
     job = Job("some.yaml", str(tmp_path), port=4242, gpus="GPU-1234")
     if code:
@@ -147,7 +151,7 @@ def test_a_rank_begins_where_the_command_was_given(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as ended:
         Job("some.yaml", str(tmp_path), port=4242, directory=str(tmp_path / "not mounted"))()
     assert ended.value.code == 2
-    assert "not mounted, where the command was given, cannot be entered on" in capsys.readouterr().err
+    assert "not mounted, the working directory of the command, on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])

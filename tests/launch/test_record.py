@@ -1,10 +1,10 @@
-"""What is written down of submissions and incarnations, and what is made of a record that is damaged."""
+"""What is written down of submissions and attempts, and what is made of a record that is damaged."""
 
 import json
 
 import pytest
 
-from launch.record import INCARNATIONS, SUBMISSION, Submission, attempts, newest, restarts, submissions
+from launch.record import ATTEMPTS, SUBMISSION, Submission, newest, read_attempts, restarts, submissions
 from shards.errors import UserError
 
 
@@ -53,11 +53,11 @@ def test_incarnations(tmp_path):
         {"restart": 1, "began": 3.0, "hosts": ["n3"]},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / INCARNATIONS).write_text(text + "not JSON\n[1]\n" + '{"restart": 1, "en')
-    first, second = attempts(folder)
+    (folder / ATTEMPTS).write_text(text + "not JSON\n[1]\n" + '{"restart": 1, "en')
+    first, second = read_attempts(folder)
     assert (first.hosts, first.ended, first.code, first.requeued, first.why) == (["n1", "n2"], 2.0, 75, True, "saved")
     assert (second.restart, second.began, second.ended, second.requeued) == (1, 3.0, None, False)
-    assert attempts(tmp_path) == []
+    assert read_attempts(tmp_path) == []
 
 
 def test_restarts_count_those_by_slurm_and_those_by_hand(tmp_path):
@@ -65,7 +65,7 @@ def test_restarts_count_those_by_slurm_and_those_by_hand(tmp_path):
     write(tmp_path, "never began", time=1.0)
     assert restarts(tmp_path) == 0
     first = write(tmp_path, "a", time=2.0)
-    (first / INCARNATIONS).write_text('{"restart": 0, "began": 1}\n{"restart": 1, "began": 2}\n')
+    (first / ATTEMPTS).write_text('{"restart": 0, "began": 1}\n{"restart": 1, "began": 2}\n')
     assert restarts(tmp_path) == 1
     (write(tmp_path, "b", time=3.0) / "rank0.json").write_text("{}")
     assert restarts(tmp_path) == 2

@@ -13,9 +13,9 @@ import pytest
 
 from launch import runs
 from launch.job import Job, Status
-from launch.record import INCARNATIONS, Submission
-from launch.slurm.client import Queued, find
-from launch.status.state import check_idle, find_runs, look
+from launch.record import ATTEMPTS, Submission
+from launch.slurm.client import SlurmJob, find_jobs
+from launch.status.state import check_idle, find_runs, run_states
 from shards.errors import UserError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks need not find this file
@@ -67,8 +67,8 @@ def rank(folder, code=None, restart=0, number=0):
     (folder / f"rank{number}.json").write_text(json.dumps(status))
 
 
-def life(folder, **values):
-    with (folder / INCARNATIONS).open("a") as file:
+def attempt(folder, **values):
+    with (folder / ATTEMPTS).open("a") as file:
         file.write(json.dumps(values) + "\n")
 
 
@@ -85,7 +85,7 @@ def recall(mean, split="test", rerank=None):
 
 
 def state_of(run):
-    return look([run])[0]
+    return run_states([run])[0]
 
 
 def stands(run):
@@ -178,21 +178,21 @@ def test_from_the_folder_alone(tmp_path):
     """Step after step of a job's life, with no SLURM to ask."""
     folder = record(tmp_path)
     assert stands(tmp_path) == ("waiting", "by its folder alone")
-    life(folder, restart=0, began=1.0, hosts=["n1"])
+    attempt(folder, restart=0, began=1.0, hosts=["n1"])
     rank(folder)
     assert stands(tmp_path) == ("running", "by its folder alone")
     rank(folder, 75)
-    life(folder, restart=0, ended=2.0, code=75, requeued=True, why="asked to stop: it starts again", cause="saved")
-    assert stands(tmp_path) == ("waiting", "asked to stop: it starts again")
-    life(folder, restart=1, began=3.0, hosts=["n1"])
+    attempt(folder, restart=0, ended=2.0, code=75, requeued=True, why="asked to stop: restarting", cause="saved")
+    assert stands(tmp_path) == ("waiting", "asked to stop: restarting")
+    attempt(folder, restart=1, began=3.0, hosts=["n1"])
     rank(folder, restart=1)
     assert stands(tmp_path) == ("running", "by its folder alone")
     assert state_of(tmp_path).restarts == 1
     rank(folder, 1, restart=1)
-    life(folder, restart=1, ended=4.0, code=1, requeued=False, why="a rank failed", cause="failed")
+    attempt(folder, restart=1, ended=4.0, code=1, requeued=False, why="a rank failed", cause="failed")
     assert stands(tmp_path) == ("failed", "rank 0 failed with exit code 1")
     rank(folder, 75, restart=1)
-    life(folder, restart=1, ended=4.0, code=75, requeued=False, why="cancelled: no restart", cause="cancelled")
+    attempt(folder, restart=1, ended=4.0, code=75, requeued=False, why="cancelled: no restart", cause="cancelled")
     assert stands(tmp_path) == ("cancelled", "cancelled: no restart")
     rank(folder, 0, restart=1)
     assert stands(tmp_path) == ("done", "")
@@ -221,7 +221,7 @@ def test_cancel_of_a_sweep_reaches_a_member_that_was_submitted_again(tmp_path, m
     record(grid, members=members)
     runs.main(["cancel", str(grid)])
     assert asked.read_text().split() == ["17_0", "30"]
-    assert "job 17_0, 30 is being ended" in capsys.readouterr().out
+    assert "job 17_0, 30 is being cancelled" in capsys.readouterr().out
 
 
 def test_cancel_where_slurm_is_not(tmp_path):
@@ -241,7 +241,7 @@ def test_what_slurm_says_comes_first(tmp_path, monkeypatch):
     names = {"17": "waiting", "18": "running", "19": "waiting", "20": "cancelled", "21": "failed", "22": "failed"}
     for job in names:
         rank(record(tmp_path / job, job=job, index="2" if job == "19" else None))
-    states = look([tmp_path / job for job in names])
+    states = run_states([tmp_path / job for job in names])
     assert [state.state for state in states] == list(names.values())
     assert [state.reason for state in states[:3]] == ["Resources", "", "JobArrayTaskLimit"]
     assert states[4].reason == "out_of_memory"
@@ -249,9 +249,9 @@ def test_what_slurm_says_comes_first(tmp_path, monkeypatch):
 
 def test_a_slurm_that_does_not_answer_tells_nothing(tmp_path, monkeypatch):
     fake(tmp_path, monkeypatch, squeue="echo 'Unable to contact slurm controller' >&2; exit 1")
-    assert find({"17"}) == {}
+    assert find_jobs({"17"}) == {}
     fake(tmp_path, monkeypatch, squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    assert find({"17"}) == {"17": Queued("", "", False)}
+    assert find_jobs({"17"}) == {"17": SlurmJob("", "", False)}
 
 
 def test_step_pace_and_recall(tmp_path):
@@ -303,7 +303,7 @@ def test_the_table_of_a_sweep(tmp_path, capsys):
             (grid / name / "recall.json").write_text(json.dumps(recall(20.0, rerank=25.0)))
         elif name == "mistaken":
             rank(folder, 2)
-            life(folder, restart=0, ended=1.0, code=2, requeued=False, why="a mistake", cause="mistake")
+            attempt(folder, restart=0, ended=1.0, code=2, requeued=False, why="a mistake", cause="mistake")
         elif name == "under-way":
             rank(folder)
             log(grid / name, {"step": 3, "seconds": 1.0}, {"step": 3, "dev": recall(5.0, "val")})
@@ -335,7 +335,7 @@ def test_resume_gives_the_recorded_command(tmp_path, monkeypatch):
     place.mkdir()
     folder = record(run, command=["--config", "x.yaml", "--nodes", "2"], directory=str(place))
     rank(folder, 75)
-    life(folder, restart=0, ended=1.0, code=75, requeued=False, why="", cause="saved")
+    attempt(folder, restart=0, ended=1.0, code=75, requeued=False, why="", cause="saved")
     with pytest.raises(SystemExit) as ended:
         runs.main(["resume", str(run)])
     assert ended.value.code == 7

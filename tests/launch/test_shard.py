@@ -43,8 +43,8 @@ def slurm(tmp_path, monkeypatch):
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr(shard, "_LATE", 0.0)
-    monkeypatch.setattr(shard, "_EVERY", 0.01)
+    monkeypatch.setattr(shard, "_FILE_DELAY", 0.0)
+    monkeypatch.setattr(shard, "_POLL_INTERVAL", 0.01)
     return folder
 
 
@@ -119,7 +119,7 @@ def test_a_part_that_fails_on_a_node_is_named(tmp_path, corpus, slurm, capfd):
 def test_a_part_that_was_killed(tmp_path, corpus, slurm, capfd):
     (slurm / "sbatch").write_text("#!/bin/sh\necho 7\n")
     assert main(*words(corpus, tmp_path / "out")) == 1
-    assert "error: part 1 was killed or never began" in capfd.readouterr().err
+    assert "error: part 1 was killed or never started" in capfd.readouterr().err
 
 
 def test_a_job_that_slurm_refuses(tmp_path, corpus, slurm):

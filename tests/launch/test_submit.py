@@ -17,7 +17,7 @@ from launch.job import Job, Status
 from launch.profiles import Profile
 from launch.snapshot import ROOT, snapshot
 from launch.status.follow import Log, first_failure
-from launch.submit import _work, lengthen, main, submit, watch
+from launch.submit import _rank_job, expand_short_options, main, submit, watch
 from shards.errors import UserError
 from toolkit.config.schema import Config
 
@@ -144,12 +144,12 @@ def run(*arguments, **environment):
 )
 def test_ranks_here_keep_to_the_allocation_and_know_nothing_else_of_it(tmp_path, monkeypatch, inside, cores):
     monkeypatch.setattr(os, "environ", {**os.environ, **inside, "SLURM_CONF": "/etc/x"})
-    for name in ("check", "signal.signal"):
+    for name in ("run_checks", "signal.signal"):
         monkeypatch.setattr(f"launch.submit.{name}", lambda *_: None)
     seen = []
 
     def run_one(asked, *_, **__):
-        cores_of_ranks = _work(asked, tmp_path / "config.yaml").cores
+        cores_of_ranks = _rank_job(asked, tmp_path / "config.yaml").cores
         seen.append((cores_of_ranks, {name for name in os.environ if name.startswith(("SLURM_", "PMI"))}))
         return 0
 
@@ -202,10 +202,10 @@ def test_submitting_stays_light():
 
 
 def test_short_options():
-    assert list(lengthen(["--nodes", "4", "--ranks-per-node=8", "--training.lr", "1"])) == [
+    assert list(expand_short_options(["--nodes", "4", "--ranks-per-node=8", "--training.lr", "1"])) == [
         "--launch.nodes", "4", "--launch.ranks_per_node=8", "--training.lr", "1",
     ]  # fmt: skip
-    assert list(lengthen(["--no-follow", "--name", "x"])) == ["--launch.follow=false", "--launch.name", "x"]
+    assert list(expand_short_options(["--no-follow", "--name", "x"])) == ["--launch.follow=false", "--launch.name", "x"]
 
 
 def test_the_first_failure_is_told(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import Status
-from launch.record import attempts
+from launch.record import read_attempts
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTBED = ROOT / "slurm" / "testbed"
@@ -137,10 +137,10 @@ class Training:
         return taken
 
     def attempts(self) -> list[dict[str, Any]]:
-        return [asdict(each) for each in attempts(self.logs)]
+        return [asdict(each) for each in read_attempts(self.logs)]
 
     def hosts(self) -> list[str]:
-        """Nodes of the incarnation under way."""
+        """Nodes of the attempt under way."""
         return self.attempts()[-1]["hosts"]
 
     def wait_step(self, more: int = 5) -> int:
@@ -154,7 +154,7 @@ class Training:
         return steps()[-1]
 
     def wait_restart(self, number: int) -> dict[str, Any]:
-        """Wait for an incarnation to begin; give what is known of the one before."""
+        """Wait for an attempt to begin; give what is known of the one before."""
         wait_for(lambda: self.attempts() and self.attempts()[-1]["restart"] >= number, self.told)
         return self.attempts()[number - 1]
 

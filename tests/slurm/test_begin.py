@@ -48,15 +48,15 @@ def test_a_rank_without_the_packages_ends_the_job_and_is_told(quiet: Cluster, co
     why = "rank 1 ended with exit code 1 before it began to train: ModuleNotFoundError: No module named 'submitit'"
     log = training.logs / f"{training.job}_1_log.err"
     told = companion(quiet, "follow", run, expect=1)
-    assert f"job {training.job}: {why}: it does not start again" in told.stdout
-    assert told.stderr.splitlines()[-1] == f"error: {why}; the whole log is {log}"
+    assert f"job {training.job}: {why}: no restart" in told.stdout
+    assert told.stderr.splitlines()[-1] == f"error: {why}; the complete log is {log}"
     assert training.wait_end() == "FAILED", training.told()
     [ended] = training.attempts()
     assert (ended["cause"], ended["requeued"]) == ("failed", False), training.told()
     assert ended["code"] in (137, 143), "srun's: of a rank that it ended, by TERM or by KILL"
     shown = companion(quiet, "status", run, expect=0).stdout
     assert why in shown
-    assert f"the whole log is {log}" in shown
+    assert f"the complete log is {log}" in shown
 
 
 def test_a_python_that_is_not_there_ends_the_job_and_is_told(quiet: Cluster, config, tmp_path) -> None:

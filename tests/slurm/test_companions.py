@@ -97,7 +97,7 @@ def test_an_error_is_shown_with_its_traceback(quiet: Cluster, config, tmp_path) 
     told = companion(quiet, "follow", run, expect=1)
     assert "Traceback (most recent call last):" in told.stderr
     assert "IsADirectoryError" in told.stderr
-    assert "error: rank 0 failed with exit code 1; the whole log is" in told.stderr
+    assert "error: rank 0 failed with exit code 1; the complete log is" in told.stderr
     training.wait_end()
     shown = companion(quiet, "status", run).stdout
     assert "rank 0 failed with exit code 1" in shown

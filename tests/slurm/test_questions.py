@@ -15,9 +15,9 @@ import pytest
 
 from launch.executor import JobSpec
 from launch.preflight import checks, limits
-from launch.profiles import Profile, slurm_config
-from launch.slurm.client import ask, find, in_queue, job_number
-from launch.slurm.sbatch_options import flag, read_options, with_gpus
+from launch.profiles import Profile
+from launch.slurm.client import find_jobs, job_number, query, queued_jobs, slurm_config
+from launch.slurm.sbatch_options import directive, read_options, with_gpus
 from launch.status.follow import Slurm
 from shards.errors import UserError
 from tests.launch.cluster import fake_slurm
@@ -114,14 +114,12 @@ def test_names_of_accounts_and_qos(real: Cluster) -> None:
     assert limits.names("account") == ["root", "speech", "sub", "vision"]
     assert {"normal", "short", "few", "wide"} <= set(limits.names("qos"))
     for name in ("speech", "SPEECH", "Speech", "Vision", "speech,sub"):
-        assert checks.check_known("account", name) == f"SLURM knows {name}"
+        assert checks.check_exists("account", name) == f"{name} in SLURM's accounting"
     for name in ("normal", "SHORT", "short,Few"):
-        assert checks.check_known("qos", name) == f"SLURM knows {name}"
+        assert checks.check_exists("qos", name) == f"{name} in SLURM's accounting"
     for kind, name in (("account", "nosuch"), ("account", "speech,nosuch"), ("qos", "nosuch"), ("account", "speec")):
-        with pytest.raises(
-            UserError, match=rf"--{kind} {name.split(',')[-1]}: SLURM knows none of that name; there are"
-        ):
-            checks.check_known(kind, name)
+        with pytest.raises(UserError, match=rf"--{kind} {name.split(',')[-1]}: SLURM has no such; there are"):
+            checks.check_exists(kind, name)
 
 
 @pytest.mark.parametrize(("option", "taken"), [
@@ -141,23 +139,23 @@ def test_sbatch_compares_names_the_same_way(real: Cluster, option: str, taken: b
 # What is asked for, what is said of it, and the reason for which SLURM itself would let the job wait for ever.
 ABOVE = [
     ({"qos": "short", "time": "2:00:00"}, "QOSMaxWallDurationPerJobLimit",
-     "QOS short lets a job run 01:00:00, --time asks for 2:00:00"),
+     "QOS short limits a job to 01:00:00, --time is 2:00:00"),
     ({"qos": "SHORT", "nodes": 3}, "QOSMaxNodePerJobLimit",
-     "QOS SHORT gives a job at most node=2, this one asks for 3: set --nodes"),
+     "QOS SHORT limits a job to node=2, this job requests 3: set --nodes"),
     ({"qos": "few", "nodes": 2, "gpus_per_node": 2}, "QOSGrpGRES",
-     "QOS few gives all jobs at most gres/gpu=3, this one asks for 4: set --nodes or --gpus-per-node"),
-    ({"qos": "few", "nodes": 2, "gpus_per_node": "a100:2"}, "QOSGrpGRES", "QOS few gives all jobs at most gres/gpu=3"),
-    ({"qos": "mine", "nodes": 4}, "QOSMaxCpuPerUserLimit", "QOS mine gives a user at most cpu=3, this one asks for 4"),
+     "QOS few limits all jobs to gres/gpu=3, this job requests 4: set --nodes or --gpus-per-node"),
+    ({"qos": "few", "nodes": 2, "gpus_per_node": "a100:2"}, "QOSGrpGRES", "QOS few limits all jobs to gres/gpu=3"),
+    ({"qos": "mine", "nodes": 4}, "QOSMaxCpuPerUserLimit", "QOS mine limits a user to cpu=3, this job requests 4"),
     ({"account": "speech", "nodes": 7}, "AssocMaxNodePerJobLimit",
-     "user root with account speech gives a job at most node=6, this one asks for 7"),
+     "user root with account speech limits a job to node=6, this job requests 7"),
     ({"account": "Speech", "time": "3-0"}, "AssocMaxWallDurationPerJobLimit",
-     "user root with account Speech lets a job run 2-00:00:00, --time asks for 3-0"),
-    ({"account": "speech", "nodes": 5, "ranks": 2}, "AssocGrpCpuLimit", "account speech gives all jobs at most cpu=8"),
-    ({"account": "sub", "nodes": 5, "ranks": 2}, "AssocGrpCpuLimit", "account speech gives all jobs at most cpu=8"),
-    ({"partition": "limited", "time": "20"}, "QOSMaxWallDurationPerJobLimit", "QOS ofpart lets a job run 00:10:00"),
-    ({"partition": "timed", "time": "2:00:00"}, "PartitionConfig", "partition timed lets a job run 01:00:00"),
-    ({"partition": "small", "nodes": 3}, "PartitionConfig", "partition small gives a job at most 2 nodes"),
-    ({"partition": "large", "nodes": 2}, "PartitionConfig", "partition large gives a job at least 3 nodes"),
+     "user root with account Speech limits a job to 2-00:00:00, --time is 3-0"),
+    ({"account": "speech", "nodes": 5, "ranks": 2}, "AssocGrpCpuLimit", "account speech limits all jobs to cpu=8"),
+    ({"account": "sub", "nodes": 5, "ranks": 2}, "AssocGrpCpuLimit", "account speech limits all jobs to cpu=8"),
+    ({"partition": "limited", "time": "20"}, "QOSMaxWallDurationPerJobLimit", "QOS ofpart limits a job to 00:10:00"),
+    ({"partition": "timed", "time": "2:00:00"}, "PartitionConfig", "partition timed limits a job to 01:00:00"),
+    ({"partition": "small", "nodes": 3}, "PartitionConfig", "partition small allows at most 2 nodes a job"),
+    ({"partition": "large", "nodes": 2}, "PartitionConfig", "partition large allows at least 3 nodes a job"),
     ({"partition": "down"}, "PartitionDown", "partition down is DOWN"),
 ]  # fmt: skip
 WITHIN = [
@@ -203,14 +201,14 @@ def look(job: JobSpec) -> str:
 
 def waits(job: str) -> str:
     """Why a job waits, once SLURM has looked at it."""
-    found = find([job])[job]
+    found = find_jobs([job])[job]
     assert found.state in ("PENDING", ""), f"SLURM runs it: {found}"
     return found.reason if found.reason not in ("", "Priority", "Resources") else ""
 
 
 @pytest.mark.parametrize("launch", WITHIN)
 def test_within_all_limits(real: Cluster, launch: dict[str, object]) -> None:
-    assert look(asked(**launch)) == "those of QOS, user and account leave room for the job"  # type: ignore[arg-type]
+    assert look(asked(**launch)) == "within those of QOS, user and account"  # type: ignore[arg-type]
     number = submit(*options(launch))
     wait_for(lambda: real.state(number) == "COMPLETED", lambda: real.run("squeue").stdout, 60)
 
@@ -242,11 +240,16 @@ def test_what_a_node_has(real: Cluster, option: str) -> None:
 
 def test_nodes_that_are_away_for_now(real: Cluster) -> None:
     """sbatch --test-only calls a job on them impossible, and sbatch takes it."""
-    assert limits.nodes_away([]) == limits.nodes_away(["low,high"]) == []
+    assert limits.unavailable_nodes([]) == limits.unavailable_nodes(["low,high"]) == []
     script = f"#!/bin/bash\n#SBATCH --nodes={NODES}\n#SBATCH --output=/dev/null\ntrue\n"
     real.run("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test")
     try:
-        assert limits.nodes_away([]) == limits.nodes_away(["low"]) == limits.nodes_away(["low,high"]) == ["node2"]
+        assert (
+            limits.unavailable_nodes([])
+            == limits.unavailable_nodes(["low"])
+            == limits.unavailable_nodes(["low,high"])
+            == ["node2"]
+        )
         assert "Requested node configuration is not available" in checks.check_script(script, only_hopeless=True)
         with pytest.raises(UserError, match=r"would not run the job now: .* it may once node2 can be used again"):
             checks.check_script(script)
@@ -258,7 +261,7 @@ def test_nodes_that_are_away_for_now(real: Cluster) -> None:
 
 def test_the_queue_and_the_accounts_of_jobs(real: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     waiting, array = submit("--hold"), submit("--hold", "--array=0-2")
-    found = find([waiting, f"{array}_1", "999999"])
+    found = find_jobs([waiting, f"{array}_1", "999999"])
     assert (found[waiting].state, found[waiting].reason, found[waiting].alive) == ("PENDING", "JobHeldUser", True)
     assert found[f"{array}_1"].alive
     assert not found["999999"].alive
@@ -266,20 +269,22 @@ def test_the_queue_and_the_accounts_of_jobs(real: Cluster, capsys: pytest.Captur
     assert followed.alive()
     assert f"job {waiting}: PENDING (JobHeldUser)\n" in capsys.readouterr().out
     real.run("scancel", waiting, f"{array}_1")
-    assert set(in_queue([waiting, f"{array}_0", f"{array}_1"]) or {}) == {f"{array}_0"}
+    assert set(queued_jobs([waiting, f"{array}_0", f"{array}_1"]) or {}) == {f"{array}_0"}
     followed.asked = -60.0
     assert not followed.alive()
     real.run("scancel", array)
     ended = {waiting, f"{array}_0", f"{array}_2"}  # of the member that was cancelled alone SLURM knows nothing
-    wait_for(lambda: {job for job, each in find(ended).items() if each.state == "CANCELLED"} == ended, lambda: "", 60)
-    assert not any(each.alive for each in find([*ended, f"{array}_1"]).values())
+    wait_for(
+        lambda: {job for job, each in find_jobs(ended).items() if each.state == "CANCELLED"} == ended, lambda: "", 60
+    )
+    assert not any(each.alive for each in find_jobs([*ended, f"{array}_1"]).values())
 
 
 @pytest.mark.parametrize("more", [(), ("--parsable",), ("--clusters=testbed",), ("--parsable", "--clusters=testbed")])
 @pytest.mark.parametrize("array", [(), ("--array=0-1",)])
 def test_the_number_of_a_job(real: Cluster, more: tuple[str, ...], array: tuple[str, ...]) -> None:
     job = submit("--hold", *more, *array)
-    assert job in (ask(["squeue", "--noheader", "--format=%A"]) or [])
+    assert job in (query(["squeue", "--noheader", "--format=%A"]) or [])
     real.run("scancel", job)
 
 
@@ -291,7 +296,7 @@ def test_each_rank_sees_all_gpus_of_its_node(
     real: Cluster, tmp_path: Path, section: dict[str, object], seen: set[str]
 ) -> None:
     gpus = with_gpus(read_options(section, "sbatch"), GPUS if "a100" in str(section) else 2, 1)
-    assert visible(real, tmp_path, [flag(*each) for each in gpus.items()]) == seen
+    assert visible(real, tmp_path, [directive(*each) for each in gpus.items()]) == seen
 
 
 @pytest.mark.parametrize("option", ["--gpus-per-task=1", "--gpus-per-node=2 --gpu-bind=single:1"])
@@ -319,7 +324,7 @@ def test_values_arrive_as_they_are_written(real: Cluster, tmp_path: Path) -> Non
         "x": "node1",
         "hold": True,
     }
-    lines = [flag(*each) for each in read_options(values, "sbatch").items()]
+    lines = [directive(*each) for each in read_options(values, "sbatch").items()]
     (tmp_path / "job.sh").write_text("\n".join(["#!/bin/bash", *lines, "true", ""]))
     done = subprocess.run(["sbatch", tmp_path / "job.sh"], capture_output=True, text=True)
     job = job_number(done.stdout)
@@ -390,7 +395,7 @@ def test_the_stand_in_submits_in_the_same_words(real: Cluster, tmp_path: Path, m
         return [re.sub(r"\d+|node[\[\]\d,-]+", "N", re.sub(r"\S+T\d\S+", "TIME", each)) for each in told]
 
     ours, since = words(), time.time()
-    job = ask(["squeue", "--noheader", "--format=%A"]) or []
+    job = query(["squeue", "--noheader", "--format=%A"]) or []
     real.run("scancel", *job)
     for name, value in fake_slurm(tmp_path / "stand-in").items():
         monkeypatch.setenv(name, value)

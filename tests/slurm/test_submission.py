@@ -49,8 +49,8 @@ def test_what_slurm_would_refuse_is_said_in_one_line(quiet: Cluster, config: Pat
     command = (*SUBMIT, "--config", config, "--run", tmp_path / "run", "--ranks-per-node", "1", "--name", "refused")
     for wrong, said in (
         (("--partition", "nosuch"), "--partition nosuch: SLURM has none of that name; there are high, low"),
-        (("--nodes", "50", "--training.batch_size", "50"), "gives a job at most 8 nodes"),
-        (("--account", "nobody"), "--account nobody: SLURM knows none of that name"),
+        (("--nodes", "50", "--training.batch_size", "50"), "allows at most 8 nodes a job"),
+        (("--account", "nobody"), "--account nobody: SLURM has no such"),
         (("--cpus-per-rank", "400"), "SLURM would not run the job: allocation failure: Requested node configuration"),
         (("--gpus-per-node", "9"), "SLURM would not run the job: allocation failure: Requested node configuration"),
         (
@@ -112,6 +112,6 @@ def test_a_sweep_of_six_two_at_a_time_of_which_one_fails(quiet: Cluster, config:
 
 
 def _last_lines(members: dict[str, str]) -> dict[str, str]:
-    """The last line of each member's record of its incarnations, by its name."""
+    """The last line of each member's record of its attempts, by its name."""
     folders = [Path(folder) for folder in members.values()]
-    return {each.parent.parent.name: (each / "incarnations.jsonl").read_text().splitlines()[-1] for each in folders}
+    return {each.parent.parent.name: (each / "attempts.jsonl").read_text().splitlines()[-1] for each in folders}

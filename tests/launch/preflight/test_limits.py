@@ -66,24 +66,24 @@ def look(**launch):
 @pytest.mark.parametrize(
     ("launch", "said"),
     [
-        ({"qos": "short", "time": "61"}, "QOS short lets a job run 01:00:00, --time asks for 61"),
-        ({"qos": "SHORT", "nodes": 3}, "QOS SHORT gives a job at most node=2, this one asks for 3: set --nodes"),
-        ({"qos": "users", "ranks": 4}, "QOS users gives a user at most cpu=3, this one asks for 4"),
-        ({"qos": "users", "ranks": 2, "cpus_per_rank": 2}, "QOS users gives a user at most cpu=3, this one asks for 4"),
-        ({"qos": "accounts", "nodes": 2, "ranks": 3}, "QOS accounts gives an account at most cpu=5"),
-        ({"qos": "group", "gpus_per_node": 4}, "QOS group gives all jobs at most gres/gpu=3, this one asks for 4"),
-        ({"qos": "group", "nodes": 2, "gpus_per_node": 2}, "gres/gpu=3, this one asks for 4: set --nodes or --gpus-"),
-        ({"qos": "group", "gpus_per_node": "a100:3"}, "QOS group gives all jobs at most gres/gpu:a100=2"),
-        ({"account": "speech", "qos": "normal", "nodes": 4}, "with account speech gives a job at most node=3"),
-        ({"account": "SPEECH", "qos": "normal", "time": "3-0"}, "lets a job run 2-00:00:00, --time asks for 3-0"),
-        ({"account": "speech", "time": "61"}, "QOS short lets a job run 01:00:00"),  # the account's default QOS
-        ({"account": "sub", "nodes": 6}, "account sub gives a job at most node=5"),
-        ({"account": "sub", "nodes": 3, "ranks": 3}, "account speech gives all jobs at most cpu=8"),
-        ({"partition": "limited", "time": "11"}, "QOS part lets a job run 00:10:00"),
-        ({"partition": "big", "nodes": 1}, "partition big gives a job at least 2 nodes, --nodes asks for 1"),
-        ({"partition": "short", "nodes": 3}, "partition short gives a job at most 2 nodes"),
-        ({"partition": "short", "qos": "short", "time": "61"}, "partition short lets a job run 01:00:00"),
-        ({"partition": "short,limited", "time": "61"}, "QOS part lets a job run 00:10:00"),
+        ({"qos": "short", "time": "61"}, "QOS short limits a job to 01:00:00, --time is 61"),
+        ({"qos": "SHORT", "nodes": 3}, "QOS SHORT limits a job to node=2, this job requests 3: set --nodes"),
+        ({"qos": "users", "ranks": 4}, "QOS users limits a user to cpu=3, this job requests 4"),
+        ({"qos": "users", "ranks": 2, "cpus_per_rank": 2}, "QOS users limits a user to cpu=3, this job requests 4"),
+        ({"qos": "accounts", "nodes": 2, "ranks": 3}, "QOS accounts limits an account to cpu=5"),
+        ({"qos": "group", "gpus_per_node": 4}, "QOS group limits all jobs to gres/gpu=3, this job requests 4"),
+        ({"qos": "group", "nodes": 2, "gpus_per_node": 2}, "gres/gpu=3, this job requests 4: set --nodes or --gpus-"),
+        ({"qos": "group", "gpus_per_node": "a100:3"}, "QOS group limits all jobs to gres/gpu:a100=2"),
+        ({"account": "speech", "qos": "normal", "nodes": 4}, "with account speech limits a job to node=3"),
+        ({"account": "SPEECH", "qos": "normal", "time": "3-0"}, "limits a job to 2-00:00:00, --time is 3-0"),
+        ({"account": "speech", "time": "61"}, "QOS short limits a job to 01:00:00"),  # the account's default QOS
+        ({"account": "sub", "nodes": 6}, "account sub limits a job to node=5"),
+        ({"account": "sub", "nodes": 3, "ranks": 3}, "account speech limits all jobs to cpu=8"),
+        ({"partition": "limited", "time": "11"}, "QOS part limits a job to 00:10:00"),
+        ({"partition": "big", "nodes": 1}, "partition big allows at least 2 nodes a job, --nodes is 1"),
+        ({"partition": "short", "nodes": 3}, "partition short allows at most 2 nodes a job"),
+        ({"partition": "short", "qos": "short", "time": "61"}, "partition short limits a job to 01:00:00"),
+        ({"partition": "short,limited", "time": "61"}, "QOS part limits a job to 00:10:00"),
     ],
 )
 def test_above_a_limit(slurm, launch, said):
@@ -114,7 +114,7 @@ def test_above_a_limit(slurm, launch, said):
     ],
 )
 def test_within_all_limits(slurm, launch):
-    assert look(**launch) == "those of QOS, user and account leave room for the job"
+    assert look(**launch) == "within those of QOS, user and account"
 
 
 @pytest.mark.parametrize("enforce", ["none", "associations", "associations,qos", ""])
@@ -128,9 +128,9 @@ def test_limits_that_are_not_enforced(slurm, monkeypatch, enforce):
 )
 def test_an_accounting_that_says_nothing_refuses_nothing(slurm, answer):
     (slurm / "sacctmgr").write_text(f"#!/bin/bash\n{answer}\n")
-    assert look(qos="short", nodes=3, account="speech") == "those of QOS, user and account leave room for the job"
+    assert look(qos="short", nodes=3, account="speech") == "within those of QOS, user and account"
     assert limits.names("account") == limits.names("qos") == []
-    assert checks.check_known("account", "speech") == "not looked at: no accounting"
+    assert checks.check_exists("account", "speech") == "not checked: no accounting"
 
 
 USABLE = "idle mixed allocated completing planned powered_down powering_up idle~ mixed# mixed- allocated+ idle%"
@@ -141,7 +141,7 @@ AWAY = "down down* drained draining drained* unknown idle* maint reserved fail f
 def test_nodes_that_no_job_can_have_for_now(slurm, state):
     sinfo = f"#!/bin/bash\necho 'node1|low*|idle'; echo 'node2|low*|{state}'; echo 'node2|big|{state}'\n"
     (slurm / "sinfo").write_text(sinfo)
-    assert limits.nodes_away([]) == limits.nodes_away(["big,low"]) == ["node2"] * (state in AWAY.split())
+    assert limits.unavailable_nodes([]) == limits.unavailable_nodes(["big,low"]) == ["node2"] * (state in AWAY.split())
 
 
 def test_a_job_that_waits_for_nodes_is_taken(slurm):

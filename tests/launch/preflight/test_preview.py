@@ -85,12 +85,12 @@ def test_the_dry_run_says_what_matters(slurm, config, tmp_path):
     shown = slurm("--config", config, *ASKED, "--dry-run").stdout
     for line in (
         "nodes: 2 x 2 = 4 ranks, 2 GPUs a node",
-        "asked for: partition low, account speech, qos normal, constraint a100&ib, time 10:00",
+        "requested: partition low, account speech, qos normal, constraint a100&ib, time 10:00",
         "batch: 4 pairs = 1 pairs x 4 ranks x 1 micro-batches",
         "steps: 4",
         "steps per epoch: 3.00 of 4 pairs",
         "ok      partition: low is up",
-        "ok      account: SLURM knows speech",
+        "ok      account: speech in SLURM's accounting",
         "ok      sbatch --test-only: Job 8 to start at",
     ):
         assert line in shown
@@ -103,18 +103,18 @@ def test_a_dry_run_names_everything_that_is_wrong(slurm, config):
     shown = slurm("--config", config, "--ranks-per-node", "1", *wrong, "--dry-run", code=2).stdout
     failed = [line for line in shown.splitlines() if line.startswith("  FAILED")]
     assert [line.split()[1] for line in failed] == ["batch:", "partition:", "account:", "order:"]
-    assert "gives a job at most 2 nodes" in shown
+    assert "allows at most 2 nodes a job" in shown
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (("--partition", "shrot"), "--partition shrot: SLURM has none of that name; there are broken, low, short"),
+        (("--partition", "shrot"), "--partition shrot: SLURM has no such partition; there are broken, low, short"),
         (("--partition", "broken"), "partition broken is DOWN"),
-        (("--partition", "short"), "partition short lets a job run 01:00:00, --time asks for 24:00:00"),
-        (("--nodes", "6", "--training.batch_size", "12"), "partition low gives a job at most 5 nodes"),
-        (("--account", "nobody"), "--account nobody: SLURM knows none of that name; there are root, speech"),
-        (("--qos", "best"), "--qos best: SLURM knows none of that name; there are normal"),
+        (("--partition", "short"), "partition short limits a job to 01:00:00, --time is 24:00:00"),
+        (("--nodes", "6", "--training.batch_size", "12"), "partition low allows at most 5 nodes a job"),
+        (("--account", "nobody"), "--account nobody: SLURM has no such account; there are root, speech"),
+        (("--qos", "best"), "--qos best: SLURM has no such qos; there are normal"),
         (("--training.batch_size", "5"), "--training.batch_size 5 is not divisible"),
         (("--training.batch_size", "64"), "a batch of 64 needs at least"),
         (("--data.train", "tarin"), "tarin"),
@@ -136,13 +136,16 @@ def test_a_mistake_fails_before_anything_is_submitted(slurm, config, tmp_path, w
 
 @pytest.mark.parametrize("name", ["speech", "SPEECH", "Speech,root"])
 def test_an_account_is_known_as_slurm_knows_it(slurm, config, name):
-    assert f"ok      account: SLURM knows {name}\n" in slurm("--config", config, "--account", name, "--dry-run").stdout
+    assert (
+        f"ok      account: {name} in SLURM's accounting\n"
+        in slurm("--config", config, "--account", name, "--dry-run").stdout
+    )
 
 
 def test_an_accounting_that_lists_nothing_refuses_nobody(slurm, config, tmp_path):
     (tmp_path / "slurm" / "sacctmgr").write_text("#!/bin/sh\necho; echo\n")
     shown = slurm("--config", config, "--account", "mine", "--qos", "mine", "--dry-run").stdout
-    assert shown.count("not looked at: no accounting") >= 2
+    assert shown.count("not checked: no accounting") >= 2
 
 
 @pytest.mark.parametrize(("text", "option"), [
@@ -172,8 +175,8 @@ def test_gpus_of_the_whole_job_are_those_of_a_node_only_where_there_is_one(slurm
     profile = tmp_path / "gpus.yaml"
     profile.write_text("sbatch: {gpus: 4}")
     ended = slurm("--config", config, "--profile", profile, "--nodes", "2", "--no-follow", code=2)
-    assert "sbatch.gpus of the profile gpus counts GPUs of the whole job" in ended.stderr
-    assert "set gpus_per_node to those of each node" in ended.stderr
+    assert "sbatch.gpus of the profile gpus counts all GPUs of a job" in ended.stderr
+    assert "set gpus_per_node instead" in ended.stderr
 
 
 @pytest.mark.parametrize("gpus", ["many", "a100", "-1"])
@@ -216,12 +219,9 @@ def test_shards_of_another_size_are_noticed(slurm, config, tmp_path):
     whole = victim.read_bytes()
     try:
         victim.write_bytes(whole[:-512])
-        assert (
-            f"{victim.name} has {len(whole) - 512:,} bytes, the manifest says"
-            in slurm("--config", config, code=2).stderr
-        )
+        assert f"{victim.name} has {len(whole) - 512:,} bytes, not " in slurm("--config", config, code=2).stderr
         victim.unlink()
-        assert "No such file or directory, though the manifest names it" in slurm("--config", config, code=2).stderr
+        assert "No such file or directory, though the manifest lists it" in slurm("--config", config, code=2).stderr
     finally:
         victim.write_bytes(whole)
 

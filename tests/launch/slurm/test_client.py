@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.slurm.client import Queued, find, job_number
+from launch.slurm.client import SlurmJob, find_jobs, job_number
 from shards.errors import UserError
 from tests.launch.cluster import fake_slurm
 
@@ -40,9 +40,9 @@ def test_members_of_an_array_that_never_began_share_a_line(tmp_path, monkeypatch
     sacct = tmp_path / "slurm" / "sacct"
     sacct.write_text(f"#!/bin/bash\necho '7_1|COMPLETED'; echo '{listed}|CANCELLED by 0'; echo '8|TIMEOUT'\n")
     sacct.chmod(0o755)
-    cancelled, gone = Queued("CANCELLED", "", False), Queued("", "", False)
-    found = find(["7_0", "7_1", "7_2", "7_3", "7_4", "7_9", "8"])
+    cancelled, gone = SlurmJob("CANCELLED", "", False), SlurmJob("", "", False)
+    found = find_jobs(["7_0", "7_1", "7_2", "7_3", "7_4", "7_9", "8"])
     assert found == {
         **dict.fromkeys(("7_0", "7_2", "7_3", "7_4"), cancelled),
-        "7_1": Queued("COMPLETED", "", False), "7_9": gone, "8": Queued("TIMEOUT", "", False),
+        "7_1": SlurmJob("COMPLETED", "", False), "7_9": gone, "8": SlurmJob("TIMEOUT", "", False),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a batch script does between incarnations, against a stand-in for scontrol; tests/slurm has the real one."""
+"""What a batch script does between attempts, against a stand-in for scontrol; tests/slurm has the real one."""
 
 import contextlib
 import json
@@ -12,17 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from launch.job import LOST, Status
-from launch.record import attempts
-from launch.slurm.requeue import SlurmJobState, begin, decide, end, member, newest_step, setup_lines, srun_exits
+from launch.job import Status
+from launch.record import read_attempts
+from launch.slurm.requeue import SlurmJobState, begin, decide, end, member_folder, newest_step, setup_lines, srun_exits
 from launch.status.failure import failure_of, first_failure
+from shards.errors import ExitCode
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNNING = SlurmJobState("RUNNING", "None", 0)
 
 
 def read(folder):
-    return [asdict(each) for each in attempts(folder)]
+    return [asdict(each) for each in read_attempts(folder)]
 
 
 ENDING = SlurmJobState("COMPLETING", "None", 0)
@@ -41,12 +42,12 @@ ENDING = SlurmJobState("COMPLETING", "None", 0)
         (2, [2, 2], RUNNING, [], "mistake", False),
         (137, [2, None], RUNNING, [], "mistake", False),
         (137, [None, 1], RUNNING, [], "failed", False),
-        (137, [LOST, 1], RUNNING, [], "failed", False),
+        (137, [ExitCode.PEER_LOST, 1], RUNNING, [], "failed", False),
         (1, [], RUNNING, [], "failed", False),  # srun itself failed
         (130, [130], RUNNING, [], "failed", False),  # interrupted by hand
         (137, [None, None], RUNNING, [], "killed", True),
-        (137, [LOST, None], RUNNING, 2 * ["killed"], "killed", True),
-        (137, [LOST, None], RUNNING, 3 * ["killed"], "killed", False),
+        (137, [ExitCode.PEER_LOST, None], RUNNING, 2 * ["killed"], "killed", True),
+        (137, [ExitCode.PEER_LOST, None], RUNNING, 3 * ["killed"], "killed", False),
         (137, [None, None], RUNNING, ["killed", "saved", "slurm", "saved", "killed"], "killed", True),
         (70, [None, None], RUNNING, [], "killed", True),  # the watchdog
         (134, [0, None], RUNNING, [], "killed", True),
@@ -74,7 +75,7 @@ def test_fate(code, exits, seen, idle, cause, requeue):
     [
         (143, [], RUNNING, "failed"),  # srun ended the others, and its code is theirs
         (143, [75], RUNNING, "failed"),  # another began, and heard srun's TERM
-        (143, [None, LOST], RUNNING, "failed"),
+        (143, [None, ExitCode.PEER_LOST], RUNNING, "failed"),
         (2, [2], RUNNING, "mistake"),  # of a rank that began: it knows more
         (143, [], ENDING, "cancelled"),
         (143, [], SlurmJobState("COMPLETING", "None", 1), "slurm"),
@@ -83,7 +84,7 @@ def test_fate(code, exits, seen, idle, cause, requeue):
 def test_fate_where_a_rank_failed_before_it_began(code, exits, seen, cause):
     fate = decide(code, exits, seen, 0, [], "rank 1 ended: why")
     assert (fate.cause, fate.requeue) == (cause, False)
-    assert cause != "failed" or fate.why == "rank 1 ended: why: it does not start again"
+    assert cause != "failed" or fate.why == "rank 1 ended: why: no restart"
 
 
 @pytest.fixture
@@ -193,14 +194,14 @@ def test_a_rank_that_fails_before_it_begins_is_no_reason_to_start_again(
     end(folder, 143, environment())
     [only] = read(folder)
     assert (only["cause"], only["requeued"]) == ("failed", False)
-    assert only["why"] == f"rank {rank} {why}: it does not start again"
+    assert only["why"] == f"rank {rank} {why}: no restart"
     failed = first_failure(folder, "7", 4, lambda pid: False, True)
     assert failed == rank
     assert failure_of(folder, "7", failed).how == f"rank {rank} {why}"
 
 
 def test_an_earlier_start_is_not_told_again(tmp_path, scontrol):
-    """The log grows: what srun said of another incarnation counts for nothing."""
+    """The log grows: what srun said of another attempt counts for nothing."""
     folder = logs(tmp_path)
     (folder / "7_0_log.err").write_text("srun: error: node3: task 1: Exited with exit code 1\n")
     begin(folder, environment(1))
@@ -215,9 +216,9 @@ def test_a_rank_that_began_is_told_by_its_own_status(tmp_path, scontrol, monkeyp
     folder = logs(tmp_path)
     begin(folder, environment())
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    for rank, code in {0: LOST, 1: None}.items():
+    for rank, code in {0: ExitCode.PEER_LOST, 1: None}.items():
         Status(folder, rank).write(code)
-    told = f"task 0: Exited with exit code {LOST}\nsrun: error: node3: task 1: Exited with exit code 1\n"
+    told = f"task 0: Exited with exit code {ExitCode.PEER_LOST}\nsrun: error: node3: task 1: Exited with exit code 1\n"
     (folder / "7_0_log.err").write_text(f"srun: error: node3: {told}")
     end(folder, 143, environment())
     assert read(folder)[-1]["requeued"] is True
@@ -286,8 +287,8 @@ def test_a_member_of_a_job_array(tmp_path, scontrol):
     folder.mkdir()
     (folder / "members.json").write_text(json.dumps({"3": str(own)}))
     array = environment(SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="3")
-    assert member(folder, array) == own
-    assert member(folder, environment()) == folder
+    assert member_folder(folder, array) == own
+    assert member_folder(folder, environment()) == folder
     begin(own, array)
     end(own, 75, array)
     assert (scontrol / "asked").read_text().splitlines()[-1] == "requeue 5_3"

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.profiles import read_profile
-from launch.slurm.sbatch_options import beside, check_srun, flag, read_options, with_gpus
+from launch.slurm.sbatch_options import check_srun, directive, merge_options, read_options, with_gpus
 from shards.errors import UserError
 
 
@@ -54,27 +54,27 @@ def test_short_names(short, name):
     ],
 )
 def test_values(value, line, tmp_path):
-    options = beside({}, read(f"sbatch: {{x-y: {value}}}", tmp_path).sbatch)
-    assert [flag(*each) for each in options.items()] == ([line] if line else [])
+    options = merge_options({}, read(f"sbatch: {{x-y: {value}}}", tmp_path).sbatch)
+    assert [directive(*each) for each in options.items()] == ([line] if line else [])
 
 
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ('{"a b": 1}', "'a b' is no option of sbatch"),
-        ('{"a;b": 1}', "is no option of sbatch"),
-        ('{"": 1}', "is no option of sbatch"),
-        ("{--: 1}", "is no option of sbatch"),
-        ("{Mem: 1}", "is no option of sbatch"),
-        ("{1: 2}", "is no option of sbatch"),
-        ("{z: 2}", "is no option of sbatch"),
-        ('{"mem=4G": true}', "is no option of sbatch"),
+        ('{"a b": 1}', "'a b' is not an option of sbatch"),
+        ('{"a;b": 1}', "is not an option of sbatch"),
+        ('{"": 1}', "is not an option of sbatch"),
+        ("{--: 1}", "is not an option of sbatch"),
+        ("{Mem: 1}", "is not an option of sbatch"),
+        ("{1: 2}", "is not an option of sbatch"),
+        ("{z: 2}", "is not an option of sbatch"),
+        ('{"mem=4G": true}', "is not an option of sbatch"),
         ("{comment: {a: 1}}", "sbatch.comment is {'a': 1}; expected"),
         ("{mail-type: [END, null]}", "expected a list of words or numbers"),
         ("{mail-type: [END, [FAIL]]}", "expected a list of words or numbers"),
         ('{comment: "a\\n#SBATCH --nodes=9"}', "expected one line"),
-        ("{mail-type: END, mail_type: FAIL}", "stands twice, as mail-type too"),
-        ("{x: a, exclude: b}", "stands twice, as x too"),
+        ("{mail-type: END, mail_type: FAIL}", "is given twice, as mail-type too"),
+        ("{x: a, exclude: b}", "is given twice, as x too"),
         ("{requeue: maybe}", "expected true, false or null"),
         ("{requeue: true, no-requeue: true}", "both --requeue and --no-requeue"),
         ("{no_requeue: false, requeue: false}", "both --requeue and --no-requeue"),
@@ -104,7 +104,7 @@ def test_what_is_no_option(section, said, tmp_path):
         ("gpus-per-task gpus_per_task", "gpus_per_node"),
         ("job-name J", "--name"),
         ("output o error e input i open-mode", "run folder"),
-        ("chdir D", "where the command is given"),
+        ("chdir D", "working directory of the command"),
         ("clusters M cluster", "SLURM_CLUSTERS"),
         ("wait W quiet Q parsable", "answer"),
         ("test-only wrap", "--dry-run"),
@@ -115,7 +115,7 @@ def test_options_of_the_launcher_are_refused_with_what_to_do(names, key, tmp_pat
     for name in names.split():
         message = refused(f"sbatch: {{{name}: 3}}", tmp_path)
         assert f"sbatch.{name}: " in message
-        assert key in message or "write the option's whole name" in message, message
+        assert key in message or "write the option's full name" in message, message
         assert read_options({name: None}, "sbatch") == read_options({name: False}, "sbatch") == {}
 
 
@@ -133,7 +133,7 @@ def test_options_of_the_launcher_are_refused_with_what_to_do(names, key, tmp_pat
     ],
 )
 def test_requeue_is_said_once(section, expected, tmp_path):
-    assert beside({"requeue": True}, read(f"sbatch: {section}", tmp_path).sbatch) == expected
+    assert merge_options({"requeue": True}, read(f"sbatch: {section}", tmp_path).sbatch) == expected
 
 
 @pytest.mark.parametrize(
@@ -191,18 +191,18 @@ def test_another_number_of_gpus_is_asked_for_in_the_profiles_way(options, gpus, 
     [
         ('sbatch: {gres: "gpu:a:1,gpu:b:2"}', "several types of GPU"),
         ('sbatch: {gpus: "a:1,b:2"}', "several types of GPU"),
-        ('sbatch: {gres: "gpu:4", gpus: 4}', "both ask for GPUs"),
-        ('gpus_per_node: 4\nsbatch: {gres: "gpu:4"}', "both ask for GPUs: keep one"),
-        ("gpus_per_node: 4\nsbatch: {gpus: 4}", "both ask for GPUs: keep one"),
+        ('sbatch: {gres: "gpu:4", gpus: 4}', "both request GPUs"),
+        ('gpus_per_node: 4\nsbatch: {gres: "gpu:4"}', "both request GPUs: keep one"),
+        ("gpus_per_node: 4\nsbatch: {gpus: 4}", "both request GPUs: keep one"),
         ('sbatch: {gres: "gpu:"}', "expected GPUs as gpu:4 or gpu:a100:4"),
         ('sbatch: {gres: "gpu:a100:four"}', "expected GPUs as gpu:4 or gpu:a100:4"),
         ('sbatch: {gres: "gpu:a:b:4"}', "expected GPUs as gpu:4 or gpu:a100:4"),
         ("sbatch: {gpus: many}", "expected GPUs as 4 or a100:4"),
         ("sbatch: {gpus: true}", "sbatch.gpus is true; expected a number"),
         ("sbatch: {gres: true}", "sbatch.gres is true; expected a number"),
-        ("sbatch: {gpu-bind: closest}", "ranks number all GPUs"),
-        ('sbatch: {gpu_bind: "single:1"}', "ranks number all GPUs"),
-        ('sbatch: {tres-per-task: "gres/gpu:1"}', "ranks number all GPUs"),
+        ("sbatch: {gpu-bind: closest}", "ranks choose among all GPUs"),
+        ('sbatch: {gpu_bind: "single:1"}', "ranks choose among all GPUs"),
+        ('sbatch: {tres-per-task: "gres/gpu:1"}', "ranks choose among all GPUs"),
         ('sbatch: {tres-per-node: "gres/gpu:1"}', "set gpus_per_node"),
         ("srun: [--gpus-per-task=1]", "set gpus_per_node"),
         ('srun: ["--gpu-bind=single:1"]', "set gpus_per_node"),
@@ -227,7 +227,7 @@ def test_bindings_and_arguments_that_change_nothing():
 
 
 def test_the_name_that_submitit_would_set():
-    assert beside({}, read_options({"wckey": None}, "sbatch")) == {}
+    assert merge_options({}, read_options({"wckey": None}, "sbatch")) == {}
     assert read_options({"wckey": None}, "sbatch") == {"wckey": None}
     assert read_options({"wckey": "mine"}, "sbatch") == {"wckey": "mine"}
 
@@ -247,7 +247,7 @@ def test_the_environment_is_text(text, env, tmp_path):
 
 @pytest.mark.parametrize("name", ["E F", "1A", "A-B", "A.B", "A=B", "", "Ä", "A;rm", "A$(B)"])
 def test_names_that_no_variable_has(name, tmp_path):
-    assert f"env: {name!r} is no name of a variable" in refused(f'env: {{"{name}": 1}}', tmp_path)
+    assert f"env: {name!r} is not a variable name" in refused(f'env: {{"{name}": 1}}', tmp_path)
 
 
 @pytest.mark.parametrize("value", ["[a]", "{a: b}", '"a\\0b"'])

@@ -6,19 +6,20 @@ import time
 
 import pytest
 
-from launch.job import LOST, Status
-from launch.record import INCARNATIONS
+from launch.job import Status
+from launch.record import ATTEMPTS
 from launch.status.failure import failure_of, first_failure, last_lines
 from launch.status.follow import Log, Slurm, follow
+from shards.errors import ExitCode
 
 
-class Queued(Slurm):
+class QueuedJob(Slurm):
     """A job whose place in the queue the test decides on."""
 
-    there = True
+    in_queue = True
 
     def alive(self):
-        return self.there
+        return self.in_queue
 
 
 def rank(folder, number, code=None, restart=0, when=1.0):
@@ -27,8 +28,8 @@ def rank(folder, number, code=None, restart=0, when=1.0):
     (folder / "rank.tmp").replace(folder / f"rank{number}.json")  # whole or not there, as a rank writes it
 
 
-def life(folder, **values):
-    with (folder / INCARNATIONS).open("a") as file:
+def attempt(folder, **values):
+    with (folder / ATTEMPTS).open("a") as file:
         file.write(json.dumps(values) + "\n")
 
 
@@ -39,7 +40,7 @@ def output(folder, text, number=0, kind="out"):
 
 def followed(folder, story, ranks=2, logs=None):
     """Follow a job while `story` writes what it leaves; the exit code and the job."""
-    job = Queued("5")
+    job = QueuedJob("5")
     codes = []
     thread = threading.Thread(target=lambda: codes.append(follow(job, folder, ranks, logs)), daemon=True)
     thread.start()
@@ -55,19 +56,19 @@ def pause():
 
 def test_a_job_that_starts_again_is_followed_to_its_end(tmp_path, capsys):
     def story(job, codes):
-        life(tmp_path, restart=0, began=1.0, hosts=["n1", "n2"])
+        attempt(tmp_path, restart=0, began=1.0, hosts=["n1", "n2"])
         rank(tmp_path, 0)
         rank(tmp_path, 1, 0)
         output(tmp_path, "step 1\n")
         pause()
-        rank(tmp_path, 0, LOST)
-        life(tmp_path, restart=0, ended=2.0, code=137, requeued=True, why="a rank was killed: it starts again")
+        rank(tmp_path, 0, ExitCode.PEER_LOST)
+        attempt(tmp_path, restart=0, ended=2.0, code=137, requeued=True, why="a rank was killed: restarting")
         pause()
         assert not codes(), "the job is to start again"
-        life(tmp_path, restart=1, began=3.0, hosts=["n3", "n4"])
+        attempt(tmp_path, restart=1, began=3.0, hosts=["n3", "n4"])
         rank(tmp_path, 0, 0, restart=1)
         pause()
-        assert not codes(), "rank 1 has not ended in this incarnation"
+        assert not codes(), "rank 1 has not ended in this attempt"
         rank(tmp_path, 1, 0, restart=1)
         output(tmp_path, "step 2\n")
 
@@ -75,7 +76,7 @@ def test_a_job_that_starts_again_is_followed_to_its_end(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert code == 0
     assert sorted(out) == sorted(
-        ["step 1", "job 5: a rank was killed: it starts again", "job 5: restart 1 on n3, n4", "step 2"]
+        ["step 1", "job 5: a rank was killed: restarting", "job 5: restart 1 on n3, n4", "step 2"]
     )
 
 
@@ -84,28 +85,28 @@ def test_the_end_for_good_is_told_with_the_traceback(tmp_path, capsys):
     logs.mkdir()
 
     def story(job, codes):
-        life(tmp_path, restart=0, began=1.0, hosts=["n1"])
-        rank(tmp_path, 0, LOST, when=1.0)
+        attempt(tmp_path, restart=0, began=1.0, hosts=["n1"])
+        rank(tmp_path, 0, ExitCode.PEER_LOST, when=1.0)
         rank(tmp_path, 1, 1, when=2.0)
         output(logs, "Traceback (most recent call last):\n  File x\nValueError: broken\n", 1, "err")
         output(logs, "Traceback (most recent call last):\nRuntimeError: Connection closed by peer\n", 0, "err")
         pause()
         assert not codes(), "its batch script has not decided yet"
-        life(tmp_path, restart=0, ended=2.0, code=1, requeued=False, why="a rank failed", cause="failed")
+        attempt(tmp_path, restart=0, ended=2.0, code=1, requeued=False, why="a rank failed", cause="failed")
 
     code, _ = followed(tmp_path, story, logs=logs)
     err = capsys.readouterr().err
     assert code == 1
     assert "ValueError: broken" in err
     assert "Connection closed" not in err
-    assert err.splitlines()[-1] == f"error: rank 1 failed with exit code 1; the whole log is {logs / '5_1_log.err'}"
+    assert err.splitlines()[-1] == f"error: rank 1 failed with exit code 1; the complete log is {logs / '5_1_log.err'}"
 
 
 def test_a_mistake_on_the_node_is_one_line(tmp_path, capsys):
     def story(job, codes):
         rank(tmp_path, 0, 2)
         output(tmp_path, "submitit noise\nerror: mend it\n", kind="err")
-        life(tmp_path, restart=0, ended=2.0, code=2, requeued=False, why="a mistake")
+        attempt(tmp_path, restart=0, ended=2.0, code=2, requeued=False, why="a mistake")
 
     code, _ = followed(tmp_path, story, ranks=1)
     assert (code, capsys.readouterr().err) == (2, "error: mend it\n")
@@ -114,7 +115,7 @@ def test_a_mistake_on_the_node_is_one_line(tmp_path, capsys):
 def test_a_cancelled_job_ends_with_the_code_of_one_that_has_saved(tmp_path, capsys):
     def story(job, codes):
         rank(tmp_path, 0, 75)
-        life(tmp_path, restart=0, ended=2.0, code=75, requeued=False, why="cancelled", cause="cancelled")
+        attempt(tmp_path, restart=0, ended=2.0, code=75, requeued=False, why="cancelled", cause="cancelled")
 
     code, _ = followed(tmp_path, story, ranks=1)
     captured = capsys.readouterr()
@@ -124,12 +125,12 @@ def test_a_cancelled_job_ends_with_the_code_of_one_that_has_saved(tmp_path, caps
 
 
 def test_a_job_that_vanishes_is_not_waited_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("launch.status.follow._LATE", 0.2)
+    monkeypatch.setattr("launch.status.follow._FILE_DELAY", 0.2)
 
     def story(job, codes):
         rank(tmp_path, 0)
         pause()
-        job.there = False
+        job.in_queue = False
 
     code, _ = followed(tmp_path, story, ranks=1)
     assert code == 1
@@ -156,30 +157,30 @@ slurmstepd-node1: error: *** STEP 5.0 ON node1 CANCELLED AT 2026-01-01T00:00:00 
     ],
 )  # fmt: skip
 def test_a_rank_that_could_not_begin_is_told_by_its_log(tmp_path, capsys, monkeypatch, text, code, how):
-    monkeypatch.setattr("launch.status.follow._LATE", 0.2)
+    monkeypatch.setattr("launch.status.follow._FILE_DELAY", 0.2)
 
     def story(job, codes):
         output(tmp_path, text, kind="err")
         if code is not None:
-            Status(tmp_path, 0).write_unbegun(code, 0)
-            life(tmp_path, restart=0, began=1.0, ended=2.0, code=143, requeued=False, why=how, cause="failed")
-        job.there = False
+            Status(tmp_path, 0).write_failed_start(code, 0)
+            attempt(tmp_path, restart=0, began=1.0, ended=2.0, code=143, requeued=False, why=how, cause="failed")
+        job.in_queue = False
 
     ended, _ = followed(tmp_path, story, ranks=1)
     err = capsys.readouterr().err.splitlines()
     assert ended == (code or 1)
-    assert err[-1] == f"error: {how}; the whole log is {tmp_path / '5_0_log.err'}"
+    assert err[-1] == f"error: {how}; the complete log is {tmp_path / '5_0_log.err'}"
     assert err[1:-1] == text.splitlines()
 
 
 def test_a_squeue_that_is_away_at_first_tells_nothing(tmp_path, monkeypatch, capsys):
     """Not even that the job is gone: no answer, then the job, then no answer, then no job."""
-    answers = [None, ["RUNNING node1"], None, []]
-    monkeypatch.setattr("launch.status.follow.ask", lambda command: answers.pop(0))
+    answers = [None, "RUNNING node1", None, ""]
+    monkeypatch.setattr("launch.status.follow.queue_state", lambda job: answers.pop(0))
     job, seen = Slurm("5"), []
     for _ in range(4):
         seen.append(job.alive())
-        job.asked = -1e9
+        job.queried_at = -1e9
     assert seen == [True, True, True, False]
     assert capsys.readouterr().out == "job 5: RUNNING node1\n"
     monkeypatch.undo()
@@ -188,14 +189,14 @@ def test_a_squeue_that_is_away_at_first_tells_nothing(tmp_path, monkeypatch, cap
 
 
 def test_a_job_that_comes_back_into_the_queue_is_not_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.status.follow._LATE", 0.6)
+    monkeypatch.setattr("launch.status.follow._FILE_DELAY", 0.6)
 
     def story(job, codes):
         rank(tmp_path, 0)
         for _ in range(3):
-            job.there = False
+            job.in_queue = False
             pause()
-            job.there = True
+            job.in_queue = True
             pause()
         assert not codes()
         rank(tmp_path, 0, 0)
@@ -213,7 +214,7 @@ def test_a_log_that_was_begun_anew(tmp_path, capsys):
 
 
 def test_those_that_only_noticed_come_after_the_one_that_failed(tmp_path):
-    for number, (code, when) in enumerate([(LOST, 1.0), (75, 2.0), (1, 3.0), (1, 4.0)]):
+    for number, (code, when) in enumerate([(ExitCode.PEER_LOST, 1.0), (75, 2.0), (1, 3.0), (1, 4.0)]):
         rank(tmp_path, number, code, when=when)
     assert first_failure(tmp_path, "5", 4, lambda pid: False, False) == 2
     assert first_failure(tmp_path, "5", 2, lambda pid: False, False) == 0

@@ -22,9 +22,9 @@
 unset SLURM_EXPORT_ENV SRUN_EXPORT_ENV SBATCH_EXPORT SLURM_LABELIO
 export PYTHONSAFEPATH=1
 export PYTHONPATH=FOLDER/run/code/HASH"${PYTHONPATH:+:$PYTHONPATH}"
-end_of_incarnation() { code=$?; kill -KILL $guard 2>/dev/null; PYTHON FOLDER/run/code/HASH/launch/slurm/requeue.py FOLDER/run/logs/TIME $code; exit $code; }
+end_of_attempt() { code=$?; kill -KILL $guard 2>/dev/null; PYTHON FOLDER/run/code/HASH/launch/slurm/requeue.py FOLDER/run/logs/TIME $code; exit $code; }
 PYTHON FOLDER/run/code/HASH/launch/slurm/requeue.py FOLDER/run/logs/TIME guard $$ & guard=$!; disown
-trap end_of_incarnation EXIT
+trap end_of_attempt EXIT
 trap : TERM USR1 USR2
 PYTHON FOLDER/run/code/HASH/launch/slurm/requeue.py FOLDER/run/logs/TIME begin
 
