@@ -1,8 +1,8 @@
 """Load the configuration: a YAML file, then overrides `--section.key value`, each value checked against its type.
 
 Errors are one line with the nearest key. Libraries do not provide that: for an unknown key, tyro 1.0.17 prints a box of
-9 lines and jsonargparse 4.53 a usage of 109 lines without a suggestion, and both would need this module's `base:` files,
-YAML 1.2 scalars and renamed keys in addition. Their `--help` takes 0.31 and 0.16 s, this module's 0.2 s.
+9 lines and jsonargparse 4.53 a usage of 109 lines without a suggestion, and both need this module's `base:` files, YAML
+1.2 scalars and renamed keys in addition. Their `--help` takes 0.31 and 0.16 s, this module's 0.2 s.
 """
 
 import argparse

@@ -30,7 +30,8 @@ _RANGES: dict[str, tuple[Any, str]] = {
     "1 or more": (
         lambda value: value >= 1,
         """data.augment.speech.babble_voices data.augment.speech.frequency_masks
-        data.augment.speech.time_masks data.image_size data.shuffle_shards data.shard_groups model.embed_dim model.fusion.width model.fusion.layers
+        data.augment.speech.time_masks data.image_size data.shuffle_shards data.shard_groups model.embed_dim
+        model.fusion.width model.fusion.layers
         model.fusion.heads model.fusion.pool model.speech.head_heads model.image.head_heads objectives.denoising.span
         objectives.denoising.swap_group objectives.denoising.layers
         training.steps training.batch_size training.accumulation training.log_every
