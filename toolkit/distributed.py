@@ -1,10 +1,11 @@
-"""Tensors across ranks: gathers with and without gradient, several tensors in one, and the fetch of single rows.
+"""Collectives on tensors: gathers with and without gradient, several tensors at once, and the exchange of single rows.
 
-Rank and world size are arguments; a world of one touches no process group. Every rank calls each function, in the same
-order. The global batch is the ranks' batches behind one another: row `r` of rank `o` is global row `o * B + r`.
+Rank and world size are arguments; with a world size of 1 no process group is used. Every rank calls each function, in
+the same order. The global batch is the concatenation of the ranks' batches: row `r` of rank `o` is global row
+`o * B + r`.
 
-Gradients are those of the sum of the ranks' losses. With the ranks' gradients averaged afterwards, as data parallelism
-does, N ranks with a loss that is a mean over B rows give exactly one rank's gradient on N * B rows.
+Gradients are those of the sum of the ranks' losses. With the ranks' gradients averaged afterwards, as in data
+parallelism, N ranks with a loss that is a mean over B rows have exactly one rank's gradient on N * B rows.
 """
 
 import os
@@ -21,12 +22,12 @@ from toolkit.launcher import check_alone
 T = TypeVar("T")
 
 
-# torch 2.13 renamed all_gather_into_tensor and warns of the old name; earlier versions know only that one.
+# torch 2.13 renamed all_gather_into_tensor and warns of the old name; earlier versions have only that one.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def all_gather(tensor: Tensor, world_size: int) -> Tensor:
-    """Put the ranks' tensors behind one another, without gradient.
+    """Concatenate the ranks' tensors, without gradient.
 
     Args:
         tensor: [B, ...], of equal shape and dtype on all ranks.
@@ -43,21 +44,21 @@ def all_gather(tensor: Tensor, world_size: int) -> Tensor:
 
 
 def begin_all_gather(tensor: Tensor, world_size: int) -> tuple[Tensor, Any]:
-    """Begin what `all_gather` does, among two ranks or more, and go on meanwhile.
+    """Start an `all_gather` among two ranks or more, asynchronously.
 
     Args:
-        tensor: [B, ...], contiguous, of equal shape and dtype on all ranks; to be left alone until the work is done.
+        tensor: [B, ...], contiguous, of equal shape and dtype on all ranks; must not change until it is sent.
         world_size: Number of ranks.
 
     Returns:
-        [world_size * B, ...] in the order of ranks, to be read after `wait()` of the second, the work.
+        [world_size * B, ...] in the order of ranks, and a handle: call its `wait()` before using them.
     """
     gathered = tensor.new_empty((world_size * tensor.shape[0], *tensor.shape[1:]))
     return gathered, _all_gather_single(gathered, tensor, async_op=True)
 
 
 def gather_with_grad(tensor: Tensor, rank: int, world_size: int) -> Tensor:
-    """Put the ranks' tensors behind one another; every rank's use of a row flows back to the rank that owns it.
+    """Concatenate the ranks' tensors; gradients of all ranks flow back to the rank that owns a row.
 
     Args:
         tensor: [B, ...], of equal shape and dtype on all ranks.
@@ -71,51 +72,51 @@ def gather_with_grad(tensor: Tensor, rank: int, world_size: int) -> Tensor:
 
 
 def gather_packed(
-    vectors: Sequence[Tensor], integers: Sequence[Tensor], rank: int, world_size: int, differentiable: bool = False
+    floats: Sequence[Tensor], integers: Sequence[Tensor], rank: int, world_size: int, differentiable: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gather several tensors of the same rows in one collective.
 
-    They travel side by side as float32: narrower floats are widened, which loses nothing, and integers travel as the
-    bits of two float32 each. Nothing is computed with those on the way, so every bit arrives.
+    They are packed as columns of float32: narrower floats are converted, which is exact, and integers are stored as the
+    bits of two float32 each, which the collective copies unchanged.
 
     Args:
-        vectors: Floats [B, D_k], float32 or narrower; the shapes and types are the same on all ranks.
+        floats: [B, D_k], float32 or narrower; the shapes and types are the same on all ranks.
         integers: int64, int32 or bool [B], identities or flags.
         rank: This rank.
-        world_size: Number of ranks; with one all tensors come back as they are.
-        differentiable: The vectors' gradients flow back as in `gather_with_grad`.
+        world_size: Number of ranks; with one the tensors are returned as they are.
+        differentiable: Gradients of the floats flow back as in `gather_with_grad`.
 
     Returns:
-        The same with [world_size * B, ...], each of its own type, in the order of ranks.
+        The tensors with [world_size * B, ...], of their types, in the order of ranks.
     """
     if world_size == 1:
-        return list(vectors), list(integers)
+        return list(floats), list(integers)
     bits = [each.to(torch.int64).contiguous().view(-1, 1).view(torch.float32) for each in integers]
-    columns = [*(vector.float() for vector in vectors), *bits]
+    columns = [*(each.float() for each in floats), *bits]
     packed = torch.cat(columns, dim=1)
     packed = gather_with_grad(packed, rank, world_size) if differentiable else all_gather(packed, world_size)
     parts = packed.split([column.shape[1] for column in columns], dim=1)
-    numbers = [part.detach().contiguous().view(torch.int64).view(-1) for part in parts[len(vectors) :]]
+    numbers = [part.detach().contiguous().view(torch.int64).view(-1) for part in parts[len(floats) :]]
     return (
-        [part.to(vector.dtype) for part, vector in zip(parts, vectors, strict=False)],
+        [part.to(each.dtype) for part, each in zip(parts, floats, strict=False)],
         [number.to(each.dtype) for number, each in zip(numbers, integers, strict=True)],
     )
 
 
 class RowExchange:
-    """Rows of the global batch that every rank wants, of several tensors; only the rows asked for travel.
+    """Exchange of rows of the global batch between ranks; only the requested rows are sent.
 
-    The sizes of the exchange have to be known on the host, and which rows are wanted is known on the device alone: this
-    is the one place of a training step that waits for the device. All wishes are gathered in one collective; their
-    copy to the host begins at once and is waited for at the first use, so work that is queued between the two hides
-    the wait. The lengths to which ranks pad travel with them.
+    The host has to know the sizes of the exchange, and the requested rows are computed on the device: this is the one
+    place of a training step that waits for the device. All requests are gathered in one collective; their copy to the
+    host starts at once and is waited for at its first use, so that work queued in between hides the wait. The padded
+    lengths of the ranks are gathered with them.
     """
 
     def __init__(self, index: Tensor, lengths: Sequence[int], rank: int, world_size: int) -> None:
-        """Tell all ranks what this one wants.
+        """Gather the requests of all ranks.
 
         Args:
-            index: int64 [K, n], the global rows that this rank wants of K batches; n is the same on all ranks.
+            index: int64 [K, n], the global rows that this rank requests of K batches; n is the same on all ranks.
             lengths: This rank's sequence length in each of the K batches.
             rank: This rank.
             world_size: Number of ranks; with one nothing is sent or read.
@@ -132,21 +133,21 @@ class RowExchange:
                 self._arrived.record()
 
     def longest(self, batch: int) -> int:
-        """The greatest of the ranks' lengths in a batch."""
+        """Return the greatest of the ranks' lengths in a batch."""
         if self.world_size == 1:
             return self.lengths[batch]
         return int(self._read()[:, self.index.numel() + batch].max())
 
     def fetch(self, batch: int, tensor: Tensor, constant: Tensor | None = None) -> Tensor:
-        """Fetch the wanted rows.
+        """Fetch the requested rows.
 
-        Differentiable: the gradient of a row goes back to its owner, summed over all that asked for it.
+        Differentiable: the gradient of a row is sent back to its owner, summed over the ranks that requested it.
 
         Args:
-            batch: Which of the K.
+            batch: Index of the batch, below K.
             tensor: [B, ...], of equal shape and dtype on all ranks.
-            constant: [C, ...], rows behind those of `tensor` that take no gradient, here or in the CPU's memory; rank
-                o then owns the global rows from o * (B + C) on.
+            constant: [C, ...], further rows after those of `tensor`, without gradient, on the device or the CPU; rank o
+                then owns the global rows from o * (B + C) on.
 
         Returns:
             [n, ...], the rows in the order of the index.
@@ -161,7 +162,7 @@ class RowExchange:
     def _plan(self, batch: int, rows: int, device: torch.device) -> "_Plan":
         count = self.index.shape[1]
         if (batch, rows) not in self._plans:
-            wanted = self._read()[:, batch * count : (batch + 1) * count]  # [asking rank, n]
+            wanted = self._read()[:, batch * count : (batch + 1) * count]  # [requesting rank, n]
             self._plans[batch, rows] = _plan(wanted, rows, self.rank, device)
         return self._plans[batch, rows]
 
@@ -173,7 +174,7 @@ class RowExchange:
 
 @dataclass
 class _Plan:
-    """An exchange of rows: how many go to and come from each rank, which own rows are sent, where each one belongs."""
+    """An exchange of rows: numbers sent to and received from each rank, own rows to send, places of received rows."""
 
     sent: list[int]
     received: list[int]
@@ -183,19 +184,21 @@ class _Plan:
 
 
 def _plan(wanted: Tensor, rows: int, rank: int, device: torch.device) -> _Plan:
-    """Plan from what all ranks want, [asking rank, n] on the host, of `rows` a rank."""
+    """Plan the exchange of the requests of all ranks, [requesting rank, n] on the host, with `rows` rows a rank."""
     owner = wanted // rows
     mine = owner == rank
     sent, received = mine.sum(1).tolist(), torch.bincount(owner[rank], minlength=len(wanted)).tolist()
-    asked = wanted[mine] % rows  # by asking rank
+    requested = wanted[mine] % rows  # by requesting rank
     place = owner[rank].argsort(stable=True).argsort()
     if device.type == "cuda":
-        asked, place = asked.pin_memory(), place.pin_memory()  # so that the copies need no wait
-    return _Plan(sent, received, asked.to(device, non_blocking=True), asked, place.to(device, non_blocking=True))
+        requested, place = requested.pin_memory(), place.pin_memory()  # for asynchronous copies
+    return _Plan(
+        sent, received, requested.to(device, non_blocking=True), requested, place.to(device, non_blocking=True)
+    )
 
 
 def _select(tensor: Tensor, constant: Tensor | None, rows: Tensor, host_rows: Tensor | None) -> Tensor:
-    """Rows [n, ...] of a tensor [B, ...] and of the constant rows behind it, which may be in the CPU's memory."""
+    """Select rows [n, ...] of a tensor [B, ...] and of the constant rows after it, which may be on the CPU."""
     if constant is None or not len(constant):
         return tensor.index_select(0, rows)
     first = len(tensor)
@@ -244,16 +247,16 @@ def _all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
 
 
 def initialise() -> tuple[int, int, torch.device]:
-    """Join the process group that the launcher's environment describes; alone, be a world of one.
+    """Initialize the process group from the launcher's environment; without a launcher, with a world size of 1.
 
-    Understands what torchrun, the DeepSpeed launcher and `launch/job.py` set: RANK, WORLD_SIZE, LOCAL_RANK,
-    MASTER_ADDR, MASTER_PORT. A group that stands already is used as it is.
+    Reads the variables of torchrun, the DeepSpeed launcher and `launch/job.py`: RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR, MASTER_PORT. An initialized process group is used as it is.
 
     Returns:
         Rank, world size and the device of this process.
 
     Raises:
-        UserError: There are several processes, and nothing says which ranks they are.
+        UserError: There are several processes without rank variables.
     """
     check_alone(os.environ)
     if "RANK" not in os.environ:

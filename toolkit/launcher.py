@@ -1,11 +1,11 @@
-"""Whether a launcher that says nothing of ranks has started several of this process: each would train alone."""
+"""Detection of several processes without rank variables, each of which would train alone."""
 
 import sys
 from collections.abc import Mapping
 
 from shards.errors import UserError
 
-# Number of processes, and which of them this one is: of srun, Open MPI, MPICH and Intel MPI, MVAPICH2.
+# Variables with the number of processes and the rank of this one: srun, Open MPI, MPICH and Intel MPI, MVAPICH2.
 _STARTERS = {
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
@@ -15,14 +15,15 @@ _STARTERS = {
 
 
 def check_alone(environment: Mapping[str, str]) -> None:
-    """Make sure that a process without RANK is the only one; one with it knows of the others.
+    """Check that a process without RANK is the only one.
 
     Args:
-        environment: Of the process. What a batch script or salloc sets counts for nothing: there it may well be alone.
+        environment: Environment of the process. Variables of a batch script or salloc do not count: one process may
+            run there.
 
     Raises:
         UserError: It is one of several.
-        SystemExit: The same, in all but the first of them: one line is enough.
+        SystemExit: It is one of several and not the first, which prints the error.
     """
     if "RANK" in environment:
         return

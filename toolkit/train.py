@@ -1,5 +1,6 @@
 """Train a retrieval model: `deepspeed toolkit/train.py --config NAME --run DIR [--section.key value ...]`."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -14,24 +15,28 @@ from toolkit.config.validate import batch_warnings
 from toolkit.launcher import check_alone
 from toolkit.run_folder import prepare_run, save_configuration
 
+logger = logging.getLogger(__name__)
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Train until the configured step, from the newest checkpoint of the run folder if there is one.
 
-    A run that a signal stopped short of that ends with exit code `ExitCode.REQUEUE`.
+    A run that a signal stopped earlier exits with `ExitCode.REQUEUE`.
 
     Args:
         arguments: Command-line arguments; default: those of this process.
 
     Raises:
-        UserError: The configuration, the shards or the run folder do not fit.
+        UserError: The configuration, the shards or the run folder are not valid.
     """
     parser = Parser(__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="print who would read what, and train nothing")
-    parser.add_argument("--ranks", type=int, metavar="N", help="of the dry run (default: as launched or configured)")
+    parser.add_argument("--dry-run", action="store_true", help="print which rank would read what, and train nothing")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="ranks of the dry run (default: as launched or configured)"
+    )
     parser.add_argument(
         "--profile", type=int, nargs="?", const=10, metavar="STEPS",
-        help="time some steps (10), say where their time goes and trace a few, in RUN/profile; train nothing",
+        help="time some steps (10) by part and trace a few, in RUN/profile; train nothing",
     )  # fmt: skip
     parser.add_argument("--resume", metavar="WHAT", help="the same as --training.resume (default: auto)")
     config, options = parse(sys.argv[1:] if arguments is None else arguments, parser)
@@ -44,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.ranks is not None:
         raise UserError("--ranks is an option of --dry-run; a training has as many as it is launched with")
 
-    check_alone(os.environ)  # a moment's work, before all of them import torch
+    check_alone(os.environ)  # before all of them import torch
 
     from toolkit.data import check_dev, open_order
     from toolkit.distributed import initialise
@@ -76,21 +81,19 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.train()
     trainer.close()
     if trainer.stop:
-        run_on_rank_zero(
-            lambda: None, rank
-        )  # launchers end all ranks when one leaves so: not before rank 0 has written all
+        run_on_rank_zero(lambda: None, rank)  # launchers end all ranks after the first exit: wait until rank 0 is done
         sys.exit(ExitCode.REQUEUE)
 
 
 def dry_run(config: Config, ranks: int | None = None) -> str:
-    """Say what a training would read, from the manifests alone; no model is built.
+    """Describe what a training would read, from the manifests alone; no model is built.
 
     Args:
         config: The configuration.
         ranks: Processes to plan for; default: as many as the launcher has started, else as many as configured.
 
     Raises:
-        UserError: The shards are not there, or do not fit the batch and the ranks.
+        UserError: The shards do not exist, or the batch does not divide by the ranks.
     """
     from shards.reading.dry_run import plan_reading
     from toolkit.data import check_dev, open_order, shared_pictures
@@ -103,7 +106,7 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
     manifests, order = open_order(config, ranks)
     check_dev(config)
     for line in (*batch_warnings(config, ranks), *shared_pictures(manifests, config.data.train)):
-        print(f"warning: {line}", file=sys.stderr)
+        logger.warning(line)
     return plan_reading(
         order,
         manifests,

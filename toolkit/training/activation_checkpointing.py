@@ -1,7 +1,7 @@
-"""Activation checkpointing: of a layer only its input is kept for the backward pass, which computes the rest again.
+"""Activation checkpointing: recompute trained layers' activations in the backward pass.
 
-Memory for the activations of a stack of layers falls to one tensor a layer and the inside of one; the price is a second
-forward pass of these layers. Dropout draws the same numbers again, so losses and gradients are as without it.
+Only the input of each layer is stored, and the activations of one layer at a time; the cost is a second forward pass of
+these layers. Dropout masks are the same in both, so that losses and gradients do not change.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from toolkit.training.learner import Learner
 
 
 def recompute_activations(learner: Learner) -> None:
-    """Have every trained layer of trunks, heads, fusion encoder and denoisers computed again in the backward pass.
+    """Recompute every trained layer of trunks, heads, fusion encoder and denoisers in the backward pass.
 
-    Call it before DeepSpeed wraps the learner, and after the teacher was made, which keeps nothing for a backward pass.
+    Call this before DeepSpeed wraps the learner, and after the teacher was made, which has no backward pass.
     """
     for layer in _layers(learner):
         _recompute(layer)

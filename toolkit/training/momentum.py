@@ -2,16 +2,16 @@ r"""The momentum encoder: a slow average of the student that supplies keys, soft
 
 .. math:: w_t \leftarrow m \, w_t + (1 - m) \, w_s
 
-A bfloat16 number keeps 8 bits, so an update of half a per cent would be lost in it, and so would most of what the
-student's own weights gain in a step. The average is kept in float32 and follows the float32 weights that the optimizer
-updates, where these are: a rank averages its own cut of them, and all the ranks' cuts are gathered in the precision of
-the model, for the forward pass.
+bfloat16 has 8 significant bits, so an update of half a per cent would be lost in it, and so would most of a step's
+change of the student's weights. The average is kept in float32 and follows the float32 weights of the optimizer, where
+those are: each rank averages its partition, and the partitions are gathered in the model's precision for the forward
+pass.
 
-Bytes a trained weight of the encoders on each of N ranks, beside what the optimizer has:
+Bytes per trained weight of the encoders on each of N ranks, in addition to the optimizer's:
 
-    stage    average    working copy, which encodes
-    0        4          2 in bf16; in fp32 the average is what encodes
-    1 to 3   4 / N      2 in bf16, 4 in fp32: whole on each rank, under ZeRO 3 too
+    stage    average    working copy, for the forward pass
+    0        4          2 in bf16; in fp32 the average itself is used
+    1 to 3   4 / N      2 in bf16, 4 in fp32: complete on each rank, under ZeRO 3 too
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Average(Slice):
     """A slice of the average.
 
     Attributes:
-        average: float32 [stop - start], a view: what is written into it counts.
+        average: float32 [stop - start], a view that may be written to.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("average",)
@@ -43,14 +43,14 @@ class Average(Slice):
 
 
 class MomentumEncoder:
-    """The teacher. Frozen weights are the student's own, neither copied nor run a second time.
+    """The teacher. Frozen weights are shared with the student, and their features are computed once.
 
     Attributes:
         decay: m.
         encoder: Both encoders, with the working copy of the average.
         student: The trained parameters of the student's encoders.
-        working: The teacher's, in the same order, in the model's precision.
-        average: This rank's part of the average, float32; without an engine one flat tensor a parameter.
+        working: The teacher's parameters, in the same order, in the model's precision.
+        average: This rank's partition of the average, float32; without an engine one flat tensor a parameter.
     """
 
     def __init__(self, student: SpeechImageModel, decay: float) -> None:
@@ -66,12 +66,12 @@ class MomentumEncoder:
         copies = dict(self.encoder.named_parameters())
         self.names, self.student = list(trained), list(trained.values())
         self.working = [copies[name] for name in self.names]
-        self._pending: tuple[Tensor, Tensor, Any] | None = None  # what is sent, what arrives, the work
+        self._pending: tuple[Tensor, Tensor, Any] | None = None  # sent, received, handle
         self._lay_out(self._own_cuts(), [w.detach().float().view(-1) for w in self.working], 0, 1)
 
     @torch.no_grad()
     def __call__(self, speech: tuple[Features, ...], image: Features) -> tuple[Encoded, Encoded]:
-        """Encode what the frozen trunks gave, without gradient."""
+        """Encode the features of the frozen trunks, without gradient."""
         self.wait_pending()
         return self.encoder.encode(speech, image)
 
@@ -82,14 +82,14 @@ class MomentumEncoder:
         return self
 
     def follow(self, engine: Any, rank: int, world_size: int) -> "MomentumEncoder":
-        """Begin at the float32 weights of an engine's optimizer, and average them where they are.
+        """Start at the float32 weights of an engine's optimizer, and average them where they are stored.
 
         Args:
-            engine: DeepSpeed's, of a module that holds the student; every rank calls this.
+            engine: DeepSpeed engine of a module that contains the student; every rank calls this.
             rank: This process.
             world_size: Number of processes.
         """
-        from toolkit.training.zero.state import cuts  # DeepSpeed: not where nothing but the model is wanted
+        from toolkit.training.zero.state import cuts  # imports DeepSpeed, which is not needed without an engine
 
         self._move(engine.device, next(engine.module.parameters()).dtype)
         numbers = {id(parameter): number for number, parameter in enumerate(self.student)}
@@ -97,20 +97,20 @@ class MomentumEncoder:
         for name, parameter in engine.module.named_parameters():
             if (number := numbers.get(id(parameter))) is not None:
                 self.names[number] = name
-        found = [cut for cut in cuts(engine) if not cut.offsets.keys().isdisjoint(self.names)]
+        own_cuts = [cut for cut in cuts(engine) if not cut.offsets.keys().isdisjoint(self.names)]
         where = (rank, world_size) if engine.zero_optimization_stage() else (0, 1)
         with torch.no_grad():
-            self._lay_out(found, [cut.master.float().clone() for cut in found], *where)
+            self._lay_out(own_cuts, [cut.master.float().clone() for cut in own_cuts], *where)
         return self
 
     @torch.no_grad()
     def update(self, decay: float | None = None) -> None:
-        """Move the average towards the student's present weights, and begin to renew the working copy.
+        """Move the average towards the student's current weights, and start to update the working copy.
 
-        The first forward pass from here waits for that.
+        The next forward pass waits for the working copy.
 
         Args:
-            decay: m of this update alone; 0 makes the average the student's weights.
+            decay: m of this update only; 0 copies the student's weights.
         """
         decay = self.decay if decay is None else decay
         self.wait_pending()
@@ -120,18 +120,18 @@ class MomentumEncoder:
 
     @torch.no_grad()
     def wait_pending(self) -> None:
-        """Wait until the working copy has arrived, if it is on its way."""
+        """Wait for a pending update of the working copy."""
         if self._pending is None:
             return
         (_, gathered, work), self._pending = self._pending, None
         work.wait()
-        for whole, parts in zip(self._whole, gathered.split(self._sizes, dim=1), strict=True):
-            whole.copy_(parts)
+        for complete, parts in zip(self._gathered, gathered.split(self._sizes, dim=1), strict=True):
+            complete.copy_(parts)
 
     def local_shards(self) -> list[Average]:
-        """List this rank's part of the average; at stage 0 it is all of it on every rank, else the ranks share it."""
+        """List this rank's slices of the average; at stage 0 every rank has all of them, else they are partitioned."""
         shapes = dict(zip(self.names, self._shapes, strict=True))
-        found = []
+        slices = []
         for cut, average in zip(self._cuts, self.average, strict=True):
             first = self._rank * len(average)
             for name, offset in cut.offsets.items():
@@ -140,12 +140,12 @@ class MomentumEncoder:
                     stop = min(first + len(average) - offset, math.prod(shapes[name]))
                     if start < stop:
                         view = average[offset + start - first : offset + stop - first]
-                        found.append(Average(name, start, stop, shapes[name], view))
-        return found
+                        slices.append(Average(name, start, stop, shapes[name], view))
+        return slices
 
     @contextlib.contextmanager
     def editable(self) -> Iterator[list[Average]]:
-        """Let the caller overwrite this rank's part; afterwards the teacher encodes with it. All ranks take part."""
+        """Let the caller overwrite this rank's slices, then update the working copy; every rank calls this."""
         with torch.no_grad():
             self.wait_pending()
             yield self.local_shards()
@@ -153,7 +153,7 @@ class MomentumEncoder:
             self.wait_pending()
 
     def _own_cuts(self) -> list[Cut]:
-        """The student's parameters, whole, where no engine has them."""
+        """Return the student's complete parameters as cuts, for use without an engine."""
         return [Cut(p.detach().view(-1), {name: 0}) for name, p in zip(self.names, self.student, strict=True)]
 
     def _move(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -161,20 +161,20 @@ class MomentumEncoder:
         for working in self.working:
             working.data = working.data.to(dtype)
 
-    def _lay_out(self, found: list[Cut], averages: list[Tensor], rank: int, world_size: int) -> None:
-        """Place the average and, as `world_size` rows of such cuts, the working copy, of which the teacher has views.
+    def _lay_out(self, cuts: list[Cut], averages: list[Tensor], rank: int, world_size: int) -> None:
+        """Set up the average and, as `world_size` rows of such cuts, the working copy, with views for the teacher.
 
         Args:
-            found: This rank's cuts.
-            averages: float32, the average of each; kept.
-            rank: Which of the equal cuts are this process's.
-            world_size: How many there are of each.
+            cuts: This rank's cuts.
+            averages: float32, the average of each cut; not copied.
+            rank: This process's place among the equal cuts.
+            world_size: Number of equal cuts.
         """
-        self._cuts, self.average, self._rank, self._world_size = found, averages, rank, world_size
+        self._cuts, self.average, self._rank, self._world_size = cuts, averages, rank, world_size
         self._shapes = [tuple(working.shape) for working in self.working]
         self._sizes = [len(average) for average in averages]
-        places = {name: (n, cut.offsets[name]) for n, cut in enumerate(found) for name in cut.offsets}
-        self._whole = [
+        places = {name: (n, cut.offsets[name]) for n, cut in enumerate(cuts) for name in cut.offsets}
+        self._gathered = [
             average.view(1, -1)
             if world_size == 1 and (average.dtype, average.device) == (self.working[0].dtype, self.working[0].device)
             else self.working[0].new_empty(world_size, len(average))
@@ -182,24 +182,24 @@ class MomentumEncoder:
         ]
         for name, working, shape in zip(self.names, self.working, self._shapes, strict=True):
             number, offset = places[name]
-            working.data = self._whole[number].view(-1)[offset : offset + math.prod(shape)].view(shape)
+            working.data = self._gathered[number].view(-1)[offset : offset + math.prod(shape)].view(shape)
         with torch.no_grad():
             self._refresh()
             self.wait_pending()
 
     def _refresh(self) -> None:
-        """Renew the working copy: at once where the average is whole here, else begin to gather it."""
+        """Update the working copy: at once if this rank has the complete average, else start to gather it."""
         if self._world_size == 1:
-            pairs = zip(self._whole, self.average, strict=True)
-            stale = [(whole.view(-1), average) for whole, average in pairs if whole.data_ptr() != average.data_ptr()]
+            pairs = zip(self._gathered, self.average, strict=True)
+            stale = [(copy.view(-1), average) for copy, average in pairs if copy.data_ptr() != average.data_ptr()]
             if stale:
-                torch._foreach_copy_([whole for whole, _ in stale], [average for _, average in stale])
-        elif self._whole:
-            row = self._whole[0].new_empty(1, sum(self._sizes))
+                torch._foreach_copy_([copy for copy, _ in stale], [average for _, average in stale])
+        elif self._gathered:
+            row = self._gathered[0].new_empty(1, sum(self._sizes))
             torch._foreach_copy_(list(row.view(-1).split(self._sizes)), self.average)
             self._pending = (row, *begin_all_gather(row, self._world_size))
 
 
 def averaged(name: str) -> bool:
-    """Whether the teacher has an average of a trained parameter, by its name in the model or in the learner."""
+    """Return whether the teacher averages a trained parameter, by its name in the model or in the learner."""
     return name.removeprefix("model.").startswith(("speech.", "image."))

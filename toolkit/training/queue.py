@@ -42,15 +42,16 @@ class ContrastiveKeys:
 
 
 class EmbeddingQueue(nn.Module):
-    """Ring of the newest `size` pairs of embeddings with the identity of their picture.
+    """Ring buffer of the newest `size` pairs of embeddings with the identity of their picture.
 
-    Takes batches of any size, larger than itself too. All ranks push the same gathered rows and so hold the same queue.
+    Accepts batches of any size, also larger than the queue. All ranks push the same gathered rows, so that their queues
+    are equal.
 
     Attributes:
         speech: float32 [size, dim].
         image: float32 [size, dim].
-        ids: int64 [size], -1 in a slot not yet written.
-        pointer: int64 scalar, the slot that is written next; once the ring is full it holds the oldest pair.
+        ids: int64 [size], -1 in a slot that is not written yet.
+        pointer: int64 scalar, the slot that is written next; in a full queue it is that of the oldest pair.
     """
 
     speech: Tensor
@@ -62,7 +63,7 @@ class EmbeddingQueue(nn.Module):
         """Make an empty queue.
 
         Args:
-            size: Pairs kept; 0 keeps none.
+            size: Number of pairs; 0: none.
             dim: Length of the embeddings.
         """
         super().__init__()
@@ -74,7 +75,7 @@ class EmbeddingQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, speech: Tensor, image: Tensor, ids: Tensor) -> None:
-        """Write pairs over the oldest ones, without waiting for the device.
+        """Overwrite the oldest pairs, without waiting for the device.
 
         Args:
             speech: [n, dim], the oldest first.
@@ -85,7 +86,7 @@ class EmbeddingQueue(nn.Module):
             return
         pushed = len(ids)
         kept = min(pushed, self.size)
-        # Of more than the ring holds only the last remain; no slot is written twice, so the write has one outcome.
+        # Of more rows than slots only the last are written; no slot is written twice, so the result is deterministic.
         slots = (self.pointer + torch.arange(pushed - kept, pushed, device=self.ids.device)) % self.size
         for ring, rows in ((self.speech, speech), (self.image, image), (self.ids, ids)):
             ring.index_copy_(0, slots, rows[pushed - kept :].to(ring.dtype))
@@ -99,16 +100,16 @@ class TokenQueue:
     a pair stay on the rank that encoded it, without gradient, and travel only when they are drawn. With the batch as
     block 0, pair i of rank r in block k is
 
-        candidate  k * W * B + r * B + i              what draws are made among
-        global row r * (1 + K) * B + k * B + i        what a row exchange asks for
+        candidate  k * W * B + r * B + i              index that negatives are drawn from
+        global row r * (1 + K) * B + k * B + i        index that a row exchange requests
 
     Attributes:
         keys: Embeddings and identities of the K * W * B pairs.
         speech: [K, B, L, H] frames of this rank's pairs, in the model's precision.
         speech_mask: uint8 [K, B, L], 1 on real frames.
         image: [K, B, P, H] patches.
-        lengths: Frames up to which each block of this rank was padded.
-        block: The block that is written next; once the ring is full it holds the oldest pairs.
+        lengths: Padded length of each block of this rank, in frames.
+        block: The block that is written next; in a full queue that of the oldest pairs.
     """
 
     def __init__(
@@ -126,13 +127,13 @@ class TokenQueue:
         """Make an empty queue.
 
         Args:
-            size: Pairs kept over all ranks, rounded down to whole micro-batches; 0 keeps none.
+            size: Number of pairs over all ranks, rounded down to complete micro-batches; 0: none.
             rows: B, pairs of a rank in a micro-batch.
             world_size: W, number of ranks; 1 where negatives are drawn from this rank's own pairs only.
             embed_dim: Length of the embeddings.
-            speech_shape: Frames of the longest caption, and their size.
-            image_shape: Patches, and their size.
-            dtype: Of the tokens.
+            speech_shape: Frames of the longest utterance, and their width.
+            image_shape: Number of patches, and their width.
+            dtype: Type of the tokens.
             device: Where the model computes.
             on_host: Keep the tokens in the CPU's page-locked memory; drawn rows are copied to the device.
         """
@@ -157,7 +158,7 @@ class TokenQueue:
 
     @torch.no_grad()
     def push(self, speech: Encoded, image: Encoded, speech_keys: Tensor, image_keys: Tensor, ids: Tensor) -> None:
-        """Write a micro-batch over the oldest one, without waiting for the device.
+        """Overwrite the oldest micro-batch, without waiting for the device.
 
         Args:
             speech: This rank's B utterances.
@@ -185,7 +186,7 @@ class TokenQueue:
         return (place // self.rows) * (1 + self.blocks) * self.rows + block * self.rows + place % self.rows
 
     def state(self, rank: int) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the pairs of one rank."""
+        """Return the state of one rank's pairs for a checkpoint."""
         own = slice(rank * self.rows, (rank + 1) * self.rows)
         keys = {name: getattr(self.keys, name).unflatten(0, (self.blocks, -1))[:, own] for name in _KEYS}
         return {
@@ -197,19 +198,19 @@ class TokenQueue:
 
     @torch.no_grad()
     def load(self, states: Sequence[Callable[[str], Any]], rank: int) -> None:
-        """Take over the state of a queue of as many pairs, saved by any number of ranks.
+        """Load the state of a queue of the same size, saved by any number of ranks.
 
         Args:
-            states: Of each rank that saved, by rank: gives a tensor of its `state` by name, to be read in slices.
+            states: For each rank that saved, a function from the name of a tensor in `state` to its slices.
             rank: This rank.
 
         Raises:
-            ValueError: The queue has another size, or its micro-batches another.
+            ValueError: The queue or its micro-batches have another size.
         """
         pairs = self.rows * self.world_size
         shape = [self.blocks, pairs // len(states)]
         if any(list(state("ids_keys").get_shape()) != shape for state in states):
-            raise ValueError(f"it is not of {self.blocks} micro-batches of {pairs} pairs")
+            raise ValueError(f"it does not consist of {self.blocks} micro-batches of {pairs} pairs")
         for name in _KEYS:
             every = torch.cat([state(f"{name}_keys")[:] for state in states], dim=1)
             getattr(self.keys, name).copy_(every.flatten(0, 1))
@@ -226,7 +227,7 @@ class TokenQueue:
         self.lengths = lengths.tolist()
 
     def tokens(self, length: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Rows behind the batch's in a row exchange: frames [K * B, length, H], their mask, patches; None: none."""
+        """Return the rows after the batch's in a row exchange: frames [K * B, length, H], mask, patches; None: none."""
         if not self.blocks:
             return None
         if self._written:

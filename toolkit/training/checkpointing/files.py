@@ -1,6 +1,6 @@
-"""The tensor files of a checkpoint: safetensors, written with their checksum in one pass, read in the pieces needed.
+"""Tensor files of a checkpoint: safetensors, written and checksummed in one pass; only the needed slices are read.
 
-A safetensors file is a JSON header and numbers. Nothing in it is code, and nothing else in the folder is opened.
+A safetensors file is a JSON header and numbers. It contains no code, and no other file of the folder is opened.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _BLOCK = 1 << 24  # bytes hashed and written at once
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file as it was written."""
+    """Name, size and checksum of a written file."""
 
     name: str
     bytes: int
@@ -37,19 +37,18 @@ class FileInfo:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileInfo:
-    """Write a safetensors file and wait until it is on the disk; no second copy of the tensors is made on the way.
+    """Write a safetensors file and sync it to the disk, without a second copy of the tensors.
 
     Args:
         path: The file.
-        tensors: On the CPU, contiguous.
-        metadata: Goes into the header.
+        tensors: By name; on the CPU, contiguous.
+        metadata: Metadata of the header.
 
     Raises:
-        OSError: The disk is full, or does not take it for another reason; a part of the file may be left.
+        OSError: The file cannot be written, e.g. the disk is full; a part of it may be left.
     """
-    ordered = sorted(
-        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
-    )  # each at a multiple of its size
+    # By element size, so that each tensor is aligned to its own.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in ordered:
@@ -69,7 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def problem_of(folder: Path, info: FileInfo) -> str | None:
-    """Say what is wrong with a file, if anything is: its size, its checksum, its header."""
+    """Check size, checksum and header of a file; return what is wrong, or None."""
     path = folder / info.name
     try:
         size = path.stat().st_size
@@ -88,32 +87,32 @@ def problem_of(folder: Path, info: FileInfo) -> str | None:
 
 
 def tensor_names(fragment: Slice) -> dict[str, Tensor]:
-    """A slice's tensors under the names that they have in a file."""
+    """Return a slice's tensors by their names in a file."""
     return {f"{part}:{fragment.start}:{fragment.name}": getattr(fragment, part) for part in fragment.parts}
 
 
 class CheckpointReader:
-    """Slices in the files of a checkpoint, written by any number of ranks at any ZeRO stage.
+    """Reads slices from the files of a checkpoint, written at any world size and ZeRO stage.
 
-    A file is opened (its header read) when something is asked for that is not in the files opened so far. With a rank's
-    own file first in the list, a run that goes on as it was opens no other.
+    A file is opened (its header read) when a slice is not in the files opened so far. With a rank's own file first in
+    the list, a run that resumes with the same world size and stage opens no other.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """Prepare to read.
 
         Args:
-            paths: The files in the order in which they are to be tried.
+            paths: The files in the order in which they are opened.
         """
         self._paths = list(paths)
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._found: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}  # (name, part): start, stop, slice
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}  # (name, part): start, stop, slice
 
     def check(self, fragment: Slice) -> None:
-        """Make sure that a slice can be read whole.
+        """Check that all elements of a slice can be read.
 
         Raises:
-            UserError: The checkpoint does not hold it, or holds a parameter of another shape.
+            UserError: The checkpoint does not have them, or the parameter has another shape.
         """
         for part in fragment.parts:
             self._covering(fragment, part)
@@ -122,7 +121,7 @@ class CheckpointReader:
             raise UserError(f"{fragment.name} has shape {shape} in the checkpoint, {fragment.shape} in this model")
 
     def read_into(self, fragment: Slice) -> None:
-        """Overwrite a slice's tensors with what the files hold; only the elements needed are read."""
+        """Overwrite a slice's tensors with those of the files; only the needed elements are read."""
         for part in fragment.parts:
             target = getattr(fragment, part)
             for start, stop, piece in self._covering(fragment, part):
@@ -131,9 +130,9 @@ class CheckpointReader:
                 target[first - fragment.start : last - fragment.start].copy_(values)
 
     def _covering(self, fragment: Slice, part: str) -> list[tuple[int, int, Any]]:
-        """The pieces that overlap a slice; together they hold all of it."""
+        """Return the pieces that overlap a slice and together cover it."""
         while True:
-            pieces = sorted(self._found.get((fragment.name, part), []), key=lambda piece: piece[:2])
+            pieces = sorted(self._pieces.get((fragment.name, part), []), key=lambda piece: piece[:2])
             needed = [piece for piece in pieces if piece[0] < fragment.stop and fragment.start < piece[1]]
             reached = fragment.start
             for start, stop, _ in needed:
@@ -153,7 +152,7 @@ class CheckpointReader:
                 part, start, name = key.split(":", 2)
                 piece = file.get_slice(key)
                 (size,) = piece.get_shape()
-                self._found.setdefault((name, part), []).append((int(start), int(start) + size, piece))
+                self._pieces.setdefault((name, part), []).append((int(start), int(start) + size, piece))
         except (TypeError, ValueError):
             raise UserError(f"{path} does not hold fragments of a model: it is no file of a checkpoint") from None
 
@@ -163,7 +162,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class PinnedBuffers:
-    """Copies in the CPU's memory, which is page-locked for a GPU and kept from one save to the next."""
+    """Buffers in the CPU's memory, pinned if the tensors are on a GPU, and reused by every save."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple[str, str], Tensor] = {}

@@ -1,4 +1,4 @@
-"""How far a run is, and what the marker of a checkpoint says of it."""
+"""Progress of a run, and the marker of a complete checkpoint."""
 
 import json
 import math
@@ -17,18 +17,18 @@ _FILE = re.compile(r"(shared|(fragments|tokens)-\d{5})\.safetensors")  # the onl
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        step: Optimizer steps done.
+        step: Number of optimizer steps done.
         best: Best mean R@1 on dev so far, in per cent; -1 before the first evaluation.
-        best_step: When that was.
-        skipped: Steps that changed no weight.
-        skipped_in_a_row: Of these, the ones since the last that did.
+        best_step: Step of the best evaluation.
+        skipped: Number of skipped steps.
+        skipped_in_a_row: Number of skipped steps since the last applied one.
         seconds: Training time so far, over all restarts.
-        restarts: How often the run was continued and then got as far as a checkpoint.
-        wandb_id: Of the run's wandb record; empty where there is none.
-        match_weight: Of the match logit in re-ranking, as fitted on dev last; -1 before.
+        restarts: Number of restarts after which a checkpoint was saved.
+        wandb_id: ID of the run in wandb; empty: none.
+        match_weight: Weight of the match logit in re-ranking, as last fitted on dev; -1: not fitted yet.
     """
 
     step: int = 0
@@ -44,18 +44,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saved:
-    """What the marker of a complete checkpoint says."""
+    """Content of a complete checkpoint's marker."""
 
     folder: Path
     progress: Progress
-    applied_steps: int  # as the optimizer counts
+    applied_steps: int  # as counted by the optimizer
     config: str
     data: list[str]
     files: list[FileInfo]
 
 
 def read_marker(folder: Path) -> "Saved | str":
-    """What a marker says, or why it cannot be believed; it may come from anywhere."""
+    """Read a marker, which is not trusted; return what is wrong with it if it is not valid."""
     try:
         state = json.loads((folder / MARKER).read_bytes())
         if state["format"] != FORMAT:

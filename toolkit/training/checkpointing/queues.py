@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside weights and moments: the queues, and buffers of the model."""
+"""State of the queues and of the model's buffers in a checkpoint."""
 
 import re
 from pathlib import Path
@@ -14,16 +14,16 @@ _TOKENS = re.compile(r"tokens-\d{5}\.safetensors")
 
 
 def shared_state(module: nn.Module, queue: EmbeddingQueue) -> dict[str, Tensor]:
-    """What is the same on all ranks: SIC's queue and the model's buffers."""
+    """Return the state that is the same on all ranks: SIC's queue and the model's buffers."""
     parts = {"queue": queue.state_dict(), "buffer": _buffers(module)}
     return {f"{part}:{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
 
 
 def load_shared(path: Path, module: nn.Module, queue: EmbeddingQueue | None) -> None:
-    """Take over what `shared_state` gave.
+    """Load what `shared_state` returned.
 
     Raises:
-        UserError: It does not fit the queue or the model.
+        UserError: It does not match the queue or the model.
     """
     parts: dict[str, dict[str, Tensor]] = {"queue": {}, "buffer": {}}
     with safe_open(path, "pt") as file:
@@ -37,28 +37,28 @@ def load_shared(path: Path, module: nn.Module, queue: EmbeddingQueue | None) -> 
             buffer.copy_(parts["buffer"][name])
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not fit queue or model ({reason}): it is of another model") from None
+        raise UserError(f"{path} does not match queue or model ({reason}): it is of another model") from None
 
 
 def token_file(rank: int) -> str:
-    """Name of the file with the pairs of SIM's queue that a rank holds."""
+    """Return the name of the file with a rank's pairs of SIM's queue."""
     return f"tokens-{rank:05d}.safetensors"
 
 
 def place_in(queue: TokenQueue, rank: int, world_size: int) -> int:
-    """A rank's place in a token queue, which may be of its own pairs only."""
+    """Return a rank's place in a token queue: 0 in a queue of this rank's pairs only."""
     return rank if queue.world_size == world_size else 0
 
 
 def load_token_queue(saved: Saved, queue: TokenQueue, rank: int, world_size: int) -> str | None:
-    """Take over SIM's queue from a checkpoint of any number of ranks.
+    """Load SIM's queue from a checkpoint of any world size.
 
     Returns:
-        None, or why it is not taken over; the queue is empty then.
+        None, or the reason why it was not loaded and is empty.
     """
     names = sorted(info.name for info in saved.files if _TOKENS.fullmatch(info.name))
     try:
-        if queue.world_size < world_size:  # each rank has a queue of its own
+        if queue.world_size < world_size:  # each rank has a separate queue
             if len(names) != world_size:
                 return f"it has {len(names)}, each of one rank's own pairs"
             names = [names[rank]]

@@ -1,7 +1,7 @@
-"""The lease of a run folder: who may write to it. Whoever comes last has it; the one before notices, and ends.
+"""Single-writer lock of a run folder: the newest process owns it, older ones abort.
 
-A job that was taken for dead and started again may still be alive somewhere. Needs no locks, which shared disks do not
-all have: the holder's token is read again before each batch of writes.
+A job that was presumed dead and restarted may still be running. The owner's token is read again before each batch of
+writes; file locks, which not all shared file systems support, are not needed.
 """
 
 import contextlib
@@ -22,52 +22,54 @@ _FILE = "lease.json"
 
 @dataclass(frozen=True)
 class Lease:
-    """This run's right to write to its folder.
+    """Ownership of a run folder.
 
     Attributes:
         run: The run folder.
-        token: What the lease's file holds as long as nobody else has taken it.
+        token: Content of the lease file until another process takes it.
     """
 
     run: Path
     token: str
 
     def check(self) -> None:
-        """To be called on rank 0 before it writes.
+        """Check that this process still owns the folder; rank 0 calls this before it writes.
 
         Raises:
-            UserError: Another process has the folder now.
+            UserError: Another process owns the folder.
         """
-        there = _read(self.run)
-        if there.get("token") != self.token:
-            who = f"process {there['pid']} on {there['host']}, {there['time']}," if there else "removal of its lease"
+        owner = _read(self.run)
+        if owner.get("token") != self.token:
+            process = (
+                f"process {owner['pid']} on {owner['host']}, {owner['time']}," if owner else "removal of its lease"
+            )
             raise UserError(
-                f"run folder {self.run} was taken over by {who} while this run was under way: this one ends here and "
+                f"run folder {self.run} was taken over by {process} while this run was under way: this run ends and "
                 "writes nothing more"
             )
 
     def release(self) -> None:
-        """Say that nobody writes any more. The token stays: a process from before is still to notice."""
-        there = _read(self.run)
-        if there.get("token") == self.token:
+        """Mark the folder as free. The token stays, so that an older process still aborts."""
+        owner = _read(self.run)
+        if owner.get("token") == self.token:
             with contextlib.suppress(OSError):
-                _write(self.run, there | {"released": True})
+                _write(self.run, owner | {"released": True})
 
 
 def take(run: Path) -> Lease:
-    """Take the lease of a run folder from whoever had it; to be called by one process.
+    """Take the lease of a run folder from its former owner; one process calls this.
 
     Raises:
-        UserError: Who has it is alive on this machine, or the folder cannot be written. A process of another machine
-            cannot be seen: it loses the lease. So does one of this SLURM job before it was started again.
+        UserError: The owner runs on this machine, or the folder cannot be written. An owner on another machine loses
+            the lease, and so does one of an earlier attempt of this SLURM job.
     """
-    there = _read(run)
-    mine = there.get("host") == platform.node() and there.get("pid") == os.getpid()
+    owner = _read(run)
+    mine = owner.get("host") == platform.node() and owner.get("pid") == os.getpid()
     job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    former = bool(job) and there.get("job") == job and there.get("restart") != restart
-    if there and not there.get("released") and not mine and not former and _runs_here(there):
+    former = bool(job) and owner.get("job") == job and owner.get("restart") != restart
+    if owner and not owner.get("released") and not mine and not former and _runs_here(owner):
         raise UserError(
-            f"run folder {run} is in use by process {there['pid']} of this machine since {there['time']}: wait for it "
+            f"run folder {run} is in use by process {owner['pid']} of this machine since {owner['time']}: wait for it "
             "or end it, or name another folder with --run DIR"
         )
     token = uuid.uuid4().hex
@@ -88,10 +90,10 @@ def take(run: Path) -> Lease:
 
 
 def _read(run: Path) -> dict[str, Any]:
-    """The lease as it stands; empty without one, or with one that is damaged."""
+    """Read the lease file; empty if it is missing or damaged."""
     try:
-        there = json.loads((run / _FILE).read_bytes())
-        return there if {"host", "pid", "token", "time"} <= there.keys() else {}
+        owner = json.loads((run / _FILE).read_bytes())
+        return owner if {"host", "pid", "token", "time"} <= owner.keys() else {}
     except (FileNotFoundError, ValueError, AttributeError):
         return {}
 
@@ -102,7 +104,7 @@ def _write(run: Path, holder: dict[str, Any]) -> None:
 
 
 def _runs_here(holder: dict[str, Any]) -> bool:
-    """Whether the holder's process is there; one that came later under the same number is another."""
+    """Return whether the owner's process runs on this machine; a later process with the same pid is another one."""
     if holder["host"] != platform.node():
         return False
     try:
@@ -115,7 +117,7 @@ def _runs_here(holder: dict[str, Any]) -> bool:
 
 
 def _began(pid: int) -> int | None:
-    """When a process began, in the kernel's ticks; -1 of one that has ended; None where the kernel does not tell."""
+    """Return when a process began, in kernel ticks; -1: it has ended; None: the kernel does not provide it."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""The watchdog of a rank: when no step completes for long, it shows where every thread stands, and ends the process."""
+"""Watchdog of a rank: if no step completes in time, it dumps the stacks of all threads and ends the process."""
 
 import contextlib
 import faulthandler
@@ -12,23 +12,23 @@ from types import TracebackType
 
 from shards.errors import ExitCode
 
-_FIRST = 4  # times the patience for the first step, which compiles, opens files and fills the loader
-_LINGER = 5.0  # seconds between the stacks and the end: a launcher ends all ranks with the first, and all are to speak
+_FIRST = 4  # factor of the timeout for the first step, which compiles, opens files and fills the loader
+_LINGER = 5.0  # seconds between dump and exit: a launcher ends all ranks with the first, and all should dump
 
 
 class Watchdog:
     """A thread that ends the process when `beat` is not called for a while.
 
-    Every rank has one. The ranks wait for one another in each step, so that if one stalls, all tell where they stand.
+    Every rank has one. The ranks synchronize in each step, so that if one stalls, all dump their stacks.
     """
 
     def __init__(self, run: Path, rank: int, patience: float) -> None:
-        """Prepare; the watch begins with `with`.
+        """Prepare; watching begins on entering the context.
 
         Args:
-            run: The run folder, which gets `stacks-rankN.txt`.
+            run: The run folder; `stacks-rankN.txt` is written there.
             rank: This process.
-            patience: Seconds that a step may take; 0 watches nothing.
+            patience: Seconds that a step may take; 0 disables the watchdog.
         """
         self.path, self.rank, self.patience = run / f"stacks-rank{rank}.txt", rank, patience
         self._deadline = 0.0
@@ -46,12 +46,12 @@ class Watchdog:
         self._end.set()
 
     def beat(self) -> None:
-        """A step is complete."""
+        """Restart the timeout: a step is complete."""
         self._deadline = time.monotonic() + self.patience
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not watch what is inside: evaluating and saving take as long as they take."""
+        """Suspend the timeout for the code inside, such as evaluating and saving."""
         self._paused += 1
         try:
             yield
@@ -62,14 +62,14 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._end.wait(min(1.0, self.patience / 10)):
             if not self._paused and time.monotonic() > self._deadline:
-                self._tell()
+                self._dump()
                 time.sleep(_LINGER)
                 os._exit(ExitCode.STALLED)
 
-    def _tell(self) -> None:
+    def _dump(self) -> None:
         line = f"rank {self.rank}: no step was completed for {self.patience:g} s (--training.watchdog); all threads:"
         print(line, file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(2)  # standard error itself, whatever stands for it in Python
+        faulthandler.dump_traceback(2)  # the file descriptor, even if sys.stderr was replaced
         with contextlib.suppress(OSError), self.path.open("w") as file:
             print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=file, flush=True)
             faulthandler.dump_traceback(file)

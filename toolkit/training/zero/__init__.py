@@ -1,1 +1,1 @@
-"""DeepSpeed ZeRO: the engine, its settings, and the parts of parameters and optimizer state that a rank holds."""
+"""DeepSpeed ZeRO: the engine, its settings, and a rank's partition of parameters and optimizer state."""

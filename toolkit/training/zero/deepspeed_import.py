@@ -1,4 +1,4 @@
-"""DeepSpeed as this project imports it: on a machine without a GPU it is told so, rather than finding out aloud."""
+"""Import of DeepSpeed: without a GPU its accelerator is set to the CPU, which avoids its warnings."""
 
 import logging
 import os

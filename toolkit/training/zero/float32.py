@@ -1,7 +1,7 @@
-"""What stays in float32 where the model is in bf16: the temperature that it computes with, and weights to export.
+"""Float32 values of a model in bf16: the temperature of the forward pass, and weights to export.
 
-The optimizer keeps float32 weights and rounds them to bf16 after each step. Of most weights the forward pass does not
-need more; the logarithm of the temperature, in bf16, would move by steps of 1.6 to 3 per cent of the temperature.
+The optimizer keeps float32 weights and rounds them to bf16 after each step. That is enough for most weights, but the
+logarithm of the temperature would change in steps of 1.6 to 3 per cent of the temperature.
 """
 
 import torch
@@ -14,17 +14,17 @@ from toolkit.training.zero.state import fragments
 
 
 class ExactTemperature:
-    """Shows a model's temperature the optimizer's float32 value of its logarithm, on all ranks.
+    """Copies the optimizer's float32 value of the temperature's logarithm to the model, on all ranks.
 
-    Does nothing where the model is in float32.
+    Does nothing if the model is in float32.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, temperature: Temperature, world_size: int) -> None:
         """Find the value; at ZeRO 1 to 3 one of the ranks has it.
 
         Args:
-            engine: Of a module that holds the model.
-            temperature: The model's.
+            engine: Engine of a module that contains the model.
+            temperature: Temperature of the model.
             world_size: Number of ranks.
         """
         self.temperature = temperature
@@ -37,17 +37,17 @@ class ExactTemperature:
             self._master = torch.tensor([temperature.initial_log])
         elif self.needed:
             names = {id(each): name for name, each in engine.module.named_parameters()}
-            found = [each.master for each in fragments(engine) if each.name == names[id(parameter)]]
-            self._master = found[0] if found else None
+            masters = [each.master for each in fragments(engine) if each.name == names[id(parameter)]]
+            self._master = masters[0] if masters else None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Show the present value; to be called by every rank, whenever the optimizer's weights have changed."""
+        """Copy the current value; every rank calls this after the optimizer's weights have changed."""
         if not self.needed:
             return
         value = torch.zeros(1, device=self._device) if self._master is None else self._master.clone().to(self._device)
         if self._share:
-            dist.all_reduce(value)  # zeros but for the rank that has it
+            dist.all_reduce(value)  # zero on all ranks but the one that has it
         self.temperature.exact = value
 
 
@@ -56,7 +56,7 @@ def gather_masters(engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int
     """Collect the optimizer's float32 weights; every rank calls this.
 
     Returns:
-        On rank 0 the trained parameters by their names in the engine's module, whole, on the CPU; elsewhere nothing.
+        On rank 0 the complete trained parameters by their names in the engine's module, on the CPU; else empty.
     """
     local_shards: dict[str, list] = {}
     for fragment in fragments(engine):

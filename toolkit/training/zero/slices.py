@@ -1,4 +1,4 @@
-"""What a rank holds of parameters that the ranks share: slices of one, and equal cuts of memory with several in it."""
+"""A rank's partition of the parameters: slices of one parameter, and equal cuts of memory with several parameters."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,13 +8,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """Elements `start` to `stop` of a trained parameter laid out flat: what there is of them are its `parts`.
+    """Elements `start` to `stop` of a flattened trained parameter; subclasses have tensors of them, named in `parts`.
 
     Attributes:
-        name: As in the learner's `named_parameters`.
-        start: First element, counted in the whole parameter.
-        stop: One past the last.
-        shape: Of the whole parameter.
+        name: Name in the learner's `named_parameters`.
+        start: First element in the complete parameter.
+        stop: One past the last element.
+        shape: Shape of the complete parameter.
     """
 
     parts: ClassVar[tuple[str, ...]]
@@ -27,12 +27,12 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """This rank's of the equal cuts of one stretch of memory, in which some whole parameters lie one after another.
+    """This rank's part of a contiguous memory of complete parameters that is cut equally among the ranks.
 
     Attributes:
-        master: float32 [n], what the optimizer updates here. The ranks' cuts behind one another are the stretch, which
+        master: float32 [n], the weights that the optimizer updates. The ranks' cuts concatenated are the memory, which
             may end in padding; at stage 0 every rank's cut is all of it.
-        offsets: Where each parameter, by its name in the learner, begins in the stretch.
+        offsets: Offset of each parameter in the memory, by its name in the learner.
     """
 
     master: Tensor

@@ -1,15 +1,15 @@
-"""What this rank holds of the optimizer's state, as plain slices of whole parameters, at every ZeRO stage.
+"""This rank's optimizer state as slices of complete parameters, at every ZeRO stage.
 
-DeepSpeed keeps the float32 weights ("masters") and Adam's moments in another place at every stage:
+DeepSpeed stores the float32 weights ("masters") and Adam's moments differently at every stage:
 
     stage  precision  masters                                                moments of
-    0      fp32       the model's parameters, whole on every rank            each parameter
-    0      bf16       one float32 copy a parameter, whole on every rank      each copy
+    0      fp32       the model's parameters, all on every rank              each parameter
+    0      bf16       one float32 copy a parameter, all on every rank        each copy
     1, 2   any        one flat tensor a group, cut at any element            the flat tensor
-    3      any        flat tensors of every parameter's own equal cut        the flat tensor
+    3      any        flat tensors of each parameter's equal cut             the flat tensor
 
-A `Fragment` is a view of that memory: what is written into it is what the optimizer goes on with, also where DeepSpeed
-keeps it on the CPU (`offload_optimizer`).
+A `Fragment` is a view of that memory: writing to it changes the optimizer's state, also where DeepSpeed stores it on
+the CPU (`offload_optimizer`).
 """
 
 import contextlib
@@ -30,10 +30,10 @@ PARTS = ("master", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, eq=False)
 class Fragment(Slice):
-    """A slice of the weights, and AdamW's moments of it.
+    """A slice of the weights with AdamW's moments.
 
     Attributes:
-        master: float32 [stop - start], what the optimizer updates.
+        master: float32 [stop - start], weights that the optimizer updates.
         exp_avg: float32 [stop - start], first moment.
         exp_avg_sq: float32 [stop - start], second moment.
     """
@@ -46,7 +46,7 @@ class Fragment(Slice):
 
 
 def cuts(engine: deepspeed.DeepSpeedEngine) -> list[Cut]:
-    """List where the float32 weights are, the same stretches on all ranks; the memory stays where it is."""
+    """List the cuts of the float32 weights, in the same order on all ranks; they are views."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     names = {parameter: name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     if stage == 0:
@@ -66,17 +66,17 @@ def cuts(engine: deepspeed.DeepSpeedEngine) -> list[Cut]:
 
 
 def fragments(engine: deepspeed.DeepSpeedEngine) -> list[Fragment]:
-    """List what this rank holds, in the order of the learner's parameters.
+    """List this rank's fragments, in the order of the learner's parameters.
 
-    At stages 1 to 3 the ranks' fragments together are every trained parameter exactly once; at stage 0 every rank
-    holds all of them, with the same values.
+    At stages 1 to 3 the ranks' fragments together cover every trained parameter exactly once; at stage 0 every rank
+    has all of them, with the same values.
 
     Raises:
-        UserError: The state lies on NVMe, where it has no address.
+        UserError: The state is on NVMe, where it has no address.
     """
     if getattr(engine.optimizer, "swap_optimizer", False):
         raise UserError("deepspeed.zero_optimization.offload_optimizer.device is nvme; use cpu, which can be saved")
-    place = {0: _whole, 1: _partitioned, 2: _partitioned, 3: _sharded}[engine.zero_optimization_stage()]
+    place = {0: _complete, 1: _partitioned, 2: _partitioned, 3: _sharded}[engine.zero_optimization_stage()]
     found = []
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
@@ -93,18 +93,18 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> list[Fragment]:
 
 
 def applied_steps(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Steps that AdamW has counted, for its bias correction: skipped ones are not among them."""
+    """Return AdamW's step count, which its bias correction uses; skipped steps are not counted."""
     counts = [int(_moments(engine, owner)["step"]) for owner in _owners(engine)]
     return max(counts, default=0)
 
 
 @contextlib.contextmanager
 def editable(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[list[Fragment]]:
-    """Let the caller overwrite fragments; afterwards the model computes with the masters' values. All ranks take part.
+    """Let the caller overwrite fragments, then copy the masters to the model's weights; every rank calls this.
 
     Args:
-        engine: In no step: between `engine.step()` and the next forward.
-        steps: What AdamW is to have counted.
+        engine: The engine, between `engine.step()` and the next forward.
+        steps: New step count of AdamW.
 
     Yields:
         This rank's fragments. At stage 0 every rank must write the same values.
@@ -119,7 +119,7 @@ def editable(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[list[Fra
         if stage == 3:
             for number in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(number)
-            optimizer.checkpoint_event_epilogue()  # gathers the small ones, which are kept whole
+            optimizer.checkpoint_event_epilogue()  # gathers the small parameters, which are not partitioned
         elif stage:
             optimizer.update_lp_params()
         else:
@@ -128,22 +128,22 @@ def editable(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[list[Fra
                     parameter.copy_(master)
 
 
-def _whole(optimizer: Any, parameter: nn.Parameter, size: int) -> Iterator[tuple[Tensor, int, int, int]]:
-    """Yield the tensor with this rank's part, where the part begins in it, and which elements they are: all."""
+def _complete(optimizer: Any, parameter: nn.Parameter, size: int) -> Iterator[tuple[Tensor, int, int, int]]:
+    """Yield the tensor with this rank's elements, their offset in it, and their range in the parameter: all."""
     yield _master(optimizer, parameter), 0, 0, size
 
 
 def _partitioned(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Tensor, int, int, int]]:
-    """The same at stages 1 and 2; nothing where other ranks hold all of it."""
+    """Yield the same at stages 1 and 2; nothing if all elements are on other ranks."""
     mapping = parameter._hp_mapping
     if mapping is not None:
         flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
-        start, local_shards = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-        yield flat, mapping.hp_fragment_address.start, start, start + local_shards
+        start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        yield flat, mapping.hp_fragment_address.start, start, start + size
 
 
 def _sharded(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Tensor, int, int, int]]:
-    """The same at stage 3: the cuts are equal, so the last ones may end, or lie, beyond the parameter."""
+    """Yield the same at stage 3: the cuts are equal, so the last ones may end, or start, beyond the parameter."""
     group, offset, cut = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = deepspeed.comm.get_rank(parameter.ds_process_group) * cut
     if start < size:
@@ -151,7 +151,7 @@ def _sharded(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Tensor
 
 
 def _master(optimizer: Any, parameter: nn.Parameter) -> Tensor:
-    """What the optimizer updates at stage 0: under bf16 DeepSpeed's float32 copy."""
+    """Return the tensor that the optimizer updates at stage 0: under bf16 DeepSpeed's float32 copy."""
     for group, masters in zip(
         getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True
     ):
@@ -162,14 +162,14 @@ def _master(optimizer: Any, parameter: nn.Parameter) -> Tensor:
 
 
 def _owners(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
-    """The tensors that AdamW updates on this rank."""
-    if engine.zero_optimization_stage() == 3:  # it shows them to AdamW only during a step
+    """List the tensors that AdamW updates on this rank."""
+    if engine.zero_optimization_stage() == 3:  # AdamW's groups have them during a step only
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [tensor for group in engine.basic_optimizer.param_groups for tensor in group["params"]]
 
 
 def _moments(engine: deepspeed.DeepSpeedEngine, owner: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a tensor; before the first step the zeros that AdamW would make then."""
+    """Return AdamW's state of a tensor; before the first step, zeros as AdamW would create them."""
     adam = engine.basic_optimizer
     state = adam.state[owner]
     if not state:
