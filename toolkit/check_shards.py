@@ -8,14 +8,18 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.errors import Parser, UserError, run_main
 from shards.logs import add_log_level, setup_logging
+
+if TYPE_CHECKING:
+    from shards.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--workers", type=_number, default=4, metavar="W", help="loader workers per rank, for the same (default: 4)")
     add("--html", type=Path, metavar="FILE", help="write a page with pictures, audio and histograms")
+    add("--augment", metavar="NAME|FILE", help="with --html: show the augmentation of this training configuration")
     add("--json", action="store_true", help="print JSON instead of text")
     add_log_level(parser)
     return parser
@@ -67,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = build_parser().parse_args(arguments)
     setup_logging(options.log_level)
+    augmentation = _augmentation(options)
 
     # Imported here, as --help should not wait for the dependencies.
     from shards.checking.check import check_folder
@@ -84,13 +90,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from shards.checking.page import write_page
 
         try:
-            write_page(options.html, result, advice)
+            write_page(options.html, result, advice, augmentation)
         except UserError as error:
             if result.healthy:
                 raise
             logger.error("%s", error)
     if not result.healthy:
         sys.exit(1)
+
+
+def _augmentation(options: argparse.Namespace) -> "Callable[[Manifest], list[str]] | None":
+    """Return what makes the page's section about the augmentation of a configuration, if requested."""
+    if options.augment is None:
+        return None
+    if options.html is None:
+        raise UserError("--augment shows the augmentation on a page: add --html FILE")
+
+    from shards.checking.augmented import Preview
+    from toolkit.config.load import load_config
+
+    config = load_config(["--config", options.augment, "--log-level", options.log_level])
+    data = config.data
+    if not data.augment.enabled:
+        raise UserError(f"--augment {options.augment}: every probability of its data.augment is 0")
+    return Preview(data.augment, data.train, data.image_size, data.resize, data.max_seconds, config.seed).section
 
 
 def cli() -> None:

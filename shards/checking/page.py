@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -55,6 +55,7 @@ ul { margin: 0; padding-left: 1.2rem } li { overflow-wrap: anywhere }
 .card > div { padding: .7rem .9rem }
 .card > img { display: block; width: 100%%; height: 14rem; object-fit: contain; background: var(--line) }
 .card h3 { margin: 0; font-size: .9rem; overflow-wrap: anywhere }
+.caption img { display: block; max-width: 100%% }
 .caption { margin-top: .7rem; padding-top: .6rem; border-top: 1px solid var(--line) }
 svg { display: block; width: 100%%; height: auto; fill: var(--ink) }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
@@ -63,20 +64,24 @@ audio { width: 100%%; height: 2.2rem; margin-top: .4rem }
 """
 
 
-def write_page(path: Path, result: CheckResult, advice: Sequence[str] = ()) -> None:
+def write_page(
+    path: Path, result: CheckResult, advice: Sequence[str] = (), further: Callable[[Manifest], list[str]] | None = None
+) -> None:
     """Write the page atomically.
 
     Args:
         path: The file to write.
         result: The result of `check_folder`.
         advice: Lines shown at the end of the summary.
+        further: Makes a further section, before the samples.
 
     Raises:
         UserError: The file cannot be written.
     """
     page = "\n".join([_HEAD % escape(f"Shards: {result.folder}"), *_summary(result, advice)])
     if result.manifest is not None and len(result.manifest.key):
-        page += "\n".join([*_histograms(result.manifest), *_cards(result.manifest)])
+        section = further(result.manifest) if further else []
+        page += "\n".join([*_histograms(result.manifest), *section, *_cards(result.manifest)])
     try:
         with atomic_write(path) as file:
             # A name in a damaged tar may contain lone surrogates.
@@ -170,7 +175,9 @@ def _card(m: Manifest, sample: int) -> str:
         return f'<div class="card"><div class="bad">{escape(name)}: {escape(str(error.strerror))}</div></div>'
     problem = _too_large(picture) or problem_of_picture(picture, decode=True)
     shown = (
-        f'<div class="bad">{escape(problem)}</div>' if problem else f'<img alt="" src="{_url("image/jpeg", picture)}">'
+        f'<div class="bad">{escape(problem)}</div>'
+        if problem
+        else f'<img alt="" src="{data_url("image/jpeg", picture)}">'
     )
     texts = _caption_texts(meta, len(rows))
     captions = [_caption(*one) for one in zip(audio, m.duration[rows].tolist(), texts, strict=False)]
@@ -211,10 +218,10 @@ def _caption(data: bytes, duration: float, text_and_speaker: tuple[str, str]) ->
     if problem:
         return f'{lines}<p class="bad">{escape(problem)}</p></div>'
     mime = _MIME.get(data[:4], "application/octet-stream")
-    return f'{lines}{_waveform(data)}<audio controls preload="none" src="{_url(mime, data)}"></audio></div>'
+    return f'{lines}{draw_waveform(data)}<audio controls preload="none" src="{data_url(mime, data)}"></audio></div>'
 
 
-def _waveform(data: bytes) -> str:
+def draw_waveform(data: bytes) -> str:
     """Draw the envelope of an audio file as SVG: a bar per interval, as high as its largest sample."""
     width, height = _WAVE
     try:
@@ -234,5 +241,6 @@ def _waveform(data: bytes) -> str:
     )
 
 
-def _url(mime: str, data: bytes) -> str:
+def data_url(mime: str, data: bytes) -> str:
+    """Encode bytes as a data URL."""
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"

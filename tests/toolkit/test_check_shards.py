@@ -120,3 +120,14 @@ def test_help_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_page_of_the_augmentation(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, page = tmp_path / "noisy.yaml", tmp_path / "page.html"
+    config.write_text("base: quickstart\ndata.augment.speech.noise: 1.0\n")
+    assert check(folder, "--decode", 0, "--jobs", 1, "--html", page, "--augment", config) == 0
+    assert "Augmentation: each kind alone" in page.read_text()
+    with pytest.raises(UserError, match="add --html FILE"):
+        check(folder, "--augment", config)
+    with pytest.raises(UserError, match=r"--augment quickstart: every probability of its data\.augment is 0"):
+        check(folder, "--html", page, "--augment", "quickstart")
