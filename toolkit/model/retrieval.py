@@ -196,6 +196,14 @@ class SpeechImageModel(PreTrainedModel):
         """Encode images uint8 [B, 3, S, S]."""
         return self.image(self.image.frozen_features(images))
 
+    def get_audio_features(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
+        """Embed waveforms [B, T] of `lengths` int64 [B] samples: float32 [B, D], of unit length."""
+        return self.encode_speech(waveforms, lengths).embedding
+
+    def get_image_features(self, images: Tensor) -> Tensor:
+        """Embed images uint8 [B, 3, S, S]: float32 [B, D], of unit length."""
+        return self.encode_image(images).embedding
+
     def match(self, speech: Encoded, image: Encoded) -> Tensor:
         """Compute logits [B, 2], float32, of whether the utterance and picture of each row match (index 1: match).
 

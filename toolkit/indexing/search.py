@@ -1,0 +1,189 @@
+"""Search in an index: exact nearest neighbors by cosine, then re-ranking of the best by the match logit.
+
+The scores are those of `toolkit/evaluation`: the best k by cosine are ordered by cosine + w * match logit, with the
+weight w in the exported model, and the others follow in their order. Equal scores are ordered by position.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from shards.errors import UserError
+from toolkit.config.schema import Evaluation
+from toolkit.evaluation.rerank import fuse_scores
+from toolkit.indexing.encoder import Encoder
+from toolkit.indexing.items import FileSource, Modality, Source, open_source, printable
+from toolkit.indexing.store import Index
+from toolkit.indexing.update import decode_batches
+from toolkit.model.outputs import Encoded
+
+logger = logging.getLogger(__name__)
+
+Fuse = Literal["fitted", "sum", "matching"]
+_CHUNK_VALUES = 1 << 20  # of the index, converted at once: what fits a core's cache is fastest
+_QUERIES = 256  # searched at once
+_RERANK_BATCH = 32  # candidates encoded at once
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A result.
+
+    Attributes:
+        row: Row in the index.
+        name: Name of the item.
+        path: Where it is.
+        cosine: Of the embeddings.
+        match: Match logit; None: not re-ranked.
+        score: What orders the re-ranked results; without re-ranking the cosine.
+    """
+
+    row: int
+    name: str
+    path: str
+    cosine: float
+    match: float | None
+    score: float
+
+    def asdict(self) -> dict[str, Any]:
+        """Return the values for JSON."""
+        return asdict(self)
+
+
+def nearest(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the best rows of an index by dot product, exactly, reading the index once in chunks.
+
+    Args:
+        index: The index, with N rows.
+        queries: Float32 [Q, D], of unit length.
+        k: Results per query, at most N.
+
+    Returns:
+        Float32 [Q, k] and rows int64 [Q, k], best first; of equal scores the lower row is first.
+    """
+    k = min(k, len(index))
+    parts = [_nearest(index, part, k) for part in queries.split(_QUERIES)]
+    return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
+
+
+def _nearest(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    best = torch.empty(len(queries), 0)
+    best_rows = torch.empty(len(queries), 0, dtype=torch.int64)
+    for start, chunk in index.chunks(max(1, _CHUNK_VALUES // index.head.dim)):
+        scores = (queries @ torch.from_numpy(chunk).float().T).nan_to_num_(nan=-torch.inf)
+        # A later row with the score of the k-th does not displace it.
+        if best.shape[1] == k and not (scores.amax(dim=1) > best[:, -1]).any():
+            continue
+        rows = torch.arange(start, start + len(chunk)).expand(len(queries), -1)
+        merged, merged_rows = torch.cat([best, scores], dim=1), torch.cat([best_rows, rows], dim=1)
+        best, order = merged.sort(dim=1, descending=True, stable=True)
+        best, best_rows = best[:, :k], merged_rows.gather(1, order[:, :k])
+    return best, best_rows
+
+
+class Searcher:
+    """Searches an index with files of the other modality: images by voice, audio files by an image.
+
+    Args:
+        index: The index.
+        encoder: The model that made it.
+        fuse: Score of re-ranked results; see `toolkit/evaluation/rerank.py`.
+        workers: Threads that decode candidates; None: one per core, at most 8.
+    """
+
+    def __init__(self, index: Index, encoder: Encoder, fuse: Fuse = "fitted", workers: int | None = None) -> None:
+        self.index, self.encoder, self.workers = index, encoder, workers
+        self.evaluation = Evaluation(fuse=fuse)
+        self.query_modality: Modality = "audio" if index.head.modality == "image" else "image"
+        self._source: Source | None = None
+
+    @property
+    def source(self) -> Source:
+        """The indexed items, opened when first needed."""
+        if self._source is None:
+            self._source = open_source(self.index.head.source, self.index.head.modality)
+        return self._source
+
+    def search_files(self, files: Sequence[str], top: int = 10, rerank: int = 0) -> Iterator[list[Hit]]:
+        """Search by files, one after another.
+
+        Raises:
+            UserError: A file cannot be decoded.
+        """
+        source = FileSource("", self.query_modality, files)
+        for file in files:
+            if not Path(file).is_file():
+                raise UserError(f"{printable(file)}: no such file")
+            with torch.inference_mode():
+                query = self.encoder.encode(self.query_modality, [source.decode(file, self.encoder.processor)])
+            yield self.search(query, top, rerank)[0]
+
+    def search(self, queries: Encoded, top: int = 10, rerank: int = 0) -> list[list[Hit]]:
+        """Search by encoded queries.
+
+        Args:
+            queries: Output of the encoder, [Q].
+            top: Results per query.
+            rerank: Candidates per query that are encoded again and re-ranked; 0: none.
+
+        Raises:
+            UserError: The model has no fitted weight of the match logit, or the index is damaged.
+        """
+        if rerank and self.evaluation.fuse == "fitted" and self.encoder.model.config.match_weight is None:
+            raise UserError("this model has no fitted weight of the match logit: pass --fuse sum or matching")
+        scores, rows = nearest(self.index, queries.embedding.float().cpu(), max(top, rerank))
+        found = []
+        for number, (cosines, places) in enumerate(zip(scores.tolist(), rows.tolist(), strict=True)):
+            hits = [self._hit(row, cosine) for row, cosine in zip(places, cosines, strict=True)]
+            reranked = self._rerank(queries[number : number + 1], hits[:rerank]) if rerank else []
+            found.append([*reranked, *hits[rerank:]][:top])
+        return found
+
+    def _hit(self, row: int, cosine: float) -> Hit:
+        name = self.index.item(row).name
+        return Hit(row, name, self._path(name), cosine, None, cosine)
+
+    def _path(self, name: str) -> str:
+        source = self.index.head.source
+        return f"{source['place']}:{name}" if source["kind"] == "shards" else self.source.path(name)
+
+    @torch.inference_mode()
+    def _rerank(self, query: Encoded, hits: list[Hit]) -> list[Hit]:
+        """Reorder candidates; those that cannot be read any more follow the others."""
+        scored: list[Hit] = []
+        unreadable: list[Hit] = []
+        batches = [hits[start : start + _RERANK_BATCH] for start in range(0, len(hits), _RERANK_BATCH)]
+        items = [[self.index.item(hit.row) for hit in batch] for batch in batches]
+        modality = self.index.head.modality
+        for batch, inputs in zip(batches, decode_batches(self.encoder, self.source, items, self.workers), strict=True):
+            kept = []
+            for hit, value in zip(batch, inputs, strict=True):
+                reason = value if isinstance(value, str) else None
+                if reason is None and not self.source.is_current(self.index.item(hit.row)):
+                    reason = f"{hit.path} has changed since it was indexed"
+                if reason is None:
+                    kept.append((hit, value))
+                else:
+                    logger.warning("%s", f"{printable(reason)}: not re-ranked; update the index")
+                    unreadable.append(hit)
+            if kept:
+                encoded = self.encoder.encode(modality, [value for _, value in kept])  # type: ignore[misc]
+                scored += self._score(query, encoded, [hit for hit, _ in kept])
+        order = torch.tensor([hit.score for hit in scored]).argsort(descending=True, stable=True)
+        return [*(scored[place] for place in order.tolist()), *unreadable]
+
+    def _score(self, query: Encoded, encoded: Encoded, hits: list[Hit]) -> list[Hit]:
+        """Score candidates as evaluation does: the cosine from float32, and the match logit."""
+        repeated = query[torch.zeros(len(hits), dtype=torch.int64, device=query.embedding.device)]
+        speech, image = (repeated, encoded) if self.query_modality == "audio" else (encoded, repeated)
+        model = self.encoder.model
+        logits = model.match(speech, image)[:, 1].float().cpu()
+        cosines = (speech.embedding * image.embedding).sum(dim=1).float().cpu()
+        scores = fuse_scores(model, cosines, logits, self.evaluation)
+        values = zip(hits, cosines.tolist(), logits.tolist(), scores.tolist(), strict=True)
+        return [Hit(hit.row, hit.name, hit.path, cosine, match, score) for hit, cosine, match, score in values]

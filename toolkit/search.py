@@ -1,0 +1,82 @@
+"""Search an index: python toolkit/search.py INDEX query.wav --top 10 --rerank 32.
+
+An index of images is searched by audio files, an index of audio files by images.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # import from the repository root, not from the script's folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from shards.errors import Parser, UserError, run_main
+from shards.logs import add_log_level, setup_logging
+from toolkit.index import add_model, positive
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = Parser(
+        prog="search.py",
+        description="Find the images that a spoken query describes, or the audio files that describe an image.",
+        epilog="example: python toolkit/search.py photos.index query.wav --top 10 --rerank 32",
+    )
+    add = parser.add_argument
+    add("index", type=Path, metavar="INDEX", help="folder written by index.py")
+    add("queries", nargs="+", metavar="QUERY", help="audio files, or images for an index of audio files")
+    add("--top", type=positive, default=10, metavar="N", help="results per query (default: 10)")
+    add("--rerank", type=int, default=0, metavar="K", help="best candidates to re-rank by the match logit (default: 0)")
+    add(
+        "--fuse",
+        choices=("fitted", "sum", "matching"),
+        default="fitted",
+        help="score of re-ranked candidates, as evaluation.fuse (default: fitted)",
+    )
+    add_model(parser, required=False)
+    add("--json", action="store_true", help="print JSON, one object per query")
+    add_log_level(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the results of each query.
+
+    Raises:
+        UserError: A mistake on the command line, a damaged index, another model, or a query that cannot be decoded.
+    """
+    options = build_parser().parse_args(arguments)
+    setup_logging(options.log_level)
+    if options.rerank < 0:
+        raise UserError(f"--rerank {options.rerank}: expected a number of candidates, or 0")
+
+    from toolkit.indexing.encoder import Encoder, find_model, model_checksum
+    from toolkit.indexing.items import printable
+    from toolkit.indexing.search import Searcher
+    from toolkit.indexing.store import Index
+    from toolkit.indexing.update import check_model
+
+    index = Index.open(options.index)
+    model = find_model(options.model or index.head.model_folder, options.checkpoint)
+    check_model(index.head, model_checksum(model), options.index)
+    searcher = Searcher(index, Encoder.load(model, options.device), options.fuse, options.workers)
+    results = searcher.search_files(options.queries, options.top, options.rerank)
+    for query, hits in zip(options.queries, results, strict=True):
+        if options.json:
+            print(json.dumps({"query": query, "results": [hit.asdict() for hit in hits]}), flush=True)
+            continue
+        if len(options.queries) > 1:
+            print(f"{printable(query)}:")
+        for rank, hit in enumerate(hits, 1):
+            print(f"{rank:>4}  {hit.score:.4f}  {printable(hit.path)}", flush=True)
+
+
+def cli() -> None:
+    """Console entry point: print a `UserError` as one line, and exit with its code."""
+    run_main(main)
+
+
+if __name__ == "__main__":
+    cli()
