@@ -1,1 +1,1 @@
-"""Launching: one command that runs the whole job, on SLURM or on this machine. Only this package knows submitit."""
+"""Launching: one command runs a job on SLURM or on this machine. Only this package uses submitit."""

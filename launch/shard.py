@@ -271,9 +271,9 @@ def _report_failure(made: Scripts, codes: dict[str, int | None]) -> int:
     log, code = made.log(job), codes[job]
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     name = "the merge" if job == "merge" else f"part {job}"
-    mistakes = [line for line in lines if line.startswith("error: ")]
-    if code == ExitCode.USER_ERROR and mistakes:
-        logger.error("%s", mistakes[-1].removeprefix("error: "))
+    errors = [line for line in lines if line.startswith("error: ")]
+    if code == ExitCode.USER_ERROR and errors:
+        logger.error("%s", errors[-1].removeprefix("error: "))
         return code
     how = "was killed or never started" if code is None else f"failed with exit code {code}"
     print("\n".join(lines[-_TAIL_LINES:]), file=sys.stderr)

@@ -5,8 +5,8 @@
     list: [{name: small, model.embed_dim: 128}, {name: large, model.embed_dim: 512}]
     grid: {objectives.momentum.decay: [0.99, 0.995], seed: [0, 1]}
 
-Every entry of `list` is combined with every combination of `grid`: 2 x 4 members here. Keys may be written with dots or as
-nested sections.
+Every entry of `list` is combined with every combination of `grid`: 2 x 4 members here. Keys may be dotted or nested
+sections.
 """
 
 import itertools

@@ -43,11 +43,12 @@ def write_table(folder: Path, pictures: int) -> Path:
 
 
 def write_config(path: Path, shards: Path, train: str = "train", dev: str = "dev", test: str = "test") -> Path:
+    every = {"log_every": 2, "save_every": 2}
     config = {
         "data": {"shards": str(shards), "image_size": 32, "max_seconds": 4.0, "workers": 1, "train": train, "dev": dev},
         "model": asdict(tiny_model()),
         "objectives": {"contrastive": {"queue": 16}, "denoising": {"side": "both"}},
-        "training": {"steps": 4, "batch_size": 4, "warmup_steps": 1, "precision": "fp32", "log_every": 2, "save_every": 2},
+        "training": {"steps": 4, "batch_size": 4, "warmup_steps": 1, "precision": "fp32"} | every,
         "evaluation": {"every": 2, "batch_size": 4},
         "final": {"split": test, "rerank": 3},
     }

@@ -81,10 +81,7 @@ def sizes(spec: JobSpec) -> list[str]:
         trunks = " and ".join(filter(None, (config.model.speech.trunk, config.model.image.trunk)))
         return [f"memory and disk: unknown until {trunks} is on this machine"]
     memory = estimate(config, counts, spec.ranks)
-    parts = {
-        "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer, "teacher": memory.teacher,
-        "queue": memory.queue,
-    }  # fmt: skip
+    parts = {name: getattr(memory, name) for name in ("weights", "gradients", "optimizer", "teacher", "queue")}
     kept = config.training.keep_checkpoints + 1
     return [
         f"parameters: {counts.total / 1e6:,.1f} M, of which {counts.trained / 1e6:,.1f} M are trained",

@@ -235,7 +235,7 @@ def _ended_jobs(ids: list[str]) -> dict[str, SlurmJob]:
     for line in query(["sacct", *columns, "--jobs", _array_numbers(ids)]) or []:
         jobs, _, state = line.partition("|")
         word = re.split(r"[ +]", state)[0]  # "CANCELLED by 1000"
-        if word not in ("PENDING", "RUNNING", "REQUEUED", ""):  # accounts lag behind the queue
+        if word not in ("PENDING", "RUNNING", "REQUEUED", ""):  # accounting lags behind the queue
             ended.update({job: SlurmJob(word, "", False) for job in _members(jobs) if job in ids})
     return ended
 

@@ -1,1 +1,1 @@
-"""The state of runs: from their folders and from SLURM, followed live or shown as tables."""
+"""State of runs, from their folders and from SLURM: followed in the terminal or shown as tables."""

@@ -40,10 +40,10 @@ class Failure:
     began: bool = True
 
     @property
-    def mistake(self) -> str | None:
+    def user_error(self) -> str | None:
         """The line of a user error; None if it was another failure."""
-        mistakes = [line for line in self.lines if line.startswith("error: ")]
-        return mistakes[-1] if self.code == ExitCode.USER_ERROR and mistakes else None
+        errors = [line for line in self.lines if line.startswith("error: ")]
+        return errors[-1] if self.code == ExitCode.USER_ERROR and errors else None
 
     @property
     def how(self) -> str:

@@ -217,8 +217,8 @@ def _files_complete(gone_at: float, job: Running) -> bool:
 
 def _report_failure(failure: Failure, attempts: list[Attempt]) -> int:
     """Log why a job failed, a user error in its one line; return the exit code."""
-    if failure.mistake:
-        logger.error("%s", failure.mistake.removeprefix("error: "))
+    if failure.user_error:
+        logger.error("%s", failure.user_error.removeprefix("error: "))
         return ExitCode.USER_ERROR
     if failure.code == ExitCode.REQUEUE:
         logger.warning("%s", failure.how)

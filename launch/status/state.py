@@ -83,21 +83,21 @@ class RunState:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run that a folder is, or the runs in it and in the grids in it.
+    """Return the run folder itself, or the runs in it and in the grids in it.
 
     Raises:
         UserError: There is none.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name a run folder, or one that holds some")
-    found = [folder] if is_run(folder) else list(_runs_below(folder, 2))
-    if not found:
-        raise UserError(f"{folder} is no run folder and holds none")
-    return found
+        raise UserError(f"{folder}: no such folder; give a run folder, or a folder of runs")
+    runs = [folder] if is_run(folder) else list(_runs_below(folder, 2))
+    if not runs:
+        raise UserError(f"{folder} is not a run folder and contains none")
+    return runs
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run, not of a grid or of several runs."""
+    """Return whether a folder is that of a run, not of a grid or of several runs."""
     if (folder / SAVED).is_file() or (folder / LOG).is_file():
         return True
     last = newest(folder)

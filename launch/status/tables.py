@@ -119,8 +119,8 @@ def _failures(states: Sequence[RunState]) -> list[str]:
         if state.state not in ("failed", "cancelled"):
             continue
         lines.append(f"\n{state.run} {state.state}: {state.reason or 'reason unknown'}")
-        if state.failure and state.failure.mistake:
-            lines.append(f"    {state.failure.mistake}")
+        if state.failure and state.failure.user_error:
+            lines.append(f"    {state.failure.user_error}")
         elif state.failure:
             lines += [f"    {line}" for line in state.failure.lines]
             lines.append(f"    the complete log is {state.failure.log}")
@@ -131,7 +131,7 @@ def _failure(state: RunState) -> dict[str, Any] | None:
     if state.failure is None:
         return None
     failure = state.failure
-    lines = [failure.mistake] if failure.mistake else failure.lines
+    lines = [failure.user_error] if failure.user_error else failure.lines
     return {"rank": failure.rank, "code": failure.code, "lines": lines, "log": str(failure.log)}
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# network up|down: a bridge in a namespace of its own, where the controller is, and a cable from it to each node
+# network up|down: a bridge in the namespace of the controller, and a cable from it to each node
 # shellcheck disable=SC2154
 set -e
 bridge() { nsenter --net=/run/netns/testbed-controller "$@"; }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first process of a node: gives it its name, the cluster's host names, memory and a disk of its own, and a slurmd.
+# The first process of a node: gives it its name, the cluster's host names, memory and local disk, and a slurmd.
 # shellcheck disable=SC2154
 hostname "$1"
 mount --bind "$dir/etc/hosts" /etc/hosts

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # node on|off|kill-slurmd|start-slurmd|cut|mend|run nodeI [COMMAND...]
 #   off          a power cut: all of the node's processes end at once
-#   kill-slurmd  its daemon alone dies; the ranks that it started live on
+#   kill-slurmd  its daemon alone dies; the ranks that it started keep running
 #   cut, mend    pull its network cable and plug it in again (--net)
 #   run          a command on the node
 # shellcheck disable=SC2154

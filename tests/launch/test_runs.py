@@ -356,8 +356,8 @@ def test_resume_gives_the_recorded_command(tmp_path, monkeypatch):
     ("arguments", "said"),
     [
         (["status", "none"], "none: no such folder"),
-        (["status", "empty"], "empty is no run folder and holds none"),
-        (["table", "empty"], "empty is no run folder and holds none"),
+        (["status", "empty"], "empty is not a run folder and contains none"),
+        (["table", "empty"], "empty is not a run folder and contains none"),
         (["follow", "empty"], "empty: no submission is recorded there"),
         (["cancel", "empty"], "empty: no submission is recorded there"),
         (["resume", "empty"], "empty: no submission is recorded there"),
