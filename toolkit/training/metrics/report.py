@@ -1,6 +1,6 @@
-"""The report of a run: curves, figures and retrieved examples in one HTML file that loads and runs nothing.
+"""The report of a run: curves, figures and retrieved examples in one HTML file without scripts or links.
 
-It is made from `log.jsonl` and the newest file of examples that the log names, beside it.
+It is made from `log.jsonl` and the newest file of examples that the log names.
 """
 
 import json
@@ -34,7 +34,7 @@ _CHARTS = (
         },
     ),
     (
-        "SIM: share of pairs told right",
+        "SIM: share of pairs classified correctly",
         {"matching_accuracy": "right tokens", "matching_control_accuracy": "another pair's tokens"},
     ),
     ("Temperature", {"temperature": "temperature"}),
@@ -88,7 +88,7 @@ polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round } line { stroke
 
 
 def write_report(run: Path) -> None:
-    """Write `report.html` of a run folder, whole or not at all.
+    """Write `report.html` of a run folder, atomically.
 
     Raises:
         OSError: It cannot be written.
@@ -104,7 +104,7 @@ def write_report(run: Path) -> None:
 
 
 def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a record, those inside of others under `outer/inner`."""
+    """Flatten the numbers of a record; nested ones are named `outer/inner`."""
     found: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, dict):
@@ -115,7 +115,7 @@ def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _curves(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, float]]:
-    """Values by key and step. Steps done again after a restart count as they came last."""
+    """Collect values by key and step. Of steps that were repeated after a restart, the last values count."""
     curves: dict[str, dict[int, float]] = {}
     for record in records:
         if isinstance(record.get("step"), int):
@@ -144,7 +144,7 @@ def _summary(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _chart(title: str, curves: dict[str, dict[int, float]]) -> str:
-    """A card with lines of one scale; none if there is nothing to draw."""
+    """A card with curves on one scale; empty if there are none."""
     if not curves:
         return ""
     width, height = _SIZE
@@ -195,7 +195,7 @@ def _table(curves: dict[str, dict[int, float]]) -> list[str]:
 
 
 def _examples(run: Path, records: Sequence[dict[str, Any]]) -> list[str]:
-    """What was retrieved at the last evaluation that kept examples which are still there."""
+    """Examples of the last evaluation whose file exists."""
     for record in reversed(records):
         name = record.get("examples")
         if isinstance(name, str) and _EXAMPLES.fullmatch(name):
@@ -212,17 +212,17 @@ def _examples(run: Path, records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _read_examples(path: Path) -> dict[str, Any] | None:
-    """A file of examples; None if it is not there, too large or none."""
+    """Read a file of examples; None: it is missing, too large or not valid."""
     try:
         with path.open("rb") as file:
-            found = json.loads(file.read(_MAX_EXAMPLES))  # what is cut off in the middle is no JSON
+            found = json.loads(file.read(_MAX_EXAMPLES))  # a truncated file is not valid JSON
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("queries"), list) else None
 
 
 def _query(query: dict[str, Any]) -> str:
-    """A card: what was said, where the right picture stands, and the pictures found."""
+    """A card: the caption, the rank of the right picture, and the retrieved pictures."""
     answers = query.get("answers")
     figures = [
         _figure(number, answer)

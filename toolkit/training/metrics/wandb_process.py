@@ -1,8 +1,8 @@
-"""The process that writes a run's wandb record for rank 0, which can therefore neither wait for wandb nor end by it.
+"""The process that logs to wandb for rank 0, so that wandb can neither block nor end the training.
 
-It is started by `wandb_run.py` and answers each JSON line on a socket with one: {}, or {"error": why} before it ends.
-The first line has the options of `wandb.init`, each further one the numbers of a record, the last one {"finish": true}.
-Where the training ends without that, by an error or a signal, the record is closed as that of a failed run.
+It is started by `wandb_run.py` and replies to each JSON line on a socket with one: {}, or {"error": reason} before it
+exits. The first line has the options of `wandb.init`, further ones the numbers of a record, the last {"finish": true}.
+If the training ends without that, by an error or a signal, the wandb run is closed as failed.
 """
 
 import json
@@ -13,17 +13,17 @@ import sys
 import threading
 from typing import Any
 
-_CLOSING = 20.0  # seconds for what is left to upload once the training has ended without a word
+_CLOSING = 20.0  # seconds to upload the rest if the training has ended without {"finish": true}
 
 
 def main(descriptor: int) -> None:
-    """Serve rank 0 until it says that the run is finished, or has ended.
+    """Serve rank 0 until it finishes the run or exits.
 
     Args:
-        descriptor: Of the socket.
+        descriptor: File descriptor of the socket.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # sent to all processes of a job; they are for the training to answer
+        signal.signal(number, signal.SIG_IGN)  # sent to all processes of a job; the training handles them
     connection = socket.socket(fileno=descriptor)
     lines = connection.makefile("rb")
     try:
@@ -41,11 +41,11 @@ def main(descriptor: int) -> None:
         _close(run, options["mode"], 1)
     except BaseException as error:
         _answer(connection, error=" ".join(str(error).split()) or type(error).__name__)
-    os._exit(1)  # without wandb's own hooks, which may wait for a server
+    os._exit(1)  # without wandb's exit hooks, which may wait for a server
 
 
 def _open(options: dict[str, Any], connection: socket.socket) -> Any:
-    """Open the record; its curves are drawn over `step`, whatever order its parts are uploaded in."""
+    """Initialize the wandb run; its metrics are plotted over `step`, in whatever order its parts are uploaded."""
     import wandb
 
     settings = wandb.Settings(console="off", silent=True, **options["settings"])
@@ -57,7 +57,7 @@ def _open(options: dict[str, Any], connection: socket.socket) -> Any:
 
 
 def _close(run: Any, mode: str, exit_code: int) -> None:
-    """Finish the record; offline it is on the disk only once wandb's service has ended, which may be killed with us."""
+    """Finish the wandb run; offline it is on the disk once wandb's service has ended, which may be killed with us."""
     import wandb
 
     run.finish(exit_code=exit_code)

@@ -1,8 +1,8 @@
-"""The run's record at Weights & Biases: written by a process of its own, online, else offline, else not at all.
+"""Logging to Weights & Biases in a separate process: online, else offline, else not at all.
 
-A training hands its records to a thread and goes on; the thread hands them to `wandb_process.py`. Where that process
-answers with an error, dies, or does not answer in time, it is killed, and another writes all records of this training
-process offline. Restarts and parts have one id, so that wandb takes them for one run.
+Rank 0 queues its records for a thread, which sends them to `wandb_process.py`. If that process replies with an error,
+dies, or does not reply in time, it is killed, and a new one writes all records of this training process offline.
+Restarts and parts share one ID, so that wandb shows one run.
 """
 
 import configparser
@@ -32,13 +32,13 @@ from toolkit.training.checkpointing.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-_INIT = 20.0  # seconds that a server has for its first answer, where WANDB_INIT_TIMEOUT says nothing else
-_START = 60.0  # seconds for a process to import wandb, from a slow file system too
+_INIT = 20.0  # seconds for a server's first reply, unless WANDB_INIT_TIMEOUT is set
+_START = 60.0  # seconds for a process to import wandb, also from a slow file system
 _LOG = 60.0  # seconds for one record
-_FINISH_OFFLINE = 20.0  # seconds for the end of a record that is written offline
-_HEADER = 7  # bytes of a file of wandb's without a record
-_UNWRITTEN = 120.0  # seconds after which wandb has written the first records of a part to the disk
-_KEPT = 50_000  # newest records kept in memory, to be written once more
+_FINISH_OFFLINE = 20.0  # seconds to finish an offline run
+_HEADER = 7  # bytes of a wandb file without records
+_UNWRITTEN = 120.0  # seconds until wandb has written the first records of a part to the disk
+_KEPT = 50_000  # newest records in memory, to be written again after a failure
 _ROOT = Path(__file__).resolve().parents[3]
 _START_CODE = (
     "import sys; sys.path[:0] = [sys.argv[2]]; from toolkit.training.metrics.wandb_process import main; "
@@ -48,16 +48,16 @@ _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "
 
 
 def check_wandb(settings: config.Wandb, run: Path) -> None:
-    """Make sure that a run which is to be recorded online has a key that may be one.
+    """Check that a run with wandb online has a key of a valid form.
 
-    A run that is continued has been trained for too long to end by this; it goes on offline.
+    A resumed run is not ended by a missing key: it continues offline.
 
     Args:
         settings: The configured mode.
         run: The run folder.
 
     Raises:
-        UserError: There is no key, or one of a wrong form, and the run holds no checkpoint yet.
+        UserError: There is no key, or one of a wrong form, and the run has no checkpoint yet.
     """
     mode, problem = _choose(settings)
     if problem and mode == "online" and not any(run.glob("checkpoints/step-*")):
@@ -65,18 +65,18 @@ def check_wandb(settings: config.Wandb, run: Path) -> None:
 
 
 def open_wandb(settings: config.Wandb, run: Path, progress: Progress) -> "WandbRun | None":
-    """Open the run's wandb record, offline where no key is found.
+    """Open the run in wandb, offline if there is no key.
 
-    All restarts have one id. It is in the checkpoints, so that a run that goes on in another folder keeps it, and in
+    All restarts share one ID. It is stored in the checkpoints, for a run that is continued in another folder, and in
     the run folder, for a run that is killed before its first checkpoint.
 
     Args:
         settings: Mode and project.
         run: The run folder.
-        progress: Of the checkpoint that the run goes on from; gets the id.
+        progress: Progress of the loaded checkpoint; its ID is set.
 
     Returns:
-        The record; None where wandb is disabled.
+        The wandb run; None: wandb is disabled.
     """
     mode, problem = _choose(settings)
     if mode == "disabled":
@@ -98,13 +98,13 @@ def open_wandb(settings: config.Wandb, run: Path, progress: Progress) -> "WandbR
 
 
 class WandbRun:
-    """A run's wandb record as rank 0 sees it: nothing here raises, and only `finish` takes time, a bounded one."""
+    """Rank 0's handle of the wandb run: no method raises, and only `finish` takes time, which is bounded."""
 
     def __init__(self, options: dict[str, Any], mode: str) -> None:
-        """Begin to open the record.
+        """Start to open the wandb run.
 
         Args:
-            options: Of `wandb.init`.
+            options: Options of `wandb.init`.
             mode: online or offline.
         """
         self._options, self._mode = options, mode
@@ -117,14 +117,14 @@ class WandbRun:
         self._thread.start()
 
     def log(self, values: dict[str, float]) -> None:
-        """Add a record; its place is its `step`."""
+        """Log a record, which has a `step`."""
         self._waiting.put(json.dumps(values).encode())
 
     def finish(self, seconds: float) -> None:
-        """Finish the record.
+        """Finish the wandb run.
 
         Args:
-            seconds: How long a server may take for that; the record is then written offline, which takes a few more.
+            seconds: Timeout of the server; after it the run is written offline, in a few more seconds.
         """
         self._waiting.put(None)
         opened = self._opened.wait(seconds / 2)
@@ -140,13 +140,13 @@ class WandbRun:
                 process.kill()
 
     def _serve(self) -> None:
-        """Write what comes: as configured, after a failure offline, and after another not at all; in a thread."""
+        """Write the queued records, in a thread: as configured, after a failure offline, after another not at all."""
         reason = ""
         for mode in (self._mode, "offline"):
             try:
                 self._write(mode, reason)
                 return
-            except Exception as error:  # whatever it is, the training goes on
+            except Exception as error:  # no error of wandb ends the training
                 reason = self._too_slow or getattr(error, "strerror", None) or str(error)
             finally:
                 if self._process:
@@ -159,14 +159,14 @@ class WandbRun:
             pass
 
     def _write(self, mode: str, reason: str) -> None:
-        """Write what was kept and what comes, until the record is to be finished.
+        """Write the kept records and the queued ones, until the run is finished.
 
         Args:
             mode: online or offline.
-            reason: Why it is no longer the mode configured.
+            reason: Why it is not the configured mode.
 
         Raises:
-            RuntimeError, OSError, EOFError: As `_Process.ask` does.
+            RuntimeError, OSError, EOFError: As in `_Process.request`.
         """
         seconds = _init_seconds()
         settings = {"init_timeout": seconds, "x_stats_pid": os.getpid()}
@@ -180,21 +180,21 @@ class WandbRun:
             logger.warning(f"wandb cannot write to {self._options['dir']}/wandb: its files are in {folder}")
         self._opened.set()
         for record in list(self._kept):
-            self._process.ask(record, _LOG)
+            self._process.request(record, _LOG)
         if reason:
             logger.warning(f"wandb is offline: {reason}; later, `wandb sync {folder.parent}/offline-run-*` uploads it")
         while (line := self._waiting.get()) is not None:
             self._kept.append(line)
-            self._process.ask(line, _LOG)
-        self._waiting.put(None)  # for another process, should this one fail now
-        self._process.ask(b'{"finish": true}', 24 * 3600)  # whoever waits for it has a limit
+            self._process.request(line, _LOG)
+        self._waiting.put(None)  # for the next process, in case this one fails now
+        self._process.request(b'{"finish": true}', 24 * 3600)  # `finish` has a timeout
 
     def _drop_empty(self, folder: Path, age: float = 0.0) -> None:
-        """Remove a part without any record, killed before its first was written: `wandb sync` would end at it.
+        """Remove a part without records, killed before its first was written: `wandb sync` would fail on it.
 
         Args:
-            folder: Of the part.
-            age: Seconds for which nothing has been written there.
+            folder: Folder of the part.
+            age: Least seconds since the last write.
         """
         with contextlib.suppress(OSError):
             state = (folder / f"run-{self._options['id']}.wandb").stat()
@@ -207,7 +207,7 @@ class _Process:
 
     Attributes:
         mode: online or offline.
-        folder: What it writes to.
+        folder: Folder that it writes to.
     """
 
     def __init__(self, mode: str) -> None:
@@ -225,15 +225,15 @@ class _Process:
         self._answers = self._socket.makefile("rb")
 
     def open(self, options: dict[str, Any], seconds: float) -> None:
-        """Open the record with some options of `wandb.init`; raises as `ask` does."""
-        self.folder = Path(self.ask(json.dumps(options).encode(), seconds)["folder"]).parent
+        """Initialize the wandb run with options of `wandb.init`; raises as `request` does."""
+        self.folder = Path(self.request(json.dumps(options).encode(), seconds)["folder"]).parent
 
-    def ask(self, line: bytes, seconds: float) -> dict[str, str]:
-        """Send a line and wait for the answer.
+    def request(self, line: bytes, seconds: float) -> dict[str, str]:
+        """Send a line and wait for the reply.
 
         Raises:
-            RuntimeError: It is an error.
-            OSError: None has come in time.
+            RuntimeError: The reply is an error.
+            OSError: There is no reply in time.
             EOFError: The process has ended.
         """
         self._socket.settimeout(seconds)
@@ -250,27 +250,27 @@ class _Process:
         return values
 
     def kill(self) -> None:
-        """End the process at once; wandb's own service ends with it."""
+        """Kill the process; wandb's service ends with it."""
         self._child.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(1)
 
 
 def _init_seconds() -> float:
-    """Seconds that wandb may take to open a record online."""
+    """Return the timeout for opening a run online, in seconds."""
     with contextlib.suppress(KeyError, ValueError):
         return max(1.0, min(600.0, float(os.environ["WANDB_INIT_TIMEOUT"])))
     return _INIT
 
 
 def _choose(settings: config.Wandb) -> tuple[str, str]:
-    """The mode, and in one line what is wrong with it or with its key; empty: nothing."""
-    mode, said = settings.mode, os.environ.get("WANDB_MODE", "").strip().lower()
+    """Return the mode, and what is wrong with it or with the key in one line; empty: nothing."""
+    mode, variable = settings.mode, os.environ.get("WANDB_MODE", "").strip().lower()
     name = "wandb.mode"
-    if mode == "auto" and said:
-        if said not in _MODES:
-            return "offline", f"WANDB_MODE is {said!r}; expected online, offline or disabled"
-        mode, name = _MODES[said], "WANDB_MODE"  # type: ignore[assignment]
+    if mode == "auto" and variable:
+        if variable not in _MODES:
+            return "offline", f"WANDB_MODE is {variable!r}; expected online, offline or disabled"
+        mode, name = _MODES[variable], "WANDB_MODE"  # type: ignore[assignment]
     key, source = _find_key()
     if mode == "auto":
         mode = "offline" if key is None else "online"
@@ -282,7 +282,7 @@ def _choose(settings: config.Wandb) -> tuple[str, str]:
 
 
 def _wrong_form(key: str, source: str) -> str:
-    """What wandb itself would refuse in a key without asking a server; empty: nothing."""
+    """Return what wandb rejects in a key without a server's help; empty: nothing."""
     secret = key.split("-", 1)[-1]
     if key and (re.fullmatch(r"[\w-]{40,}", secret) or re.fullmatch(r"([\w-]+\.){2}[\w-]+", key)):
         return ""
@@ -290,7 +290,7 @@ def _wrong_form(key: str, source: str) -> str:
 
 
 def _find_key() -> tuple[str | None, str]:
-    """The key that wandb will use, and where it stands; None: there is none."""
+    """Find the key that wandb will use, and its source; None: there is none."""
     if key := os.environ.get("WANDB_API_KEY"):
         return key.strip(), "WANDB_API_KEY"
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
@@ -306,7 +306,7 @@ def _find_key() -> tuple[str | None, str]:
 
 
 def _server() -> str:
-    """Address of the server, as `wandb login --host` or the environment have set it."""
+    """Return the address of the server, as set by `wandb login --host` or the environment."""
     if url := os.environ.get("WANDB_BASE_URL"):
         return url
     folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")

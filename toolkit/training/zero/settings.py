@@ -1,4 +1,4 @@
-"""DeepSpeed's own configuration, derived from ours, with the free `deepspeed:` section on top."""
+"""DeepSpeed's configuration: derived from the sections of ours, with the section `deepspeed` on top."""
 
 import copy
 import sys
@@ -9,8 +9,8 @@ from shards.errors import UserError
 from toolkit.config.load import merged, nearest
 from toolkit.config.schema import Config, micro_batch
 
-# Keys of DeepSpeed's that other sections of the configuration decide, and the keys there. The log, the dry run, the
-# estimate of memory and the exported model follow those, so that a second value here would make them wrong.
+# Keys of DeepSpeed that are derived from other sections, and the keys there. The log, the dry run, the estimate of
+# memory and the exported model read those, so that another value here would make them wrong.
 _DECIDED_BY = {
     "train_batch_size": "--training.batch_size",
     "train_micro_batch_size_per_gpu": "--training.batch_size and --training.accumulation",
@@ -26,8 +26,8 @@ _DECIDED_BY = {
     "data_types.param_dtype": "--training.precision bf16 or fp32",
     "wandb.enabled": "--wandb.mode",
 }
-# These have the one value that the trainer works with: AdamW of PyTorch, on weights in float32, for the mean loss of
-# all ranks, each of which has samples of its own.
+# Keys with the only value that the trainer supports: PyTorch's AdamW on float32 weights, for the mean loss of the
+# ranks, which have different samples.
 _FIXED = {
     "zero_force_ds_cpu_optimizer": False,  # offloading works with torch's AdamW too, and compiles nothing
     "bf16.bf16_master_weights_and_grads": False,
@@ -42,19 +42,19 @@ _AUTO_KEYS = ("data_types.keep_in_fp32_modules", "pipeline.stages")  # "auto" is
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """Derive the dictionary that `deepspeed.initialize` takes; the optimizer is the trainer's own.
+    """Derive the dictionary that `deepspeed.initialize` takes; the optimizer is made by the trainer.
 
     Under bf16 the gradients of accumulated micro-batches are added up in bf16, which loses the small ones;
     `deepspeed.data_types.grad_accum_dtype: fp32` adds them up in float32, at the stages that can.
 
     Args:
-        config: The section `deepspeed` is laid over what is derived from the others. A key that they decide may stand
-            in it with the value that they give it, and nested in one of its sections also as "auto".
+        config: Its section `deepspeed` overrides the settings derived from the others. It may repeat a derived key with
+            the same value, and in one of its sections also as "auto".
         world_size: Number of ranks.
 
     Raises:
-        UserError: DeepSpeed knows no such key or refuses a value; the key is set elsewhere, to another value; the batch
-            does not divide.
+        UserError: DeepSpeed does not have a key or rejects a value; a derived key has another value; the batch does not
+            divide.
     """
     training = config.training
     bf16 = training.precision == "bf16"
@@ -82,14 +82,14 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def _without_ours(free: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """The section `deepspeed` without the keys that are decided elsewhere.
+    """Return the section `deepspeed` without the keys that are derived from other sections.
 
     Args:
         free: The section; it is not changed.
-        ours: The values decided elsewhere, nested as DeepSpeed nests them.
+        ours: The derived values, nested as in DeepSpeed's configuration.
 
     Raises:
-        UserError: One of the keys has another value, or "auto" stands where DeepSpeed does not know it.
+        UserError: One of the keys has another value, or the value "auto" where DeepSpeed does not support it.
     """
     free = copy.deepcopy(free)
     for name in _SECTIONS:
@@ -110,14 +110,14 @@ def _without_ours(free: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lookup(values: Any, path: list[str]) -> Any:
-    """What lies under a path of nested mappings; None where there is nothing."""
+    """Look up a path in nested mappings; None: there is no such key."""
     for name in path:
         values = values.get(name) if isinstance(values, dict) else None
     return values
 
 
 def _refuse_auto(values: dict[str, Any], prefix: str = "") -> None:
-    """Refuse "auto" where DeepSpeed would take it for true, or only fail at the first step."""
+    """Reject "auto" where DeepSpeed would read it as true, or fail at the first step only."""
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict):
@@ -128,11 +128,11 @@ def _refuse_auto(values: dict[str, Any], prefix: str = "") -> None:
 
 
 def _refuse(settings: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed would build and the trainer cannot use, or what it only refuses while it builds.
+    """Reject settings that the trainer does not support, or that DeepSpeed rejects late.
 
-    What lies on NVMe has no address, and checkpoints and the teacher's average need one. Gradients that are added up in
-    another type than the model's take stage 0 away, and stage 1 the flat tensors that the masters are cut from, unless
-    the optimizer is offloaded.
+    State on NVMe has no address, which checkpoints and the teacher's average need. Accumulating gradients in another
+    type than the model's disables stage 0, and at stage 1 the flat tensors of the masters, unless the optimizer is
+    offloaded.
     """
     zero, model = settings["zero_optimization"], "bf16" if settings["bf16"].get("enabled") else "fp32"
     added_up = (settings.get("data_types") or {}).get("grad_accum_dtype") or model
@@ -150,15 +150,15 @@ def _refuse(settings: dict[str, Any]) -> None:
 
 
 def _check(settings: dict[str, Any]) -> None:
-    """Let DeepSpeed parse the settings; refuse what it refuses, and the keys that it would pass over in silence.
+    """Let DeepSpeed parse the settings; reject what it rejects, and unknown keys that it would ignore.
 
-    It ignores unknown keys outside its typed sections. Which ones it knows is learned by watching what it asks for.
+    It ignores unknown keys outside its typed sections. The keys that it has are recorded as it reads them.
     """
     from toolkit.training.zero import deepspeed_import  # noqa: F401  # isort: skip  before all else of DeepSpeed
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 
-    # The product of micro-batch, accumulation and ranks is ours; whether there is a process group yet does not matter.
+    # Without the product of micro-batch, accumulation and ranks DeepSpeed does not need a process group here.
     watched = _Watched({key: value for key, value in settings.items() if key != "train_batch_size"})
     try:
         DeepSpeedConfig(watched)
@@ -166,49 +166,49 @@ def _check(settings: dict[str, Any]) -> None:
         raise UserError(_explain(error, settings)) from None
     except (AssertionError, AttributeError, DeepSpeedConfigError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"deepspeed: {' '.join(str(error).split())}") from None
-    for key, known in watched.unasked("deepspeed"):
+    for key, known in watched.unread("deepspeed"):
         raise UserError(f"{key}: unknown key; did you mean {nearest(key, known)}?")
 
 
 class _Watched(dict[str, Any]):
-    """A mapping that remembers which of its keys were asked for, and the same of the mappings in it."""
+    """A mapping that records which of its keys are read, and so do the mappings in it."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__({key: _Watched(value) if isinstance(value, dict) else value for key, value in values.items()})
-        self.asked: set[Any] = set()
+        self.read_keys: set[Any] = set()
 
     def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
+        self.read_keys.add(key)
         return super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
-        self.asked.add(key)
+        self.read_keys.add(key)
         return super().__contains__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key."""
-        self.asked.add(key)
+        self.read_keys.add(key)
         return super().get(key, default)
 
     def __iter__(self) -> Iterator[str]:
-        self.asked.update(super().keys())
+        self.read_keys.update(super().keys())
         return super().__iter__()
 
     def keys(self) -> Any:
-        """A view that asks this object."""
+        """A view that reads through this object."""
         return KeysView(self)
 
-    def unasked(self, name: str) -> Iterator[tuple[str, list[str]]]:
-        """Yield the keys never asked for, with those that were; a mapping asked for nothing was passed on whole."""
+    def unread(self, name: str) -> Iterator[tuple[str, list[str]]]:
+        """Yield each key that was not read, with those that were; of a mapping without reads, all keys are valid."""
         for key, value in super().items():
-            if self.asked and key not in self.asked:
-                yield f"{name}.{key}", [f"{name}.{known}" for known in self.asked]
+            if self.read_keys and key not in self.read_keys:
+                yield f"{name}.{key}", [f"{name}.{known}" for known in self.read_keys]
             elif isinstance(value, _Watched):
-                yield from value.unasked(f"{name}.{key}")
+                yield from value.unread(f"{name}.{key}")
 
 
 def _explain(error: Any, settings: dict[str, Any]) -> str:
-    """One line of a pydantic error: the key with its section, and what is wrong with it."""
+    """Format a pydantic error in one line: the key with its section, and the problem."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     key = f"deepspeed.{_locate(path, settings) or '.'.join(path)}"
@@ -219,7 +219,7 @@ def _explain(error: Any, settings: dict[str, Any]) -> str:
 
 
 def _locate(path: list[str], settings: dict[str, Any]) -> str | None:
-    """The full key of a path that begins in some section."""
+    """Return the full key of a path that starts in some section."""
     value: Any = settings
     for part in path:
         value = value.get(part, _locate) if isinstance(value, dict) else _locate
@@ -233,7 +233,7 @@ def _locate(path: list[str], settings: dict[str, Any]) -> str | None:
 
 
 def _model_fields() -> set[str]:
-    """The keys of all of DeepSpeed's typed sections."""
+    """Return the keys of all of DeepSpeed's typed sections."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     models, names = [DeepSpeedConfigModel], set()
