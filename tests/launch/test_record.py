@@ -1,4 +1,4 @@
-"""What is written down of submissions and attempts, and what is made of a record that is damaged."""
+"""Records of submissions and attempts, and of damaged ones."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         submission().write(tmp_path / "none")
 
 
-def test_incarnations(tmp_path):
+def test_attempts(tmp_path):
     folder = write(tmp_path, "a")
     lines = [
         {"restart": 0, "began": 1.0, "hosts": ["n1", "n2"], "more": 1},
@@ -69,3 +69,10 @@ def test_restarts_count_those_by_slurm_and_those_by_hand(tmp_path):
     assert restarts(tmp_path) == 1
     (write(tmp_path, "b", time=3.0) / "rank0.json").write_text("{}")
     assert restarts(tmp_path) == 2
+
+
+def test_attempts_under_the_name_of_earlier_versions(tmp_path):
+    (tmp_path / "incarnations.jsonl").write_text('{"restart": 0, "began": 1.0}\n')
+    assert [each.restart for each in read_attempts(tmp_path)] == [0]
+    (tmp_path / ATTEMPTS).write_text('{"restart": 1, "began": 2.0}\n')
+    assert [each.restart for each in read_attempts(tmp_path)] == [1]

@@ -170,12 +170,12 @@ def test_another_process_with_the_number_is_not_taken_for_the_job(tmp_path):
 def test_a_job_of_another_machine(tmp_path):
     rank(record(tmp_path, cluster="local", host="elsewhere"))
     assert (state_of(tmp_path).state, state_of(tmp_path).reason) == ("running", "by its folder alone")
-    with pytest.raises(UserError, match="this job is of elsewhere"):
+    with pytest.raises(UserError, match="this job runs on elsewhere"):
         runs.cancel(tmp_path)
 
 
 def test_from_the_folder_alone(tmp_path):
-    """Step after step of a job's life, with no SLURM to ask."""
+    """The states of a job in turn, without SLURM."""
     folder = record(tmp_path)
     assert stands(tmp_path) == ("waiting", "by its folder alone")
     attempt(folder, restart=0, began=1.0, hosts=["n1"])
@@ -207,7 +207,7 @@ def test_two_jobs_of_one_run_are_refused(tmp_path, monkeypatch):
         check_idle([tmp_path / "ended", tmp_path / "waits"])
     with pytest.raises(UserError, match=r"member: job 19_2 is running"):
         check_idle([tmp_path / "member"])
-    assert check_idle([tmp_path / "ended", tmp_path / "new"]) == "none waits or runs"
+    assert check_idle([tmp_path / "ended", tmp_path / "new"]) == "none pending or running"
 
 
 def test_cancel_of_a_sweep_reaches_a_member_that_was_submitted_again(tmp_path, monkeypatch, capsys):
@@ -226,7 +226,7 @@ def test_cancel_of_a_sweep_reaches_a_member_that_was_submitted_again(tmp_path, m
 
 def test_cancel_where_slurm_is_not(tmp_path):
     record(tmp_path)
-    with pytest.raises(UserError, match="no scancel here: do that where SLURM is"):
+    with pytest.raises(UserError, match="no scancel here: cancel it where SLURM is"):
         runs.main(["cancel", str(tmp_path)])
 
 
@@ -348,7 +348,7 @@ def test_resume_gives_the_recorded_command(tmp_path, monkeypatch):
     launched = ["--launch.nodes=1", "--launch.partition=null", "--launch.time=24:00:00", "--launch.follow=true"]
     assert calls[1][0] == [script, "--config", str(folder / "config.yaml"), *launched, "--run", str(run)]
     record(run, directory=str(tmp_path / "gone"))
-    with pytest.raises(UserError, match="gone, where the command was given, is gone"):
+    with pytest.raises(UserError, match="gone, the working directory of the command, does not exist"):
         runs.resume(run)
 
 

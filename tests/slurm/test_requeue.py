@@ -1,4 +1,4 @@
-"""Trainings on a real SLURM that is disturbed: each goes on by itself, and its numbers are an undisturbed run's."""
+"""Trainings on a real SLURM with failures: each is restarted, with the losses of an undisturbed run."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def undisturbed(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPat
         process.terminate()
 
 
-def check_whole(training: Training, undisturbed: dict[int, float], causes: list[str]) -> None:
+def check_complete(training: Training, undisturbed: dict[int, float], causes: list[str]) -> None:
     """The run is complete, began again for these causes, and every step has the loss that it should have."""
     assert training.wait_end() == "COMPLETED", training.told()
     attempts = training.attempts()
@@ -57,7 +57,7 @@ def check_whole(training: Training, undisturbed: dict[int, float], causes: list[
     assert restarts(training.run) == len(causes)
 
 
-def test_one_life_with_every_accident(cluster: Cluster, config, undisturbed, tmp_path) -> None:
+def test_one_run_with_every_failure(cluster: Cluster, config, undisturbed, tmp_path) -> None:
     limit = ("--time", 60, "--launch.signal", 60)
     training = cluster.submit(config, tmp_path / "run", *TWO_NODES, *EACH_STEP, *limit, "--partition", "low")
     causes: list[str] = []
@@ -116,7 +116,7 @@ def test_one_life_with_every_accident(cluster: Cluster, config, undisturbed, tmp
         begins_again("saved")
         cluster.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=60")
 
-    check_whole(training, undisturbed(), causes)
+    check_complete(training, undisturbed(), causes)
 
 
 def test_a_ghost_cannot_write(quiet: Cluster, config, undisturbed, tmp_path) -> None:
@@ -140,5 +140,5 @@ def test_a_ghost_cannot_write(quiet: Cluster, config, undisturbed, tmp_path) -> 
 
     wait_for(gone, training.told)
     quiet.node("start-slurmd", host)
-    check_whole(training, undisturbed(), ["slurm"])
+    check_complete(training, undisturbed(), ["slurm"])
     assert all(json.loads((training.logs / f"rank{rank}.json").read_text())["restart"] == 1 for rank in range(2))

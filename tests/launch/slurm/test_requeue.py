@@ -65,9 +65,9 @@ ENDING = SlurmJobState("COMPLETING", "None", 0)
         (75, [75], None, [], "saved", True),  # the controller does not answer
     ],
 )
-def test_fate(code, exits, seen, idle, cause, requeue):
-    fate = decide(code, exits, seen, 0, idle)
-    assert (fate.cause, fate.requeue) == (cause, requeue)
+def test_restart_decision(code, exits, seen, idle, cause, requeue):
+    decision = decide(code, exits, seen, 0, idle)
+    assert (decision.cause, decision.requeue) == (cause, requeue)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def test_fate(code, exits, seen, idle, cause, requeue):
         (143, [], SlurmJobState("COMPLETING", "None", 1), "slurm"),
     ],
 )
-def test_fate_where_a_rank_failed_before_it_began(code, exits, seen, cause):
-    fate = decide(code, exits, seen, 0, [], "rank 1 ended: why")
-    assert (fate.cause, fate.requeue) == (cause, False)
-    assert cause != "failed" or fate.why == "rank 1 ended: why: no restart"
+def test_restart_decision_where_a_rank_failed_before_it_began(code, exits, seen, cause):
+    decision = decide(code, exits, seen, 0, [], "rank 1 ended: why")
+    assert (decision.cause, decision.requeue) == (cause, False)
+    assert cause != "failed" or decision.why == "rank 1 ended: why: no restart"
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def checkpoint(folder, step):
     (there / "progress.json").touch()
 
 
-def test_incarnations_are_written_down(tmp_path, scontrol):
+def test_attempts_are_recorded(tmp_path, scontrol):
     folder = logs(tmp_path)
     begin(folder, environment())
     checkpoint(folder, 40)
@@ -161,7 +161,7 @@ srun: Force Terminated StepId=7.0
         ("srun: error: Node failure on node2\nsrun: Job step aborted: Waiting up to 32 seconds\n", {}),
     ],
 )  # fmt: skip
-def test_what_srun_tells_of_each_rank(told, codes):
+def test_exit_codes_in_the_messages_of_srun(told, codes):
     assert srun_exits(told) == codes
 
 
@@ -200,8 +200,8 @@ def test_a_rank_that_fails_before_it_begins_is_no_reason_to_start_again(
     assert failure_of(folder, "7", failed).how == f"rank {rank} {why}"
 
 
-def test_an_earlier_start_is_not_told_again(tmp_path, scontrol):
-    """The log grows: what srun said of another attempt counts for nothing."""
+def test_an_earlier_attempt_is_not_reported_again(tmp_path, scontrol):
+    """The log grows: messages of srun on another attempt are ignored."""
     folder = logs(tmp_path)
     (folder / "7_0_log.err").write_text("srun: error: node3: task 1: Exited with exit code 1\n")
     begin(folder, environment(1))
@@ -212,7 +212,7 @@ def test_an_earlier_start_is_not_told_again(tmp_path, scontrol):
     assert not (folder / "rank1.json").exists()
 
 
-def test_a_rank_that_began_is_told_by_its_own_status(tmp_path, scontrol, monkeypatch):
+def test_a_rank_that_began_is_judged_by_its_status(tmp_path, scontrol, monkeypatch):
     folder = logs(tmp_path)
     begin(folder, environment())
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
@@ -225,7 +225,7 @@ def test_a_rank_that_began_is_told_by_its_own_status(tmp_path, scontrol, monkeyp
     assert Status(folder, 1).read()["exit"] is None
 
 
-def test_an_srun_that_cannot_begin_is_told_by_its_own_words(tmp_path, scontrol):
+def test_an_srun_that_cannot_begin_is_reported_in_its_words(tmp_path, scontrol):
     folder = logs(tmp_path)
     begin(folder, environment())
     (folder / "7_0_log.err").write_text("srun: error: Unable to create step for job 7: Invalid account\n")
@@ -249,7 +249,7 @@ def test_deaths_without_progress_come_to_an_end(tmp_path, scontrol):
     assert asked[:6] == [1, 1, 1, 1, 1, 0]
 
 
-def test_a_status_of_a_former_incarnation_counts_for_nothing(tmp_path, scontrol, monkeypatch):
+def test_the_status_of_an_earlier_attempt_is_ignored(tmp_path, scontrol, monkeypatch):
     folder = logs(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     Status(folder, 0).write(2)
@@ -272,7 +272,7 @@ def test_a_controller_that_is_away_is_waited_for(tmp_path, scontrol):
     assert (scontrol / "asked").read_text().splitlines()[-1] == "requeue 7"
 
 
-def test_a_refused_requeue_is_told(tmp_path, scontrol):
+def test_a_refused_requeue_is_recorded(tmp_path, scontrol):
     folder = logs(tmp_path)
     begin(folder, environment())
     (scontrol / "refuse").touch()
@@ -296,7 +296,7 @@ def test_a_member_of_a_job_array(tmp_path, scontrol):
 
 @pytest.mark.parametrize("code", [0, 75])
 def test_the_batch_script(tmp_path, scontrol, code):
-    """The lines as bash runs them: what the ranks leave with reaches life, and the script ends with it."""
+    """The lines as bash runs them: the exit code of the ranks is recorded, and the script ends with it."""
     folder = tmp_path / "a run" / "logs" / "it's now"
     folder.mkdir(parents=True)
     script = "\n".join([*setup_lines(folder, sys.executable, ROOT), "kill -TERM $$", f"(exit {code})"])
