@@ -8,7 +8,7 @@ import numpy as np
 
 _FRAME, _HOP, _SEARCH = 640, 320, 160  # samples: frames of 40 ms, moved by up to 10 ms to fit the one before
 _PADDING = 1024  # zeros in which the filter of the resampling dies away
-_FFT, _FFT_HOP = 512, 128  # samples: spectra of 32 ms every 8 ms
+_FFT, _FFT_HOP = 512, 256  # samples: spectra of 32 ms every 16 ms
 _LIFTER = 30  # cepstral coefficients of the envelope: it follows formants, not harmonics of up to 500 Hz
 _MAX_LOG_GAIN = 3.0  # 26 dB, in nepers
 
@@ -85,7 +85,7 @@ def warp_formants(wave: np.ndarray, factor: float) -> np.ndarray:
     """
     if factor == 1:
         return wave
-    window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)).astype(np.float32)
+    window = np.sin(np.pi * np.arange(_FFT) / _FFT).astype(np.float32)  # its squares sum to 1
     behind = _FFT + -len(wave) % _FFT_HOP
     padded = np.pad(wave, (_FFT, behind))
     frames = np.lib.stride_tricks.sliding_window_view(padded, _FFT)[::_FFT_HOP] * window
@@ -97,7 +97,7 @@ def warp_formants(wave: np.ndarray, factor: float) -> np.ndarray:
     below, weight = source.astype(int), (source % 1).astype(np.float32)
     warped = envelope[:, below] * (1 - weight) + envelope[:, below + 1] * weight
     gain = np.exp(np.clip(warped - envelope, -_MAX_LOG_GAIN, _MAX_LOG_GAIN))
-    shaped = (np.fft.irfft(spectra * gain) * window / 1.5).astype(np.float32)  # 1.5: sum of the squared windows
+    shaped = (np.fft.irfft(spectra * gain) * window).astype(np.float32)
     output = np.zeros((len(shaped) + _FFT // _FFT_HOP - 1, _FFT_HOP), np.float32)
     for part in range(_FFT // _FFT_HOP):
         output[part : part + len(shaped)] += shaped[:, part * _FFT_HOP : (part + 1) * _FFT_HOP]

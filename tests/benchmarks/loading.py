@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from table import Figure, tell
 
 if TYPE_CHECKING:
+    from shards.augment.settings import Augment
     from shards.reading.dataset import Batch
 
 SIZE, BATCH = 224, 64
@@ -56,7 +57,9 @@ class Bench:
 
     # The contenders; each is one measurement.
 
-    def ours(self, folder: Path, begin: float, passes: float, workers: int) -> "Iterator[Batch]":
+    def ours(
+        self, folder: Path, begin: float, passes: float, workers: int, augment: "Augment | None" = None
+    ) -> "Iterator[Batch]":
         """This project's stream from the beginning of a run or part of a pass later, opened from nothing."""
         from shards.manifest import load
         from shards.reading.loader import load_batches
@@ -76,6 +79,7 @@ class Bench:
             rank=0,
             world_size=1,
             workers=workers,
+            augment=augment,
         )
 
     def loaders(self, passes: int) -> "dict[str, Callable[[], Iterator[Batch]]]":
@@ -163,6 +167,22 @@ class Bench:
                 spoken = [decode_audio(reader.audio(row)) for row in self.manifest.captions(int(n))]
                 assert any(np.array_equal(wave[: int(length)].numpy(), one) for one in spoken), int(n)
                 assert not wave[int(length) :].any(), int(n)
+
+    def augment(self, passes: int = 2) -> Figure:
+        """Samples a second with every kind of augmentation at a probability of 0.2, against none."""
+        from shards.augment.settings import IMAGE_KINDS, SPEECH_KINDS, Augment, ImageAugment, SpeechAugment
+
+        some = Augment(
+            SpeechAugment(**dict.fromkeys(SPEECH_KINDS, 0.2)), ImageAugment(**dict.fromkeys(IMAGE_KINDS, 0.2))
+        )
+        taken = self.in_turns(
+            {
+                "with": partial(rate, lambda: self.ours(self.shards, 0.0, passes, self.workers, some)),
+                "without": partial(rate, lambda: self.ours(self.shards, 0.0, passes, self.workers)),
+            }
+        )
+        what = "samples/s with each kind of augmentation on a fifth of the samples, against none"
+        return figure_of("augment", taken["with"], taken["without"], "samples/s", 0.15, what)
 
     def first_batch(self) -> Figure:
         """Seconds to the first batch of an epoch as long as a real corpus's, whose whole manifest is read first."""
@@ -288,7 +308,7 @@ def say(line: str) -> None:
 
 
 RATES = ("webdataset_docs", "webdataset_best", "mosaicml_streaming", "lhotse_shar", "spdl", "limit")
-FIGURES = (*RATES, "first_batch", "resume", "make_shards")
+FIGURES = (*RATES, "augment", "first_batch", "resume", "make_shards")
 
 
 def main() -> int:
