@@ -11,8 +11,10 @@ from typing import Any, get_type_hints
 from launch.slurm.client import slurm_config
 from launch.slurm.sbatch_options import check_srun, read_options, requested_gpus
 from shards.errors import UserError
-from toolkit.config.load import describe, nearest, read_yaml, typed
+from toolkit.config.load import nearest
 from toolkit.config.schema import GPUS, Config, Launch
+from toolkit.config.values import describe, typed
+from toolkit.config.yaml_files import read_yaml
 
 PROFILES = Path(__file__).resolve().parents[1] / "slurm" / "profiles"
 # Keys of the section `launch` that a profile may fill in.

@@ -213,7 +213,7 @@ def _member_command(config: Path) -> list[str]:
 
     The launch section is given as options, so that no profile fills it in again.
     """
-    from toolkit.config.load import read_yaml
+    from toolkit.config.yaml_files import read_yaml
 
     launch = read_yaml(config).get("launch") or {}
     words = [

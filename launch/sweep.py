@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from shards.errors import UserError
-from toolkit.config.load import current_keys, describe, nearest, parse_value, read_yaml, typed
+from toolkit.config.load import current_keys, nearest
 from toolkit.config.schema import Config
+from toolkit.config.values import describe, typed
+from toolkit.config.yaml_files import parse_value, read_yaml
 
 _SECTIONS = ("name", "base", "list", "grid")
 _RESERVED = ("code", "logs")  # other folders in that of the grid

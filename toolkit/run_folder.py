@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from shards.errors import UserError
-from toolkit.config.load import FLOAT, SAVED, apply_yaml
+from toolkit.config.load import SAVED, apply_yaml
 from toolkit.config.schema import RENAMED_KEYS, Config
+from toolkit.config.yaml_files import FLOAT
 
 PROGRESS = "progress.json"  # in a checkpoint and in an exported model
 

@@ -15,7 +15,8 @@ from launch.slurm.client import SlurmJob, find_jobs, queued_jobs
 from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 from launch.status.follow import Controller
 from shards.errors import ExitCode, UserError
-from toolkit.config.load import SAVED, read_yaml
+from toolkit.config.load import SAVED
+from toolkit.config.yaml_files import read_yaml
 
 LOG, RECALL = "log.jsonl", "recall.json"
 _NOT_RUNS = ("checkpoints", "code", "export", "logs", "profile", "wandb")  # subfolders of a run

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/contrastive.py [--json] [--queue N] [--batch B] [--dim D] [--repeats R] [--threads T]
 
-Both give loss and gradients of embeddings and temperature with soft targets and repeated pictures, in float32 on the CPU,
+Both give loss and gradients of embeddings and temperature with soft targets and repeated pictures, in float32 on CPU,
 and have to agree. Time: they take turns, and the figure is the ratio of the medians. Memory: each has a process of its
 own, and the figure is how far its resident memory rises above that of the inputs. One thread by default: on a machine
 that does other work several wait for one another, and the figure would tell of that work. Exit code 1: a bound is

@@ -4,8 +4,8 @@
 
 Durations are log-normal with the mean and the long tail of SpokenCOCO, cut at 8 s (the reference configurations) and at
 15 s. The frames are counted where they enter the first transformer layer of a trunk with the strides of HuBERT, and the
-embeddings have to be those of the padded batch. Time is that of the processor in a forward pass of a group-norm trunk, a
-third as wide and as deep as HuBERT-base, median of turns. Exit code 1: a bound is missed.
+embeddings have to be those of the padded batch. Time is that of the processor in a forward pass of a group-norm trunk,
+a third as wide and as deep as HuBERT-base, median of turns. Exit code 1: a bound is missed.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from shards.augment import settings
 from toolkit.config import schema
-from toolkit.config.load import describe
+from toolkit.config.values import describe
 
 
 def describe_keys() -> str:

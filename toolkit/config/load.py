@@ -8,20 +8,17 @@ Errors are one line with the nearest key. Libraries do not provide that: for an 
 import argparse
 import difflib
 import logging
-import math
-import re
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any, get_type_hints
 
 from shards.errors import UserError
 from shards.logs import add_log_level, setup_logging
 from toolkit.config.schema import RENAMED_KEYS, Config
 from toolkit.config.validate import check_config
+from toolkit.config.values import describe, format_value, typed
+from toolkit.config.yaml_files import parse_value, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -160,34 +157,13 @@ def _apply_file(config: Config, path: Path, derived: tuple[Path, ...] = ()) -> N
     _apply(config, values, "", f"{path}: ")
 
 
-def read_yaml(path: Path, fractions: bool = True) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; an empty file gives an empty one.
-
-    Args:
-        path: The file.
-        fractions: Read 1.10 as a float; else as the string "1.10".
-
-    Raises:
-        UserError: The file cannot be read, is not YAML, or does not hold a mapping.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader if fractions else _LoaderWithoutFloats)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}{_yaml_problem(error)}") from None
-    if not isinstance(values, dict | None):
-        raise UserError(f"{path}: expected sections with keys, not {_format_value(values)}")
-    return values or {}
-
-
 def _override(config: Config, key: str, text: str) -> None:
     """Set one value from the command line; a key may lead into a free mapping, such as `deepspeed`."""
     section, names = config, key.split(".")
     while names and is_dataclass(getattr(section, names[0], None)):
         section = getattr(section, names.pop(0))
     kind = get_type_hints(type(section)).get(names[0]) if names else None
-    value = _parse_word(text, kind, f"--{key} {_format_value(text)}")
+    value = _parse_word(text, kind, f"--{key} {format_value(text)}")
     _apply(config, current_keys({key: value}, "--"), "", "--")
 
 
@@ -219,18 +195,6 @@ def _renamed(values: dict[str, Any], prefix: str, renamed: list[str]) -> dict[st
     return current
 
 
-def parse_value(text: str, where: str) -> Any:
-    """Parse a word of the command line as YAML.
-
-    Raises:
-        UserError: The word is not YAML; the message begins with `where`.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}{_yaml_problem(error)}") from None
-
-
 def _parse_word(text: str, kind: Any, where: str) -> Any:
     """Parse a word of the command line as YAML, or keep it as it is if the key takes a string."""
     if kind is str:
@@ -253,13 +217,13 @@ def _apply(section: Any, values: dict[str, Any], prefix: str, where: str) -> Non
         if is_dataclass(current):
             if not isinstance(value, dict):
                 inside = ", ".join(field.name for field in fields(current))
-                raise UserError(f"{where}{key} is {_format_value(value)}; expected a section with keys of: {inside}")
+                raise UserError(f"{where}{key} is {format_value(value)}; expected a section with keys of: {inside}")
             _apply(current, value, f"{key}.", where)
             continue
         try:
             setattr(section, name, merged(current, typed(value, kinds[name])))
         except TypeError:
-            raise UserError(f"{where}{key} is {_format_value(value)}; expected {describe(kinds[name])}") from None
+            raise UserError(f"{where}{key} is {format_value(value)}; expected {describe(kinds[name])}") from None
 
 
 def _all_keys(section: Any, prefix: str) -> Iterable[str]:
@@ -268,96 +232,3 @@ def _all_keys(section: Any, prefix: str) -> Iterable[str]:
         value = getattr(section, field.name)
         if is_dataclass(value):
             yield from _all_keys(value, f"{prefix}{field.name}.")
-
-
-def typed(value: Any, kind: Any) -> Any:
-    """Check a value against a type of the schema, and convert an int to a float or a number to a str where needed.
-
-    Raises:
-        TypeError: The value does not fit the type; a bool is not a number.
-    """
-    origin, inner = get_origin(kind) or kind, get_args(kind)
-    if origin is Literal and any(value == choice and type(value) is type(choice) for choice in inner):
-        return value
-    if origin in (Union, types.UnionType):
-        return None if value is None else _typed_as_any(value, inner)
-    if origin is list and isinstance(value, list):
-        return [typed(item, inner[0]) for item in value]
-    if origin is dict and isinstance(value, dict) and all(isinstance(name, str) for name in value):
-        return value
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if kind is str and type(value) in (int, float):
-        return str(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    raise TypeError
-
-
-def _typed_as_any(value: Any, kinds: Iterable[Any]) -> Any:
-    """Check a value against the members of a union, in order."""
-    for kind in kinds:
-        try:
-            return typed(value, kind)
-        except TypeError:
-            continue
-    raise TypeError
-
-
-def describe(kind: Any) -> str:
-    """Describe a type of the schema in the words of YAML."""
-    origin, inner = get_origin(kind) or kind, get_args(kind)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}"
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(each) for each in inner)
-    if origin is list:
-        return f"list of {describe(inner[0])}"
-    names = {bool: "true or false", dict: "mapping", types.NoneType: "null"}
-    return names.get(origin, getattr(origin, "__name__", str(origin)))
-
-
-def _format_value(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f" line {error.problem_mark.line + 1}: not YAML: {error.problem}"
-    return f": not YAML: {' '.join(str(error).split())}"
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML loader with the scalars of YAML 1.2 (1e-4 is a float, 24:00:00 and `no` are strings), unique keys."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping; duplicate keys are an error."""
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            names = [key.value for key, _ in node.value]
-            second = next(key for i, (key, _) in enumerate(node.value) if key.value in names[:i])
-            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {second.value}", second.start_mark)
-        return mapping
-
-
-FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$")
-for tag, pattern, first in (
-    ("null", re.compile(r"(~|null|)$"), ["~", "n", ""]),
-    ("bool", re.compile(r"(true|false)$"), list("tf")),
-    ("int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789")),
-    ("float", FLOAT, list("-+.0123456789")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, first)
-
-
-class _LoaderWithoutFloats(_Loader):
-    """The same, with fractions as strings: as a float, 1.10 would become 1.1."""
-
-
-_LoaderWithoutFloats.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":float")]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
