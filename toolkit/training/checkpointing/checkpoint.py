@@ -43,7 +43,15 @@ from toolkit.training.checkpointing.files import (
     tensor_names,
     write_tensors,
 )
-from toolkit.training.checkpointing.progress import FORMAT, MARKER, SHARED, Progress, Saved, read_marker
+from toolkit.training.checkpointing.progress import (
+    FORMAT,
+    MARKER,
+    SHARED,
+    Progress,
+    Saved,
+    find_checkpoints,
+    read_marker,
+)
 from toolkit.training.checkpointing.queues import load_shared, load_token_queue, place_in, shared_state, token_file
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
@@ -81,8 +89,7 @@ class Checkpoints:
     """The checkpoints of one run folder.
 
     `save` copies the state and returns; a background thread of every rank writes it. When the receipts of all ranks are
-    in the folder, a thread of rank 0 completes the checkpoint: it writes the marker and renames the folder. Failures
-    are logged in the next `save` or `wait`, where the ranks synchronize anyway.
+    in the folder, a thread of rank 0 writes the marker and renames the folder. The next `save` or `wait` logs failures.
     """
 
     def __init__(
@@ -221,16 +228,15 @@ class Checkpoints:
                 self._load(saved, engine, teacher, *queues)
                 if own:
                     return dataclasses.replace(saved.progress, restarts=saved.progress.restarts + 1)
-                restarted = "" if same_data else ", which is on other data, at step 0"
-                logger.info("starts from the checkpoint %s%s", folder, restarted)
+                logger.info("starts from the checkpoint %s at step %d", folder, step)
                 return Progress(step=step)
             if self.rank == 0:
                 logger.warning("checkpoint %s is skipped: %s", folder, problem)
             self._damaged.add(folder)
         if candidates:
-            where = candidates[0][0].parent
             raise UserError(
-                f"no checkpoint in {where} is complete: restore the files, or remove the folder to start at step 0"
+                f"no checkpoint in {candidates[0][0].parent} is complete: restore the files, or remove the folder to "
+                "start at step 0"
             )
         return Progress()
 
@@ -249,7 +255,7 @@ class Checkpoints:
         """Write this rank's files, then its receipt, in a background thread."""
         if ready:
             ready.synchronize()
-        written = []
+        written: list[FileInfo] = []
         for name, values in tensors.items():
             try:
                 written.append(write_tensors(folder / name, values, shapes if name == _fragments(self.rank) else {}))
@@ -302,7 +308,7 @@ class Checkpoints:
         """List the checkpoints to start from, newest first, with their markers or what is wrong with them."""
         own = sorted(self.folder.glob("step-*"), reverse=True)
         if not own and self.source not in ("auto", "never"):
-            own = _checkpoints_at(Path(self.source))
+            own = find_checkpoints(Path(self.source))
         return [(folder, read_marker(folder)) for folder in own]
 
     def _problem_of(self, saved: Saved) -> str | None:
@@ -325,8 +331,9 @@ class Checkpoints:
             reader = self._open(saved, engine, teacher)
             load_shared(saved.folder / SHARED, engine.module, queue)
             if token_queue and (reason := load_token_queue(saved, token_queue, self.rank, self.world_size)):
-                line = "objectives.matching.queue starts empty: the queue of %s cannot be loaded: %s"
-                logger.info(line, saved.folder, reason)
+                logger.info(
+                    "objectives.matching.queue starts empty, that of %s does not load: %s", saved.folder, reason
+                )
             return reader
 
         # Errors of the files are raised here, on all ranks: what follows has collectives.
@@ -373,16 +380,6 @@ class Checkpoints:
                 if future:
                     with contextlib.suppress(Exception):
                         future.result(_EXIT_TIMEOUT)
-
-
-def _checkpoints_at(path: Path) -> list[Path]:
-    """List the checkpoints of a run folder, newest first, or the checkpoint that the path names."""
-    checkpoints = [path] if (path / MARKER).is_file() else sorted((path / "checkpoints").glob("step-*"), reverse=True)
-    if not checkpoints:
-        raise UserError(
-            f"--training.resume {path}: no checkpoint there; give auto, never, a run folder or a checkpoint's"
-        )
-    return checkpoints
 
 
 def _remove(folder: Path) -> None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from shards.errors import UserError
 from toolkit.training.checkpointing.background import reason_of
 from toolkit.training.checkpointing.files import FileInfo
 
@@ -78,3 +79,13 @@ def read_marker(folder: Path) -> "Saved | str":
         return f"{MARKER} cannot be read: {reason_of(error)}"
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return f"{MARKER} is damaged"
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """List the checkpoints of a run folder, newest first, or the checkpoint that the path names."""
+    checkpoints = [path] if (path / MARKER).is_file() else sorted((path / "checkpoints").glob("step-*"), reverse=True)
+    if not checkpoints:
+        raise UserError(
+            f"--training.resume {path}: no checkpoint there; give auto, never, a run folder or a checkpoint's"
+        )
+    return checkpoints
