@@ -94,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--parts {options.parts}: expected 1 to {_MAX_PARTS}")
     if options.array < 0:
         raise UserError(f"--array {options.array}: expected a number of parts, or 0")
+    if options.log_level != "info":
+        words += ["--log-level", options.log_level]
     parsed = check_words(words)
     out = parsed.out
     cluster = choose_cluster(Launch(cluster=options.cluster))

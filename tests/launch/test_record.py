@@ -1,4 +1,4 @@
-"""Records of submissions and attempts, and of damaged ones."""
+"""Records of submissions and attempts, also damaged ones."""
 
 import json
 

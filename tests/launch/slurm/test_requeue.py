@@ -60,7 +60,7 @@ ENDING = SlurmJobState("COMPLETING", "None", 0)
             [],
             "slurm",
             False,
-        ),  # it starts again without our asking
+        ),  # SLURM restarts it by itself
         (137, [None], SlurmJobState("COMPLETING", "TimeLimit", 0), [], "killed", True),
         (75, [75], None, [], "saved", True),  # the controller does not answer
     ],
