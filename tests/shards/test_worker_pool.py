@@ -33,8 +33,8 @@ def large(task, progress):
 
 
 def run(function, tasks, jobs):
-    told = []
-    return dict(run_tasks(function, tasks, jobs, told.append)), sum(told)
+    done = []
+    return dict(run_tasks(function, tasks, jobs, done.append)), sum(done)
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 9])

@@ -1,4 +1,4 @@
-"""A small healthy folder of shards, and ways to damage one: by accident, or by someone who signs the result anew."""
+"""A small intact folder of shards, and ways to damage it, with or without correct checksums."""
 
 import io
 import json
@@ -38,8 +38,8 @@ def silent() -> tuple[np.ndarray, int]:
     return np.zeros((1, 3000), np.float32), SAMPLE_RATE
 
 
-def item(name: str, split: str, seed: int, said: str = "it is {}", **how: Any) -> Item:
-    captions = tuple(Caption(f"{name}-{k}", partial(spoken, 7 * seed + k), said.format(k), "v") for k in range(2))
+def item(name: str, split: str, seed: int, text: str = "it is {}", **how: Any) -> Item:
+    captions = tuple(Caption(f"{name}-{k}", partial(spoken, 7 * seed + k), text.format(k), "v") for k in range(2))
     return Item(name, split, partial(drawn, seed), captions, **how)
 
 
@@ -96,7 +96,7 @@ def resave(folder: Path, **columns: Any) -> None:
 
 
 def replace(folder: Path, key: str, part: int, data: bytes, **columns: Any) -> None:
-    """Put other data in place of a member (0 the JSON, 1 the picture, then recordings); all else agrees with it."""
+    """Put other data in place of a member (0 the JSON, 1 the picture, then audio files); the rest is adapted."""
     m = manifest.load(folder)
     s = m.key.tolist().index(key.encode())
     shard = int(m.shard[s])

@@ -49,9 +49,9 @@ def test_a_folder_of_no_samples(tmp_path: Path) -> None:
     assert advise(result.manifest, 8, 4) == []
 
 
-def test_decodes_as_many_as_asked_for_spread_over_the_folder(folder: Path) -> None:
-    for asked, expected in ((0, 0), (1, 1), (4, 4), (11, 11), (1000, 11)):
-        result = check_folder(folder, asked)
+def test_decodes_the_given_number_of_samples_spread_over_the_folder(folder: Path) -> None:
+    for count, expected in ((0, 0), (1, 1), (4, 4), (11, 11), (1000, 11)):
+        result = check_folder(folder, count)
         assert (result.pictures, result.audio_files) == (expected, 2 * expected)
     damage.replace(folder, "e1", 1, damage.member(folder, "e1", 1)[:700])  # the last sample
     assert_sole(problems(folder, 2), "test-000000.tar: e1.jpg: ", "cannot be decoded")
@@ -125,8 +125,8 @@ def test_random_damage_to_any_file_is_named(healthy: Path, tmp_path: Path, name:
             damage.DAMAGES[name](folder / path.name, chance)
             result = check_folder(folder, 0)
             lost = path.name == SOURCES and name == "lost"  # no training needs it
-            found = result.warnings if lost else result.problems
-            assert any(path.name in str(finding) for finding in found), (path.name, turn, result.text())
+            findings = result.warnings if lost else result.problems
+            assert any(path.name in str(finding) for finding in findings), (path.name, turn, result.text())
             shutil.rmtree(folder)
 
 
@@ -138,7 +138,7 @@ def test_manifest_written_otherwise_is_named(folder: Path) -> None:
     for change, line in (
         ({"arguments": {}}, "was changed: its checksum does not match its contents"),
         ({"hash": "0" * 64}, "was changed: its hash does not match its shards"),
-        ({"sha257": head["sha256"]}, "its bytes changed since it was written: it has no key 'sha257'"),
+        ({"sha257": head["sha256"]}, "its bytes changed since it was written: unknown key 'sha257'"),
     ):
         path.write_bytes(manifest.encoded(head | change))
         if "sha257" in change:
@@ -215,7 +215,7 @@ def test_index_or_manifest_that_cannot_be_read(folder: Path, tmp_path: Path) -> 
         check_folder(tmp_path / "nowhere")
 
 
-def test_folders_that_cannot_be_asked_for_or_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_do_not_exist_or_cannot_be_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no such folder"):
         check_folder(folder / ("x" * 300))
 
@@ -251,7 +251,7 @@ def test_several_processes_find_the_same(folder: Path, monkeypatch: pytest.Monke
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), length=st.integers(1, 40), value=st.binary(min_size=40, max_size=40))
-def test_any_change_is_found_and_nothing_breaks_the_doctor(
+def test_any_change_is_found_and_nothing_breaks_the_check(
     healthy: Path, tmp_path: Path, place: float, length: int, value: bytes
 ) -> None:
     m = manifest.load(healthy)
@@ -263,5 +263,5 @@ def test_any_change_is_found_and_nothing_breaks_the_doctor(
     every = np.ones(len(m.key), bool)
     task = task_of(m, 1, every)
     task = type(task)(tmp_path / SHARD, task.info, task.split, task.samples)
-    found = check_shard(task, lambda done: None)
-    assert bool(found.problems) == (bytes(data) != before)
+    findings = check_shard(task, lambda done: None)
+    assert bool(findings.problems) == (bytes(data) != before)

@@ -27,7 +27,7 @@ def lines(findings: Sequence[object]) -> list[str]:
 
 
 def same_picture(name: str, split: str, seed: int) -> Item:
-    """A picture that is there already, with recordings of its own."""
+    """A picture that is there already, with other audio files."""
     return replace(damage.item(name, split, seed=50 + ord(name[0])), picture=partial(damage.drawn, seed))
 
 
@@ -47,10 +47,10 @@ def test_same_picture_in_two_splits(tmp_path: Path) -> None:
 def test_same_picture_within_a_split_is_a_warning(tmp_path: Path) -> None:
     result = check(tmp_path, same_picture("other", "train", 0), same_picture("third", "train", 0))
     assert result.healthy
-    found = lines(result.warnings)
-    assert len(found) == 2
-    assert found[0].startswith("train: t0 and other are the same picture, in train-000000.tar and train-000002.tar")
-    assert "other and third" in found[1]
+    reported = lines(result.warnings)
+    assert len(reported) == 2
+    assert reported[0].startswith("train: t0 and other are the same picture, in train-000000.tar and train-000002.tar")
+    assert "other and third" in reported[1]
 
 
 def test_id_and_key_in_two_splits(tmp_path: Path) -> None:
@@ -60,13 +60,13 @@ def test_id_and_key_in_two_splits(tmp_path: Path) -> None:
         values = getattr(m, column).copy()
         values[10] = b"t4"
         damage.resave(folder, **{column: values})
-    found = lines(check_folder(folder, 0).problems)
+    reported = lines(check_folder(folder, 0).problems)
     where = "in train-000001.tar and test-000000.tar"
-    assert f"train and test: image id t4 occurs twice, {where}" in found
-    assert f"train and test: key t4 occurs twice, {where}" in found
+    assert f"train and test: image id t4 occurs twice, {where}" in reported
+    assert f"train and test: key t4 occurs twice, {where}" in reported
 
 
-# The recordings of t4 are those of rows 28 and 29, and the utterances t4-0 and t4-1.
+# The audio files of t4 are those of rows 28 and 29, and the utterances t4-0 and t4-1.
 
 
 @pytest.mark.parametrize(("split", "shard"), [("dev", "dev-000000.tar"), ("test", "test-000000.tar")])

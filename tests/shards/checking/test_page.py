@@ -1,4 +1,4 @@
-"""The doctor's page: complete in itself, safe whatever the shards hold, written even for damaged ones."""
+"""The page of check_shards: self-contained, safe for any contents of the shards, written even for damaged ones."""
 
 import base64
 import io
@@ -52,7 +52,7 @@ def test_samples_with_pictures_and_recordings(tmp_path: Path, codec: Codec, mime
 
 def test_nothing_is_loaded_or_run(tmp_path: Path) -> None:
     items = [replace(one, image_id=f"{one.image_id}{EVIL}", twin=None) for one in damage.corpus()]
-    items.append(damage.item(EVIL, "test", seed=3, said=f"{{}} {EVIL}"))
+    items.append(damage.item(EVIL, "test", seed=3, text=f"{{}} {EVIL}"))
     folder = damage.write(tmp_path / "shards", items)
     (folder / "x<script>.tar").touch()
     page = page_of(folder, (EVIL,))
@@ -98,7 +98,7 @@ def test_json_with_fewer_captions_than_the_index(tmp_path: Path) -> None:
 
 def test_many_samples_and_captions_are_left_out(tmp_path: Path) -> None:
     chatty = damage.item("t0", "train", 0)
-    captions = tuple(damage.Caption(f"c{n}", partial(damage.spoken, n), f"said {n}") for n in range(7))
+    captions = tuple(damage.Caption(f"c{n}", partial(damage.spoken, n), f"text {n}") for n in range(7))
     items = [damage.item(f"t{n}", "train", n) for n in range(1, 60)]
     items += [damage.item(f"d{n}", "dev", 70 + n) for n in range(1)]
     page = page_of(damage.write(tmp_path / "shards", [replace(chatty, captions=captions), *items]))

@@ -1,4 +1,4 @@
-"""The cache: shared by processes, bounded at every moment, whole through kills and full disks."""
+"""The cache: shared by processes, always bounded, and consistent after kills and full disks."""
 
 import errno
 import fcntl
@@ -93,7 +93,7 @@ def test_processes_share_a_bounded_cache(tmp_path: Path, shards: list[ShardInfo]
 
 
 def slow_open(tmp_path: Path, info: ShardInfo, begun: Event, seconds: float) -> None:
-    """Fetch a shard that comes in four pieces with pauses, and tell when the first is written."""
+    """Download a shard in four pieces with pauses, and signal when the first is written."""
 
     def blocks(self: Remote, name: str):
         with (tmp_path / "fetches").open("a") as log:
@@ -107,7 +107,7 @@ def slow_open(tmp_path: Path, info: ShardInfo, begun: Event, seconds: float) -> 
     Remote.blocks = blocks  # type: ignore[method-assign]
     descriptor = Cache(tmp_path / "cache").open(far(tmp_path), info)
     assert os.pread(descriptor, SIZE + 1, 0) == (tmp_path / "remote" / info.name).read_bytes()
-    time.sleep(seconds)  # with the shard open: who waits must not wait for that
+    time.sleep(seconds)  # with the shard open, for which other processes must not wait
 
 
 def test_one_process_fetches_while_the_others_wait(tmp_path: Path, shards: list[ShardInfo]) -> None:
@@ -122,7 +122,7 @@ def test_one_process_fetches_while_the_others_wait(tmp_path: Path, shards: list[
     assert names(tmp_path / "cache") == {f"{shards[0].sha256}.tar"}
 
 
-def test_who_waits_does_not_wait_until_the_shard_is_closed(tmp_path: Path, shards: list[ShardInfo]) -> None:
+def test_waiting_processes_do_not_wait_until_the_shard_is_closed(tmp_path: Path, shards: list[ShardInfo]) -> None:
     begun = FORK.Event()
     first = FORK.Process(target=slow_open, args=(tmp_path, shards[0], begun, 2.0))
     first.start()
@@ -141,7 +141,7 @@ def test_who_waits_does_not_wait_until_the_shard_is_closed(tmp_path: Path, shard
 
 
 @pytest.mark.parametrize("waiting", [False, True])
-def test_a_killed_download_hangs_nobody_and_leaves_nothing(
+def test_a_killed_download_blocks_no_process_and_leaves_nothing(
     tmp_path: Path, shards: list[ShardInfo], waiting: bool
 ) -> None:
     begun, unused = FORK.Event(), FORK.Event()
@@ -163,7 +163,7 @@ def test_a_killed_download_hangs_nobody_and_leaves_nothing(
     assert names(tmp_path / "cache") == {f"{shards[0].sha256}.tar"}
 
 
-def test_what_a_killed_download_of_another_shard_left_is_swept(tmp_path: Path, shards: list[ShardInfo]) -> None:
+def test_the_part_of_a_killed_download_is_removed(tmp_path: Path, shards: list[ShardInfo]) -> None:
     cache = Cache(tmp_path / "cache", 2.5 * SIZE / 1e9)
     for info in shards[:2]:
         (tmp_path / "cache" / f"{info.sha256}.part").write_bytes(b"half" * 40_000)
@@ -172,7 +172,7 @@ def test_what_a_killed_download_of_another_shard_left_is_swept(tmp_path: Path, s
     assert names(tmp_path / "cache") == {f"{shards[2].sha256}.tar", "a note of the user.part"}
 
 
-def test_what_was_opened_longest_ago_goes_first(tmp_path: Path, shards: list[ShardInfo]) -> None:
+def test_the_least_recently_opened_shard_is_evicted_first(tmp_path: Path, shards: list[ShardInfo]) -> None:
     cache = Cache(tmp_path / "cache", 3 * SIZE / 1e9)
     for number in (0, 1, 2, 0, 3):
         os.close(cache.open(far(tmp_path), shards[number]))
@@ -180,7 +180,7 @@ def test_what_was_opened_longest_ago_goes_first(tmp_path: Path, shards: list[Sha
     assert names(tmp_path / "cache") == {f"{shards[number].sha256}.tar" for number in (2, 0, 3)}
 
 
-def test_what_is_open_stays_and_what_finds_no_room_is_told_once(tmp_path: Path, shards: list[ShardInfo]) -> None:
+def test_open_shards_stay_and_a_shard_without_room_is_warned_of_once(tmp_path: Path, shards: list[ShardInfo]) -> None:
     cache = Cache(tmp_path / "cache", 2 * SIZE / 1e9)
     first, second = (cache.open(far(tmp_path), shards[number]) for number in (0, 1))
     assert cache.open(far(tmp_path), shards[2]) is None
@@ -334,7 +334,7 @@ def test_prefetch_does_not_wait_for_another_process(tmp_path: Path, shards: list
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_without_room_for_another_name_is_told_once(
+def test_a_disk_without_room_for_another_name_is_warned_of_once(
     tmp_path: Path, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     cache, real = Cache(tmp_path / "cache"), os.open
@@ -361,7 +361,7 @@ def test_a_cache_that_was_removed_meanwhile_is_named(tmp_path: Path, shards: lis
 
 
 @pytest.mark.parametrize(("module", "name"), [(os, "utime"), (fcntl, "flock"), (os, "open"), (os, "ftruncate")])
-def test_whatever_the_folder_fails_of_is_one_line(
+def test_errors_of_the_folder_are_one_line(
     tmp_path: Path, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> None:
     def fail(*_: object) -> None:
@@ -373,7 +373,7 @@ def test_whatever_the_folder_fails_of_is_one_line(
         cache.open(far(tmp_path), shards[0])
 
 
-def test_a_part_that_cannot_be_given_up_keeps_nobody_waiting(
+def test_a_part_that_cannot_be_removed_blocks_no_process(
     tmp_path: Path, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:

@@ -44,26 +44,26 @@ def data(written: Path, tmp_path: Path) -> Path:
 
 def members(folder: Path) -> dict[str, bytes]:
     """All members of a folder's tars, read by another library."""
-    found = {}
+    members_read = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
-            found |= {info.name: tar.extractfile(info).read() for info in tar}
-    return found
+            members_read |= {info.name: tar.extractfile(info).read() for info in tar}
+    return members_read
 
 
 def everything(reader: Reader) -> dict[str, bytes]:
     """The same, read by sample and caption number, of all data sets; keys that two share get a number."""
-    found = {}
+    members_read = {}
     sample = row = 0
     for number, m in enumerate(reader.manifests):
         for local, key in enumerate(m.key):
             name = f"{number}/{key.decode()}"
-            found[f"{name}.jpg"] = reader.picture(sample)
+            members_read[f"{name}.jpg"] = reader.picture(sample)
             for k in range(len(m.captions(local))):
-                found[f"{name}.{k}.flac"] = reader.audio(row)
+                members_read[f"{name}.{k}.flac"] = reader.audio(row)
                 row += 1
             sample += 1
-    return found
+    return members_read
 
 
 def expected(*folders: Path) -> dict[str, bytes]:
@@ -107,7 +107,7 @@ def test_a_shard_that_is_not_the_one_of_the_manifest_is_named(data: Path, change
 
 @pytest.mark.parametrize("call", ["open", "pread"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_a_disk_that_does_not_answer_may_be_asked_again(
+def test_a_disk_that_does_not_respond_is_a_transient_error(
     data: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
 ) -> None:
     def fail(*_: object) -> None:
@@ -195,7 +195,7 @@ def test_remote_members_with_and_without_a_cache(data: Path, protocol: str, kept
 
 
 class Shaky:
-    """A file system that fails so many times before it answers."""
+    """A file system that fails a number of times before it responds."""
 
     def __init__(self, failures: int, whole_files: bool = False) -> None:
         self.real, self.failures, self.whole_files = fsspec.filesystem("file"), failures, whole_files
@@ -217,7 +217,7 @@ def shaky(manifest: Manifest, system: Shaky) -> Reader:
     return reader
 
 
-def test_a_network_that_fails_is_asked_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_requests_are_retried(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", slept.append)
     manifest = load(f"file://{data}/one")

@@ -95,9 +95,9 @@ def test_all_that_changed_is_counted_and_a_file_of_several_samples_is_one(paths:
     then = columns(paths * 2)
     for path in paths:
         path.write_bytes(b"x")
-    found = compare_files(paths * 2, *then)
-    assert str(found).endswith("2.wav has another size; 2 more files changed")
-    assert str(found).count("another size") == 3
+    differences = compare_files(paths * 2, *then)
+    assert str(differences).endswith("2.wav has another size; 2 more files changed")
+    assert str(differences).count("another size") == 3
 
 
 def items_of(paths: list[Path]) -> list[Item]:
