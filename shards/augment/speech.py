@@ -136,6 +136,8 @@ def reverberate(wave: np.ndarray, response: np.ndarray) -> np.ndarray:
 
 def _filter(wave: np.ndarray, settings: SpeechAugment, randomness: SampleRandomness) -> np.ndarray:
     """Apply equalizer, band limits and frequency masks as one zero-phase filter."""
+    if not (settings.equalizer or settings.band_limit or settings.frequency_mask):
+        return wave
     size = fast_size(len(wave) + _PADDING)
     frequency = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
     gains = []
