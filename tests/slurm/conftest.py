@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from shards.logs import setup_logging
 from tests.slurm.cluster import Cluster, wait_for, why_not
 from tests.test_whole_way import run, write_config, write_table
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> None:
+    setup_logging(rank=0)
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def test_names_of_accounts_and_qos(real: Cluster) -> None:
     for name in ("normal", "SHORT", "short,Few"):
         assert checks.check_exists("qos", name) == f"{name} in SLURM's accounting"
     for kind, name in (("account", "nosuch"), ("account", "speech,nosuch"), ("qos", "nosuch"), ("account", "speec")):
-        with pytest.raises(UserError, match=rf"--{kind} {name.split(',')[-1]}: SLURM has no such; there are"):
+        with pytest.raises(UserError, match=rf"--{kind} {name.split(',')[-1]}: SLURM has no such {kind}; there are"):
             checks.check_exists(kind, name)
 
 
@@ -215,7 +215,7 @@ def test_within_all_limits(real: Cluster, launch: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("name", ["drained", "inactive", "nosuch"])
 def test_partitions_that_take_no_job(real: Cluster, name: str) -> None:
-    with pytest.raises(UserError, match=r"partition drained is DRAIN|partition inactive is INACTIVE|none of that name"):
+    with pytest.raises(UserError, match=r"partition drained is DRAIN|partition inactive is INACTIVE|no such partition"):
         checks.check_partition(asked(partition=name))
     with pytest.raises(UserError, match=r"Required partition not available|[Ii]nvalid partition"):
         checks.check_script(f"#!/bin/bash\n#SBATCH --partition={name}\ntrue\n")
@@ -270,7 +270,7 @@ def test_the_queue_and_the_accounts_of_jobs(real: Cluster, capsys: pytest.Captur
     assert f"job {waiting}: PENDING (JobHeldUser)\n" in capsys.readouterr().out
     real.run("scancel", waiting, f"{array}_1")
     assert set(queued_jobs([waiting, f"{array}_0", f"{array}_1"]) or {}) == {f"{array}_0"}
-    followed.asked = -60.0
+    followed.queried_at = -60.0
     assert not followed.alive()
     real.run("scancel", array)
     ended = {waiting, f"{array}_0", f"{array}_2"}  # of the member that was cancelled alone SLURM knows nothing

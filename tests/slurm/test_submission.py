@@ -48,7 +48,7 @@ def test_the_job_is_what_the_dry_run_showed(cluster: Cluster, config: Path, tmp_
 def test_what_slurm_would_refuse_is_said_in_one_line(quiet: Cluster, config: Path, tmp_path: Path) -> None:
     command = (*SUBMIT, "--config", config, "--run", tmp_path / "run", "--ranks-per-node", "1", "--name", "refused")
     for wrong, said in (
-        (("--partition", "nosuch"), "--partition nosuch: SLURM has none of that name; there are high, low"),
+        (("--partition", "nosuch"), "--partition nosuch: SLURM has no such partition; there are high, low"),
         (("--nodes", "50", "--training.batch_size", "50"), "allows at most 8 nodes a job"),
         (("--account", "nobody"), "--account nobody: SLURM has no such"),
         (("--cpus-per-rank", "400"), "SLURM would not run the job: allocation failure: Requested node configuration"),
