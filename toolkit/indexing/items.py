@@ -257,6 +257,10 @@ def read_table(table: Path, modality: Modality) -> list[str]:
         raise UserError(f"{table} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{table} is not a table: {error}") from None
+    if not rows:
+        raise UserError(
+            f"{table} has no rows: the table needs a column {modality}, named in the first line of a CSV file"
+        )
     values = [row.get(modality) if isinstance(row, dict) else None for row in rows]
     for number, value in enumerate(values, 1):
         if not isinstance(value, str) or not value:

@@ -74,15 +74,18 @@ def nearest(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _nearest(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best = torch.empty(len(queries), 0)
     best_rows = torch.empty(len(queries), 0, dtype=torch.int64)
-    for start, chunk in index.chunks(max(1, _CHUNK_VALUES // index.head.dim)):
-        scores = (queries @ torch.from_numpy(chunk).float().T).nan_to_num_(nan=-torch.inf)
-        # A later row with the score of the k-th does not displace it.
-        if best.shape[1] == k and not (scores.amax(dim=1) > best[:, -1]).any():
-            continue
-        rows = torch.arange(start, start + len(chunk)).expand(len(queries), -1)
-        merged, merged_rows = torch.cat([best, scores], dim=1), torch.cat([best_rows, rows], dim=1)
-        best, order = merged.sort(dim=1, descending=True, stable=True)
-        best, best_rows = best[:, :k], merged_rows.gather(1, order[:, :k])
+    buffer = torch.empty(max(1, _CHUNK_VALUES // index.head.dim), index.head.dim)
+    for start, chunk in index.chunks(len(buffer)):
+        block = buffer[: len(chunk)].copy_(torch.from_numpy(chunk))
+        scores = (queries @ block.T).nan_to_num_(nan=-torch.inf)
+        rows = torch.arange(start, start + len(chunk))
+        if best.shape[1] == k:  # a later row with the score of the k-th does not displace it
+            better = (scores > best[:, -1:]).any(dim=0).nonzero().flatten()
+            scores, rows = scores[:, better], rows[better]
+        merged = torch.cat([best, scores], dim=1)
+        merged_rows = torch.cat([best_rows, rows.expand(len(queries), -1)], dim=1)
+        order = merged.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        best, best_rows = merged.gather(1, order), merged_rows.gather(1, order)
     return best, best_rows
 
 

@@ -41,6 +41,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
+                raise BlockingIOError
         except BlockingIOError:
             raise UserError(f"another process updates {folder}: wait for it, or stop it") from None
         except OSError as error:
@@ -49,6 +51,10 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
+        finally:
+            if os.listdir(folder) == [LOCK]:  # nothing was written
+                os.unlink(folder / LOCK)
+                folder.rmdir()
     finally:
         os.close(descriptor)
 
