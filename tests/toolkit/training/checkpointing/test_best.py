@@ -70,11 +70,11 @@ def test_a_checkpoint_waits_for_an_export_that_the_training_waits_for_too(tmp_pa
     from toolkit.training.checkpointing.export import Exports
 
     exports, under_way = Exports.__new__(Exports), Future()
-    exports.run, exports._under_way = tmp_path, {"best": under_way}
+    exports.run, exports._pending = tmp_path, {"best": under_way}
     training = threading.Thread(target=exports.best, daemon=True)  # as an evaluation begins
     training.start()
     time.sleep(0.1)
-    checkpoint = threading.Thread(target=exports.wait, args=("best",), daemon=True)
+    checkpoint = threading.Thread(target=exports.wait_for, args=("best",), daemon=True)
     checkpoint.start()
     checkpoint.join(0.2)
     assert checkpoint.is_alive(), "it would be complete before the best model is on the disk"
@@ -82,7 +82,7 @@ def test_a_checkpoint_waits_for_an_export_that_the_training_waits_for_too(tmp_pa
     for thread in (training, checkpoint):
         thread.join(10)
         assert not thread.is_alive()
-    assert not exports._under_way
+    assert not exports._pending
 
 
 def exported(run: Path) -> int:
