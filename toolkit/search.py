@@ -59,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from toolkit.indexing.update import check_model
 
     index = Index.open(options.index)
+    if (
+        not options.model and not Path(index.head.model_folder).is_dir()
+    ):  # never a hub id: an index may be from anywhere
+        raise UserError(f"the model of {options.index} is not in {index.head.model_folder}: pass it as --model")
     model = find_model(options.model or index.head.model_folder, options.checkpoint)
     check_model(index.head, model_checksum(model), options.index)
     searcher = Searcher(index, Encoder.load(model, options.device), options.fuse, options.workers)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from shards.errors import UserError
@@ -169,6 +170,27 @@ def test_command_finds_audio_files_by_an_image(tmp_path, capsys):
     assert scores == sorted(scores, reverse=True)
 
 
+def test_candidates_of_any_length_are_scored_as_alone(index, tmp_path):
+    for number in range(6):
+        save_audio(tmp_path / "audio" / f"{number}.wav", number)
+    wave, rate = soundfile.read(tmp_path / "audio/0.wav")
+    soundfile.write(tmp_path / "audio/long.wav", np.tile(wave, 60), rate)  # of more seconds than a usual batch
+    update(tmp_path / "audio-index", FileSource(str(tmp_path / "audio"), "audio"), EXPORT, device="cpu")
+    encoder = Encoder.load(EXPORT, "cpu")
+    (hits,) = Searcher(Index.open(tmp_path / "audio-index"), encoder).search_files(
+        [str(tmp_path / "pictures/0.png")], 7, 7
+    )
+    assert len({hit.name for hit in hits}) == 7
+    inputs = encoder.processor(images=[tmp_path / "pictures/0.png"])
+    for hit in hits:
+        inputs |= encoder.processor(speech=[hit.path])
+        with torch.no_grad():
+            speech, image = encoder.model(**inputs)
+            match = float(encoder.model.match(speech, image)[0, 1])
+        assert hit.match == pytest.approx(match, abs=1e-4)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
 def test_candidates_that_changed_are_named_and_follow(index, tmp_path, capsys):
     (before,) = found(capsys, *index)
     gone, changed = (tmp_path / "pictures" / hit["name"] for hit in before["results"][:2])
@@ -211,10 +233,12 @@ def test_errors_are_one_line(index, tmp_path, arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_that_moved_is_named(index):
+@pytest.mark.parametrize("place", ["/moved/away", "some/model"])
+def test_a_model_that_moved_is_named_and_not_fetched(index, place, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     loaded = Index.open(index[0])
-    write_head(index[0], replace(loaded.head, model_folder="/moved/away"))
-    with pytest.raises(UserError, match="/moved/away"):
+    write_head(index[0], replace(loaded.head, model_folder=place))
+    with pytest.raises(UserError, match=f"is not in {place}: pass it as --model"):
         command.main([str(index[0]), index[1]])
 
 

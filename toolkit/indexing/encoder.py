@@ -78,14 +78,20 @@ class Encoder:
     def embed(self, modality: Modality, inputs: Sequence[Tensor]) -> Tensor:
         """Compute embeddings float32 [B, D] on the CPU; audio of similar length is encoded together."""
         embeddings = torch.empty(len(inputs), self.model.config.embed_dim)
-        for rows in _groups(modality, inputs, self.processor.sampling_rate):
+        for rows in groups(modality, inputs, self.processor.sampling_rate):
             encoded = self.encode(modality, [inputs[row] for row in rows])
             embeddings[rows] = encoded.embedding.float().cpu()
         return embeddings
 
 
-def _groups(modality: Modality, inputs: Sequence[Tensor], rate: int) -> Iterator[list[int]]:
-    """Yield rows to encode together: audio by length, longest first, with bounded padded seconds."""
+def groups(modality: Modality, inputs: Sequence[Tensor], rate: int) -> Iterator[list[int]]:
+    """Yield rows to encode together: audio by length, longest first, with bounded padded seconds.
+
+    Args:
+        modality: Images are one group.
+        inputs: Decoded inputs [B].
+        rate: Sampling rate in Hz.
+    """
     if modality == "image":
         yield list(range(len(inputs)))
         return

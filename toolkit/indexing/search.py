@@ -16,7 +16,7 @@ from torch import Tensor
 from shards.errors import UserError
 from toolkit.config.schema import Evaluation
 from toolkit.evaluation.rerank import fuse_scores
-from toolkit.indexing.encoder import Encoder
+from toolkit.indexing.encoder import Encoder, groups
 from toolkit.indexing.items import FileSource, Modality, Source, open_source, printable
 from toolkit.indexing.store import Index
 from toolkit.indexing.update import decode_batches
@@ -164,21 +164,22 @@ class Searcher:
         items = [[self.index.item(hit.row) for hit in batch] for batch in batches]
         modality = self.index.head.modality
         for batch, inputs in zip(batches, decode_batches(self.encoder, self.source, items, self.workers), strict=True):
-            kept = []
+            kept: list[tuple[Hit, Tensor]] = []
             for hit, value in zip(batch, inputs, strict=True):
                 reason = value if isinstance(value, str) else None
                 if reason is None and not self.source.is_current(self.index.item(hit.row)):
                     reason = f"{hit.path} has changed since it was indexed"
-                if reason is None:
+                if isinstance(value, Tensor) and reason is None:
                     kept.append((hit, value))
                 else:
-                    logger.warning("%s", f"{printable(reason)}: not re-ranked; update the index")
+                    logger.warning("%s", f"{printable(str(reason))}: not re-ranked; update the index")
                     unreadable.append(hit)
-            if kept:
-                encoded = self.encoder.encode(modality, [value for _, value in kept])  # type: ignore[misc]
-                scored += self._score(query, encoded, [hit for hit, _ in kept])
-        order = torch.tensor([hit.score for hit in scored]).argsort(descending=True, stable=True)
-        return [*(scored[place] for place in order.tolist()), *unreadable]
+            values = [value for _, value in kept]
+            for rows in groups(modality, values, self.encoder.processor.sampling_rate) if kept else ():
+                encoded = self.encoder.encode(modality, [values[row] for row in rows])
+                scored += self._score(query, encoded, [kept[row][0] for row in rows])
+        position = {hit.row: number for number, hit in enumerate(hits)}
+        return [*sorted(scored, key=lambda hit: (-hit.score, position[hit.row])), *unreadable]
 
     def _score(self, query: Encoded, encoded: Encoded, hits: list[Hit]) -> list[Hit]:
         """Score candidates as evaluation does: the cosine from float32, and the match logit."""
