@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from launch.status.follow import Local, Slurm
     from launch.status.state import RunState
 
-logger = logging.getLogger("launch.runs")  # also as a script
+logger = logging.getLogger(__name__)
 
 _CANCEL_TIMEOUT = 120.0  # seconds that the ranks of this machine have to save when they are cancelled
 _POLL_INTERVAL = 5.0  # seconds between queries of a sweep's members

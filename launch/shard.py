@@ -23,7 +23,7 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
 from shards.errors import ExitCode, Parser, UserError, run_main
 from shards.logs import add_log_level, setup_logging
 
-logger = logging.getLogger("launch.shard")  # also as a script
+logger = logging.getLogger(__name__)
 
 _DEFAULT_TIME = "12:00:00"
 _DEFAULT_JOBS = 4  # processes and cores of a part on a cluster

@@ -39,7 +39,7 @@ from toolkit.config.load import Parser, parse
 from toolkit.config.schema import Config
 from toolkit.run_folder import to_yaml
 
-logger = logging.getLogger("launch.submit")  # also as a script
+logger = logging.getLogger(__name__)
 
 SHORT_OPTIONS = (
     "cluster", "profile", "name", "nodes", "ranks_per_node", "gpus_per_node", "cpus_per_rank", "partition", "account",

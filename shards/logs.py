@@ -10,7 +10,7 @@ import os
 import sys
 
 LEVELS = ("debug", "info", "warning", "error")
-PACKAGES = ("shards", "toolkit", "launch")
+PACKAGES = ("shards", "toolkit", "launch", "__main__")  # the last: a command that runs as a script
 
 
 def setup_logging(level: str = "info", rank: int | None = None) -> None:

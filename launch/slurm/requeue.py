@@ -38,7 +38,7 @@ from launch.status.failure import failure_of, last_line
 from shards.errors import ExitCode
 from shards.logs import setup_logging
 
-logger = logging.getLogger("launch.slurm.requeue")  # also as a script
+logger = logging.getLogger(__name__)
 
 _MAX_KILLED = 3  # requeues in a row of a job whose ranks are killed without a new checkpoint
 _MAX_SAVED = 20  # the same of a job that is stopped by a signal
