@@ -29,6 +29,21 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         UserError: The configuration, the shards or the run folder are not valid.
     """
+    config, options = parse(sys.argv[1:] if arguments is None else arguments, build_parser())
+    config.training.resume = options.resume or config.training.resume
+    if options.dry_run:
+        print(dry_run(config, options.ranks))
+        return
+    if options.profile is not None and options.profile < 1:
+        raise UserError(f"--profile {options.profile}: expected 1 or more steps")
+    if options.ranks is not None:
+        raise UserError("--ranks is an option of --dry-run; a training has as many as it is launched with")
+    check_alone(os.environ)  # before all of them import torch
+    train(config, options.profile)
+
+
+def build_parser() -> Parser:
+    """The command line: the options of this command, and every key of the configuration."""
     parser = Parser(__doc__)
     parser.add_argument("--dry-run", action="store_true", help="print which rank would read what, and train nothing")
     parser.add_argument(
@@ -39,18 +54,16 @@ def main(arguments: list[str] | None = None) -> None:
         help="time some steps (10) by part and trace a few, in RUN/profile; train nothing",
     )  # fmt: skip
     parser.add_argument("--resume", metavar="WHAT", help="the same as --training.resume (default: auto)")
-    config, options = parse(sys.argv[1:] if arguments is None else arguments, parser)
-    config.training.resume = options.resume or config.training.resume
-    if options.dry_run:
-        print(dry_run(config, options.ranks))
-        return
-    if options.profile is not None and options.profile < 1:
-        raise UserError(f"--profile {options.profile}: expected 1 or more steps")
-    if options.ranks is not None:
-        raise UserError("--ranks is an option of --dry-run; a training has as many as it is launched with")
+    return parser
 
-    check_alone(os.environ)  # before all of them import torch
 
+def train(config: Config, profiled_steps: int | None = None) -> None:
+    """Train on this rank, or profile some steps.
+
+    Args:
+        config: The configuration.
+        profiled_steps: Steps to profile; nothing is trained then.
+    """
     from toolkit.data import check_dev, open_order
     from toolkit.distributed import initialise
     from toolkit.rank_sync import run_on_rank_zero
@@ -62,10 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
     # Raise errors of the configuration before a run folder is made.
     deepspeed_settings = deepspeed_config(config, world_size)
     data = open_order(config, world_size)
-    if options.profile:
+    if profiled_steps:
         from toolkit.training.metrics.profile import profile_training
 
-        profile_training(config, rank, world_size, device, options.profile, data, deepspeed_settings)
+        profile_training(config, rank, world_size, device, profiled_steps, data, deepspeed_settings)
         return
     check_dev(config)
     run = Path(config.run)

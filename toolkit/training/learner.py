@@ -125,11 +125,8 @@ class Learner(nn.Module):
             losses = {"contrastive": self.contrast(*embeddings, keys, queue, batch.ids, temperature, alpha)}
 
         if match:
-            local = matching.negatives == "local"
-            candidates = keys[self._own_rows(batch.ids)] if local else keys
-            ranks = (0, 1) if local else (self.rank, self.world_size)
-            random = randomness.negatives
-            negatives = HardNegatives(speech, image, candidates, batch.ids, temperature, random, token_queue, *ranks)
+            uniforms = randomness.negatives
+            negatives = self.request_negatives(speech, image, keys, batch.ids, temperature, uniforms, token_queue)
         if denoise:  # between request and fetch of the negatives: it hides the wait for them
             clean = (speech, image) if denoising.target == "own" else (teacher_speech, teacher_image)
             denoising_losses = self.denoise(speech, image, *clean, batch.ids, randomness.noise, controls)
@@ -163,6 +160,22 @@ class Learner(nn.Module):
         """Gather the keys of all ranks: one collective for both modalities and the identities."""
         embeddings, integers = gather_packed([speech, image], [ids], self.rank, self.world_size, differentiable)
         return ContrastiveKeys(*embeddings, *integers)
+
+    def request_negatives(
+        self,
+        speech: Encoded,
+        image: Encoded,
+        keys: ContrastiveKeys,
+        ids: Tensor,
+        temperature: Tensor,
+        uniforms: Tensor,
+        token_queue: TokenQueue | None,
+    ) -> HardNegatives:
+        """Draw SIM's negatives from all ranks' pairs or this rank's, and request their tokens."""
+        local = self.objectives.matching.negatives == "local"
+        candidates = keys[self._own_rows(ids)] if local else keys
+        ranks = (0, 1) if local else (self.rank, self.world_size)
+        return HardNegatives(speech, image, candidates, ids, temperature, uniforms, token_queue, *ranks)
 
     @spanned("SIC")
     def contrast(
