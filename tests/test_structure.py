@@ -17,6 +17,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "shards": (
         "shards.errors",
         "shards.media",
+        "shards.augment",
         "shards.corpora",
         "shards.reading",
         "shards.writing",
