@@ -18,7 +18,9 @@ from shards.reading.reader import Reader
 from tests.shards.media.noise import noise, spoil
 from tests.shards.reading.test_dataset import MAX_SECONDS, assert_same, batches, joined, order_for
 
-HALF = Augment(SpeechAugment(**dict.fromkeys(SPEECH_KINDS, 0.5)), ImageAugment(**dict.fromkeys(IMAGE_KINDS, 0.5)))
+SPEECH: dict[str, Any] = dict.fromkeys(SPEECH_KINDS, 0.5)
+IMAGE: dict[str, Any] = dict.fromkeys(IMAGE_KINDS, 0.5)
+HALF = Augment(SpeechAugment(**SPEECH), ImageAugment(**IMAGE))
 BABBLE = Augment(SpeechAugment(babble=1.0))
 
 
