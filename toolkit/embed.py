@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("inputs", nargs="*", metavar="INPUT", help="files, one folder, or one table (.csv, .tsv, .jsonl)")
     add("--shards", metavar="DIR", help="folder or URL of shards instead; needs --split")
     add("--split", help="split of the shards")
-    add("--modality", choices=("image", "audio"), default="image", help="what to embed (default: image)")
+    add("--modality", choices=("image", "audio"), default="image", help="images or audio (default: image)")
     add("--out", type=Path, required=True, metavar="FILE", help="FILE.npy or FILE.parquet")
     add("--dry-run", action="store_true", help="print how many would be encoded, and write nothing")
     add_model(parser)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def open_inputs(options: argparse.Namespace) -> "Source":
-    """Open what the command line names.
+    """Open the inputs named on the command line.
 
     Raises:
         UserError: There is no such file, or several folders or tables are given.

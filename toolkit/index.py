@@ -1,6 +1,6 @@
 """Index images or audio files: python toolkit/index.py --model RUN --pictures DIR --out INDEX.
 
-A second run adds, updates and drops only what has changed; a killed run continues.
+A second run encodes only new and changed files, and drops those that no longer exist; a killed run continues.
 """
 
 import argparse
@@ -31,15 +31,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add_model(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--pictures", metavar="DIR", help="folder of images, with its subfolders")
-    what.add_argument("--audio", metavar="DIR", help="folder of audio files, with its subfolders")
-    what.add_argument("--shards", metavar="DIR", help="folder or URL of shards; needs --split")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--pictures", metavar="DIR", help="folder of images, with its subfolders")
+    source.add_argument("--audio", metavar="DIR", help="folder of audio files, with its subfolders")
+    source.add_argument("--shards", metavar="DIR", help="folder or URL of shards; needs --split")
     add("--split", help="split of the shards")
     add("--captions", action="store_true", help="index the audio of the shards instead of the images")
     add("--out", type=Path, required=True, metavar="INDEX", help="folder of the index")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of a new index (default: float16)")
-    add("--dry-run", action="store_true", help="print what would be encoded and dropped, and write nothing")
+    add("--dry-run", action="store_true", help="print how many items would be encoded and dropped, and write nothing")
     add_log_level(parser)
     return parser
 
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def open_items(options: argparse.Namespace) -> "Source":
-    """Open what the command line names.
+    """Open the source named on the command line.
 
     Raises:
         UserError: There is no such folder, or there are no such shards.

@@ -36,7 +36,7 @@ class Encoder:
     Attributes:
         model: The model.
         processor: Its preprocessing.
-        device: Where it computes.
+        device: Device of the model.
     """
 
     model: "SpeechImageModel"
@@ -132,7 +132,7 @@ def find_model(source: str, checkpoint: str | None = None) -> Path:
 
 
 def model_checksum(folder: Path) -> str:
-    """SHA-256 of everything in an exported model that its embeddings depend on.
+    """SHA-256 of the parts of an exported model that affect its embeddings.
 
     Raises:
         UserError: A file is missing or cannot be read.

@@ -1,4 +1,4 @@
-"""What is embedded: images or audio files in a folder, files named one by one, or the samples of shards."""
+"""Sources of items to embed: images or audio files in a folder, files of a list, or the samples of shards."""
 
 import csv
 import json
@@ -69,7 +69,7 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Files under a root, or named one by one (root ""); hidden files and folders are left out.
+    """Files under a root, or of a list; hidden files and folders are left out.
 
     Args:
         root: Folder that names are relative to.
@@ -230,7 +230,7 @@ class ShardSource:
 
 
 def open_source(description: dict[str, str], modality: Modality) -> Source:
-    """Open a source from what its `describe` returned.
+    """Open a source from the result of its `describe`.
 
     Raises:
         UserError: The shards do not exist or have changed.

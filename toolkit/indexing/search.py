@@ -25,7 +25,7 @@ from toolkit.model.outputs import Encoded
 logger = logging.getLogger(__name__)
 
 Fuse = Literal["fitted", "sum", "matching"]
-_CHUNK_VALUES = 1 << 20  # of the index, converted at once: what fits a core's cache is fastest
+_CHUNK_VALUES = 1 << 20  # of the index, converted to float32 at once; larger chunks leave the cache
 _QUERIES = 256  # searched at once
 _RERANK_BATCH = 32  # candidates encoded at once
 
@@ -37,10 +37,10 @@ class Hit:
     Attributes:
         row: Row in the index.
         name: Name of the item.
-        path: Where it is.
+        path: Path of the file, or shards and key.
         cosine: Of the embeddings.
         match: Match logit; None: not re-ranked.
-        score: What orders the re-ranked results; without re-ranking the cosine.
+        score: Score by which the result is ordered; without re-ranking the cosine.
     """
 
     row: int

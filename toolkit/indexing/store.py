@@ -34,10 +34,10 @@ class Head:
     """Contents of `index.json`.
 
     Attributes:
-        modality: What the items are.
+        modality: Images or audio files.
         model: SHA-256 of the model that made the embeddings; see `model_checksum`.
-        model_folder: Where that model was, for a search that names none.
-        source: Where the items are; see `open_source`.
+        model_folder: Folder of that model, the default of a search.
+        source: Location of the items; see `open_source`.
         dim: D, size of an embedding.
         dtype: Of the embeddings.
         rows: N, number of items.
@@ -116,7 +116,7 @@ def write_head(folder: Path, head: Head) -> None:
 
 
 class Index:
-    """An index, opened for reading: only what is used is read from the disk.
+    """An index, opened for reading: embeddings and lines are read from the disk when they are used.
 
     Attributes:
         folder: Its folder.

@@ -1,4 +1,4 @@
-"""Bring an index up to date: encode what is new or changed, drop what is gone."""
+"""Update of an index: encode new and changed items, drop items that no longer exist."""
 
 import logging
 import os
@@ -34,7 +34,7 @@ class Changes:
         keep: Items of the index that are unchanged.
         added: Number of new items.
         changed: Number of changed items.
-        dropped: Number of items that are gone.
+        dropped: Number of items that no longer exist.
     """
 
     encode: list[Item]
@@ -51,7 +51,7 @@ class Update(NamedTuple):
     """Result of an update.
 
     Attributes:
-        changes: What was different.
+        changes: Differences between the index and its source.
         unreadable: Names of the items that were left out.
         rows: Number of items in the index now.
     """
@@ -136,7 +136,7 @@ def update(
     device: str | None = None,
     dtype: str = "float16",
 ) -> Update:
-    """Make or update an index; a killed update continues where it was.
+    """Make or update an index; a killed update continues.
 
     Args:
         folder: The index.

@@ -1,4 +1,4 @@
-"""Writing of an index: a journal of what has been encoded, and the commit that merges it.
+"""Writing of an index: a journal of encoded items, and the commit that merges it.
 
     lock             locked by the process that updates the index
     pending.bin      embeddings of encoded items that are not in the index yet, append-only
@@ -67,7 +67,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, head: Head) -> None:
-        """Open the journal of an index, and cut off what a killed process left incomplete."""
+        """Open the journal of an index, and cut off rows that a killed process left incomplete."""
         self.folder, self.head = folder, head
         self._embeddings = open(folder / PENDING, "a+b")  # noqa: SIM115  closed by `close`
         self._lines = open(folder / PENDING_ITEMS, "a+b")  # noqa: SIM115
