@@ -61,9 +61,8 @@ class Job:
         environment = JobEnvironment()
         ranks_here = environment.num_tasks // environment.num_nodes
         local = self.port is not None
-        restart = restart_count(
-            os.environ
-        )  # each attempt has another port: a rank of an earlier one may still hold its
+        # Each attempt uses another port; a rank of an earlier attempt may still hold the old one.
+        restart = restart_count(os.environ)
         return {
             "RANK": str(environment.global_rank),
             "WORLD_SIZE": str(environment.num_tasks),

@@ -17,7 +17,7 @@ from shards.errors import UserError
 # A line of sbatch's answer; with --parsable the second. A cluster is named where there are several.
 _SUBMITTED = (re.compile(r"Submitted batch job (\d+)(?: on cluster \S+)?"), re.compile(r"(\d+)(?:;\S+)?"))
 _SACCTMGR = ("sacctmgr", "--noheader", "--parsable2", "--readonly", "list")
-_QUERY_TIMEOUT = 20.0  # seconds for a query, which is repeated or done without
+_QUERY_TIMEOUT = 20.0  # seconds for a query, which is retried or skipped
 _CONFIG_TIMEOUT = 60.0  # seconds for `scontrol show config`, without which nothing is submitted
 _CONTROLLER_TIMEOUT = 600.0  # seconds that an unreachable controller is waited for by a job that ends
 _RETRY_INTERVAL = 2.0  # seconds

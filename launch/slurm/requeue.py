@@ -1,7 +1,7 @@
 """Requeue logic of the batch script: records each attempt of a job and decides whether to restart it.
 
 `python launch/slurm/requeue.py FOLDER begin` and `python launch/slurm/requeue.py FOLDER CODE` are lines of the batch
-script. They append two lines for each attempt to `FOLDER/attempts.jsonl`, and requeue the job where that helps:
+script. They append two lines for each attempt to `FOLDER/attempts.jsonl`, and requeue the job if `decide` says so:
 
     {"restart": 1, "began": ..., "hosts": ["node1"], "job": "17", "began_step": 400, "errors": 3120}
     {"restart": 1, "ended": ..., "code": 75, "requeued": true, "why": "...", "cause": "saved", "step": 600}
@@ -41,7 +41,7 @@ from shards.logs import setup_logging
 logger = logging.getLogger(__name__)
 
 _MAX_KILLED = 3  # requeues in a row of a job whose ranks are killed without a new checkpoint
-_MAX_SAVED = 20  # the same of a job that is stopped by a signal
+_MAX_SAVED = 20  # requeues in a row of a job that is stopped by a signal
 _GRACE_SHARE = 0.6  # of the time from SLURM's TERM to its KILL, which the ranks have before srun is killed
 _LOG_TAIL = 2**18  # bytes of the script's error log that are read
 _EXITED = re.compile(r"^srun: error: \S+ tasks? ([\d,-]+): Exited with exit code (\d+)", re.MULTILINE)
@@ -52,8 +52,8 @@ class RestartDecision:
     """Whether a job is restarted, and why.
 
     Attributes:
-        cause: done, saved (stopped by a signal), killed, failed, mistake, cancelled, or slurm where that requeues the
-            job by itself.
+        cause: done, saved (stopped by a signal), killed, failed, mistake, cancelled, or slurm (SLURM requeues
+            it itself).
         requeue: Whether this script has to requeue the job.
         why: Explanation for people.
     """
@@ -184,7 +184,9 @@ def decide(
     recorded = recorded or [code]
     if failures := list(filter(_is_error, recorded)):
         if ExitCode.USER_ERROR in failures:
-            return RestartDecision("mistake", False, "a mistake in the configuration or the data: no restart")
+            return RestartDecision(
+                "mistake", False, f"an error that the user has to fix (exit code {ExitCode.USER_ERROR:d}): no restart"
+            )
         return RestartDecision("failed", False, f"a rank failed with exit code {failures[0]}: no restart")
     # One of several ranks that save together may be killed by srun before it records its exit code; but without a new
     # checkpoint it did not save.
@@ -245,14 +247,14 @@ def srun_exits(text: str) -> dict[int, int]:
 def _record_failed_starts(
     folder: Path, code: int, begun: Collection[int], environment: Mapping[str, str], logs: Path
 ) -> str | None:
-    """Write the status of ranks that failed before they could: no python there, or one without the packages.
+    """Write the status of ranks that failed before they could: Python or the packages are missing on the node.
 
     Returns:
         How the first of them ended; None if there is none.
     """
     restart = restart_count(environment)
     errors = _errors(folder, restart, _error_log(logs, environment))
-    # 255 is an error of the container's runtime here; of a process that has begun it would be a signal's.
+    # Before a rank begins, 255 comes from the container runtime.
     failed = {rank: each for rank, each in srun_exits(errors).items() if _is_error(each) or each == ExitCode.CONTAINER}
     not_begun = {rank: failed[rank] for rank in sorted(failed.keys() - begun)}
     try:

@@ -38,6 +38,8 @@ _STATES = {
 }
 ENDED = ("done", "failed", "cancelled", "stopped")
 
+FROM_FILES = "from the run's files; SLURM is not queried"  # reason where the state is not known better
+
 
 @dataclass
 class RunState:
@@ -122,7 +124,7 @@ def run_states(runs: Collection[Path]) -> list[RunState]:
 
 
 def check_idle(runs: Collection[Path]) -> str:
-    """Check that none of these runs has a pending or running job: of two the older would be aborted.
+    """Check that none of these runs has a pending or running job: a second job would abort the first.
 
     Returns:
         A line for the dry run.
@@ -219,7 +221,10 @@ def _ended_state(
         return "cancelled", reason, None
     if stopped or (last and last.cause == "saved"):
         return "stopped", reason, None
-    return "failed", failure.how if failure and failure.code is not None else reason, failure
+    if failure is None or failure.code is None:
+        return "failed", reason, failure
+    limited = last is not None and last.cause in ("saved", "killed")  # the restarts' limit says more than a code
+    return "failed", f"{failure.how}; {reason}" if limited else failure.how, failure
 
 
 def _state_from_folder(
@@ -231,7 +236,7 @@ def _state_from_folder(
     if failure is not None and not attempts:
         return "failed", failure.how, failure
     begun = any(Status(recorded.folder, rank).read() for rank in range(recorded.submission.ranks))
-    return ("running", "by its folder alone", None) if begun else ("waiting", "by its folder alone", None)
+    return ("running", FROM_FILES, None) if begun else ("waiting", FROM_FILES, None)
 
 
 def _steps(run: Path, recorded: Recorded | None) -> int | None:

@@ -101,8 +101,9 @@ def duration(seconds: float) -> str:
 
 
 def _state_text(state: RunState) -> str:
-    """Return the state, and why a run waits; why it failed is below the table."""
-    return f"{state.state} ({state.reason})" if state.reason and state.state == "waiting" else state.state
+    """Return the state, and why a run waits or stopped; why it failed is below the table."""
+    explained = state.reason and state.state in ("waiting", "stopped")
+    return f"{state.state} ({state.reason})" if explained else state.state
 
 
 def _step(state: RunState) -> str:

@@ -113,10 +113,10 @@ class EpochStream:
         """Return sample number and caption row that replace picture `number` of a step; see `Order.replacement`."""
         first, end = self.share.drawn(step), self.share.drawn(step + 1)
         epoch, last = divmod(end - 1, self.pictures)
-        rank = ((attempt - 1) * (end - first) + number) % (self.pictures - (end - first))
+        candidate = ((attempt - 1) * (end - first) + number) % (self.pictures - (end - first))
         # Among the pictures that follow, at most those of this step are skipped.
-        following = self._samples(epoch, (last + 1 + np.arange(rank + end - first)) % self.pictures)
-        sample = following[~np.isin(following, self.draw(step)[0])][rank : rank + 1]
+        following = self._samples(epoch, (last + 1 + np.arange(candidate + end - first)) % self.pictures)
+        sample = following[~np.isin(following, self.draw(step)[0])][candidate : candidate + 1]
         return int(sample[0]), int(self._captions(sample, np.array([epoch]))[0])
 
     def _captions(self, samples: np.ndarray, epochs: np.ndarray) -> np.ndarray:

@@ -152,10 +152,10 @@ class Order:
         if stream.pictures < 2 * stream.share.maximum:
             more = "give it more pictures" if len(self.sources) == 1 else "give it more pictures or less weight"
             size = self._largest_batch_size()
-            mend = f"set --training.batch_size to {size} or less" if size else more
+            fix = f"set --training.batch_size to {size} or less" if size else more
             raise UserError(
                 f"a batch of {self.batch_size} needs at least {2 * stream.share.maximum} pictures, {name} has "
-                f"{stream.pictures}: {mend}"
+                f"{stream.pictures}: {fix}"
             )
 
     def _largest_batch_size(self) -> int:
@@ -228,7 +228,7 @@ def rank_slice(
     """
     if batch_size % (shard_groups * micros) or batch_size % (micros * world_size):
         raise UserError(
-            f"--training.batch_size {batch_size} does not divide by {micros} micro-batches x {shard_groups} shard "
+            f"--training.batch_size {batch_size} is not divisible by {micros} micro-batches x {shard_groups} shard "
             f"groups or x {world_size} ranks: set it to a multiple of {micros * math.lcm(shard_groups, world_size)}"
         )
     group_parts = np.arange(batch_size, dtype=np.int64).reshape(shard_groups, micros, -1)

@@ -83,7 +83,7 @@ def of_rank(rank: int, world_size: int, hidden: int, layers: int, repeats: int) 
     training = config.Training(batch_size=world_size, precision="fp32", zero_stage=1)
     learner = Learner(model, off, rank, world_size)
     engine = make_engine(learner, config.Config(training=training), world_size, torch.device("cpu"))
-    teacher.follow(engine, rank, world_size)
+    teacher.attach(engine, rank, world_size)
     teacher._refresh = lambda: None  # type: ignore[method-assign]  # the gather depends on the network, not on this
     times = []
     for turn in range(repeats * world_size):

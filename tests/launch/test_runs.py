@@ -15,7 +15,7 @@ from launch import runs
 from launch.job import Job, Status
 from launch.record import ATTEMPTS, Submission
 from launch.slurm.client import SlurmJob, find_jobs
-from launch.status.state import check_idle, find_runs, run_states
+from launch.status.state import FROM_FILES, check_idle, find_runs, run_states
 from shards.errors import UserError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks need not find this file
@@ -169,7 +169,7 @@ def test_another_process_with_the_number_is_not_taken_for_the_job(tmp_path):
 
 def test_a_job_of_another_machine(tmp_path):
     rank(record(tmp_path, cluster="local", host="elsewhere"))
-    assert (state_of(tmp_path).state, state_of(tmp_path).reason) == ("running", "by its folder alone")
+    assert (state_of(tmp_path).state, state_of(tmp_path).reason) == ("running", FROM_FILES)
     with pytest.raises(UserError, match="this job runs on elsewhere"):
         runs.cancel(tmp_path)
 
@@ -177,16 +177,16 @@ def test_a_job_of_another_machine(tmp_path):
 def test_from_the_folder_alone(tmp_path):
     """The states of a job in turn, without SLURM."""
     folder = record(tmp_path)
-    assert stands(tmp_path) == ("waiting", "by its folder alone")
+    assert stands(tmp_path) == ("waiting", FROM_FILES)
     attempt(folder, restart=0, began=1.0, hosts=["n1"])
     rank(folder)
-    assert stands(tmp_path) == ("running", "by its folder alone")
+    assert stands(tmp_path) == ("running", FROM_FILES)
     rank(folder, 75)
     attempt(folder, restart=0, ended=2.0, code=75, requeued=True, why="asked to stop: restarting", cause="saved")
     assert stands(tmp_path) == ("waiting", "asked to stop: restarting")
     attempt(folder, restart=1, began=3.0, hosts=["n1"])
     rank(folder, restart=1)
-    assert stands(tmp_path) == ("running", "by its folder alone")
+    assert stands(tmp_path) == ("running", FROM_FILES)
     assert state_of(tmp_path).restarts == 1
     rank(folder, 1, restart=1)
     attempt(folder, restart=1, ended=4.0, code=1, requeued=False, why="a rank failed", cause="failed")

@@ -89,7 +89,7 @@ class Learner(nn.Module):
         randomness: StepRandomness,
         cached: CachedGradients | None = None,
         token_queue: TokenQueue | None = None,
-        controls: bool = False,
+        measure_controls: bool = False,
         coarse: bool = False,
     ) -> tuple[dict[str, Tensor], Pairs]:
         """Compute the losses of one micro-batch.
@@ -102,8 +102,8 @@ class Learner(nn.Module):
             randomness: Random numbers of negatives and noise.
             cached: Gradients of SIC, where it was computed over the accumulated batch.
             token_queue: Pairs of earlier batches, further candidates for SIM's negatives.
-            controls: Also measure SIM and CMD with the tokens of another pair in place of the right ones; a loss that
-                does not get worse by that does not use them.
+            measure_controls: Also measure SIM and CMD with the tokens of another pair in place of the right ones; a
+                loss that does not get worse by that does not use them.
             coarse: Compute SIC alone.
 
         Returns:
@@ -129,9 +129,9 @@ class Learner(nn.Module):
             negatives = self.request_negatives(speech, image, keys, batch.ids, temperature, uniforms, token_queue)
         if denoise:  # between request and fetch of the negatives: it hides the wait for them
             clean = (speech, image) if denoising.target == "own" else (teacher_speech, teacher_image)
-            denoising_losses = self.denoise(speech, image, *clean, batch.ids, randomness.noise, controls)
+            denoising_losses = self.denoise(speech, image, *clean, batch.ids, randomness.noise, measure_controls)
         if match:
-            losses |= self.match(speech, image, negatives, controls)
+            losses |= self.match(speech, image, negatives, measure_controls)
         if denoise:
             losses |= denoising_losses
 
@@ -204,13 +204,15 @@ class Learner(nn.Module):
         )
 
     @spanned("SIM")
-    def match(self, speech: Encoded, image: Encoded, negatives: HardNegatives, controls: bool) -> dict[str, Tensor]:
+    def match(
+        self, speech: Encoded, image: Encoded, negatives: HardNegatives, measure_controls: bool
+    ) -> dict[str, Tensor]:
         """Compute SIM: classify matching pairs and those with a hard negative; as a control, with wrong patches."""
         wrong_speech, wrong_image = negatives.fetch()
         spoken, shown = stack(speech, speech, wrong_speech), stack(image, wrong_image, image)
         logits = self._match_logits(spoken, shown)
         losses = {"matching": matching_loss(*logits, negatives.valid)}
-        if controls and len(speech.mask) > 1:
+        if measure_controls and len(speech.mask) > 1:
             with _no_side_effects(shown.mask.device):
                 control = self._match_logits(spoken, shown[_neighbors(shown.mask)])
             losses["matching_control"] = matching_loss(*control, negatives.valid)
@@ -232,7 +234,7 @@ class Learner(nn.Module):
         clean_image: Encoded,
         ids: Tensor,
         random: CounterRNG,
-        controls: bool,
+        measure_controls: bool,
     ) -> dict[str, Tensor]:
         """Compute CMD: rebuild each noised side by attending to the other; as a control, to another pair's."""
         sides = {"image": (image, speech, clean_image), "speech": (speech, image, clean_speech)}
@@ -246,7 +248,7 @@ class Learner(nn.Module):
             positions = noised.positions if c.positions == "noised" else student.mask
             target = (clean.tokens.detach(), positions, student.mask, c.loss, c.token_temperature)
             rebuilt.append(denoising_loss(denoiser(noised.tokens, student.mask, other.tokens, other.mask), *target))
-            if controls and len(ids) > 1:
+            if measure_controls and len(ids) > 1:
                 with _no_side_effects(other.mask.device):
                     wrong = other[_neighbors(other.mask)]
                     tokens = denoiser(noised.tokens, student.mask, wrong.tokens, wrong.mask)

@@ -81,7 +81,7 @@ class MomentumEncoder:
         self._lay_out(self._own_cuts(), [average.to(device) for average in self.average], 0, 1)
         return self
 
-    def follow(self, engine: Any, rank: int, world_size: int) -> "MomentumEncoder":
+    def attach(self, engine: Any, rank: int, world_size: int) -> "MomentumEncoder":
         """Start at the float32 weights of an engine's optimizer, and average them where they are stored.
 
         Args:

@@ -78,7 +78,7 @@ class Trainer:
         self.lease = run_on_rank_zero(lambda: lease.take(run), rank)
         self.watchdog = Watchdog(run, rank, config.training.watchdog)
         self.training_manifests, self.order = data or open_order(config, world_size)
-        # Recall on dev is measured on this data set, of which a mixture need not consist.
+        # Recall on dev is measured on this data set, which need not be part of the mixture.
         self.manifest = load_manifest(config.data.shards) if config.data.mixture else self.training_manifests[0]
 
         torch.manual_seed(config.seed)
@@ -91,7 +91,7 @@ class Trainer:
             recompute_activations(self.learner)
         self.engine = make_engine(self.learner, config, world_size, device, deepspeed_settings)
         if self.teacher:
-            self.teacher.follow(self.engine, rank, world_size)
+            self.teacher.attach(self.engine, rank, world_size)
         self.nonfinite_detector = None
         if config.training.detect_nonfinite:
             teacher = {"teacher": self.teacher.encoder} if self.teacher else {}
@@ -112,8 +112,8 @@ class Trainer:
         """Take the remaining steps; evaluate, save and log as configured.
 
         A signal that requests a stop lets the step under way complete; it is saved, and an evaluation that is due is
-        left out, since the sender will not wait for it. While steps are being skipped no checkpoint replaces an older
-        one, which may be the last with finite weights.
+        left out, since the sender will not wait for it. While steps are being skipped, periodic
+        checkpoints are left out: an older one may be the last with finite weights.
 
         Raises:
             UserError: Too many steps in a row had a loss or gradient that is not finite.
@@ -165,7 +165,7 @@ class Trainer:
         accumulation, coarse = training.accumulation, is_coarse(self.config.objectives, step)
         teacher, token_queue = (None, None) if coarse else (self.teacher, self.token_queue)
         alpha = soft_target_weight(self.config.objectives, step)
-        controls = (step + 1) % training.log_every == 0
+        measure_controls = (step + 1) % training.log_every == 0
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
         if self.nonfinite_detector:
@@ -183,7 +183,7 @@ class Trainer:
             cached = caches[micro] if fetched else None
             randomness = self.seed(step, micro)
             losses, encoded = self.engine(
-                batch, teacher, self.queue, alpha, randomness, cached, token_queue, controls=controls, coarse=coarse
+                batch, teacher, self.queue, alpha, randomness, cached, token_queue, measure_controls, coarse
             )
             with span("backward"):
                 backward(self.engine, losses["loss"])
@@ -195,7 +195,7 @@ class Trainer:
             self.progress.skipped_in_a_row = 0
             self.exact_temperature.refresh()
             with span("teacher's average, queue"):
-                self.follow(step, pairs)
+                self.update_teacher_and_queues(step, pairs)
         else:
             self._count_skipped()
         return losses
@@ -238,7 +238,7 @@ class Trainer:
         ranks = self.rank, self.world_size
         return seed_micro_batch(self.config.seed, step, micro, accumulation, self.order, *ranks, self.device)
 
-    def follow(self, step: int, pairs: list[Pairs]) -> None:
+    def update_teacher_and_queues(self, step: int, pairs: list[Pairs]) -> None:
         """After an applied step: update the teacher's average, and push the step's pairs to the queues."""
         coarse = is_coarse(self.config.objectives, step)
         if self.teacher:

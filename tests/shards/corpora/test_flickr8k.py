@@ -109,9 +109,7 @@ def test_texts_or_speakers_that_are_lost_are_counted(tmp_path, caplog, name):
     lines = (root / name).read_text().splitlines()
     (root / name).write_text("\n".join(lines[:-3]))
     read("flickr8k", "--root", root)
-    assert (
-        f"3 of 10 captions have no {'text' if name == TEXTS else 'speaker'} in {root / name}" in caplog.text
-    )
+    assert f"3 of 10 captions have no {'text' if name == TEXTS else 'speaker'} in {root / name}" in caplog.text
 
 
 @pytest.mark.parametrize("name", [TEXTS, "flickr_audio/wav2spk.txt"])

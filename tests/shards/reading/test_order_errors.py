@@ -133,10 +133,10 @@ def test_the_batch_that_an_error_names_fits() -> None:
 
 def test_a_batch_that_ranks_or_shard_groups_do_not_divide_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"does not divide by 2 micro-batches x 1 shard groups or x 3 ranks: .* multiple of 6"
+        UserError, match=r"is not divisible by 2 micro-batches x 1 shard groups or x 3 ranks: .* multiple of 6"
     ):
         rank_slice(16, 0, 2, 0, 3)
     with pytest.raises(
-        UserError, match=r"does not divide by 3 micro-batches x 4 shard groups or x 2 ranks: .* multiple of 12"
+        UserError, match=r"is not divisible by 3 micro-batches x 4 shard groups or x 2 ranks: .* multiple of 12"
     ):
         rank_slice(18, 0, 3, 0, 2, shard_groups=4)

@@ -33,7 +33,7 @@ def losses(
     rows = len(images)
     batch = Batch(images, waveforms, torch.full((rows,), waveforms.shape[1]), torch.arange(rows))
     draws = StepRandomness(torch.full((2, rows), 0.5), CounterRNG(0, torch.arange(rows)))
-    found, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, controls=True)
+    found, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, measure_controls=True)
     return {name: value.item() for name, value in found.items()}
 
 
@@ -93,7 +93,7 @@ def test_controls_leave_the_losses_and_their_dropout_alone() -> None:
     found = []
     for controls in (False, True):
         torch.manual_seed(3)
-        losses, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, controls=controls)
+        losses, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, measure_controls=controls)
         found.append({name: losses[name].item() for name in ("contrastive", "matching", "denoising")})
     assert found[0] == found[1]
 

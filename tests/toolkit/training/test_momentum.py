@@ -66,7 +66,7 @@ def driven(
     engine = make_engine(learner, made, world_size, CPU)
     for p in learner.parameters() if zero == 3 else ():
         deepspeed.zero.register_external_parameter(learner, p)  # read by the learner itself: whole in its `forward`
-    return engine, teacher.follow(engine, rank, world_size)
+    return engine, teacher.attach(engine, rank, world_size)
 
 
 def step(engine: Any, number: int) -> None:

@@ -276,7 +276,7 @@ def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
     trainer = SimpleNamespace(config=whole, teacher=None, queue=EmbeddingQueue(8, 2), token_queue=None)
     for step in range(5):
         keys = ContrastiveKeys(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([step]))
-        Trainer.follow(trainer, step, [Pairs(keys)])
+        Trainer.update_teacher_and_queues(trainer, step, [Pairs(keys)])
     assert sorted(trainer.queue.ids[trainer.queue.ids >= 0].tolist()) == [3, 4]
 
 

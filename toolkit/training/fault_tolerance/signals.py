@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-ASKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
 class StopSignals:
@@ -24,7 +24,7 @@ class StopSignals:
         self.number = 0
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {asking: signal.signal(asking, self._record) for asking in ASKING}
+            self._before = {asking: signal.signal(asking, self._record) for asking in STOP_SIGNALS}
 
     def close(self) -> None:
         """Restore the previous handlers."""

@@ -22,23 +22,23 @@ class Watchdog:
     Every rank has one. The ranks synchronize in each step, so that if one stalls, all dump their stacks.
     """
 
-    def __init__(self, run: Path, rank: int, patience: float) -> None:
+    def __init__(self, run: Path, rank: int, timeout: float) -> None:
         """Prepare; watching begins on entering the context.
 
         Args:
             run: The run folder; `stacks-rankN.txt` is written there.
             rank: This process.
-            patience: Seconds that a step may take; 0 disables the watchdog.
+            timeout: Seconds that a step may take; 0 disables the watchdog.
         """
-        self.path, self.rank, self.patience = run / f"stacks-rank{rank}.txt", rank, patience
+        self.path, self.rank, self.timeout = run / f"stacks-rank{rank}.txt", rank, timeout
         self._deadline = 0.0
         self._paused = 0
         self._end = threading.Event()
 
     def __enter__(self) -> "Watchdog":
-        self._deadline = time.monotonic() + _FIRST * self.patience
+        self._deadline = time.monotonic() + _FIRST * self.timeout
         self._end.clear()
-        if self.patience:
+        if self.timeout:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -47,7 +47,7 @@ class Watchdog:
 
     def beat(self) -> None:
         """Restart the timeout: a step is complete."""
-        self._deadline = time.monotonic() + self.patience
+        self._deadline = time.monotonic() + self.timeout
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -60,14 +60,14 @@ class Watchdog:
             self._paused -= 1
 
     def _watch(self) -> None:
-        while not self._end.wait(min(1.0, self.patience / 10)):
+        while not self._end.wait(min(1.0, self.timeout / 10)):
             if not self._paused and time.monotonic() > self._deadline:
                 self._dump()
                 time.sleep(_LINGER)
                 os._exit(ExitCode.STALLED)
 
     def _dump(self) -> None:
-        line = f"rank {self.rank}: no step was completed for {self.patience:g} s (--training.watchdog); all threads:"
+        line = f"rank {self.rank}: no step was completed for {self.timeout:g} s (--training.watchdog); all threads:"
         print(line, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2)  # the file descriptor, even if sys.stderr was replaced
         with contextlib.suppress(OSError), self.path.open("w") as file:

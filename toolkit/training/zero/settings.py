@@ -17,7 +17,7 @@ _DECIDED_BY = {
     "gradient_accumulation_steps": "--training.accumulation",
     "gradient_clipping": "--training.grad_clip",
     "optimizer": "--training.lr, weight_decay and betas",
-    "scheduler": "--training.lr, warmup and min_lr",
+    "scheduler": "--training.lr, warmup_steps and min_lr",
     "zero_optimization.stage": "--training.zero_stage",
     "bf16.enabled": "--training.precision bf16 or fp32",
     "bfloat16.enabled": "--training.precision bf16 or fp32",
@@ -35,6 +35,8 @@ _FIXED = {
     "fp16.fp16_master_weights_and_grads": False,
     "gradient_allreduce_op": "mean",
     "sequence_parallel_size": 1,
+    "bf16.check_grad_overflow": True,  # else a step with non-finite gradients would be applied
+    "zero_optimization.compute_grad_norm": True,
 }
 _SECTIONS = list(dict.fromkeys(key.split(".")[0] for key in (*_DECIDED_BY, *_FIXED) if "." in key))
 _AUTO_SECTIONS = ("zero_optimization", "bf16", "fp16")  # DeepSpeed reads "auto" in them as its own default
@@ -75,13 +77,13 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "data_types": {"param_dtype": training.precision},
         "wandb": {"enabled": False},
     }
-    settings = merged(derived, _without_ours(config.deepspeed, merged(unset, derived)))
+    settings = merged(derived, _remove_derived(config.deepspeed, merged(unset, derived)))
     _check(settings)
     _refuse(settings)
     return settings
 
 
-def _without_ours(free: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+def _remove_derived(free: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """Return the section `deepspeed` without the keys that are derived from other sections.
 
     Args:
@@ -103,8 +105,8 @@ def _without_ours(free: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         value = section.pop(name)
         decided = _FIXED[key] if key in _FIXED else _lookup(ours, key.split("."))
         if value != decided and not (path and value == "auto"):
-            mend = f"it is always {decided!r} here" if key in _FIXED else f"set {_DECIDED_BY[key]}"
-            raise UserError(f"deepspeed.{key} cannot be set here; {mend}")
+            fix = f"it is always {decided!r} here" if key in _FIXED else f"set {_DECIDED_BY[key]}"
+            raise UserError(f"deepspeed.{key} cannot be set here; {fix}")
     _refuse_auto(free)
     return {name: value for name, value in free.items() if value != {}}
 
@@ -135,14 +137,14 @@ def _refuse(settings: dict[str, Any]) -> None:
     offloaded.
     """
     zero, model = settings["zero_optimization"], "bf16" if settings["bf16"].get("enabled") else "fp32"
-    added_up = (settings.get("data_types") or {}).get("grad_accum_dtype") or model
+    accumulation_dtype = (settings.get("data_types") or {}).get("grad_accum_dtype") or model
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    if added_up not in ("bf16", "fp32"):
-        raise UserError(f"deepspeed.data_types.grad_accum_dtype is {added_up!r}; expected bf16 or fp32")
-    if added_up != model and int(zero["stage"]) < (1 if offloaded else 2):
+    if accumulation_dtype not in ("bf16", "fp32"):
+        raise UserError(f"deepspeed.data_types.grad_accum_dtype is {accumulation_dtype!r}; expected bf16 or fp32")
+    if accumulation_dtype != model and int(zero["stage"]) < (1 if offloaded else 2):
         raise UserError(
-            f"deepspeed.data_types.grad_accum_dtype is {added_up} and the model {model}, which ZeRO {zero['stage']} "
-            "cannot do; set --training.zero_stage 2 or 3"
+            f"deepspeed.data_types.grad_accum_dtype is {accumulation_dtype} and the model {model}, which "
+            f"ZeRO {zero['stage']} cannot do; set --training.zero_stage 2 or 3"
         )
     for section in ("offload_optimizer", "offload_param"):
         if (zero.get(section) or {}).get("device") == "nvme":

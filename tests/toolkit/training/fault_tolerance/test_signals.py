@@ -16,7 +16,7 @@ from tests.distributed import run_ranks
 from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
 from toolkit.run_folder import to_yaml
-from toolkit.training.fault_tolerance.signals import ASKING, StopSignals
+from toolkit.training.fault_tolerance.signals import STOP_SIGNALS, StopSignals
 
 shards = test_trainer.shards
 STEPS = 6
@@ -107,10 +107,10 @@ def test_a_second_signal_in_the_save_of_the_first_does_no_harm(shards: Path, tmp
 
 
 def test_handlers_are_given_back() -> None:
-    before = [signal.getsignal(number) for number in ASKING]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     signals = StopSignals()
     os.kill(os.getpid(), signal.SIGUSR2)
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.number == signal.SIGUSR2
     signals.close()
-    assert [signal.getsignal(number) for number in ASKING] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before

@@ -65,7 +65,7 @@ OURS = [  # (key, other values, the value of ours as configured below, what is s
     ("gradient_accumulation_steps", [3, "auto"], 2, "set --training.accumulation"),
     ("gradient_clipping", [7.0, 0, "auto"], 0.5, "set --training.grad_clip"),
     ("optimizer", [{"type": "Adam"}, {"type": "AdamW", "params": {"lr": "auto"}}], None, "set --training.lr, "),
-    ("scheduler", [{"type": "WarmupLR"}], None, "set --training.lr, warmup and min_lr"),
+    ("scheduler", [{"type": "WarmupLR"}], None, "set --training.lr, warmup_steps and min_lr"),
     ("zero_optimization.stage", [0, 1, 3, "two", 4, None], 2, "set --training.zero_stage"),
     ("bf16.enabled", [False, "false", None], True, PRECISION),
     ("bfloat16.enabled", [False], True, PRECISION),
@@ -79,6 +79,8 @@ OURS = [  # (key, other values, the value of ours as configured below, what is s
     ("fp16.fp16_master_weights_and_grads", [True], False, "it is always False here"),
     ("gradient_allreduce_op", ["sum", "auto"], "mean", "it is always 'mean' here"),
     ("sequence_parallel_size", [2], 1, "it is always 1 here"),
+    ("bf16.check_grad_overflow", [False], True, "it is always True here"),
+    ("zero_optimization.compute_grad_norm", [False], True, "it is always True here"),
 ]
 
 
