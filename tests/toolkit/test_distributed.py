@@ -297,6 +297,6 @@ def test_what_fails_on_one_rank_fails_on_all_with_its_reason() -> None:
 
 def test_only_a_users_mistake_is_one_on_the_other_ranks_too() -> None:
     other, own = run_ranks(kind_of_failure, 2, ValueError)
-    assert (other, own) == ("PeerError: rank 1: shard 1 is missing", "ValueError: shard 1 is\nmissing")
+    assert (other, own) == ("RemoteRankError: rank 1: shard 1 is missing", "ValueError: shard 1 is\nmissing")
     assert run_ranks(kind_of_failure, 2, TransientError)[0] == "rank 1: shard 1 is missing"
     assert issubclass(RemoteRankError, torch.distributed.DistError)  # by which a job knows it

@@ -57,7 +57,9 @@ def test_stopping_keeps_finished_shards(slow_corpus, tmp_path, number, code, lin
     os.killpg(job.pid, number)  # as a terminal or a scheduler does: all processes
     _, errors = job.communicate(timeout=60)
     assert job.returncode == code
-    assert re.fullmatch(rf"{tmp_path}/out: \d+ of 20 shards are finished and kept: the same command.*\n{line}", errors)
+    assert re.fullmatch(
+        rf"warning: {tmp_path}/out: \d+ of 20 shards are finished and kept: the same command.*\n{line}", errors
+    )
     assert not list(tmp_path.glob("out/**/*.tmp"))
     assert finished(tmp_path / "out")
 

@@ -179,7 +179,7 @@ def test_a_restored_queue_goes_on_as_the_one_that_was_saved(before: int, after: 
 
 def test_a_queue_of_another_size_is_not_taken_over():
     (saved,), (queue,) = make(12, 2, 1), make(8, 2, 1)
-    with pytest.raises(ValueError, match="it is not of 4 micro-batches of 2 pairs"):
+    with pytest.raises(ValueError, match="it does not consist of 4 micro-batches of 2 pairs"):
         queue.load([reader(saved.state(0))], 0)
 
 

@@ -321,7 +321,7 @@ def resume_damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         resuming = checkpoints(run, rank, world_size)
         lines = collect_lines()
         progress = resuming.maybe_load_latest(engine, None, queue)
-        seen[run.name] = (progress.step, progress.restarts, queue.ids.max().item(), lines)
+        seen[run.name] = (progress.step, progress.restarts, queue.ids.max().item(), list(lines))
     seen["other data"] = caught(
         lambda: checkpoints(whole, rank, world_size, data="x").maybe_load_latest(engine, None, queue)
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shards.files import read_records
+from shards.logs import setup_logging
 from tests.distributed import run_ranks
 from tests.html_page import Page
 from tests.toolkit.training import test_trainer
@@ -137,6 +138,7 @@ def test_examples_that_are_too_large_or_no_examples_are_left_out(tmp_path: Path)
 
 
 def evaluated(rank: int, world_size: int, run: config.Config) -> str:
+    setup_logging(rank=rank)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         test_trainer.train(rank, world_size, run)
     return said.getvalue()

@@ -102,9 +102,9 @@ def values(engine: Any) -> dict[str, Any]:
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:
-    from toolkit.training.zero.engine import whole
+    from toolkit.training.zero.engine import gathered_parameters
 
-    with whole(engine, list(engine.module.parameters())):
+    with gathered_parameters(engine, list(engine.module.parameters())):
         return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
 
 
