@@ -192,7 +192,7 @@ def test_text_of_very_many_readers_is_short(tmp_path: Path) -> None:
 
 
 def test_batch_that_does_not_divide(one: Manifest) -> None:
-    with pytest.raises(UserError, match="does not divide"):
+    with pytest.raises(UserError, match="is not divisible"):
         of(one, world_size=3)
 
 
