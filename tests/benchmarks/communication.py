@@ -208,7 +208,7 @@ def main() -> int:
         trained=int(o.trained),
         averaged=int(o.averaged),
         number=2,
-        zero_stage=o.zero,
+        zero=o.zero,
     )
     machine = Machine(o.work * o.batch / o.flops, o.flops, o.bandwidth, o.latency, o.message)
     counts = [] if o.no_count else [row for ranks in COUNTED for row in compare(ranks, o.zero)]

@@ -36,7 +36,7 @@ class Stretches:
 
     def __init__(self, trainer: Trainer, steps: int) -> None:
         self.trainer, self.count, self.next = trainer, steps, 0
-        self.batch = make_batch(0, trainer.micro_batch, IMAGE_SIZE, LONGEST)
+        self.batch = make_batch(0, config.micro_batch(trainer.config, trainer.world_size), IMAGE_SIZE, LONGEST)
         self.blocked: list[float] = []
 
     def undisturbed(self) -> float:
