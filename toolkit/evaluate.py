@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -15,7 +13,7 @@ if __name__ == "__main__":  # import from the repository root, not from the scri
 from shards.errors import UserError, run_main
 from toolkit.config.load import SAVED, Parser, parse
 from toolkit.config.schema import Config
-from toolkit.run_folder import PROGRESS, load_run, trained_data
+from toolkit.run_folder import existing_exports, find_export, load_model, load_run, read_step, trained_data
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -116,28 +114,6 @@ def fit_match_weight(model: "SpeechImageModel", config: Config, k: int, process:
     retrieve(model, manifest, trained.data.dev, trained, k, process, fit=True)
 
 
-def find_export(run: Path, checkpoint: str | None) -> Path:
-    """Find an exported model of a run by name, or by the path of a folder written by `save_pretrained`.
-
-    Raises:
-        UserError: No such model exists.
-    """
-    names = ["best", "last"] if checkpoint is None else [checkpoint]
-    for folder in _existing_exports(run, names):
-        return folder
-    if checkpoint is None:
-        raise UserError(f"{run} holds no exported model yet: training writes one when it evaluates or saves")
-    exports = ", ".join(sorted(path.parent.name for path in (run / "export").glob("[!.]*/config.json"))) or "nothing"
-    raise UserError(f"no exported model {checkpoint}: {run / 'export'} holds {exports}")
-
-
-def _existing_exports(run: Path, names: list[str]) -> Iterator[Path]:
-    """Yield the existing exported models among names or paths."""
-    for folder in [run / "export" / name for name in names] + [Path(name) for name in names if os.sep in name]:
-        if (folder / "config.json").is_file():
-            yield folder
-
-
 def result_suffix(config: Config, manifest: "Manifest", split: str, k: int, export: Path) -> str:
     """Suffix of the result files' names, by which evaluations with different settings are distinguished.
 
@@ -155,7 +131,7 @@ def result_suffix(config: Config, manifest: "Manifest", split: str, k: int, expo
     """
     run, trained = Path(config.run), load_run(config.run)
     matching = trained.objectives.matching.weight > 0
-    final_export = next(iter(_existing_exports(run, ["best", "last"])), export)
+    final_export = next(iter(existing_exports(run, ["best", "last"])), export)
     settings = {  # of this evaluation, and of the final one
         "rerank": (k, trained.final.rerank if matching else 0),
         "fuse": (config.evaluation.fuse, trained.evaluation.fuse if k else config.evaluation.fuse),
@@ -182,28 +158,6 @@ def _is_training_data(trained: Config, config: Config, manifest: "Manifest") -> 
 def add_suffix(path: Path, suffix: str) -> Path:
     """Append a suffix to the stem of a file name."""
     return path.with_name(f"{path.stem}{suffix}{path.suffix}")
-
-
-def load_model(export: Path) -> "SpeechImageModel":
-    """Load an exported model in the precision that it was saved in.
-
-    Raises:
-        UserError: The folder does not hold a model of this toolkit.
-    """
-    from safetensors import SafetensorError
-
-    from toolkit.model.retrieval import SpeechImageModel
-
-    try:
-        return SpeechImageModel.from_pretrained(export, dtype="auto")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{export} cannot be loaded as a model: {str(error).splitlines()[0]}") from error
-
-
-def read_step(export: Path) -> int | None:
-    """Training step of an exported model; None if it was not exported by the trainer."""
-    path = export / PROGRESS
-    return json.loads(path.read_text())["step"] if path.is_file() else None
 
 
 def format_table(report: dict[str, Any], corpus: str) -> str:

@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -14,6 +15,9 @@ from shards.errors import UserError
 from toolkit.config.load import SAVED, apply_yaml
 from toolkit.config.schema import RENAMED_KEYS, Config
 from toolkit.config.yaml_files import FLOAT
+
+if TYPE_CHECKING:
+    from toolkit.model.retrieval import SpeechImageModel
 
 PROGRESS = "progress.json"  # in a checkpoint and in an exported model
 
@@ -140,6 +144,50 @@ def trained_data(run: Path) -> list[str] | None:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
+
+
+def find_export(run: Path, checkpoint: str | None) -> Path:
+    """Find an exported model of a run by name, or by the path of a folder written by `save_pretrained`.
+
+    Raises:
+        UserError: No such model exists.
+    """
+    names = ["best", "last"] if checkpoint is None else [checkpoint]
+    for folder in existing_exports(run, names):
+        return folder
+    if checkpoint is None:
+        raise UserError(f"{run} holds no exported model yet: training writes one when it evaluates or saves")
+    exports = ", ".join(sorted(path.parent.name for path in (run / "export").glob("[!.]*/config.json"))) or "nothing"
+    raise UserError(f"no exported model {checkpoint}: {run / 'export'} holds {exports}")
+
+
+def existing_exports(run: Path, names: list[str]) -> Iterator[Path]:
+    """Yield the existing exported models among names or paths."""
+    for folder in [run / "export" / name for name in names] + [Path(name) for name in names if os.sep in name]:
+        if (folder / "config.json").is_file():
+            yield folder
+
+
+def load_model(export: Path) -> "SpeechImageModel":
+    """Load an exported model in the precision that it was saved in.
+
+    Raises:
+        UserError: The folder does not hold a model of this toolkit.
+    """
+    from safetensors import SafetensorError
+
+    from toolkit.model.retrieval import SpeechImageModel
+
+    try:
+        return SpeechImageModel.from_pretrained(export, dtype="auto")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{export} cannot be loaded as a model: {str(error).splitlines()[0]}") from error
+
+
+def read_step(export: Path) -> int | None:
+    """Training step of an exported model; None if it was not exported by the trainer."""
+    path = export / PROGRESS
+    return json.loads(path.read_text())["step"] if path.is_file() else None
 
 
 def to_yaml(config: Config) -> str:

@@ -67,11 +67,10 @@ def measure(run: Path) -> Result:
     import torch
 
     from shards.manifest import load
-    from toolkit.evaluate import find_export, load_model
     from toolkit.evaluation.encode import ProcessInfo
     from toolkit.evaluation.recall import hits_at
     from toolkit.evaluation.retrieve import retrieve
-    from toolkit.run_folder import load_run
+    from toolkit.run_folder import find_export, load_model, load_run
 
     config = load_run(run)
     model = load_model(find_export(run, None))

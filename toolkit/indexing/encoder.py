@@ -54,8 +54,8 @@ class Encoder:
         Raises:
             UserError: The folder holds no model, or there is no such device.
         """
-        from toolkit.evaluate import load_model
         from toolkit.model.processor import SpeechImageProcessor
+        from toolkit.run_folder import load_model
 
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
         processor = SpeechImageProcessor.from_pretrained(folder)
@@ -117,7 +117,7 @@ def find_model(source: str, checkpoint: str | None = None) -> Path:
     if folder.is_dir():
         if checkpoint is None and (folder / "config.json").is_file():
             return folder
-        from toolkit.evaluate import find_export
+        from toolkit.run_folder import find_export
 
         return find_export(folder, checkpoint)
     if source.startswith(("/", ".", "~")) or source.count("/") != 1:

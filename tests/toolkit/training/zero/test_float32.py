@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from tests.distributed import device_of, run_ranks
 from tests.toolkit.training.test_trainer import settings, shards, train  # noqa: F401  the fixture
-from toolkit import evaluate
 from toolkit.config import schema as config
+from toolkit.run_folder import load_model
 
 
 def plain(each: config.Config) -> config.Config:
@@ -125,11 +125,11 @@ def test_exports_can_hold_the_optimizers_weights(shards: Path, tmp_path: Path) -
         weights = [value for value in written.values() if value.is_floating_point()]
         assert any(not torch.equal(value, value.bfloat16().float()) for value in weights)
         assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
-        assert {p.dtype for p in evaluate.load_model(folder).parameters()} == {torch.float32}
+        assert {p.dtype for p in load_model(folder).parameters()} == {torch.float32}
 
 
 @pytest.mark.timeout(120)
 def test_exports_are_in_the_models_precision_unless_asked(shards: Path, tmp_path: Path) -> None:  # noqa: F811
     run_ranks(train, 1, plain(settings(shards, tmp_path / "run", zero_stage=1, steps=1)))
     folder = tmp_path / "run" / "export" / "last"
-    assert {p.dtype for p in evaluate.load_model(folder).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(folder).parameters()} == {torch.bfloat16}
