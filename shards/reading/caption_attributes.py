@@ -1,0 +1,91 @@
+"""What is known of the captions of a split: text, speaker, language, duration, to group results by."""
+
+import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shards.manifest import Manifest
+from shards.reading.bad_samples import UnreadableSampleError
+from shards.reading.cache import Cache
+from shards.reading.reader import MAX_META, Reader
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 16  # concurrent requests to remote shards
+
+
+@dataclass(frozen=True)
+class CaptionAttributes:
+    """The captions of a split in the order of the manifest's rows; None: the shards do not say.
+
+    Attributes:
+        text: What is said, per caption.
+        speaker: Who says it; of the scenes the synthesizer's voice.
+        language: Code of the language, as in `en`.
+        duration: Seconds, float32 [captions].
+    """
+
+    text: list[str | None]
+    speaker: list[str | None]
+    language: list[str | None]
+    duration: np.ndarray
+
+
+def read_caption_attributes(manifest: Manifest, split: str, cache: Cache | None = None) -> CaptionAttributes:
+    """Read text, speaker and language of all captions of a split from the JSON of its samples.
+
+    Args:
+        manifest: The data set.
+        split: Name of the split.
+        cache: Cache of remote shards; without one each sample takes a request.
+
+    Raises:
+        UserError: There is no such split, or a shard is missing or differs in size from the manifest.
+        TransientError: The disk or network does not respond.
+    """
+    samples = manifest.rows(split)
+    rows = np.concatenate([np.arange(0), *(manifest.captions(sample) for sample in samples.tolist())])
+    attributes = CaptionAttributes([], [], [], manifest.duration[rows])
+    unreadable = 0
+    for sample, captions in zip(samples.tolist(), _captions(manifest, samples, cache), strict=True):
+        count = len(manifest.captions(sample))
+        if len(captions) != count:
+            captions, unreadable = [{}] * count, unreadable + 1
+        for name in ("text", "speaker", "language"):
+            getattr(attributes, name).extend(_text(caption, name) for caption in captions)
+    if unreadable:
+        logger.warning(
+            "%s: the JSON of %s samples of split %s is damaged: texts, speakers and languages of these are unknown",
+            manifest.place,
+            f"{unreadable:,}",
+            split,
+        )
+    return attributes
+
+
+def _captions(manifest: Manifest, samples: np.ndarray, cache: Cache | None) -> Iterable[list[Any]]:
+    """Yield the captions in the JSON of each sample; an empty list if it is damaged."""
+    reader = Reader(manifest, cache=cache)
+
+    def captions(sample: int) -> list[Any]:
+        if manifest.meta_bytes[sample] > MAX_META:
+            return []
+        try:
+            stored = reader.meta(sample)["captions"]
+        except (UnreadableSampleError, KeyError, TypeError, ValueError, RecursionError):  # not a sample's JSON
+            return []
+        return stored if isinstance(stored, list) else []
+
+    if not manifest.url:
+        return map(captions, samples.tolist())
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(captions, samples.tolist()))
+
+
+def _text(caption: Any, name: str) -> str | None:
+    value = caption.get(name) if isinstance(caption, dict) else None
+    return value if isinstance(value, str) and value else None

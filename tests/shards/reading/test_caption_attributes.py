@@ -1,0 +1,100 @@
+"""What the captions of a split are known by, in the order of the manifest, and what is unknown or damaged."""
+
+import json
+import logging
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.corpora.item import Caption, Item
+from shards.errors import UserError
+from shards.manifest import Manifest, load
+from shards.reading.cache import Cache
+from shards.reading.caption_attributes import CaptionAttributes, read_caption_attributes
+from shards.writing.writer import Format, write_shards
+from tests.shards.media.noise import drawn, spoken
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Two splits of pictures with one to three captions, in several shards."""
+    items = []
+    for n in range(11):
+        captions = [
+            Caption(
+                f"{n}-{k}", partial(spoken, 5 * n + k), f"text {n} {k}" if k else None, f"speaker {n % 3}" * (n > 4)
+            )
+            for k in range(1 + n % 3)
+        ]
+        items.append(Item(f"p{n}", "test" if n > 2 else "dev", partial(drawn, n), tuple(captions)))
+    folder = tmp_path_factory.mktemp("attributes")
+    write_shards(items, folder, "noise", Format(samples_per_shard=3), {})
+    return load(folder)
+
+
+def naive(folder: Path, split: str) -> list[dict]:
+    """The captions of a split, by another library and without the index."""
+    captions: list[dict] = []
+    for path in sorted(folder.glob(f"{split}-*.tar")):
+        with tarfile.open(path) as tar:
+            for info in tar:
+                if info.name.endswith(".json"):
+                    captions += json.loads(tar.extractfile(info).read())["captions"]
+    return captions
+
+
+def assert_same(attributes: CaptionAttributes, captions: list[dict]) -> None:
+    for name in ("text", "speaker", "language"):
+        assert getattr(attributes, name) == [caption.get(name) or None for caption in captions], name
+    np.testing.assert_allclose(attributes.duration, [caption["duration"] for caption in captions], rtol=1e-6)
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_all_captions_of_a_split_in_order(manifest: Manifest, split: str) -> None:
+    captions = naive(manifest.folder, split)
+    assert len(captions) == {"dev": 6, "test": 15}[split]
+    assert_same(read_caption_attributes(manifest, split), captions)
+
+
+def test_remote_shards_with_and_without_a_cache(manifest: Manifest, tmp_path: Path) -> None:
+    remote = load(f"file://{manifest.folder}")
+    for cache in (None, Cache(tmp_path)):
+        assert_same(read_caption_attributes(remote, "test", cache), naive(manifest.folder, "test"))
+
+
+def test_an_unknown_split_is_named(manifest: Manifest) -> None:
+    with pytest.raises(UserError, match=r"no split 'val'.*dev, test"):
+        read_caption_attributes(manifest, "val")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"[", b"\xff\xfe", b"[" * 100, b'{"captions": 3}', b'{"captions": []}', b"[1]", b"null"]
+)
+def test_damaged_json_is_unknown_and_said(
+    manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    for path in manifest.folder.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy, captions = load(tmp_path), naive(manifest.folder, "test")
+    sample = int(copy.rows("test")[1])
+    with (tmp_path / copy.shards[copy.shard[sample]].name).open("r+b") as file:
+        file.seek(int(copy.meta_offset[sample]))
+        file.write(damage.ljust(int(copy.meta_bytes[sample])))
+    first = len(copy.captions(sample - 1))
+    for row in range(first, first + len(copy.captions(sample))):
+        captions[row] = {"duration": captions[row]["duration"]}
+    with caplog.at_level(logging.WARNING):
+        assert_same(read_caption_attributes(copy, "test"), captions)
+    assert "the JSON of 1 samples of split test is damaged" in caplog.text
+
+
+def test_values_of_another_type_are_unknown(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = {"captions": [{"text": 3, "speaker": ["x"], "language": {}}, "caption", None]}
+    monkeypatch.setattr("shards.reading.reader.Reader.meta", lambda self, sample: odd)
+    attributes = read_caption_attributes(manifest, "test")
+    for name in ("text", "speaker", "language"):
+        assert set(getattr(attributes, name)) == {None}
