@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "shards.writing",
         "shards.checking",
     ),
-    "toolkit": ("toolkit.config", "toolkit.model", "toolkit.evaluation", "toolkit.training"),
+    "toolkit": ("toolkit.config", "toolkit.model", "toolkit.evaluation", "toolkit.hub", "toolkit.training"),
     "objectives": ("toolkit.objectives", "toolkit.training"),
     "launch": ("launch.slurm.client", "launch.status", "launch.slurm.requeue", "launch.submit"),
 }

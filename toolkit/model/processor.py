@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -78,21 +78,29 @@ class SpeechImageProcessor:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `preprocessor_config.json` to a folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        values = asdict(self) | {"processor_class": type(self).__name__}
+        (Path(folder) / FILE).write_text(json.dumps(values, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "SpeechImageProcessor":
+    def from_pretrained(cls, source: str | Path, **options: Any) -> "SpeechImageProcessor":
         """Read the file that `save_pretrained` wrote.
+
+        Args:
+            source: Folder or hub id.
+            options: Those of transformers' `cached_file` apply to a hub id, such as `revision`; others are ignored.
 
         Raises:
             UserError: The file is missing or was not written by this class.
         """
-        path = Path(folder) / FILE
+        path = Path(source) / FILE if Path(source).is_dir() else _download(str(source), options)
         try:
-            return cls(**json.loads(path.read_text()))
+            values = json.loads(path.read_text())
+            if (written_by := values.pop("processor_class", cls.__name__)) != cls.__name__:
+                raise ValueError(f"written by {written_by}")
+            return cls(**values)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}: pass a folder that training exported") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a processor of this toolkit ({error})") from None
 
     def _picture(self, source: Image.Image | Path | str) -> np.ndarray:
@@ -109,3 +117,15 @@ class SpeechImageProcessor:
             if wave.ndim != 1 or not len(wave) or not np.issubdtype(wave.dtype, np.floating):
                 raise UserError(f"speech: expected a float array [n], n > 0, got {wave.dtype} of shape {wave.shape}")
         return np.ascontiguousarray(wave[: int(self.max_seconds * self.sampling_rate)], dtype=np.float32)
+
+
+def _download(source: str, options: dict[str, Any]) -> Path:
+    """Fetch the file of a hub id, or find it in the cache; the path as it is where there is neither."""
+    from transformers.utils import cached_file
+
+    kept = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    try:
+        found = cached_file(source, FILE, **{key: options[key] for key in kept if key in options})
+    except OSError as error:  # of the connection, of the name, of the hub
+        raise UserError(f"{source}: no such folder, and not on the hub: {str(error).splitlines()[0]}") from None
+    return Path(found or source)
