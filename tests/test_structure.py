@@ -16,6 +16,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "packages": ("shards", "toolkit", "launch"),
     "shards": (
         "shards.errors",
+        "shards.html",
         "shards.media",
         "shards.augment",
         "shards.corpora",

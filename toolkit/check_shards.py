@@ -19,6 +19,7 @@ from shards.errors import Parser, UserError, run_main
 from shards.logs import add_log_level, setup_logging
 
 if TYPE_CHECKING:
+    from shards.checking.page import Section
     from shards.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _augmentation(options: argparse.Namespace) -> "Callable[[Manifest], list[str]] | None":
+def _augmentation(options: argparse.Namespace) -> "Callable[[Manifest], Section] | None":
     """Return what makes the page's section about the augmentation of a configuration, if requested."""
     if options.augment is None:
         return None

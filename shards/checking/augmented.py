@@ -3,7 +3,6 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,9 @@ from shards.augment.randomness import SampleRandomness
 from shards.augment.settings import IMAGE_KINDS, SPEECH_KINDS, Augment
 from shards.augment.speech import augment_speech
 from shards.checking.check_shard import text
-from shards.checking.page import data_url, draw_waveform
+from shards.checking.page import Section, card, recording
 from shards.errors import UserError
+from shards.html.render import data_url
 from shards.manifest import Manifest
 from shards.media.audio import SAMPLE_RATE, decode_audio, encode_audio
 from shards.media.picture import MAX_STORED_PIXELS, Resize, decode_picture
@@ -44,7 +44,7 @@ class Preview:
     max_seconds: float
     seed: int
 
-    def section(self, m: Manifest) -> list[str]:
+    def section(self, m: Manifest) -> Section:
         """Return the section: a sample with each kind alone, then samples with what the probabilities choose.
 
         Raises:
@@ -56,18 +56,16 @@ class Preview:
         cards = [self._card(m, rows[0], [(Augment(), 0), *((settings, 0) for settings in alone)])]
         mixed = [(self.settings, epoch * len(m.key)) for epoch in range(_VARIANTS)]
         cards += [self._card(m, row, [(Augment(), 0), *mixed]) for row in rows]
-        title = f"<h2>Augmentation: each kind alone, then {len(rows)} samples in {_VARIANTS} epochs</h2>"
-        return [title, f'<div class="grid">{"".join(cards)}</div>']
+        return Section(f"Augmentation: each kind alone, then {len(rows)} samples in {_VARIANTS} epochs", cards)
 
-    def _card(self, m: Manifest, sample: int, variants: list[tuple[Augment, int]]) -> str:
-        title = f"<h3>{escape(text(m.image_id[sample]))}</h3>"
+    def _card(self, m: Manifest, sample: int, variants: list[tuple[Augment, int]]) -> dict[str, Any]:
+        title = text(m.image_id[sample])
         try:
-            shown = "".join(self._variant(m, sample, settings, sample + offset) for settings, offset in variants)
+            return card(title, [self._variant(m, sample, settings, sample + offset) for settings, offset in variants])
         except UserError as error:
-            shown = f'<p class="bad">{escape(str(error))}</p>'
-        return f'<div class="card"><div>{title}{shown}</div></div>'
+            return card(title, problem=str(error))
 
-    def _variant(self, m: Manifest, sample: int, settings: Augment, position: int) -> str:
+    def _variant(self, m: Manifest, sample: int, settings: Augment, position: int) -> dict[str, Any]:
         reader, randomness = Reader(m), SampleRandomness(self.seed, position)
 
         def voices(generator: np.random.Generator, count: int) -> list[np.ndarray]:
@@ -82,11 +80,7 @@ class Preview:
         audio, buffer = encode_audio(wave, "flac"), io.BytesIO()
         Image.fromarray(image.transpose(1, 2, 0)).save(buffer, "PNG")
         applied = ", ".join(randomness.applied) or "unchanged"
-        return (
-            f'<div class="caption"><img alt="" src="{data_url("image/png", buffer.getvalue())}">'
-            f"<small>{escape(applied)}</small>{draw_waveform(audio)}"
-            f'<audio controls preload="none" src="{data_url("audio/flac", audio)}"></audio></div>'
-        )
+        return recording(audio, applied, picture=data_url("image/png", buffer.getvalue()))
 
     def _wave(self, reader: Reader, m: Manifest, sample: int) -> np.ndarray:
         return decode_audio(reader.audio(m.captions(sample)[0]))[: int(self.max_seconds * SAMPLE_RATE)]
