@@ -98,34 +98,79 @@ def encode(
     Raises:
         UserError: A shard is missing or holds a sample that cannot be decoded.
     """
-    source = _Source(manifest, samples, config)
-    size, device, world_size = config.evaluation.batch_size, process.device, process.world_size
-
-    images, image_tokens = _RowBuffer(len(samples)), _RowBuffer(len(samples))
-    sizes = [size] * -(-len(samples) // size)
-    schedule = _BatchSchedule(process, sizes, np.arange(len(samples)), config.data.workers)
-    for rows, loaded in schedule.load_batches("pictures", source.picture):
-        encoded = model.encode_image(torch.stack(loaded).to(device))
-        images.put(rows, _gather(encoded.embedding, rows, world_size))
-        if keep_tokens:
-            image_tokens.put(rows, _gather(encoded.tokens, rows, world_size).cpu())
-
-    # Longest first: batches need little padding, and a batch too large for the memory fails at once.
+    source = Source(manifest, samples, config)
+    images, image_tokens = encode_images(model, source.picture, len(samples), config, process, keep_tokens)
     seconds = manifest.duration[source.captions].clip(max=config.evaluation.max_seconds)
+    speech, tokens = encode_captions(model, source.speech, seconds, config, process, image_tokens)
+    return Encodings(samples, source.captions, torch.from_numpy(source.owner), images, speech, tokens)
+
+
+def encode_images(
+    model: "SpeechImageModel",
+    load: Callable[[int], Tensor],
+    count: int,
+    config: Config,
+    process: ProcessInfo,
+    keep_tokens: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Encode images; called on every rank.
+
+    Args:
+        model: In evaluation mode.
+        load: Returns image i, uint8 [3, S, S]; called in several threads.
+        count: Number P of images.
+        config: Sections `data` and `evaluation` are used.
+        process: This process.
+        keep_tokens: Keep the tokens.
+
+    Returns:
+        Embeddings float32 [P, D], on the device; tokens [P, L, H] on the CPU, or None.
+    """
+    size = config.evaluation.batch_size
+    images, tokens = _RowBuffer(count), _RowBuffer(count)
+    schedule = _BatchSchedule(process, [size] * -(-count // size), np.arange(count), config.data.workers)
+    for rows, loaded in schedule.load_batches("pictures", load):
+        encoded = model.encode_image(torch.stack(loaded).to(process.device))
+        images.put(rows, _gather(encoded.embedding, rows, process.world_size))
+        if keep_tokens:
+            tokens.put(rows, _gather(encoded.tokens, rows, process.world_size).cpu())
+    return images.complete(), tokens.complete() if keep_tokens else None
+
+
+def encode_captions(
+    model: "SpeechImageModel",
+    load: Callable[[int], Tensor],
+    seconds: np.ndarray,
+    config: Config,
+    process: ProcessInfo,
+    image_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tokens | None]:
+    """Encode captions; called on every rank.
+
+    Args:
+        model: In evaluation mode.
+        load: Returns the waveform of caption i, float32 [n]; called in several threads.
+        seconds: [C], longest duration of each waveform.
+        config: Sections `data` and `evaluation` are used.
+        process: This process.
+        image_tokens: Tokens of the images; None: no tokens are kept.
+
+    Returns:
+        Embeddings float32 [C, D], on the device; the tokens of images and captions, or None.
+    """
+    # Longest first: batches need little padding, and a batch too large for the memory fails at once.
     order = np.argsort(-seconds, kind="stable")
-    sizes = _batch_sizes(seconds[order], size, config.data.max_seconds)
+    sizes = _batch_sizes(seconds[order], config.evaluation.batch_size, config.data.max_seconds)
     schedule = _BatchSchedule(process, sizes, order, config.data.workers)
     speech, batches = _RowBuffer(len(order)), []
-    for rows, loaded in schedule.load_batches("captions", source.speech):
-        lengths = torch.tensor([len(wave) for wave in loaded], device=device)
-        encoded = model.encode_speech(pad_sequence(loaded, batch_first=True).to(device), lengths)
-        speech.put(rows, _gather(encoded.embedding, rows, world_size))
-        if keep_tokens:
+    for rows, loaded in schedule.load_batches("captions", load):
+        lengths = torch.tensor([len(wave) for wave in loaded], device=process.device)
+        encoded = model.encode_speech(pad_sequence(loaded, batch_first=True).to(process.device), lengths)
+        speech.put(rows, _gather(encoded.embedding, rows, process.world_size))
+        if image_tokens is not None:
             batches.append(Encoded(encoded.embedding.cpu(), encoded.tokens.cpu(), encoded.mask.cpu()))
-
-    tokens = Tokens(image_tokens.complete(), batches, *schedule.locate_rows(), sizes) if keep_tokens else None
-    owner = torch.from_numpy(source.owner)
-    return Encodings(samples, source.captions, owner, images.complete(), speech.complete(), tokens)
+    tokens = None if image_tokens is None else Tokens(image_tokens, batches, *schedule.locate_rows(), sizes)
+    return speech.complete(), tokens
 
 
 def _batch_sizes(seconds: np.ndarray, size: int, usual: float) -> list[int]:
@@ -154,7 +199,7 @@ def _gather(part: Tensor, batches: list[np.ndarray], world_size: int) -> Tensor:
     return torch.cat([rows[: len(batch)] for rows, batch in zip(gathered, batches, strict=False)])
 
 
-class _Source:
+class Source:
     """Decodes the model's inputs by position of the picture or caption."""
 
     def __init__(self, manifest: Manifest, samples: np.ndarray, config: Config) -> None:
