@@ -3,7 +3,7 @@
 voice (speed, tempo, pitch, formants) -> reverberation -> noise, babble -> equalizer, band limit, masks -> gain
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def augment_speech(
         decibels = uniform(generator, settings.gain_db)
         wave = wave * np.float32(10 ** (decibels / 20))
         randomness.note("gain", decibels, unit="dB")
-    return wave if wave is before else _within_full_scale(wave)
+    return wave if wave is before else within_full_scale(wave)
 
 
 def _another_voice(wave: np.ndarray, settings: SpeechAugment, randomness: SampleRandomness) -> np.ndarray:
@@ -82,10 +82,14 @@ def _add_background(
         snr = uniform(generator, settings.babble_snr)
         others = voices(generator, int(generator.integers(1, settings.babble_voices + 1)))
         if others:
-            babble = sum(_fit(_normalized(other), len(wave), generator) for other in others)
-            wave = add_noise(wave, np.asarray(babble, np.float32), snr)
+            wave = add_noise(wave, mix_voices(others, len(wave), generator), snr)
             randomness.note("babble", snr, unit=f"dB, {len(others)} voices")
     return wave
+
+
+def mix_voices(voices: Sequence[np.ndarray], length: int, generator: np.random.Generator) -> np.ndarray:
+    """Sum waveforms float32 [n] at equal levels, repeated or cut from a random beginning: float32 [length]."""
+    return np.asarray(sum(_fit(_normalized(voice), length, generator) for voice in voices), np.float32)
 
 
 def add_noise(wave: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
@@ -201,7 +205,7 @@ def _rms(wave: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(wave, dtype=np.float64))))
 
 
-def _within_full_scale(wave: np.ndarray) -> np.ndarray:
+def within_full_scale(wave: np.ndarray) -> np.ndarray:
     """Scale a waveform down to peaks of 1, if they are higher."""
     peak = float(np.abs(wave).max())
     return np.clip(wave / np.float32(peak), -1, 1) if peak > 1 else wave
