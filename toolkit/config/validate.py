@@ -118,7 +118,8 @@ def _objective_rules(config: Config) -> list[Rule]:
 
 def _model_rules(config: Config) -> list[Rule]:
     fusion, image = config.model.fusion, config.model.image
-    defaults = {"clip": (32, 768), "blip2": (14, 1408)}[image.architecture]  # of transformers' configurations
+    # Of transformers' configurations.
+    defaults = {"clip": (32, 768), "blip2": (14, 1408), "siglip": (16, 768), "dinov2": (14, 768)}[image.architecture]
     patch_size, hidden_size = map(image.config.get, ("patch_size", "hidden_size"), defaults)
     return [
         (
@@ -198,6 +199,10 @@ def _augment_rules(config: Config) -> list[Rule]:
             is_valid = len(value) == 2 and low <= value[0] <= value[1] <= high
             expected = f"two numbers from {low} to {high}, the smaller first"
             rules.append((not is_valid, f"--data.augment.{key} is {value}; expected {expected}"))
+    low_cutoffs, high_cutoffs = config.data.augment.speech.band_low, config.data.augment.speech.band_high
+    no_band = len(low_cutoffs) == len(high_cutoffs) == 2 and low_cutoffs[1] >= high_cutoffs[0]
+    expected = f"cutoffs below those of data.augment.speech.band_high, {high_cutoffs}"
+    rules.append((no_band, f"--data.augment.speech.band_low is {low_cutoffs}; expected {expected}"))
     return rules
 
 

@@ -145,3 +145,10 @@ def test_ranges_of_the_augmentation() -> None:
                 setattr(getattr(changed.data.augment, section), field.name, value)
                 with pytest.raises(UserError, match=rf"--data\.augment\.{section}\.{field.name} is .*; expected "):
                     check_config(changed)
+
+
+def test_cutoffs_of_the_band_limit_may_not_cross() -> None:
+    made = Config()
+    made.data.augment.speech.band_low = [50.0, 3200.0]
+    with pytest.raises(UserError, match=r"band_low is \[50\.0, 3200\.0\]; expected cutoffs below .*band_high, \[3000"):
+        check_config(made)
