@@ -24,7 +24,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "shards.writing",
         "shards.checking",
     ),
-    "toolkit": ("toolkit.config", "toolkit.model", "toolkit.evaluation", "toolkit.hub", "toolkit.training"),
+    "toolkit": (
+        "toolkit.config",
+        "toolkit.model",
+        "toolkit.evaluation",
+        "toolkit.hub",
+        "toolkit.reporting",
+        "toolkit.training",
+    ),
     "objectives": ("toolkit.objectives", "toolkit.training"),
     "launch": ("launch.slurm.client", "launch.status", "launch.slurm.requeue", "launch.submit"),
 }

@@ -49,8 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     from toolkit.distributed import initialise
     from toolkit.evaluation.encode import ProcessInfo
+    from toolkit.evaluation.examples import save_examples
     from toolkit.evaluation.gallery import save_gallery
     from toolkit.evaluation.retrieve import retrieve
+    from toolkit.reporting.run_report import write_report
 
     rank, world_size, device = initialise()
     model = load_model(export)
@@ -67,6 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
         with atomic_write(recall) as file:
             file.write(json.dumps(report, indent=1).encode() + b"\n")
         save_gallery(manifest, retrieval, gallery)
+        if not suffix:  # the final evaluation is a part of the run's report
+            save_examples(run, None, manifest, retrieval, config)
+            write_report(run)
         print(format_table(report, manifest.corpus), flush=True)
         note = f" ({RECALL} is reserved for the final evaluation with the run's own settings)" if suffix else ""
         logger.info("recall: %s%s", recall, note)

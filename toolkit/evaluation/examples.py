@@ -1,7 +1,7 @@
-"""Retrieved examples for the report of a run: a few spoken queries with their best pictures.
+"""Retrieved examples for the report of a run: a few spoken queries, which can be played, with their best pictures.
 
-They are written to RUN/examples-STEP.json. The queries are sampled with the seed of the run, so they are the same at
-each evaluation.
+They are written to RUN/examples-STEP.json, those of the final evaluation to RUN/examples-final.json. The queries are
+sampled with the seed of the run, so they are the same at each evaluation.
 """
 
 import base64
@@ -17,6 +17,7 @@ from PIL import Image
 from shards.errors import UserError
 from shards.files import atomic_write
 from shards.manifest import Manifest
+from shards.media.audio import SAMPLE_RATE, decode_audio, encode_audio
 from shards.media.picture import decode_picture
 from shards.reading.reader import Reader
 from toolkit.config.schema import Config
@@ -30,14 +31,15 @@ QUERIES, ANSWERS = 6, 5
 SIDE = 96  # pixels of a picture, cropped to a square as for the model
 _QUALITY = 75  # of the JPEGs, about 3 kB each
 _MAX_TEXT = 300  # characters of a caption
+_MAX_SECONDS = 20.0  # of a caption; about 5 kB a second as Opus
 
 
-def save_examples(run: Path, step: int, manifest: Manifest, retrieval: Retrieval, config: Config) -> str | None:
-    """Write examples of an evaluation to the run folder; a failure is a warning and does not stop training.
+def save_examples(run: Path, step: int | None, manifest: Manifest, retrieval: Retrieval, config: Config) -> str | None:
+    """Write examples of an evaluation to the run folder; a failure is a warning and stops nothing.
 
     Args:
         run: The run folder.
-        step: Training step of the evaluation.
+        step: Training step of the evaluation; None: it is the final evaluation.
         manifest: The shards that were evaluated.
         retrieval: Result of the evaluation.
         config: Configuration of the run.
@@ -45,7 +47,7 @@ def save_examples(run: Path, step: int, manifest: Manifest, retrieval: Retrieval
     Returns:
         Name of the file; None if it could not be written.
     """
-    name = f"examples-{step:08d}.json"
+    name = "examples-final.json" if step is None else f"examples-{step:08d}.json"
     try:
         content = {
             "split": retrieval.report["split"],
@@ -55,7 +57,7 @@ def save_examples(run: Path, step: int, manifest: Manifest, retrieval: Retrieval
         with atomic_write(run / name) as file:
             file.write(json.dumps(content).encode())
     except (UserError, OSError, ValueError, LookupError) as error:
-        logger.warning("%s was not written: %s; training continues", run / name, error)
+        logger.warning("%s was not written: %s; only reports need it", run / name, error)
         return None
     return name
 
@@ -64,8 +66,8 @@ def draw_examples(reader: Reader, retrieval: Retrieval, seed: int) -> list[dict[
     """Sample spoken queries.
 
     Returns:
-        For each query {"text", "rank": rank of the correct picture from 1, "answers": [{"right", "picture": data URI of
-        a JPEG}]}.
+        For each query {"text", "rank": rank of the correct picture from 1, "audio": data URI of Ogg Opus, "answers":
+        [{"right", "picture": data URI of a JPEG}]}.
     """
     count = min(QUERIES, len(retrieval.captions))
     chosen = np.sort(np.random.default_rng(seed).choice(len(retrieval.captions), count, replace=False))
@@ -80,7 +82,9 @@ def draw_examples(reader: Reader, retrieval: Retrieval, seed: int) -> list[dict[
             for index in best
         ]
         rank = 1 + int(retrieval.speech_to_image.rank_counts.ahead[query])
-        queries.append({"text": caption_text(reader, retrieval, query)[:_MAX_TEXT], "rank": rank, "answers": answers})
+        spoken = {"text": caption_text(reader, retrieval, query)[:_MAX_TEXT], "rank": rank}
+        audio = _audio_uri(reader.audio(int(retrieval.captions[query])))
+        queries.append({**spoken, "audio": audio, "answers": answers})
     return queries
 
 
@@ -89,3 +93,9 @@ def _data_uri(stored: bytes) -> str:
     buffer = io.BytesIO()
     Image.fromarray(decode_picture(stored, SIDE).transpose(1, 2, 0)).save(buffer, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _audio_uri(stored: bytes) -> str:
+    """Encode the begin of a stored caption as Opus in a data URI."""
+    wave = decode_audio(stored)[: int(_MAX_SECONDS * SAMPLE_RATE)]
+    return "data:audio/ogg;base64," + base64.b64encode(encode_audio(wave, "opus")).decode()

@@ -24,10 +24,11 @@ from shards.manifest import Manifest
 from toolkit.config.schema import Config
 from toolkit.config.validate import batch_warnings
 from toolkit.data import shared_pictures
+from toolkit.reporting.curves import flat
+from toolkit.reporting.run_report import NAME, write_report
 from toolkit.run_folder import git_state
 from toolkit.training.checkpointing.progress import Progress
 from toolkit.training.metrics.flops import BatchStats
-from toolkit.training.metrics.report import NAME, flat, write_report
 from toolkit.training.metrics.wandb_run import open_wandb
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from tests.distributed import run_ranks
 from tests.html_page import Page
 from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
-from toolkit.training.metrics.report import write_report
+from toolkit.reporting.run_report import write_report
 
 shards = test_trainer.shards
 EVIL = "</p><script>alert(1)</script>"
@@ -48,11 +48,13 @@ def report(run: Path, records: list[Any]) -> Page:
 
 
 def test_curves_show_each_step_as_it_was_done_last(tmp_path: Path) -> None:
-    records = [step(1, 5.0), step(2, 99.0), '{"step": 3, "lo', recall(2, 11.5), step(2, 4.0), step(3, math.nan)]
+    records = [step(1, 5.0), step(2, 77777.0), '{"step": 3, "lo', recall(2, 11.5), step(2, 4.0), step(3, math.nan)]
     page = report(tmp_path, [*records, step(4, 3.0), recall(4, 12.5)])
-    loss = next(attrs["points"] for tag, attrs in page.tags if tag == "polyline")
-    assert loss == "0.0,0.0 140.0,75.0 420.0,150.0", "steps 1, 2 and 4 with losses 5, 4 and 3"
-    assert "99" not in page.words
+    loss = next(str(attrs["points"]) for tag, attrs in page.tags if tag == "polyline")
+    (x1, y1), (x2, y2), (x4, y4) = (map(float, point.split(",")) for point in loss.split())
+    assert (x4 - x1, y2 - y1) == pytest.approx((3 * (x2 - x1), y4 - y2), abs=0.2), "steps 1, 2, 4, losses 5, 4, 3"
+    assert y1 < y2 < y4
+    assert "77,7" not in page.words
     text = (tmp_path / "report.html").read_text()
     assert text.count("<td>11.5<") == 2, "both ways of the evaluation of step 2"
     assert text.count("<td>12.5<") == 4, "R@1 of the one of step 4, and R@5 of the other"
@@ -104,8 +106,9 @@ def test_examples_of_the_last_evaluation_are_shown_with_the_right_one_framed(tmp
     assert page.sources("img") == [PIXEL, PIXEL]
     assert "a dog of 4" in page.words
     assert "a dog of 2" not in page.words
-    assert "right picture: number 2" in page.words
-    assert [attrs.get("class") for tag, attrs in page.tags if tag == "figure"] == [None, "right"]
+    assert "rank of the correct image: 2" in page.words
+    classes = [attrs.get("class") for tag, attrs in page.tags if str(attrs.get("class")).startswith("answer")]
+    assert classes == ["answers", "answer", "answer right"]
     (tmp_path / "examples-00000004.json").unlink()
     write_report(tmp_path)
     assert "a dog of 2" in Page(tmp_path / "report.html").words
@@ -130,7 +133,7 @@ def test_examples_can_neither_load_nor_run_anything(tmp_path: Path) -> None:
 
 
 def test_examples_that_are_too_large_or_no_examples_are_left_out(tmp_path: Path) -> None:
-    large = examples(tmp_path, 2, text="x" * (3 << 20))
+    large = examples(tmp_path, 2, text="x" * (5 << 20))
     assert "Retrieved" not in report(tmp_path, [large]).words
     for content in ("[]", "{}", '{"queries": 5}', '{"queries": [5, {}]}', "[" * 100_000):
         (tmp_path / large["examples"]).write_text(content)

@@ -1,0 +1,60 @@
+"""Figures of results for tables: recall in both directions, and the final evaluation of a run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FINAL = "recall.json"  # the run's final evaluation
+DIRECTIONS = {"speech_to_image": "S>I", "image_to_speech": "I>S"}
+CUTOFFS = ("R@1", "R@5", "R@10")
+RECALL_HEAD = [*(f"{short} {cutoff}" for short in DIRECTIONS.values() for cutoff in CUTOFFS), "mean R@1"]
+_MAX_BYTES = 16 << 20  # of a result file
+
+
+def read_json(path: Path, limit: int = _MAX_BYTES) -> dict[str, Any] | None:
+    """Read a JSON object; None: the file is missing, larger than a limit in bytes, or not an object."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(limit))  # a truncated file is not valid JSON
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def get(tree: Any, *keys: str) -> Any:
+    """Return a nested value; None where a key is missing or something is not a mapping."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def number(value: Any, decimals: int = 1) -> str:
+    """Format a figure; empty if it is not a number."""
+    return f"{value:.{decimals}f}" if isinstance(value, int | float) and abs(value) < 1e15 else ""
+
+
+def recall_cells(recall: Any, intervals: Any = None) -> list[str]:
+    """Return the cells of `RECALL_HEAD`: figures in percent, with their intervals of 95 % where there are any."""
+    paths = [(direction, cutoff) for direction in DIRECTIONS for cutoff in CUTOFFS]
+    return [_with_interval(get(recall, *path), get(intervals, *path)) for path in [*paths, ("mean_R@1",)]]
+
+
+def _with_interval(value: Any, interval: Any) -> str:
+    if not isinstance(interval, list | tuple) or len(interval) != 2:
+        return number(value)
+    low, high = map(number, interval)
+    return f"{number(value)} [{low}, {high}]"
+
+
+def stage_name(report: Mapping[str, Any], stage: str) -> str:
+    """Name a stage of a result: coarse, or how many candidates were re-ranked."""
+    return "coarse" if stage == "coarse" else f"best {get(report, 'reranked', 'k')} re-ranked"
+
+
+def final_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of a result: its stages with their recall."""
+    stages = [stage for stage in ("coarse", "reranked") if get(report, stage)]
+    return [
+        [stage_name(report, stage), *recall_cells(report[stage], get(report, "intervals", stage))] for stage in stages
+    ]
