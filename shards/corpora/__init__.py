@@ -32,7 +32,10 @@ CORPORA = {
     "spokencoco": "SpokenCOCO, with the Karpathy split if its JSON is given",
     "places": "Places Audio Captions",
     "table": "your own data: a CSV or JSON lines file that names pictures and audio files",
+    "webdataset": "your own data: tars that stock webdataset writes, with other names for the members",
 }
+
+_MODULES = {"webdataset": "stored.webdataset"}  # those that are not named like their corpus
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Corpus:
 
 def module(name: str) -> ModuleType:
     """Import the module of a corpus."""
-    return import_module(f"shards.corpora.{name}")
+    return import_module(f"shards.corpora.{_MODULES.get(name, name)}")
 
 
 def load(name: str, options: argparse.Namespace) -> Corpus:

@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import UserError
+from shards.stored import StoredFile
 
 # A file, or a picklable function that draws the picture; it is called in a writer process.
-PictureSource = Path | Callable[[], Image.Image]
+PictureSource = Path | StoredFile | Callable[[], Image.Image]
 # A file, or a picklable function that returns float32 samples [channels, n] in [-1, 1] and their sampling rate in Hz.
-AudioSource = Path | Callable[[], tuple[np.ndarray, int]]
+AudioSource = Path | StoredFile | Callable[[], tuple[np.ndarray, int]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Caption:
     text: str | None = None
     speaker: str | None = None
     place: str = field(default="", compare=False)  # where in the corpus it is listed, for messages
+    language: str | None = None  # code of the language, as in `en`
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def _check_strings(item: Item) -> None:
     optional: list[tuple[str, str | None]] = [("twin", item.twin)]
     for one in item.captions:
         strings.append(("utterance", one.utterance))
-        optional += [("text", one.text), ("speaker", one.speaker)]
+        optional += [("text", one.text), ("speaker", one.speaker), ("language", one.language)]
     strings += [(name, value) for name, value in optional if value is not None]
     for name, value in strings:
         if not _is_text(value):

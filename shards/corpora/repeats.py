@@ -17,6 +17,8 @@ from shards.corpora.item import Caption, Item
 from shards.corpora.records import BadRecords
 from shards.errors import UserError
 from shards.files import file_sha256
+from shards.remote import is_url
+from shards.stored import StoredFile
 
 # Contents are compared only up to this number of files, since each needs a `stat` before the first shard is written;
 # check_shards.py compares what was stored.
@@ -33,10 +35,10 @@ class _Use(NamedTuple):
     caption: Caption | None = None
 
     @property
-    def path(self) -> Path | None:
+    def path(self) -> Path | StoredFile | None:
         """The file; None if a function generates the data."""
         source = self.caption.audio if self.caption else self.item.picture
-        return source if isinstance(source, Path) else None
+        return source if isinstance(source, Path | StoredFile) else None
 
     @property
     def place(self) -> str:
@@ -92,6 +94,8 @@ class RepeatFinder:
         return self._shared_audio[0] + (f" (and {more:,} more)" if more else "") + ": each counts as a query"
 
     def _identity(self, use: _Use) -> str | None:
+        if isinstance(use.path, StoredFile):
+            return str(use.path)
         return self._files.identity(use.path) if use.path else None
 
     def _remove_groups(
@@ -243,14 +247,18 @@ def _copies(uses: list[_Use]) -> list[list[_Use]]:
 # Measures of a file; None if it is empty or cannot be read, which the writer reports.
 
 
-def _size(path: Path) -> int | None:
+def _size(path: Path | StoredFile) -> int | None:
+    if isinstance(path, StoredFile):
+        return None if is_url(path.container) else path.size or None  # reading it would be another download
     try:
         return path.stat().st_size or None
     except OSError:
         return None
 
 
-def _sample(path: Path) -> str | None:
+def _sample(path: Path | StoredFile) -> str | None:
+    if isinstance(path, StoredFile):
+        return _checksum(path)
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -263,8 +271,8 @@ def _sample(path: Path) -> str | None:
         return None
 
 
-def _checksum(path: Path) -> str | None:
+def _checksum(path: Path | StoredFile) -> str | None:
     try:
-        return file_sha256(path)
-    except OSError:
+        return sha256(path.read()).hexdigest() if isinstance(path, StoredFile) else file_sha256(path)
+    except (OSError, UserError):
         return None

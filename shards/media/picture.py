@@ -74,7 +74,7 @@ class _Source:
         return replace(self, content=parts[0], exif=parts[1]) if parts else None
 
 
-def read_picture(source: Path | Image.Image, short_side: int, quality: int) -> bytes:
+def read_picture(source: Path | bytes | Image.Image, short_side: int, quality: int) -> bytes:
     """Encode a picture as an upright RGB JPEG, with its short side reduced to `short_side` pixels.
 
     Smaller pictures keep their size. Values of more than 8 bits are scaled and transparent pixels become white (see

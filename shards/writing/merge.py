@@ -8,6 +8,7 @@ import numpy as np
 
 from shards import manifest
 from shards.errors import UserError
+from shards.remote import is_url
 from shards.report import Report
 from shards.writing.folder_lock import UNFINISHED, remove_shard_files
 from shards.writing.shard_record import ShardRecord, WritingPlan, gather, load_record
@@ -56,8 +57,9 @@ def _records(folder: Path, plan: WritingPlan, problems: _Problems) -> Iterator[S
         if record is None:
             problems.missing.append(name)
             continue
-        paths = [source.path for source in record.sources or ()]
-        columns = np.array([source[1:] for source in record.sources or ()], np.int64).reshape(-1, 3)
+        sources = [source for source in record.sources or () if not is_url(source.path)]
+        paths = [source.path for source in sources]
+        columns = np.array([source[1:] for source in sources], np.int64).reshape(-1, 3)
         differences = compare_files(paths, *columns.T)
         problems.missing_sources += differences.missing
         if differences:

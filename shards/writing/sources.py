@@ -24,6 +24,8 @@ from shards.corpora.item import Item
 from shards.corpora.text_files import ListFile
 from shards.errors import UserError
 from shards.files import atomic_write
+from shards.remote import is_url
+from shards.stored import StoredFile
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,10 @@ _TAIL_BYTES = 78
 
 
 class SourceFile(NamedTuple):
-    """A picture or audio file when it was read; size and time of a missing one are -1."""
+    """A picture or audio file when it was read; size and time of a missing one are -1.
+
+    Of a stored file, path, size and time are those of its container, and the CRC-32 is its own.
+    """
 
     path: str
     bytes: int
@@ -83,39 +88,45 @@ def by_split(items: Sequence[Item]) -> dict[str, list[Item]]:
     return {name: splits[name] for name in names}
 
 
-def files_of(items: Iterable[Item]) -> list[Path]:
+def files_of(items: Iterable[Item]) -> list[Path | StoredFile]:
     """Return the source files of samples; a sample's picture precedes its audio files."""
     sources = (source for item in items for source in (item.picture, *(caption.audio for caption in item.captions)))
-    return [source for source in sources if isinstance(source, Path)]
+    return [source for source in sources if isinstance(source, Path | StoredFile)]
 
 
-def stamp(path: Path | str) -> tuple[int, int]:
-    """Return size in bytes and time of modification in ns of a file; both -1 if they cannot be read."""
+def stamp(path: Path | StoredFile | str) -> tuple[int, int]:
+    """Return size in bytes and time of modification in ns of a file or a container; both -1 if they cannot be read."""
     try:
+        if isinstance(path, StoredFile):
+            return path.stamp()
         status = os.stat(path)
     except (OSError, ValueError):
         return _MISSING
     return status.st_size, status.st_mtime_ns
 
 
-def crc32(path: Path | str) -> int:
-    """Return the CRC-32 of a file's content; -1 if it cannot be read."""
+def crc32(path: Path | StoredFile | str) -> int:
+    """Return the CRC-32 of a file's content; -1 if it cannot be read, or is at a URL, whose time is not known."""
     value = 0
     try:
+        if isinstance(path, StoredFile):
+            return -1 if is_url(path.container) else zlib.crc32(path.read())
         if not os.path.isfile(path):  # reading a pipe would block
             return -1
         with open(path, "rb") as file:
             while block := file.read(_BLOCK):
                 value = zlib.crc32(block, value)
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
         return -1
     return value
 
 
-def compare_files(paths: Sequence[Path | str], size: np.ndarray, time: np.ndarray, crc: np.ndarray) -> Differences:
+def compare_files(
+    paths: Sequence[Path | StoredFile | str], size: np.ndarray, time: np.ndarray, crc: np.ndarray
+) -> Differences:
     """Compare files with their recorded sizes, times and checksums, int64 [paths] each, by the rule above."""
     missing: dict[str, None] = {}  # ordered and distinct, as samples may share files
-    touched: dict[str, int] = {}
+    touched: dict[Path | StoredFile | str, int] = {}
     lines: dict[str, None] = {}
     for number, (path, *then) in enumerate(zip(paths, size.tolist(), time.tolist(), strict=True)):
         now = stamp(path)
@@ -124,7 +135,7 @@ def compare_files(paths: Sequence[Path | str], size: np.ndarray, time: np.ndarra
         if now == _MISSING:
             missing[str(path)] = None
         elif now[0] == then[0]:
-            touched[str(path)] = int(crc[number])
+            touched[path] = int(crc[number])
         else:
             lines[f"{path} {'exists now' if then[0] == -1 else 'has another size'}"] = None
     changed = list(lines) or _first_changed_content(list(touched), list(touched.values()))
@@ -133,7 +144,7 @@ def compare_files(paths: Sequence[Path | str], size: np.ndarray, time: np.ndarra
     return Differences(changed, len(missing), next(iter(missing), ""))
 
 
-def _first_changed_content(paths: Sequence[str], crc: Sequence[int]) -> list[str]:
+def _first_changed_content(paths: Sequence[Path | StoredFile | str], crc: Sequence[int]) -> list[str]:
     """Name the first file whose content changed, if there is one."""
     if len(paths) > _MAX_SILENT:
         logger.info("reading %s files whose time of modification changed", f"{len(paths):,}")

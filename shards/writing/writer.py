@@ -15,7 +15,7 @@ from typing import IO, Any
 from shards import manifest
 from shards.corpora.item import AudioSource, Item, PictureSource, check_items
 from shards.corpora.text_files import ListFile
-from shards.errors import UserError
+from shards.errors import TransientError, UserError
 from shards.files import atomic_write, file_sha256
 from shards.media.audio import SAMPLE_RATE, Codec, Recording, encode_audio, mix_down, read_recording, resample
 from shards.media.picture import read_picture
@@ -23,6 +23,7 @@ from shards.media.signal_level import level_warning
 from shards.progress import Progress
 from shards.reading.reader import MAX_MEMBER, MAX_META
 from shards.report import AudioWarning, Dropped, Report, SizeEstimate, size_table
+from shards.stored import StoredFile, decoded
 from shards.worker_pool import run_tasks
 from shards.writing.folder_lock import ALL, UNFINISHED, Part, claim_folder, count_finished
 from shards.writing.merge import close_folder
@@ -288,8 +289,9 @@ def _make_shard(folder: Path, plan: PlannedShard, progress: Progress) -> bool:
     return False
 
 
-def _source(path: Path, stamps: Mapping[Path, tuple[int, int]]) -> SourceFile:
-    return SourceFile(os.path.abspath(path), *stamps[path], crc32(path))
+def _source(path: Path | StoredFile, stamps: Mapping[Path | StoredFile, tuple[int, int]]) -> SourceFile:
+    place = path.container if isinstance(path, StoredFile) else os.path.abspath(path)
+    return SourceFile(place, *stamps[path], crc32(path))
 
 
 def _write_sample(tar: tarfile.TarFile, file: IO[bytes], item: Item, form: Format, shard: ShardRecord) -> None:
@@ -342,10 +344,10 @@ class _BadInput(Exception):
 
 
 def _encode_picture(source: PictureSource, form: Format) -> bytes:
-    if not isinstance(source, Path):
+    if not isinstance(source, Path | StoredFile):
         return read_picture(source(), form.short_side, form.quality)
     try:
-        return read_picture(source, form.short_side, form.quality)
+        return decoded(source, lambda content: read_picture(content, form.short_side, form.quality))
     except UserError as error:
         raise _droppable(error, form) from None
 
@@ -367,20 +369,22 @@ def _encode_captions(
             "utterance": caption.utterance,
             "duration": len(recording.wave) / SAMPLE_RATE,
         }
+        if caption.language is not None:
+            metadata["language"] = caption.language
         encoded.append((metadata, encode_audio(recording.wave, form.codec), recording.warning))
     return encoded
 
 
 def _read_audio(source: AudioSource, form: Format) -> Recording:
-    if not isinstance(source, Path):
+    if not isinstance(source, Path | StoredFile):
         samples, rate = source()
         wave = resample(mix_down(samples), rate)
         return Recording(wave, level_warning(wave))
     try:
-        return read_recording(source, form.max_seconds)
+        return decoded(source, lambda content: read_recording(content, form.max_seconds))
     except UserError as error:
         raise _droppable(error, form) from None
 
 
 def _droppable(error: UserError, form: Format) -> Exception:
-    return _BadInput(str(error)) if form.skip_bad else error
+    return _BadInput(str(error)) if form.skip_bad and not isinstance(error, TransientError) else error

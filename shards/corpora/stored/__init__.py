@@ -1,0 +1,1 @@
+"""Corpora whose pictures and audio files are inside other files: tars, parquet files."""
