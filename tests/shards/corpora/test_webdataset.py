@@ -78,7 +78,7 @@ def test_our_own_shards_are_read_as_stock_tars(tmp_path):
     assert [(item.image_id, item.split) for item in again] == [(item.image_id, item.split) for item in first]
     for one, other in zip(first, again, strict=True):
         assert [(c.utterance, c.text, c.speaker, c.language) for c in one.captions] == [
-            (c.utterance, c.text, c.speaker) for c in other.captions
+            (c.utterance, c.text, c.speaker, c.language) for c in other.captions
         ]
 
 
