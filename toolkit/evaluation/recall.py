@@ -1,8 +1,7 @@
 """Recall at k: rank all candidates of each query by cosine similarity, and look for a correct one among the first k.
 
 Protocol of Flickr8k and SpokenCOCO: each spoken caption queries all distinct pictures of the split; each picture
-queries all captions, and any of its captions is correct. `rank_answers` serves both directions: a query and a candidate
-match if they belong to the same picture.
+queries all captions, and any of its captions is correct.
 
 Ties are resolved in expectation: a correct candidate with the same score as incorrect ones takes each of their ranks
 with equal probability. Recall therefore does not depend on the order of the candidates, and a model that scores all
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 CUTOFFS = (1, 5, 10)
-_MAX_SCORES = 1 << 24  # computed at once: 64 MB
 
 
 @dataclass
@@ -29,11 +27,22 @@ class RankCounts:
 
 
 @dataclass
+class CorrectAnswers:
+    """Every correct candidate of every query and its rank; all int64 [M]."""
+
+    query: Tensor  # position of the query
+    answer: Tensor  # position of the candidate
+    ahead: Tensor  # candidates with a higher score, correct or not
+    tied: Tensor  # candidates with the same score, correct or not, itself included
+
+
+@dataclass
 class Ranking:
     """Ranking in one direction, on the CPU."""
 
     rank_counts: RankCounts  # [Q]
     candidates: Tensor  # int64 [Q, k], the best candidates of each query, best first
+    correct: CorrectAnswers | None = None  # None: only the best correct candidate of each query is known
 
 
 def rank_of_best(scores: Tensor, right: Tensor) -> RankCounts:
@@ -66,43 +75,6 @@ def hits_at(rank_counts: RankCounts, k: int) -> Tensor:
         within = rank_counts.ahead + j < k
         miss = torch.where(within, miss * wrong / (wrong + rank_counts.right), miss)
     return 1.0 - miss
-
-
-def rank_answers(
-    queries: Tensor,
-    query_ids: Tensor,
-    answers: Tensor,
-    answer_ids: Tensor,
-    k: int,
-    rank: int = 0,
-    world_size: int = 1,
-    chunk: int | None = None,
-) -> Ranking:
-    """Rank all candidates for all queries; chunks of queries are distributed over the ranks, the result is gathered.
-
-    The chunks do not depend on the world size, so the result is bitwise identical for any world size.
-
-    Args:
-        queries: Unit embeddings [Q, D], the same on all ranks.
-        query_ids: Int64 [Q], the picture that each query belongs to.
-        answers: Unit embeddings [N, D] of the candidates.
-        answer_ids: Int64 [N], the picture that each candidate belongs to; contains every query id.
-        k: Number of candidates to return for each query, at most N.
-        rank: Rank of this process.
-        world_size: Number of processes.
-        chunk: Queries scored at once; default: as many as keep the scores within 64 MB.
-    """
-    chunk = chunk or max(1, _MAX_SCORES // len(answers))
-    k = min(k, len(answers))
-    counts = torch.zeros(3, len(queries), dtype=torch.int64, device=queries.device)
-    candidates = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
-    for start in range(rank * chunk, len(queries), world_size * chunk):
-        rows = slice(start, start + chunk)
-        similarity = queries[rows] @ answers.T
-        rank_counts = rank_of_best(similarity, query_ids[rows, None] == answer_ids[None, :])
-        counts[:, rows] = torch.stack([rank_counts.ahead, rank_counts.tied, rank_counts.right])
-        candidates[rows] = similarity.topk(k, dim=1).indices
-    return Ranking(RankCounts(*all_reduce_sum(counts, world_size).cpu()), all_reduce_sum(candidates, world_size).cpu())
 
 
 def all_reduce_sum(part: Tensor, world_size: int) -> Tensor:

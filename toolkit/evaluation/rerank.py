@@ -22,11 +22,13 @@ from shards.errors import UserError
 from shards.progress import progress_range
 from toolkit.config import schema as config
 from toolkit.evaluation.encode import Encodings, ProcessInfo
-from toolkit.evaluation.recall import RankCounts, Ranking, all_reduce_sum, rank_of_best
+from toolkit.evaluation.recall import CorrectAnswers, RankCounts, Ranking, all_reduce_sum, rank_of_best
 from toolkit.model.outputs import Encoded
 
 if TYPE_CHECKING:
     from toolkit.model.retrieval import SpeechImageModel
+
+_CORRECT_ROWS = 1 << 16  # correct candidates that are ranked at once
 
 
 def rerank(
@@ -99,7 +101,23 @@ def reorder(ranking: Ranking, scores: Tensor, right: Tensor) -> Ranking:
     )
     order = scores.argsort(dim=1, descending=True, stable=True)
     candidates = torch.cat([ranking.candidates.gather(1, order), ranking.candidates[:, k:]], dim=1)
-    return Ranking(rank_counts, candidates)
+    correct = None if ranking.correct is None else _reorder_correct(ranking.correct, ranking.candidates[:, :k], scores)
+    return Ranking(rank_counts, candidates, correct)
+
+
+def _reorder_correct(correct: CorrectAnswers, candidates: Tensor, scores: Tensor) -> CorrectAnswers:
+    """Rank the correct candidates anew: those among the first k by the new scores, the others behind all k."""
+    k = candidates.shape[1]
+    ahead = correct.ahead.clamp(min=k)
+    tied = (correct.ahead + correct.tied - ahead).clamp(min=1)
+    for rows in torch.arange(len(correct.query)).split(_CORRECT_ROWS):
+        query = correct.query[rows]
+        found, place = (candidates[query] == correct.answer[rows, None]).nonzero().unbind(1)
+        of_query = scores[query[found]]
+        own = of_query.gather(1, place[:, None])
+        ahead[rows[found]] = (~(of_query <= own)).sum(1)  # not `>`: a NaN on either side counts as ahead
+        tied[rows[found]] = (of_query == own).sum(1).clamp(min=1)
+    return CorrectAnswers(correct.query, correct.answer, ahead, tied)
 
 
 def fit_weight(directions: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:

@@ -11,7 +11,8 @@ from shards.manifest import Manifest
 from toolkit.config.schema import Config
 from toolkit.evaluation import minimal_pairs
 from toolkit.evaluation.encode import Encodings, ProcessInfo, encode
-from toolkit.evaluation.recall import Ranking, rank_answers, summarize_recall
+from toolkit.evaluation.ranking import rank_both
+from toolkit.evaluation.recall import Ranking, summarize_recall
 from toolkit.evaluation.rerank import cosines, score_pairs
 from toolkit.evaluation.rerank import rerank as rerank_both
 
@@ -88,10 +89,7 @@ def _coarse(encodings: Encodings, count: int, k: int, process: ProcessInfo) -> R
     images, speech = encodings.images[:count], encodings.speech[:captions]
     owner = encodings.picture[:captions]
     queries = owner.unique()
-    ids, query_ids = owner.to(process.device), queries.to(process.device)
-    ranks = process.rank, process.world_size
-    speech_to_image = rank_answers(speech, ids, images, torch.arange(count, device=process.device), k, *ranks)
-    image_to_speech = rank_answers(images[query_ids], query_ids, speech, ids, k, *ranks)
+    speech_to_image, image_to_speech = rank_both(speech, images, owner, k, process.rank, process.world_size)
     report = {"coarse": summarize_recall(speech_to_image, image_to_speech), "reranked": None, "twins": None}
     rows = encodings.samples[:count], encodings.captions[:captions]
     return Retrieval(report, *rows, owner, queries, speech_to_image, image_to_speech)

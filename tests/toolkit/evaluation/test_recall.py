@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from tests.distributed import run_ranks
-from toolkit.evaluation.recall import RankCounts, rank_answers, rank_of_best, recall_at, summarize_recall
+from toolkit.evaluation.ranking import rank_both
+from toolkit.evaluation.recall import RankCounts, rank_of_best, recall_at, summarize_recall
 
 
 def naive_recall(scores, right, k):
@@ -56,8 +56,7 @@ def test_both_directions_equal_a_full_sort():
     images, speech = unit_embeddings(12, generator), unit_embeddings(len(owner), generator)
     pictures = torch.arange(12)
     scores, right = speech @ images.T, owner[:, None] == pictures
-    forward = rank_answers(speech, owner, images, pictures, k=5, chunk=4)
-    backward = rank_answers(images, pictures, speech, owner, k=5, chunk=5)
+    forward, backward = rank_both(speech, images, owner, k=5, chunk=4)
     for k in (1, 5, 10):
         assert recall_at(forward.rank_counts, k) == pytest.approx(sorted_recall(scores, right, k))
         assert recall_at(backward.rank_counts, k) == pytest.approx(sorted_recall(scores.T, right.T, k))
@@ -71,15 +70,16 @@ def test_both_directions_equal_a_full_sort():
 def test_constant_scores_get_chance():
     embeddings = torch.nn.functional.normalize(torch.ones(40, 4), dim=1)
     ids = torch.arange(40)
-    ranking = rank_answers(embeddings, ids, embeddings, ids, k=10)
-    assert [recall_at(ranking.rank_counts, k) for k in (1, 5, 10)] == pytest.approx([2.5, 12.5, 25.0])
+    for ranking in rank_both(embeddings, embeddings, ids, k=10):
+        assert [recall_at(ranking.rank_counts, k) for k in (1, 5, 10)] == pytest.approx([2.5, 12.5, 25.0])
 
 
 def test_nan_scores_are_misses():
     ids = torch.arange(20)
     good = torch.eye(20)
     for broken in (torch.full((20, 20), torch.nan), torch.where(good == 1, torch.nan, good)):
-        assert recall_at(rank_answers(broken, ids, good, ids, k=5).rank_counts, 5) == 0.0
+        for ranking in (*rank_both(broken, good, ids, k=5), *rank_both(good, broken, ids, k=5)):
+            assert recall_at(ranking.rank_counts, 5) == 0.0
     scores = torch.tensor([[0.9, torch.nan, 0.1]])
     assert rank_of_best(scores, torch.tensor([[True, False, False]])).ahead.tolist() == [1]
 
@@ -88,20 +88,5 @@ def test_fewer_answers_than_k_are_all_found():
     rank_counts = RankCounts(torch.tensor([2]), torch.tensor([0]), torch.tensor([1]))
     assert recall_at(rank_counts, 10) == 100.0
     ids = torch.arange(3)
-    assert rank_answers(torch.eye(3), ids, torch.eye(3), ids, k=10).candidates.shape == (3, 3)
-
-
-def ranking_of(rank, world_size):
-    generator = torch.Generator().manual_seed(1)
-    owner = ragged_owner()
-    images, speech = unit_embeddings(12, generator), unit_embeddings(len(owner), generator)
-    ranking = rank_answers(speech, owner, images, torch.arange(12), 4, rank, world_size, chunk=3)
-    return vars(ranking.rank_counts), ranking.candidates
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_the_ranking_does_not_depend_on_world_size_and_rank(world_size):
-    alone, candidates = ranking_of(0, 1)
-    for counts, gathered in run_ranks(ranking_of, world_size):
-        assert all(torch.equal(counts[name], alone[name]) for name in alone)
-        assert torch.equal(gathered, candidates)
+    for ranking in rank_both(torch.eye(3), torch.eye(3), ids, k=10):
+        assert ranking.candidates.shape == (3, 3)

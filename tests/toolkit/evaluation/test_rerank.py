@@ -10,7 +10,8 @@ from shards.errors import UserError
 from tests.distributed import run_ranks
 from toolkit.config import schema as config
 from toolkit.evaluation.encode import Encodings, ProcessInfo, Tokens
-from toolkit.evaluation.recall import RankCounts, Ranking, rank_answers, recall_at
+from toolkit.evaluation.ranking import rank_both
+from toolkit.evaluation.recall import RankCounts, Ranking, recall_at
 from toolkit.evaluation.rerank import fit_weight, fuse_scores, reorder, rerank, score_pairs
 from toolkit.model.outputs import Encoded
 
@@ -78,8 +79,7 @@ def reranked(rank, world_size, k, fuse):
     """Rank counts and candidates of both directions, and the number of model calls."""
     encodings, model = encodings_of(rank, world_size), Matcher()
     pictures = torch.arange(PICTURES)
-    forward = rank_answers(encodings.speech, OWNER, encodings.images, pictures, max(k, 6), rank, world_size)
-    backward = rank_answers(encodings.images, pictures, encodings.speech, OWNER, max(k, 6), rank, world_size)
+    forward, backward = rank_both(encodings.speech, encodings.images, OWNER, max(k, 6), rank, world_size, chunk=4)
     evaluation = config.Evaluation(batch_size=3, fuse=fuse)
     process = ProcessInfo(rank, world_size, torch.device("cpu"))
     spoken, shown, seconds = rerank(model, encodings, forward, backward, pictures, k, evaluation, process)
@@ -99,6 +99,23 @@ def test_both_directions_equal_loops(k, fuse):
     assert shown[0].tolist() == naive_places(
         cosines.T, lambda picture, caption: naive_score(caption, picture, fuse), lambda p, c: OWNER[c] == p, k
     )
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_every_correct_candidate_has_its_new_rank(k):
+    encodings, pictures = encodings_of(0, 1), torch.arange(PICTURES)
+    both = rank_both(encodings.speech, encodings.images, OWNER, max(k, 6))
+    process = ProcessInfo(0, 1, torch.device("cpu"))
+    spoken, shown, _ = rerank(Matcher(), encodings, *both, pictures, k, config.Evaluation(fuse="sum"), process)
+    cosines = encodings.speech @ encodings.images.T
+    for ranking, scores, transposed in ((spoken, cosines, False), (shown, cosines.T, True)):
+        assert len(ranking.correct.query) == CAPTIONS
+        columns = [column.tolist() for column in vars(ranking.correct).values()]
+        for query, answer, ahead, tied in zip(*columns, strict=True):
+            order = sorted(range(scores.shape[1]), key=lambda candidate, row=scores[query]: -row[candidate])
+            pair = (lambda q, a: (a, q)) if transposed else (lambda q, a: (q, a))
+            best = sorted(order[:k], key=lambda a, q=query, pair=pair: -naive_score(*pair(q, a), "sum"))
+            assert (ahead, tied) == ((best + order[k:]).index(answer), 1)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])

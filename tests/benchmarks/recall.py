@@ -1,0 +1,161 @@
+"""Recall in both directions from one product and counting, against a full argsort with loops: time and memory.
+
+    python tests/benchmarks/recall.py [--json] [--pictures P] [--captions N] [--dim D] [--repeats R] [--threads T]
+
+The alternatives get the embeddings and give R@1, 5 and 10 of both directions, which have to agree to the last digit:
+
+    argsort     as SpeechCLIP's code evaluates: the similarities of all pairs, `torch.argsort` of both directions, and a
+                loop over the queries that puts the candidates' pictures in order (N captions a picture)
+    sort_loop   as ALBEF's code evaluates: the same similarities, and for each query `numpy.argsort` and a search for
+                each of its correct candidates
+    products    a lower bound: the products of both directions alone, in blocks
+
+Ours also selects the best 10 candidates of each query and ranks every correct one. Time: they take turns, and the
+figure is the ratio of the medians. Memory: each has a process of its own, and the figure is how far its resident memory
+rises above that of the embeddings. One thread by default. Exit code 1: a bound is missed.
+"""
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from table import Figure, tell
+
+from toolkit.evaluation.ranking import rank_both
+from toolkit.evaluation.recall import recall_at
+
+CUTOFFS = (1, 5, 10)
+NAMES = ("ours", "argsort", "sort_loop", "products")
+
+
+class Inputs:
+    """Embeddings of pictures, and of captions near their picture's."""
+
+    def __init__(self, pictures: int, captions: int, dim: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = F.normalize(torch.randn(pictures, dim, generator=generator), dim=1)
+        self.owner = torch.arange(pictures).repeat_interleave(captions)
+        self.speech = F.normalize(torch.randn(len(self.owner), dim, generator=generator), dim=1)
+        for rows in torch.arange(len(self.owner)).split(1000):  # without a second array of this size
+            self.speech[rows] = F.normalize(self.images[self.owner[rows]] + 5.5 * self.speech[rows], dim=1)
+
+    def ours(self) -> list[float]:
+        """The toolkit's ranking."""
+        rankings = rank_both(self.speech, self.images, self.owner, 10)
+        return [recall_at(ranking.rank_counts, k) for ranking in rankings for k in CUTOFFS]
+
+    def argsort(self) -> list[float]:
+        """SpeechCLIP's way, written plainly."""
+        scores = self.speech @ self.images.T
+        figures = []
+        both = (
+            (scores, self.owner, torch.arange(len(self.images))),
+            (scores.T, torch.arange(len(self.images)), self.owner),
+        )
+        for matrix, query_ids, candidate_ids in both:
+            order = torch.argsort(matrix, dim=1, descending=True)
+            ids = candidate_ids.repeat(len(query_ids), 1)
+            for row in range(len(query_ids)):
+                ids[row] = ids[row, order[row]]
+            right = ids == query_ids[:, None]
+            figures += [100 * right[:, :k].any(dim=1).double().mean().item() for k in CUTOFFS]
+        return figures
+
+    def sort_loop(self) -> list[float]:
+        """ALBEF's way, written plainly."""
+        scores = (self.speech @ self.images.T).numpy()
+        captions = [np.flatnonzero(self.owner.numpy() == picture) for picture in range(len(self.images))]
+        correct = [[[picture] for picture in self.owner.tolist()], captions]
+        figures = []
+        for matrix, targets in zip((scores, scores.T), correct, strict=True):
+            ranks = np.zeros(len(matrix))
+            for query, row in enumerate(matrix):
+                order = np.argsort(row)[::-1]
+                ranks[query] = min(np.where(order == target)[0][0] for target in targets[query])
+            figures += [100 * float((ranks < k).mean()) for k in CUTOFFS]
+        return figures
+
+    def products(self) -> list[float]:
+        """The two products, whose results are thrown away."""
+        for queries, candidates in ((self.speech, self.images), (self.images, self.speech)):
+            for rows in queries.split(max(1, (1 << 24) // len(candidates))):
+                rows @ candidates.T
+        return []
+
+
+def seconds(inputs: Inputs, repeats: int) -> dict[str, float]:
+    """Median seconds of each, taken in turns, of which each has to give the same figures."""
+    times: dict[str, list[float]] = {name: [] for name in NAMES}
+    expected: list[float] = []
+    for _ in range(repeats):
+        for name, taken in times.items():
+            begin = time.perf_counter()
+            figures = getattr(inputs, name)()
+            taken.append(time.perf_counter() - begin)
+            expected = expected or figures
+            if figures and [round(value, 9) for value in figures] != [round(value, 9) for value in expected]:
+                raise SystemExit(f"{name} gives {figures}, ours {expected}")
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def rise(inputs: Inputs, name: str) -> float:
+    """Bytes by which this process grows at most."""
+    getattr(Inputs(8, 2, 4), name)()  # so that libraries have their threads and buffers
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    getattr(inputs, name)()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> float:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return 1024.0 * int(found[1])
+
+
+def rise_alone(name: str, options: argparse.Namespace) -> float:
+    """`rise` in a process of its own."""
+    sizes = [f"--{size}={getattr(options, size)}" for size in ("pictures", "captions", "dim", "threads")]
+    command = [sys.executable, __file__, *sizes, "--memory-of", name]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> int:
+    """Measure, print, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line rather than a table")
+    parser.add_argument("--pictures", type=int, default=5000, help="default: %(default)s")
+    parser.add_argument("--captions", type=int, default=5, help="of each picture (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=768, help="length of the embeddings (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--memory-of", choices=NAMES, help="print the bytes of one and leave")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    inputs = Inputs(options.pictures, options.captions, options.dim)
+    if options.memory_of:
+        print(rise(inputs, options.memory_of))
+        return 0
+    what = f"{options.pictures:,} pictures, {len(inputs.owner):,} captions, embeddings of {options.dim}"
+    times = seconds(inputs, options.repeats)
+    figures = []
+    for name, bound in (("argsort", 10.0), ("sort_loop", 2.5), ("products", 0.9)):
+        ratio = times[name] / times["ours"]
+        figures.append(Figure(f"recall_{name}", times["ours"], times[name], "s", ratio, what, at_least=bound))
+    ours, theirs = (rise_alone(name, options) / 2**20 for name in ("ours", "argsort"))
+    peak = f"peak above the embeddings: {what}"
+    figures.append(Figure("recall_memory", ours, theirs, "MiB", ours / theirs, peak, at_most=0.2))
+    return tell(figures, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
