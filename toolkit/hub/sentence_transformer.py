@@ -4,8 +4,8 @@
     model.similarity(model.encode(["query.wav"]), model.encode(["photo.jpg"]))
 
 The class is that of this installed package: a full name with several dots is imported, never looked up in the folder.
-sentence-transformers requires `trust_remote_code=True` for every class that is not its own, and then modules.json decides
-which; for a folder of unknown origin, `SentenceTransformer(modules=[SpeechImageModule.load(folder)])` runs no other class.
+sentence-transformers requires `trust_remote_code=True` for classes not its own; modules.json then decides which.
+`SentenceTransformer(modules=[SpeechImageModule.load(folder)])` runs no other class, whatever the folder holds.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Exports of a run: the model alone, as `save_pretrained` writes it, with its processor.
+"""Exports of a run: the model alone, as `save_pretrained` writes it, with its processor and model card.
 
 RUN/export/{best,last}/   written asynchronously, replaced atomically
 RUN/export/.best-...      an export that is being written, under a unique name
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shards.writing.writer import Format
 from toolkit.config.schema import Config
+from toolkit.hub.card import write_card, write_modules
 from toolkit.model.processor import SpeechImageProcessor
 from toolkit.model.retrieval import SpeechImageModel
 from toolkit.training.checkpointing.background import result_or_reason, run_in_background
@@ -121,6 +122,8 @@ class Exports:
                 _set_dtype(fresh / "config.json", "float32")
             self.processor.save_pretrained(fresh)
             (fresh / MARKER).write_text(json.dumps(progress, indent=1))
+            write_modules(fresh)
+            write_card(fresh, self.run.name)
             self.check_lease()
             if target.exists():
                 target.rename(old)
