@@ -26,7 +26,6 @@ from shards.files import atomic_write
 FOLDER = "robustness"  # in a run folder
 CLEAN = "clean"
 FORMAT = 1
-_IDENTITY = ("corpus", "split", "manifest", "checkpoint", "step", "model", "protocol")  # of what is measured
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,6 @@ class Robustness:
         """The condition without perturbation; None: not measured yet."""
         return next((condition for condition in self.conditions if condition.kind == CLEAN), None)
 
-    def is_of(self, other: "Robustness") -> bool:
-        """Whether the conditions of both were measured in the same way."""
-        return all(getattr(self, name) == getattr(other, name) for name in _IDENTITY)
-
 
 def load_robustness(run: Path) -> list[Robustness]:
     """Load all robustness results of a run, sorted by file name; empty if none was measured.
@@ -158,14 +153,14 @@ def save_robustness(result: Robustness) -> None:
 
 
 def result_path(run: Path, result: Robustness) -> Path:
-    """Path of a result in RUN/robustness: data set, split, checksum, checkpoint, step, protocol."""
+    """Path of a result in RUN/robustness: data set, split, checksum, checkpoint, step, its checksum, protocol."""
     p = result.protocol
     step = None if result.step is None else f"step-{result.step}"
     limit = None if p["limit"] is None else f"limit-{p['limit']}"
     seed = f"seed-{p['seed']}" if p["seed"] else None
     preprocessing = f"{p['max_seconds']:g}s-{p['image_size']}-{p['resize']}"
     names = [quote(name, safe="") for name in (result.corpus, result.split, result.checkpoint)]
-    parts = (names[0], names[1], result.manifest[:8], names[2], step, limit, seed, preprocessing)
+    parts = (*names[:2], result.manifest[:8], names[2], step, result.model[:8], limit, seed, preprocessing)
     return run / FOLDER / f"{'-'.join(part for part in parts if part)}.json"
 
 

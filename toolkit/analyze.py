@@ -1,0 +1,188 @@
+"""Examine a trained model: `python toolkit/analyze.py ANALYSIS --run DIR [--section.key value ...]`."""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # import from the repository root, not from the script's folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from shards.augment.settings import IMAGE_KINDS, SPEECH_KINDS
+from shards.errors import UserError, run_main
+from toolkit.config.load import SAVED, Parser, parse
+from toolkit.config.schema import Config
+from toolkit.evaluation.perturbations.kinds import KINDS, NOISE, parse_kinds
+from toolkit.evaluation.robustness import CLEAN, Robustness, format_robustness, read_robustness, result_path
+from toolkit.run_folder import find_export, load_model, load_run, read_step
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from shards.manifest import Manifest
+    from toolkit.evaluation.perturbations.suite import Noise
+
+logger = logging.getLogger(__name__)
+
+ANALYSES = {
+    "robustness": "recall with perturbed speech and perturbed images",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the analysis that the first argument names.
+
+    Args:
+        arguments: Command-line arguments; default: those of this process.
+
+    Raises:
+        UserError: There is no such analysis, an option is wrong, or the run, its exported model, the shards or the
+            split do not exist.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    lines = "\n".join(f"  {name:<12}{line}" for name, line in ANALYSES.items())
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{__doc__.strip()}\n\n{lines}\n\nanalyze.py ANALYSIS --help lists the options.")
+        return
+    name = arguments[0]
+    if name not in ANALYSES:
+        raise UserError(f"{name}: expected one of {', '.join(ANALYSES)}, as in analyze.py robustness --run DIR")
+    functions: dict[str, tuple[Callable[[Parser], None], Callable[[Config, Any], None]]] = {
+        "robustness": (add_robustness, robustness),
+    }
+    add_options, analyze = functions[name]
+    parser = Parser(ANALYSES[name])
+    parser.prog = f"analyze.py {name}"
+    add_options(parser)
+    analyze(*read_arguments(arguments[1:], parser))
+
+
+def read_arguments(arguments: list[str], parser: Parser) -> tuple[Config, argparse.Namespace]:
+    """Parse the command line: the run's configuration with overrides, and the options.
+
+    Raises:
+        UserError: An option is wrong, or the run does not exist.
+    """
+    parser.add_argument("--split", help="split to evaluate (default: final.split)")
+    parser.add_argument("--checkpoint", metavar="best|last|DIR", help="exported model (default: best, else last)")
+    run = parse(arguments, parser)[0].run
+    saved = Path(run) / SAVED
+    if not saved.is_file():
+        raise UserError(f"{run} is not a run folder (no {SAVED}): train first, or name the run with --run DIR")
+    config, options = parse([*arguments, "--config", str(saved), "--run", run], parser)
+    options.split = options.split or config.final.split or "test"
+    if getattr(options, "limit", None) is not None and options.limit < 1:
+        raise UserError(f"--limit {options.limit}: expected a number of pictures, at least 1")
+    return config, options
+
+
+def add_robustness(parser: Parser) -> None:
+    """Add the options of the robustness suite."""
+    kinds = "; ".join(f"{name}: {kind.meaning}, in {kind.unit}" for name, kind in KINDS.items()).replace("%", "%%")
+    add = parser.add_argument
+    add("--kinds", nargs="+", default=[], metavar="KIND[=LEVEL,...]", help=f"default: all, with usual levels. {kinds}")
+    add("--noise", type=Path, metavar="DIR", help="folder of audio files for the kind noise")
+    add("--limit", type=int, metavar="N", help="measure N pictures at equal distances over the split, not all")
+    add("--suite-seed", type=int, default=0, help="seed of the perturbations (default: 0)")
+
+
+def robustness(config: Config, options: argparse.Namespace) -> None:
+    """Measure the conditions that are missing in RUN/robustness, and print the table.
+
+    Raises:
+        UserError: A kind or level is not valid, or the model, the shards, the split or the noise do not exist.
+    """
+    conditions = [(CLEAN, None), *parse_kinds(options.kinds, options.noise is not None)]
+    export = find_export(Path(config.run), options.checkpoint)
+
+    from shards.manifest import load
+
+    manifest = load(config.data.shards)
+    samples = limited(manifest.rows(options.split), options.limit)
+
+    from toolkit.distributed import initialise
+    from toolkit.evaluation.encode import ProcessInfo
+    from toolkit.evaluation.perturbations.suite import Suite, find_noise
+    from toolkit.rank_sync import run_on_rank_zero
+
+    noise = find_noise(options.noise) if options.noise else None
+    rank, world_size, device = initialise()
+    result = open_result(config, options, manifest, samples, export)
+    if world_size > 1:  # all ranks must measure the same conditions
+        result = run_on_rank_zero(lambda: result, rank)
+    known = {condition.key for condition in result.conditions}
+    missing = [(kind, level) for kind, level in conditions if condition_key(kind, level, noise) not in known]
+    if missing:
+        model = load_model(export).eval()
+        model.to(device)
+        process = ProcessInfo(rank, world_size, device)
+        suite = Suite(model, manifest, options.split, samples, config, options.suite_seed, process, noise)
+        result = suite.complete(result, missing)
+    if rank == 0:
+        print(format_robustness(result), flush=True)
+        logger.info("robustness: %s", result.path)
+
+
+def limited(samples: "np.ndarray", limit: int | None) -> "np.ndarray":
+    """Select samples at equal distances; None: all."""
+    from toolkit.evaluation.gallery import equally_spaced
+
+    return samples if limit is None else samples[equally_spaced(len(samples), limit)]
+
+
+def open_result(
+    config: Config, options: argparse.Namespace, manifest: "Manifest", samples: "np.ndarray", export: Path
+) -> Robustness:
+    """Read what was measured before in the same way; without conditions if nothing was."""
+    from toolkit.indexing.encoder import model_checksum
+
+    run, augment = Path(config.run), load_run(config.run).data.augment
+    augmentation = {
+        kind: probability
+        for kinds, settings in ((SPEECH_KINDS, augment.speech), (IMAGE_KINDS, augment.image))
+        for kind in kinds
+        if (probability := getattr(settings, kind))
+    }
+    data, limit = config.data, options.limit if len(samples) < len(manifest.rows(options.split)) else None
+    seconds = config.evaluation.max_seconds
+    result = Robustness(
+        path=run,
+        run=str(run),
+        shards=data.shards,
+        corpus=manifest.corpus,
+        split=options.split,
+        manifest=manifest.hash,
+        checkpoint=export.name,
+        step=read_step(export),
+        model=model_checksum(export),
+        protocol={
+            "limit": limit,
+            "seed": options.suite_seed,
+            "max_seconds": seconds,
+            "image_size": data.image_size,
+            "resize": data.resize,
+        },
+        pictures=len(samples),
+        captions=sum(len(manifest.captions(sample)) for sample in samples.tolist()),
+        augmentation=augmentation,
+        conditions=(),
+    )
+    result = dataclasses.replace(result, path=result_path(run, result))
+    return read_robustness(result.path) if result.path.is_file() else result
+
+
+def condition_key(kind: str, level: float | None, noise: "Noise | None") -> tuple[str, float | None, str | None]:
+    """Key of a condition, as that of one that was measured."""
+    return kind, level, noise.checksum if noise and kind == NOISE else None
+
+
+def cli() -> None:
+    """Console entry point: print a `UserError` as one line, and exit with its code."""
+    run_main(main)
+
+
+if __name__ == "__main__":
+    cli()

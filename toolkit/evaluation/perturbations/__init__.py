@@ -1,0 +1,1 @@
+"""Perturbations of speech and images at given levels, to measure robustness with."""
