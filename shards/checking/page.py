@@ -136,14 +136,18 @@ def _too_large(data: bytes) -> str | None:
 
 
 def _caption_texts(meta: bytes, count: int) -> list[tuple[str, str]]:
-    """Return text and speaker of each caption, or placeholders if the JSON cannot be read."""
+    """Return text of each caption, and its speaker and language; placeholders if the JSON cannot be read."""
     unknown = [("(no text)", "")] * count
     try:
         captions = json.loads(meta)["captions"] if len(meta) <= MAX_META else []
-        texts = [(str(one["text"] or "(no text)"), str(one["speaker"] or "no speaker")) for one in captions]
+        texts = [(str(one["text"] or "(no text)"), _said_by(one["speaker"], one.get("language"))) for one in captions]
         return texts[:count] + unknown
     except (ValueError, KeyError, TypeError, RecursionError):
         return unknown
+
+
+def _said_by(speaker: Any, language: Any) -> str:
+    return f"{speaker or 'no speaker'}, {language}" if language else str(speaker or "no speaker")
 
 
 def _caption(data: bytes, duration: float, text_and_speaker: tuple[str, str]) -> dict[str, Any]:

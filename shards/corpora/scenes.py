@@ -1,9 +1,12 @@
 """scenes: generated pictures of two or three objects with synthetic spoken captions; needs no download.
 
-A caption names color, shape and position of the objects: "a red circle above a blue star". The colors and the shapes of
-the first two objects, as two unordered pairs, are the scene's cell. Cells are divided among the splits, so that dev and
-test contain combinations never seen in training. The split `twins` has a minimal pair for each test picture, in which
-only the colors (image id TEST-colour) or the positions (TEST-relation) of two objects are exchanged.
+A caption names color, shape and position of the objects: "a red circle above a blue star". It is spoken by a voice of
+espeak-ng (GPL-3, the extra `scenes`) or piper (GPL-3, the extra `voices`), in one of several languages.
+
+The colors and the shapes of the first two objects, as two unordered pairs, are the scene's cell. Cells are divided
+among the splits, so that dev and test contain combinations never seen in training. The split `twins` has a minimal pair
+for each test picture, in which only the colors (image id TEST-colour) or the positions (TEST-relation) of two objects
+are exchanged.
 """
 
 import argparse
@@ -16,38 +19,12 @@ from itertools import combinations, count, islice
 
 from shards.corpora.drawing import COLOURS, RGB, SHAPES, Point, Scene, Thing, draw, shade
 from shards.corpora.item import Caption, Item
+from shards.corpora.languages import LANGUAGES
+from shards.corpora.languages.grammar import IN_ORDER, PHRASINGS
 from shards.corpora.records import BadRecords
-from shards.corpora.speech_synthesis import VOICES, find_library, speak
+from shards.corpora.synthesis.espeak import VOICES
+from shards.corpora.synthesis.voices import ListVoices, check_installed, choose, spoken
 from shards.errors import UserError
-
-# a, b: the first (upper or left) and the second object, "a red circle"; A, B: the same with "the".
-# The first IN_ORDER phrasings mention the first object first.
-IN_ORDER = 4
-VERTICAL = (
-    "{a} above {b}",
-    "{a} over {b}",
-    "{A} is above {B}",
-    "{a} with {b} below it",
-    "{b} below {a}",
-    "{b} under {a}",
-    "{B} is under {A}",
-    "{b} with {a} above it",
-    "above {B} is {a}",
-    "below {A} is {b}",
-)
-HORIZONTAL = (
-    "{a} left of {b}",
-    "{a} to the left of {b}",
-    "{A} is left of {B}",
-    "{a} with {b} on its right",
-    "{b} right of {a}",
-    "{b} to the right of {a}",
-    "{B} is right of {A}",
-    "{b} with {a} on its left",
-    "left of {B} is {a}",
-    "right of {A} is {b}",
-)
-SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 
 TEST_SHARE, DEV_SHARE = 0.15, 0.05  # of the cells
 THIRD_SHARE = 0.25  # of the scenes have a third object
@@ -63,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", type=int, default=500, metavar="N", help="test pictures (default: 500)")
     parser.add_argument("--captions", type=int, default=2, metavar="K", help="captions a picture (default: 2)")
     parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of a picture in pixels (default: 64)")
-    parser.add_argument("--voices", type=int, default=16, help=f"voices, at most {len(VOICES)} (default: 16)")
+    _add_speech_arguments(parser)
     parser.add_argument(
         "--phrasings",
         type=int,
-        default=len(VERTICAL),
+        default=PHRASINGS,
         metavar="N",
-        help=f"phrasings of a caption, at most {len(VERTICAL)} (the default); the first {IN_ORDER} mention the upper "
+        help=f"phrasings of a caption, at most {PHRASINGS} (the default); the first {IN_ORDER} mention the upper "
         "or left object first",
     )
     parser.add_argument(
@@ -82,6 +59,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
 
 
+def _add_speech_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--voices",
+        type=_number_or_names,
+        default="all",
+        metavar="NAMES",
+        help="voices, equally probable: names, patterns such as '*+f1', all (those of espeak-ng, the default), or a "
+        f"number: the first of each language, of {len(VOICES)} in English. NAME=SHARE speaks this share of the "
+        "captions, as in all,piper:joe=0.1; piper takes 0.23 s of a core for a caption, espeak-ng 7 ms",
+    )
+    parser.add_argument(
+        "--test-voices",
+        metavar="NAMES",
+        help="voices that speak dev, test and twins, and are kept out of training (default: the same as in training)",
+    )
+    parser.add_argument("--list-voices", action=ListVoices, help="print language and name of all voices, and exit")
+    parser.add_argument(
+        "--languages",
+        type=_languages,
+        metavar="CODES",
+        help=f"languages of the captions, of {', '.join(LANGUAGES)} (default: en); each caption is in one of them, "
+        "which the shards record if there are others than en",
+    )
+    parser.add_argument(
+        "--every-language", action="store_true", help="give each picture --captions captions in each language"
+    )
+
+
+def _number_or_names(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _languages(text: str) -> list[str] | None:
+    """Return the codes; None for English alone, as in shards of earlier versions."""
+    codes = list(dict.fromkeys(code.strip() for code in text.split(",")))
+    for code in codes:
+        if code not in LANGUAGES:
+            raise argparse.ArgumentTypeError(f"no language {code!r}: it has {', '.join(LANGUAGES)}")
+    return codes if codes != ["en"] else None
+
+
 def read(options: argparse.Namespace, bad: BadRecords | None = None) -> list[Item]:
     """Return the pictures of all splits; the writer renders them and synthesizes the speech later.
 
@@ -92,10 +110,9 @@ def read(options: argparse.Namespace, bad: BadRecords | None = None) -> list[Ite
         bad: Unused, since there are no records to read.
 
     Raises:
-        UserError: An option is out of range, or espeakng-loader is not installed.
+        UserError: An option is out of range, a voice is unknown, or a synthesizer is not installed.
     """
     _check(options)
-    find_library()
     twin_rate = options.twins_in_training / (2 - options.twins_in_training)  # per scene rather than per picture
     items = list(islice(_training_items(options, twin_rate), options.pictures))
     items += [_item(scene, f"dev-{n:06d}", "dev", options) for n, scene in enumerate(_distinct_scenes(options, "dev"))]
@@ -112,15 +129,17 @@ def _check(options: argparse.Namespace) -> None:
         "pictures": (0, 1_000_000),
         "dev": (0, 1000),  # about half of the distinguishable scenes
         "test": (0, 2000),
-        "phrasings": (1, len(VERTICAL)),
-        "captions": (1, min(max(options.phrasings, 1), len(VERTICAL))),
+        "phrasings": (1, PHRASINGS),
+        "captions": (1, min(max(options.phrasings, 1), PHRASINGS)),
         "size": (32, 1024),
-        "voices": (1, len(VOICES)),
         "twins_in_training": (0, 1),
     }
     for name, (low, high) in bounds.items():
         if not low <= getattr(options, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number from {low} to {high}")
+    if isinstance(options.voices, int) and not 1 <= options.voices <= len(VOICES):
+        raise UserError(f"--voices {options.voices}: give a number from 1 to {len(VOICES)}, or names")
+    check_installed(choose(options.voices, options.test_voices, tuple(options.languages or ("en",))).values())
 
 
 def _training_items(options: argparse.Namespace, twin_rate: float) -> Iterator[Item]:
@@ -152,16 +171,35 @@ def _distinct_scenes(options: argparse.Namespace, split: str) -> Iterator[Scene]
 
 
 def _item(scene: Scene, name: str, split: str, options: argparse.Namespace, twin: str | None = None) -> Item:
-    """Describe one picture; a twin has the phrasings and voices of its original."""
-    chance = random.Random(f"{options.seed}/captions/{twin or name}")
-    captions = []
-    for k, phrasing in enumerate(chance.sample(range(options.phrasings), options.captions)):
-        text = caption(scene, phrasing, sized=chance.random() < SIZE_SHARE, size_of_first=chance.random() < 0.5)
-        voice = VOICES[chance.randrange(options.voices)]
+    """Describe one picture; a twin has the phrasings, languages and voices of its original."""
+    voices_of = choose(options.voices, options.test_voices, tuple(options.languages or ("en",)))
+    captions: list[Caption] = []
+    for code, phrasing, chance in _phrasings(twin or name, options):
+        language = LANGUAGES[code]
+        text = language.caption(scene, phrasing, chance.random() < SIZE_SHARE, chance.random() < 0.5)
+        voice = voices_of[code, split != "train"].draw(chance)
         speed = chance.randint(170, 220) + (35 if scene.third else 0)  # keeps captions below four seconds
-        audio = partial(speak, text, voice, speed, chance.randint(30, 70))
-        captions.append(Caption(f"{name}-{k}", audio, text, voice))
+        audio = spoken(text, voice, round(speed * language.tempo), chance.randint(30, 70))
+        known = code if options.languages else None
+        captions.append(Caption(f"{name}-{len(captions)}", audio, text, voice, language=known))
     return Item(name, split, partial(draw, scene, options.size), tuple(captions), twin)
+
+
+def _phrasings(name: str, options: argparse.Namespace) -> Iterator[tuple[str, int, random.Random]]:
+    """Yield language and phrasing of each caption of a picture, and the random stream of the rest.
+
+    English captions have the stream that they have without other languages.
+    """
+    languages = options.languages or ["en"]
+    if options.every_language:
+        for language in languages:
+            chance = random.Random(f"{options.seed}/captions/{name}" + (f"/{language}" if language != "en" else ""))
+            for phrasing in chance.sample(range(options.phrasings), options.captions):
+                yield language, phrasing, chance
+        return
+    chance, languages_drawn = (random.Random(f"{options.seed}/{use}/{name}") for use in ("captions", "languages"))
+    for phrasing in chance.sample(range(options.phrasings), options.captions):
+        yield languages_drawn.choice(languages), phrasing, chance
 
 
 def _twin_item(scene: Scene, name: str, kind: str, split: str, options: argparse.Namespace) -> Item:
@@ -180,24 +218,8 @@ def twin_of(scene: Scene, kind: str) -> Scene:
     )
 
 
-def caption(scene: Scene, phrasing: int, sized: bool = False, size_of_first: bool = True) -> str:
-    """Return a caption of a scene in one phrasing; with `sized`, it names the size of one object if sizes differ."""
-    sized = sized and scene.first.size != scene.second.size
-    first = _name(scene.first, with_size=sized and size_of_first)
-    second = _name(scene.second, with_size=sized and not size_of_first)
-    template = (VERTICAL if scene.vertical else HORIZONTAL)[phrasing]
-    text = template.format(a=_indefinite(first), b=_indefinite(second), A=f"the {first}", B=f"the {second}")
-    if scene.third:
-        text += f" and {_indefinite(_name(scene.third))} {SIDES[scene.side]}"
-    return text
-
-
-def _name(thing: Thing, with_size: bool = False) -> str:
-    return f"{thing.size} {thing.colour} {thing.shape}" if with_size else f"{thing.colour} {thing.shape}"
-
-
-def _indefinite(name: str) -> str:
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+def _name(thing: Thing) -> tuple[str, str]:
+    return thing.colour, thing.shape
 
 
 def random_scene(seed: int, split: str, number: str) -> Scene:

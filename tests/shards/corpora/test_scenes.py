@@ -7,6 +7,8 @@ import pickle
 import re
 import subprocess
 import sys
+from collections import Counter
+from importlib.metadata import version
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -18,7 +20,7 @@ from shards.corpora import scenes
 from shards.corpora.drawing import COLOURS, SHAPES, Scene, Thing
 from shards.corpora.item import Item
 from shards.corpora.scenes import IN_ORDER
-from shards.corpora.speech_synthesis import VOICES, speak
+from shards.corpora.synthesis.espeak import ACCENTS, VOICES, speak
 from shards.errors import UserError
 
 pytest.importorskip("espeakng_loader")
@@ -192,6 +194,90 @@ def test_same_bytes_in_another_process_and_order():
     assert other.stdout.strip() == digest(items)
 
 
+# Of the data that earlier versions made with these options.
+DESCRIPTIONS = {
+    "--voices=6": "5cc80a6e0c54e7d7f47537aa6c3f256eb361aa3fe032e743df4a1458cca1425c",
+    "--voices=36 --captions=4 --seed=3": "7f768a0f9402879d5659bc660c8e032f50dfc482502c12d483793719bc1f1e26",
+    "--voices=16 --phrasings=4 --size=96": "6d8df07d02bdafdddd602731c881b45086ff581749d2c844bbb421c387aafdfa",
+}
+
+
+@pytest.mark.parametrize("options", DESCRIPTIONS)
+@pytest.mark.parametrize("languages", ["", "--languages=en"])
+def test_english_data_with_numbered_voices_stays_as_it_was(options, languages):
+    lines = []
+    for item in read(*options.split(), *languages.split()):
+        captions = [(one.utterance, one.text, one.speaker, one.audio.args) for one in item.captions]
+        lines.append(repr((item.image_id, item.split, item.twin, item.picture.args, captions)))
+        assert {one.language for one in item.captions} == {None}
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == DESCRIPTIONS[options]
+
+
+@pytest.mark.skipif(version("espeakng_loader") != "0.2.4", reason="another espeak-ng may have other samples")
+def test_english_speech_stays_as_it_was():
+    samples = hashlib.sha256()
+    for item in read("--voices=36", "--captions=4", "--seed=3")[:12]:
+        for caption in item.captions:
+            samples.update((caption.audio()[0] * 32768).astype("<i2").tobytes())
+    assert samples.hexdigest() == "e826401ac9d1a2133a800c0e403d2f5da711e2fe62a255c1df1488da7863372f"
+
+
+def test_other_languages_do_not_change_the_pictures_nor_english_captions():
+    plain, every = read("--voices=6"), read("--voices=6", "--every-language", "--languages=de,en,sv")
+    drawn = read("--voices=6", "--languages=de,en,sv", "--captions=3")
+    counts = Counter(one.language for item in drawn for one in item.captions)
+    assert set(counts) == {"de", "en", "sv"}
+    assert min(counts.values()) > 0.28 * counts.total(), counts
+    for one, other, mixed in zip(plain, every, drawn, strict=True):
+        assert pickle.dumps(one.picture) == pickle.dumps(other.picture) == pickle.dumps(mixed.picture)
+        assert [caption.language for caption in other.captions] == ["de", "de", "en", "en", "sv", "sv"]
+        assert [caption.utterance for caption in other.captions] == [f"{one.image_id}-{k}" for k in range(6)]
+        english = [(caption.text, caption.speaker, caption.audio.args) for caption in other.captions[2:4]]
+        assert english == [(caption.text, caption.speaker, caption.audio.args) for caption in one.captions]
+
+
+def test_captions_are_spoken_by_a_voice_of_their_language():
+    for item in read("--languages=en,de,fr,es,it,nl,pt,sv", "--captions=4"):
+        for one in item.captions:
+            assert one.speaker.split("+")[0] in ACCENTS[one.language]
+            assert one.audio.args[:2] == (one.text, one.speaker)
+
+
+def test_twins_are_in_the_languages_of_their_originals():
+    items = {item.image_id: item for item in read("--languages=it,sv", "--captions=3")}
+    for item in items.values():
+        if item.twin:
+            for one, other in zip(item.captions, items[item.twin].captions, strict=True):
+                assert (one.language, one.speaker) == (other.language, other.speaker)
+                assert one.text != other.text
+
+
+def test_voices_of_the_tests_are_never_in_training():
+    items = read("--languages=en,de", "--test-voices=*+f4,en-us", "--captions=4", pictures=800)
+    speakers = {split: {one.speaker for item in items if item.split == split for one in item.captions}
+                for split in ("train", "dev", "test", "twins")}  # fmt: skip
+    held_out = speakers["dev"] | speakers["test"] | speakers["twins"]
+    assert all(name == "en-us" or name.endswith("+f4") for name in held_out), held_out
+    assert {"en-us", "de+f4", "en+f4"} <= held_out
+    assert not held_out & speakers["train"]
+    assert len(speakers["train"]) > 400
+
+
+def test_an_unknown_language_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        read("--languages=en,xx")
+    assert "no language 'xx': it has en, de," in capsys.readouterr().err
+
+
+def test_voices_are_listed(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        read("--list-voices")
+    assert exit_.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"en\ten-us", "en\ten-gb-scotland+f4", "pt\tpt-br+m3", "en\tpiper:joe"} <= set(lines)
+    assert len(set(lines)) == len(lines)
+
+
 def test_speech_is_a_trimmed_float_wave():
     wave, rate = speak(SENTENCE, "en-us", 175, 50)
     assert wave.dtype == np.float32
@@ -203,10 +289,10 @@ def test_speech_is_a_trimmed_float_wave():
 
 
 def test_every_voice_speaks_in_its_own_way():
-    waves = {voice: speak(SENTENCE, voice, 190, 50)[0].tobytes() for voice in VOICES}
-    assert len(VOICES) == 36
+    waves = {voice: speak("a red star", voice, 190, 50)[0].tobytes() for voice in VOICES}
+    assert len(waves) == len(VOICES) > 700
     assert len(set(waves.values())) == len(VOICES), "two voices are the same"
-    assert speak(SENTENCE, "en-us", 190, 60)[0].tobytes() != waves["en-us"], "the pitch makes no difference"
+    assert speak("a red star", "en-us", 190, 60)[0].tobytes() != waves["en-us"], "the pitch makes no difference"
     with pytest.raises(UserError, match="no voice 'en-xx'"):
         speak(SENTENCE, "en-xx", 190, 50)
 

@@ -1,0 +1,70 @@
+"""What the captions of a language are made of: noun phrases, and templates for the relations of the objects."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shards.corpora.drawing import Scene, Thing
+
+# The first IN_ORDER templates mention the first object, which is above or left of the second, first.
+PHRASINGS, IN_ORDER = 10, 4
+
+
+class NounPhrase(str):
+    """A noun phrase in the form in which it stands alone, with the other forms that templates use.
+
+    Attributes:
+        dative: The dative, in German.
+        of: Preceded by the preposition de or di, in Romance languages.
+    """
+
+    dative: str
+    of: str
+
+
+# Colour, shape, size ("": not named), and whether the article is definite.
+Phraser = Callable[[str, str, str, bool], str]
+
+
+@dataclass(frozen=True)
+class Language:
+    """The grammar of the captions in one language.
+
+    Attributes:
+        vertical: `PHRASINGS` templates in which {a} and {b} are the first and the second object with an indefinite
+            article, {A} and {B} with a definite one.
+        horizontal: The same for objects side by side.
+        sides: Adverbial of each position of a third object.
+        conjunction: Word before the third object.
+        noun_phrase: Returns the noun phrase of an object.
+        tempo: Factor of the words per minute with which a caption lasts about as long as its English translation.
+    """
+
+    vertical: tuple[str, ...]
+    horizontal: tuple[str, ...]
+    sides: dict[str, str]
+    conjunction: str
+    noun_phrase: Phraser
+    tempo: float = 1.0
+
+    def caption(self, scene: Scene, phrasing: int, sized: bool = False, size_of_first: bool = True) -> str:
+        """Return a caption of a scene.
+
+        Args:
+            scene: The scene.
+            phrasing: Number of the template.
+            sized: Name the size of one of the first two objects, if their sizes differ.
+            size_of_first: Whose size.
+        """
+        sized = sized and scene.first.size != scene.second.size
+        first, second = (
+            {definite: self._noun_phrase(thing, sized and is_first == size_of_first, definite) for definite in (0, 1)}
+            for thing, is_first in ((scene.first, True), (scene.second, False))
+        )
+        template = (self.vertical if scene.vertical else self.horizontal)[phrasing]
+        text = template.format(a=first[0], b=second[0], A=first[1], B=second[1])
+        if scene.third:
+            text += f" {self.conjunction} {self._noun_phrase(scene.third)} {self.sides[scene.side]}"
+        return text
+
+    def _noun_phrase(self, thing: Thing, with_size: bool = False, definite: int = 0) -> str:
+        return self.noun_phrase(thing.colour, thing.shape, thing.size if with_size else "", bool(definite))

@@ -1,0 +1,1 @@
+"""Speech synthesis for the built-in scenes: a function of each synthesizer, and the names of their voices."""
