@@ -10,7 +10,7 @@ from markupsafe import Markup
 from shards.html.render import render_macro
 
 _WIDTH, _BOTTOM, _TOP = 420, 170, 8  # of the plotting area, in pixels at full width
-_POINTS = 400  # of a curve, at most
+_POINTS, _ALL_POINTS = 400, 4000  # of a curve and of a chart, at most
 _DOTS = 25  # a curve with no more points than this has each of them marked
 _BINS = 30
 _COLORS = 8
@@ -36,18 +36,24 @@ class _Axis:
         return [(self.place(tick), format_tick(tick, self.step)) for tick in self.ticks]
 
 
-def line_chart(title: str, curves: Mapping[str, Mapping[float, float]], x: str = "step") -> Markup:
+def line_chart(
+    title: str,
+    curves: Mapping[str, Mapping[float, float]],
+    x: str = "step",
+    groups: Mapping[str, str] | None = None,
+) -> Markup:
     """Draw curves on one scale.
 
     Args:
         title: Title, with the unit of the values.
         curves: Value by position of each curve, by its name; values that are not finite are left out.
         x: What the positions are, with their unit.
+        groups: Name of each curve's group; curves of a group have one color and one entry in the legend.
 
     Returns:
         The chart; empty if there is no value.
     """
-    kept = {name: _thin(curve) for name, curve in curves.items()}
+    kept = {name: _thin(curve, max(50, min(_POINTS, _ALL_POINTS // len(curves)))) for name, curve in curves.items()}
     kept = {name: points for name, points in kept.items() if points}
     if not kept:
         return Markup("")
@@ -56,19 +62,25 @@ def line_chart(title: str, curves: Mapping[str, Mapping[float, float]], x: str =
     left = _left(up)
     along = _axis(across, left, _WIDTH, 6)
     series = []
-    for number, (name, points) in enumerate(kept.items()):
+    group_of = groups or {name: name for name in kept}
+    keys = {group: _key(group, n) for n, group in enumerate(dict.fromkeys(group_of[name] for name in curves))}
+    for name, points in kept.items():
         placed = [(along.place(a), up.place(b)) for a, b in points]
         texts = [f"{x} {a:,.6g}: {b:.5g}" for a, b in points]
         dots = [(*dot, text) for dot, text in zip(placed, texts, strict=True)]
         series.append(
             {
-                **_key(name, number),
-                "last": f"{points[-1][1]:.4g}",
+                **keys[group_of[name]],
+                "name": name,
                 "path": " ".join(f"{a},{b}" for a, b in placed),
                 "dots": dots if len(dots) <= _DOTS else dots[-1:],
             }
         )
-    return render_macro("chart.html", "lines", {**_frame(title, x, left, along, up), "series": series})
+        if groups is None:
+            keys[name]["last"] = f"{points[-1][1]:.4g}"
+    shown = [keys[group] for group in dict.fromkeys(group_of[name] for name in kept)]
+    chart = {**_frame(title, x, left, along, up), "series": series, "keys": shown}
+    return render_macro("chart.html", "lines", chart)
 
 
 def histogram(title: str, values: np.ndarray, unit: str = "") -> Markup:
@@ -164,10 +176,10 @@ def format_tick(value: float, step: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def _thin(curve: Mapping[float, float]) -> list[tuple[float, float]]:
-    """Sort the finite points of a curve by position, and keep at most `_POINTS` and the last."""
+def _thin(curve: Mapping[float, float], count: int) -> list[tuple[float, float]]:
+    """Sort the finite points of a curve by position, and keep about `count` of them and the last."""
     points = sorted((x, y) for x, y in curve.items() if math.isfinite(x) and abs(y) < 1e100)
-    every = -(-len(points) // _POINTS) or 1
+    every = -(-len(points) // count) or 1
     return [*points[:-1:every], *points[-1:]]
 
 
@@ -177,7 +189,7 @@ def _axis(
     """Return an axis over values, with about `count` ticks at round numbers; `whole`: it begins and ends at ticks."""
     low, high = float(min(values)), float(max(values))
     if high - low <= 1e-12 * max(abs(low), abs(high)):
-        low, high = (low - 0.5, high + 0.5) if not low else (low - abs(low) / 10, high + abs(high) / 10)
+        low, high = (0.0, 1.0) if not low else (low - abs(low) / 10, high + abs(high) / 10)
     raw = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= raw * 0.999)

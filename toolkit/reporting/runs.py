@@ -1,0 +1,196 @@
+"""Runs beside one another: which folders are runs, what was measured with each, and which differ by the seed only."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.errors import UserError
+from toolkit.config.load import SAVED
+from toolkit.config.schema import Config
+from toolkit.evaluation.results import Result, load_results
+from toolkit.reporting.curves import LOG, read_log
+from toolkit.reporting.figures import FINAL, get, read_json
+from toolkit.run_folder import fingerprint, load_run
+
+_NOT_RUNS = (
+    "checkpoints",
+    "code",
+    "export",
+    "logs",
+    "profile",
+    "results",
+    "robustness",
+    "wandb",
+)  # below a run or grid
+_NOT_COMPARED = ("run", "seed", "launch.", "wandb.")  # prefixes of keys that do not make configurations different
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run.
+
+    Attributes:
+        report: As in recall.json; see `toolkit.evaluation.retrieve.retrieve`.
+        data: Name of the test data: corpus, split and checksum of the shards; of an evaluation that does not record
+            them, split, sizes and location.
+        final: Whether it is the final evaluation of the run.
+        result: With the ranks of the queries; None: they were not stored.
+    """
+
+    report: dict[str, Any]
+    data: str
+    final: bool
+    result: Result | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and what is known of it."""
+
+    folder: Path
+    name: str
+    config: Config
+    records: list[dict[str, Any]]
+    evaluations: list[Evaluation]
+
+    @property
+    def final(self) -> Evaluation | None:
+        """The final evaluation; None: there was none yet."""
+        return next((one for one in self.evaluations if one.final), None)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with the same settings and different seeds."""
+
+    name: str
+    runs: list[Run]
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Load the runs in folders of runs or grids; those of a grid in the order of its submission.
+
+    Raises:
+        UserError: A folder does not exist or has no runs, or the configuration or a result of a run cannot be read.
+    """
+    found = list(dict.fromkeys(run for folder in folders for run in _find(folder)))
+    names = [folder.resolve().name for folder in found]
+    runs = []
+    for folder, name in zip(found, names, strict=True):
+        unique = name if names.count(name) == 1 else f"{folder.resolve().parent.name}/{name}"
+        runs.append(Run(folder, unique, load_run(folder), read_log(folder), _evaluations(folder)))
+    return runs
+
+
+def _find(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a run folder, or a folder of runs")
+    found = [folder] if _is_run(folder) else list(_below(folder, 2))
+    if not found:
+        raise UserError(f"{folder} is not a run folder and contains none (no {SAVED} with a {LOG} or {FINAL})")
+    order = _submitted(folder)
+    return sorted(found, key=lambda run: order.get(run.name, len(order)))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / SAVED).is_file() and any((folder / name).is_file() for name in (LOG, FINAL))
+
+
+def _below(folder: Path, depth: int) -> Iterator[Path]:
+    for below in sorted(folder.iterdir()):
+        if below.is_dir() and below.name not in _NOT_RUNS and not below.name.startswith("."):
+            if _is_run(below):
+                yield below
+            elif depth > 1:
+                yield from _below(below, depth - 1)
+
+
+def _submitted(grid: Path) -> dict[str, int]:
+    """Return the position of each member of a grid by its name, as its last submission recorded them."""
+    for path in sorted(grid.glob("logs/*/submission.json"), reverse=True):
+        members = get(read_json(path), "members")
+        if isinstance(members, dict):
+            indices = sorted(filter(str.isdecimal, members), key=int)
+            return {Path(str(members[index])).parent.parent.name: int(index) for index in indices}
+    return {}
+
+
+def _evaluations(run: Path) -> list[Evaluation]:
+    """Return the stored results; the final one without ranks where it is older than they are."""
+    final = read_json(run / FINAL)
+    results = load_results(run)
+    same = [result for result in results if final is not None and _is_same(result, final)]
+    evaluations = [
+        Evaluation(result.report, _data_name(result), any(result is one for one in same[-1:]), result)
+        for result in results
+    ]
+    if final is not None and isinstance(get(final, "coarse", "mean_R@1"), int | float) and not same:
+        evaluations.append(Evaluation(final, _unrecorded_data(final), True, None))
+    return evaluations
+
+
+def _is_same(result: Result, final: dict[str, Any]) -> bool:
+    """Whether recall.json is this result."""
+    keys = ("split", "checkpoint", "step", "coarse", "pictures", "captions")
+    return all(result.report.get(key) == final.get(key) for key in keys) and (
+        get(result.report, "reranked", "mean_R@1") == get(final, "reranked", "mean_R@1")
+    )
+
+
+def _data_name(result: Result) -> str:
+    return f"{result.corpus} {result.split}, shards {result.manifest[:8]}"
+
+
+def _unrecorded_data(report: dict[str, Any]) -> str:
+    sizes = f"{report.get('pictures')} images, {report.get('captions')} captions"
+    return f"{report.get('split')} of {report.get('shards')} ({sizes}; checksum not recorded)"
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Group runs by their settings without the seed, in order."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(fingerprint(dataclasses.replace(run.config, seed=0)), []).append(run)
+    names = [_name(members) for members in groups.values()]
+    return [
+        Group(name if names.count(name) == 1 else members[0].name, members)
+        for name, members in zip(names, groups.values(), strict=True)
+    ]
+
+
+def _name(runs: Sequence[Run]) -> str:
+    """Name of a group: the runs' without the seed if they agree, else the first run's."""
+    names = {re.sub(r"[-_.]?seed[-_]?\d+$", "", run.name) for run in runs}
+    return names.pop() or runs[0].name if len(names) == 1 else runs[0].name
+
+
+def differences(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Return a table of the settings that differ between groups.
+
+    Returns:
+        The head, and a row for each key.
+    """
+    flat = [dict(_flatten(dataclasses.asdict(group.runs[0].config))) for group in groups]
+    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if not key.startswith(_NOT_COMPARED)]
+    rows = [
+        [key, *values]
+        for key in keys
+        if len(set(values := [_text(one[key]) if key in one else "" for one in flat])) > 1
+    ]
+    return ["key", *(group.name for group in groups)], rows
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
