@@ -24,6 +24,7 @@ from shards.remote import Remote, is_url
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
 FORMAT = 1
+INDEXED = "index"  # argument `corpus` of a folder whose tars were indexed as they are
 # Keys of `manifest.json`. Earlier versions did not write `report` and `sha256`, the checksum of the file itself.
 _KEYS = {"format", "corpus", "hash", "arguments", "splits", "index", "shards"}
 
@@ -42,7 +43,7 @@ SAMPLE_COLUMNS = {
 CAPTION_COLUMNS = {"audio_offset": "<i8", "audio_bytes": "<i8", "duration": "<f4"}
 COLUMNS = {**SAMPLE_COLUMNS, "first_caption": "<i8", **CAPTION_COLUMNS}
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")  # no path, no hidden file
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")  # no path, no hidden file
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -73,8 +74,8 @@ class Manifest:
     image_id: np.ndarray  # utf-8 bytes [S]
     shard: np.ndarray  # int32 [S], index in `shards`
     split: np.ndarray  # int8 [S], index in `splits`
-    meta_offset: np.ndarray  # int64 [S], offset of KEY.json in its tar, in bytes
-    meta_bytes: np.ndarray  # int64 [S]
+    meta_offset: np.ndarray  # int64 [S], offset of KEY.json in its tar, in bytes; of an indexed tar also KEY.txt
+    meta_bytes: np.ndarray  # int64 [S]; 0: none, in an indexed tar
     image_offset: np.ndarray  # int64 [S]
     image_bytes: np.ndarray  # int64 [S]
     twin: np.ndarray  # int64 [S], sample number of the picture of which this is the twin; -1: none
@@ -90,6 +91,11 @@ class Manifest:
     def place(self) -> str:
         """Folder or URL, for messages."""
         return self.url or str(self.folder)
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the tars were written by another program and only indexed; see `shards/tars/index.py`."""
+        return self.arguments.get("corpus") == INDEXED
 
     def rows(self, split: str) -> np.ndarray:
         """Return the sample numbers of a split, int64, ascending.
@@ -231,7 +237,7 @@ def _problem_of(m: Manifest) -> str | None:
     if len(set(m.splits)) < len(m.splits):
         return f"{MANIFEST} names a split twice"
     for shard in m.shards:
-        if not _SHARD_NAME.fullmatch(shard.name):
+        if not SHARD_NAME.fullmatch(shard.name):
             return f"{MANIFEST} names a shard {shard.name!r}: expected a plain file name that ends in .tar"
         if not _SHA256.fullmatch(shard.sha256) or type(shard.bytes) is not int or not 0 <= shard.bytes < 2**62:
             return f"{MANIFEST} has an invalid size or checksum of shard {shard.name}"

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Arguments that do not change the contents of the shards.
 _NOT_CONTENT = ("out", "jobs", "part", "restart", "dry_run", "log_level")
-_MERGE = "merge"
+_MERGE, _INDEX = "merge", "index"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +54,26 @@ def build_parser() -> argparse.ArgumentParser:
     merge = corpora.add_parser(_MERGE, help="finish a folder whose parts were written by runs with --part")
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that the parts were written into")
     add_log_level(merge)
+    _add_index(corpora.add_parser(_INDEX, help="make an index over your own tars as they are, without rewriting them"))
     return parser
+
+
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    from shards.tars.samples import add_layout
+
+    add = parser.add_argument
+    parser.description = (
+        "Write manifest.json and index.npz into a folder of tars, which are read and checked once and not changed. "
+        "They fit if each sample has one picture (JPEG, PNG or WebP) and captions at 16 kHz mono, keys are unique, and "
+        "a tar has samples of one split. Others become shards by make_shards.py webdataset."
+    )
+    add("folder", type=Path, metavar="DIR", help="folder of the tars")
+    add("--name", help="name of the data set (default: name of the folder)")
+    add("--jobs", type=_number(1), default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+    add("--skip-bad", action="store_true", help="leave samples that do not fit out of the index, and report them")
+    add("--restart", action="store_true", help="replace an index made earlier")
+    add_layout(parser)
+    add_log_level(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setup_logging(options.log_level)
     if options.corpus == _MERGE:
         _merge(options.out)
+        return
+    if options.corpus == _INDEX:
+        _index(options)
         return
     if options.part and options.restart:
         raise UserError(f"--restart and --part: remove {options.out} instead, then start all parts")
@@ -206,6 +228,18 @@ def _merge(out: Path) -> None:
         return
     start = time.monotonic()
     _print_report(out, merge_shards(out), start)
+
+
+def _index(options: argparse.Namespace) -> None:
+    """Index a folder of tars as they are."""
+    from shards.tars.index import IndexOptions, index_folder
+    from shards.tars.samples import layout_of
+
+    start, folder = time.monotonic(), options.folder
+    chosen = IndexOptions(layout_of(options), tuple(options.split), options.skip_bad)
+    report = index_folder(folder, options.name or folder.resolve().name, chosen, options.jobs, options.restart)
+    print(f"{folder}: indexed in {time.monotonic() - start:.0f} s")
+    print(report.text())
 
 
 def _print_report(out: Path, report: "Report", start: float) -> None:

@@ -213,7 +213,7 @@ def _compare_sources(result: CheckResult, m: Manifest) -> None:
     if os.path.lexists(result.folder / SOURCES):
         if problem := sources_problem(result.folder):
             result.problems.append(Finding(SOURCES, f"{problem}: remove it, or restore it from a copy"))
-    elif m.report is not None:
+    elif m.report is not None and not m.indexed:
         line = "is missing: make_shards cannot detect whether the corpus changed"
         result.warnings.append(Finding(SOURCES, line))
 

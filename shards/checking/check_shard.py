@@ -17,18 +17,20 @@ from shards.checking.duplicates import Digests, text
 from shards.checking.finding import MAX_NAMED
 from shards.checking.tar import DamagedTar, Member, TarScan
 from shards.errors import UserError
+from shards.files import file_sha256
 from shards.manifest import Manifest, ShardInfo
 from shards.media.audio import CODECS, MAX_SECONDS, SAMPLE_RATE
 from shards.media.picture import MAX_STORED_PIXELS as MAX_PIXELS
 from shards.media.picture import decode_picture
 from shards.media.signal_level import LevelMeter
 from shards.progress import Progress
-from shards.reading.reader import MAX_MEMBER, MAX_META
+from shards.reading.reader import MAX_MEMBER, MAX_META, caption_metadata
 
 _SIDE = 224  # side of decoded pictures in pixels, as in training
 _TOLERANCE = 0.05  # largest difference from the index, in seconds
 _BLOCK = 1 << 16
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
+STOCK_PICTURES = ("JPEG", "PNG", "WEBP")  # formats that tars of other programs may have
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class ShardTask:
     info: ShardInfo
     split: str
     samples: tuple[IndexedSample, ...]
+    stock: bool = False  # whether another program wrote the tar, which was only indexed
 
 
 @dataclass
@@ -81,7 +84,7 @@ def task_of(m: Manifest, shard: int, decode: np.ndarray) -> ShardTask:
             IndexedSample(text(m.key[s]), text(m.image_id[s]), twin, tuple(members), durations, bool(decode[s]))
         )
     split = m.splits[m.split[first]] if last > first else ""
-    return ShardTask(m.folder / m.shards[shard].name, m.shards[shard], split, tuple(samples))
+    return ShardTask(m.folder / m.shards[shard].name, m.shards[shard], split, tuple(samples), m.indexed)
 
 
 def check_shard(task: ShardTask, progress: Progress) -> ShardFindings:
@@ -98,6 +101,8 @@ def check_shard(task: ShardTask, progress: Progress) -> ShardFindings:
             findings.problems.append("is not a regular file")
         elif status.st_size != task.info.bytes:
             findings.problems.append(_wrong_size(task, status.st_size))
+        elif task.stock:
+            _scan_stock(task, findings)
         else:
             _scan(task, status.st_size, findings)
     except OSError as error:
@@ -150,6 +155,25 @@ def _scan(task: ShardTask, size: int, findings: ShardFindings) -> None:
             findings.problems.append("its checksum differs from the manifest: its bytes changed since it was written")
 
 
+def _scan_stock(task: ShardTask, findings: ShardFindings) -> None:
+    """Check a tar of another program: its checksum, which covers the names in it, and the members in the index."""
+    if file_sha256(task.path) != task.info.sha256:
+        findings.problems.append("its checksum differs from the manifest: its bytes changed since it was indexed")
+    captions = 0
+    with open(task.path, "rb") as file:
+        for number, sample in enumerate(task.samples):
+            names = ["text", "picture", *(f"caption {n}" for n in range(len(sample.durations)))]
+            for part, (offset, length) in enumerate(sample.members):
+                name = f"{sample.key}, {names[part]}"
+                if length > MAX_MEMBER:
+                    findings.problems.append(f"{name} has {length:,} bytes, the limit is {MAX_MEMBER:,}")
+                    continue
+                file.seek(offset)
+                place = _IndexedMember(number, part, length, (name,), captions)
+                _check_content(task, place, file.read(length), findings)
+            captions += len(sample.durations)
+
+
 def _expected_members(task: ShardTask, findings: ShardFindings) -> dict[int, _IndexedMember]:
     """Return the members in the index by offset."""
     places: dict[int, _IndexedMember] = {}
@@ -193,12 +217,16 @@ def _check_content(task: ShardTask, place: _IndexedMember, data: bytes, findings
     sample, digests = task.samples[place.sample], findings.digests
     warning = None
     if place.part == 0:
-        problem, utterances = _check_meta(data, sample, task.split)
+        if task.stock:
+            described = caption_metadata(data, sample.key, len(sample.durations))
+            problem, utterances = None, [str(one["utterance"]) for one in described]
+        else:
+            problem, utterances = _check_meta(data, sample, task.split)
         for number, utterance in enumerate(utterances, place.first_caption):
             digests.put(digests.utterances, number, utterance.encode(errors="surrogatepass"))
     elif place.part == 1:
         digests.put(digests.pictures, place.sample, data)
-        problem = problem_of_picture(data, sample.decode)
+        problem = problem_of_picture(data, sample.decode, STOCK_PICTURES if task.stock else ("JPEG",))
         findings.pictures += sample.decode
     else:
         digests.put(digests.audio_files, place.first_caption + place.part - 2, data)
@@ -241,15 +269,21 @@ def _problem_of_meta(meta: Any, sample: IndexedSample, split: str) -> str | None
     return None
 
 
-def problem_of_picture(data: bytes, decode: bool) -> str | None:
-    """Check a JPEG's header, and optionally decode it; a decompression bomb is rejected by its header."""
+def problem_of_picture(data: bytes, decode: bool, formats: tuple[str, ...] = ("JPEG",)) -> str | None:
+    """Check a picture's header, and optionally decode it; a decompression bomb is rejected by its header.
+
+    Args:
+        data: The encoded bytes.
+        decode: Whether to decode it.
+        formats: Pillow's names of the formats that are allowed.
+    """
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             width, height = image.size
     except Image.DecompressionBombError:
         return f"a decompression bomb: more pixels than the limit of {MAX_PIXELS:,}"
     except Exception as error:  # for damaged files, Pillow raises various errors
-        return f"not a JPEG ({type(error).__name__})"
+        return f"not a {' or '.join(formats)} ({type(error).__name__})"
     if width * height > MAX_PIXELS:
         return f"a decompression bomb: {width:,} x {height:,} pixels, the limit is {MAX_PIXELS:,}"
     if decode:

@@ -13,7 +13,7 @@ import soundfile
 from markupsafe import Markup
 
 from shards.checking.check import CheckResult, split_rows
-from shards.checking.check_shard import problem_of_audio, problem_of_picture, text
+from shards.checking.check_shard import STOCK_PICTURES, problem_of_audio, problem_of_picture, text
 from shards.errors import UserError
 from shards.html.chart import histogram, waveform
 from shards.html.render import data_url, write_html
@@ -96,7 +96,7 @@ def _card(m: Manifest, sample: int) -> dict[str, Any]:
             audio = [_read(file, m.audio_offset[row], m.audio_bytes[row]) for row in rows[:_MAX_CAPTIONS]]
     except OSError as error:
         return card(text(m.image_id[sample]), problem=f"{name}: {error.strerror}")
-    problem = _too_large(picture) or problem_of_picture(picture, decode=True)
+    problem = _too_large(picture) or problem_of_picture(picture, True, STOCK_PICTURES)
     texts = _caption_texts(meta, len(rows))
     hidden = len(rows) - _MAX_CAPTIONS
     return card(

@@ -31,6 +31,44 @@ _NETWORK_ERRORS = (
 )
 
 
+def caption_metadata(data: bytes, key: str, count: int) -> list[dict[str, Any]]:
+    """Return text, speaker, language and utterance id of the captions of a sample from any tar.
+
+    Args:
+        data: The JSON of our shards; a JSON object with `text`, `speaker` and `language`, where `text` may be a list;
+            text with a line for each caption; or nothing.
+        key: Key of the sample, from which utterance ids are made where the data has none.
+        count: Number of captions.
+
+    Returns:
+        Values that are absent or not text are None; `duration` is there if it is a number.
+    """
+    try:
+        described = json.loads(data)
+    except (ValueError, RecursionError):
+        described = None
+    if not isinstance(described, dict):
+        text = data.decode(errors="replace").strip()
+        described = {"text": text.splitlines() if count > 1 else text}
+    several = described.get("captions", described.get("text"))
+    several = several if isinstance(several, list) else [several]
+    if len(several) != count:
+        several = [None] * count
+    common = {name: described.get(name) for name in ("speaker", "language")}
+    captions = []
+    for number, one in enumerate(several):
+        own = common | {"utterance": None} | (one if isinstance(one, dict) else {"text": one})
+        caption = {name: _text(own.get(name)) for name in ("text", "speaker", "language")}
+        caption["utterance"] = _text(own["utterance"]) or f"{key}.{number}"
+        seconds = own.get("duration")
+        captions.append(caption | ({"duration": seconds} if isinstance(seconds, float) and 0 <= seconds < 1e9 else {}))
+    return captions
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
 class Reader:
     """The samples of one or several data sets, numbered end to end; safe for threads and forked processes."""
 
@@ -82,10 +120,24 @@ class Reader:
         return self._read(part, int(m.shard[sample]), int(m.audio_offset[local]), int(m.audio_bytes[local]))
 
     def meta(self, sample: int) -> dict[str, Any]:
-        """Read the JSON of a sample: image id, split, captions; raises the errors of `picture`."""
+        """Read the JSON of a sample: image id, split, captions; raises the errors of `picture`.
+
+        In an indexed tar it is made of what describes the captions there; see `caption_metadata`.
+        """
         part, local = self._find(self._first_sample, sample)
         m = self.manifests[part]
-        return json.loads(self._read(part, int(m.shard[local]), int(m.meta_offset[local]), int(m.meta_bytes[local])))
+        size = int(m.meta_bytes[local])
+        data = self._read(part, int(m.shard[local]), int(m.meta_offset[local]), size) if size else b""
+        if not m.indexed:
+            return json.loads(data)
+        rows, key = m.captions(local), m.key[local].decode(errors="replace")
+        captions = caption_metadata(data, key, len(rows))
+        captions = [one | {"duration": float(m.duration[row])} for one, row in zip(captions, rows, strict=True)]
+        return {
+            "image_id": m.image_id[local].decode(errors="replace"),
+            "split": m.splits[m.split[local]],
+            "captions": captions,
+        }
 
     def describe(self, sample: int) -> tuple[str, str]:
         """Return the key of a sample and the path or URL of its shard, for messages."""

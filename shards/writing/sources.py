@@ -84,8 +84,12 @@ def by_split(items: Sequence[Item]) -> dict[str, list[Item]]:
     splits: dict[str, list[Item]] = {}
     for item in items:
         splits.setdefault(item.split, []).append(item)
-    names = sorted(splits, key=lambda name: (*(name != first for first in _FIRST_SPLITS), name))
-    return {name: splits[name] for name in names}
+    return {name: splits[name] for name in sorted(splits, key=split_order)}
+
+
+def split_order(name: str) -> tuple[object, ...]:
+    """Sort key of splits: train, dev and test come first."""
+    return (*(name != first for first in _FIRST_SPLITS), name)
 
 
 def files_of(items: Iterable[Item]) -> list[Path | StoredFile]:
