@@ -16,6 +16,8 @@ from shards.writing.writer import Format, write_shards
 from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.evaluation.test_retrieve import CPU, item, random_model, settings
 from toolkit import evaluate
+from toolkit.evaluation.results import describe_protocol, load_results
+from toolkit.model.processor import SpeechImageProcessor
 from toolkit.run_folder import to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +42,10 @@ def test_command_writes_recall_and_picture_and_prints_a_table(run, monkeypatch, 
     figures = {"R@1", "R@5", "R@10"}
     assert set(report) == {
         "split", "pictures", "captions", "max_seconds", "coarse", "reranked", "twins", "shards", "checkpoint", "step",
+        "run", "corpus", "manifest", "protocol", "time", "intervals", "measures", "groups",
     }  # fmt: skip
+    (result,) = load_results(run)
+    assert {name: value for name, value in result.report.items() if name != "ranks_sha256"} == report
     assert (report["split"], report["checkpoint"], report["step"]) == ("test", "best", 1234)
     assert set(report["coarse"]) == {"speech_to_image", "image_to_speech", "mean_R@1"}
     assert set(report["reranked"]) == {*report["coarse"], "k", "fuse", "seconds_per_query"}
@@ -53,12 +58,13 @@ def test_command_writes_recall_and_picture_and_prints_a_table(run, monkeypatch, 
     printed = capsys.readouterr().out
     assert "toy test, checkpoint best (step 1,234): 13 pictures" in printed
     assert f"{report['reranked']['mean_R@1']:.1f}" in printed
-    assert not [path.name for path in run.iterdir() if "tmp" in path.name]
+    assert not [path.name for path in run.rglob("*") if "tmp" in path.name]
 
 
 def results(run):
     """The bytes of the results in a run folder, by name."""
-    return {path.name: path.read_bytes() for path in run.iterdir() if path.name.startswith(("recall", "retrieved"))}
+    paths = [run / "recall.json", run / "retrieved.png", *(run / "results").glob("*")]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def moved(folder, tmp_path, monkeypatch):
@@ -88,52 +94,58 @@ def checkpoint(run, data):
     (run / "checkpoints/step-00000001/progress.json").write_text(json.dumps(state))
 
 
-OF = r"-{}-[0-9a-f]{{8}}"
+FINAL = "toy-test-[0-9a-f]{8}-best-step-1234-rerank-4-sum-1.0s-32-crop"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "suffix"),
+    ("arguments", "name"),
     [
-        ([], ""),
-        (["--split", "test", "--rerank", "4", "--checkpoint", "best"], ""),
-        (["--evaluation.batch_size", "3", "--data.workers", "0"], ""),
-        (moved, ""),
-        (["--split", "train"], OF.format("train")),
-        (["--final.split", "train"], OF.format("train")),
-        (["--rerank", "3"], OF.format("test") + "-rerank-3"),
-        (["--rerank", "0", "--checkpoint", "last"], OF.format("test") + "-rerank-0-checkpoint-last"),
-        (["--data.max_seconds", "0.5"], ""),
-        (["--evaluation.max_seconds", "0.5"], OF.format("test") + "-max_seconds-0.5"),
-        (["--evaluation.fuse", "matching"], OF.format("test") + "-fuse-matching"),
-        (["--data.resize", "squash"], OF.format("test") + "-resize-squash"),
-        (others, OF.format("test")),
-        (made_again, OF.format("test")),
+        ([], FINAL),
+        (["--split", "test", "--rerank", "4", "--checkpoint", "best"], FINAL),
+        (["--evaluation.batch_size", "3", "--data.workers", "0"], FINAL),
+        (moved, FINAL),
+        (["--data.max_seconds", "0.5"], FINAL),
+        (["--split", "train"], FINAL.replace("test", "train")),
+        (["--final.split", "train"], FINAL.replace("test", "train")),
+        (["--rerank", "3"], FINAL.replace("rerank-4", "rerank-3")),
+        (["--rerank", "0", "--checkpoint", "last"], "toy-test-[0-9a-f]{8}-last-coarse-1.0s-32-crop"),
+        (["--evaluation.max_seconds", "0.5"], FINAL.replace("1.0s", "0.5s")),
+        (["--evaluation.fuse", "matching"], FINAL.replace("sum", "matching")),
+        (["--data.resize", "squash"], FINAL.replace("crop", "squash")),
+        (others, FINAL),
+        (made_again, FINAL),
     ],
 )
-def test_only_the_final_evaluation_is_written_to_the_plain_file_names(
-    run, folder, tmp_path, monkeypatch, capsys, arguments, suffix
+def test_each_evaluation_has_files_of_its_own_and_the_final_one_the_plain_names(
+    run, folder, tmp_path, monkeypatch, capsys, arguments, name
 ):
     monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
     random_model().save_pretrained(run / "export" / "last")
     checkpoint(run, [load(folder).hash])
     evaluate.main(["--run", str(run)])
     before = results(run)
-    assert set(before) == {"recall.json", "retrieved.png"}
+    final = [path.stem for path in (run / "results").glob("*.json")]
+    assert {path.rpartition(".")[2] for path in before} == {"json", "npz", "png"}
+    assert len(before) == 4
     capsys.readouterr()
     given = arguments if isinstance(arguments, list) else arguments(folder, tmp_path, monkeypatch)
     evaluate.main(["--run", str(run), *given])
     printed, after = capsys.readouterr().out, results(run)
-    if not suffix:
-        assert set(after) == set(before)
+    if set(after) == set(before):
+        assert name == FINAL
+        assert arguments not in (others, made_again)
         assert f"recall: {run / 'recall.json'}\n" in printed
+        assert before[f"{final[0]}.npz"] == after[f"{final[0]}.npz"], "the same evaluation has the same ranks"
         return
-    assert before.items() <= after.items(), "the run's own result was overwritten"
-    names = sorted(set(after) - set(before))
-    for name, pattern in zip(names, (rf"recall{suffix}\.json", rf"retrieved{suffix}\.png"), strict=True):
-        assert re.fullmatch(pattern, name)
-        assert str(run / name) in printed
-    report = json.loads(after[names[0]])
-    assert f"{report['split']}-{load(report['shards']).hash[:8]}" in names[0]
+    assert before.items() <= after.items(), "another result was overwritten"
+    new = sorted(set(after) - set(before))
+    assert [path.rpartition(".")[2] for path in new] == ["json", "npz", "png"]
+    assert len({path.rpartition(".")[0] for path in new}) == 1
+    assert re.fullmatch(name + r"\.json", new[0])
+    assert str(run / "results" / new[0]) in printed
+    assert str(run / "results" / new[2]) in printed
+    report = json.loads(after[new[0]])
+    assert f"{report['split']}-{load(report['shards']).hash[:8]}" in new[0]
 
 
 @pytest.mark.parametrize("made", [moved, others])
@@ -151,7 +163,8 @@ def test_a_run_without_matching_is_written_to_the_plain_file_names(run, folder, 
     settled.objectives.matching.weight = 0
     (run / "config.yaml").write_text(to_yaml(settled))
     evaluate.main(["--run", str(run)])
-    assert set(results(run)) == {"recall.json", "retrieved.png"}
+    assert {"recall.json", "retrieved.png"} < set(results(run))
+    assert load_results(run)[0].protocol["rerank"] == 0
 
 
 @pytest.mark.parametrize(
@@ -162,6 +175,12 @@ def test_a_run_without_matching_is_written_to_the_plain_file_names(run, folder, 
         (["--rerank", "-1"], "--rerank -1"),
         (["--run", "/nowhere/at/all"], "/nowhere/at/all is not a run folder"),
         (["--data.shards", "/nowhere"], "no shards in /nowhere"),
+        (["--datasets", "/nowhere:dev"], "no shards in /nowhere "),
+        (["--by", "accent"], "--by accent: expected any of speaker, language, duration, words"),
+        (["--by", "speaker"], "--by speaker: the shards state no speakers"),
+        (["--out", "here"], "--out here is for --model"),
+        (["--model", "/nowhere", "--out", "here", "--datasets", "d"], "--model and --run exclude each other"),
+        (["--results", "/nowhere"], "--results and --compare .* take no other option"),
     ],
 )
 def test_errors_are_one_line(run, arguments, message):
@@ -186,8 +205,119 @@ def test_a_run_without_matching_is_not_reranked(run, folder, capsys):
     settled = settings(folder)
     settled.objectives.matching.weight = 0
     (run / "config.yaml").write_text(to_yaml(settled))
-    assert evaluate.read_arguments(["--run", str(run), "--rerank", "8"])[2] == 0
+    assert evaluate.read_arguments(["--run", str(run), "--rerank", "8"]).rerank == 0
     assert "not re-ranked" in capsys.readouterr().err
+
+
+def test_several_data_sets_in_one_table(run, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    write_shards([item(n, f"other{n}", "dev") for n in range(4)], tmp_path / "others", "elsewhere", Format(), {})
+    names = [str(folder), f"{folder}:train", f"{tmp_path / 'others'}:dev"]
+    evaluate.main(["--run", str(run), "--datasets", *names, "--by", "words"])
+    printed = capsys.readouterr().out
+    assert [(one.corpus, one.split) for one in load_results(run)] == [
+        ("toy", "test"), ("toy", "train"), ("elsewhere", "dev"),
+    ]  # fmt: skip
+    for data in ("toy test", "toy train", "elsewhere dev"):
+        assert printed.count(data) == 3, "coarse, re-ranked, groups"
+    assert (run / "recall.json").is_file(), "the run's final evaluation was among them"
+    with pytest.raises(UserError, match="no split 'nope'"):
+        evaluate.main(["--run", str(run), "--datasets", str(folder), f"{folder}:nope"])
+
+
+def test_results_and_comparisons_are_shown_without_a_model(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    evaluate.main(["--run", str(run)])
+    other = shutil.copytree(run, tmp_path / "other")
+    shutil.rmtree(run / "export")
+    capsys.readouterr()
+    evaluate.main(["--results", str(run), str(other)])
+    table = capsys.readouterr().out
+    assert table.count("toy test") == 4, "coarse and re-ranked of both"
+    evaluate.main(["--results", str(run), "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["split"] == "test"
+    evaluate.main(["--compare", str(run), str(other)])
+    assert "+0.00 to +0.00" in capsys.readouterr().out
+    evaluate.main(["--compare", str(run), str(other), "--json"])
+    assert {one["p"] for one in json.loads(capsys.readouterr().out)[0]["differences"]} == {1.0}
+
+
+def test_runs_on_different_test_data_are_not_compared(run, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    other = shutil.copytree(run, tmp_path / "other")
+    evaluate.main(["--run", str(run)])
+    with pytest.raises(UserError, match="holds no results"):
+        evaluate.main(["--compare", str(run), str(other)])
+    evaluate.main(["--run", str(other), "--split", "train"])
+    for pair in ([run, other], [next((one / "results").glob("*.json")) for one in (run, other)]):
+        with pytest.raises(UserError, match="different test data") as caught:
+            evaluate.main(["--compare", *map(str, pair)])
+        assert "\n" not in str(caught.value)
+    evaluate.main(["--run", str(other), "--rerank", "2"])
+    with pytest.raises(UserError, match="no two evaluations with the same checkpoint name and protocol"):
+        evaluate.main(["--compare", str(run), str(other)])
+
+
+def test_protocols_stand_side_by_side(run, monkeypatch, capsys):
+    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    evaluate.main(["--run", str(run), "--protocols", "--rerank", "3"])
+    printed = capsys.readouterr().out
+    stored = load_results(run)
+    # Captions are longer than the configured limit, so that full-length audio is a protocol of its own.
+    assert {(one.protocol["max_seconds"], one.protocol["fuse"]) for one in stored} == {
+        (seconds, fuse) for seconds in (2.0, 1.0) for fuse in ("sum", "matching")
+    }
+    for one in stored:
+        for stage in one.stages:
+            assert f"{describe_protocol(one.protocol, stage)}" in printed
+    assert "(ALBEF)" in printed
+    assert "(BLIP)" in printed
+
+
+def test_an_exported_folder_is_evaluated_without_its_run(run, folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    export, out = run / "export" / "best", tmp_path / "out"
+    SpeechImageProcessor(32, 1.0).save_pretrained(export)
+    evaluate.main(["--run", str(run)])
+    (run / "config.yaml").unlink()
+    model = ["--model", str(export), "--out", str(out), "--datasets", str(folder)]
+    evaluate.main([*model, "--rerank", "4", "--evaluation.fuse", "sum"])
+    (with_run,), (alone,) = load_results(run), load_results(out)
+    for stage in ("coarse", "reranked"):
+        timed = {"seconds_per_query": 0}
+        assert with_run.report[stage] | timed == alone.report[stage] | timed
+    assert alone.run == str(export)
+    evaluate.main(model)
+    assert load_results(out)[1].protocol["rerank"] == 0, "without a fitted weight there is no re-ranking by default"
+    with pytest.raises(UserError, match="no fitted weight of the match logit, and perhaps no trained matching head"):
+        evaluate.main([*model, "--rerank", "4"])
+    for missing, message in (("--out", "needs --out"), ("--datasets", "needs --datasets")):
+        at = model.index(missing)
+        with pytest.raises(UserError, match=message):
+            evaluate.main(model[:at] + model[at + 2 :])
+    (tmp_path / "foreign").mkdir()
+    with pytest.raises(UserError, match="foreign"):
+        evaluate.main(["--model", str(tmp_path / "foreign"), *model[2:]])
+
+
+def test_an_evaluation_that_is_killed_leaves_earlier_results_whole(run, monkeypatch):
+    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    evaluate.main(["--run", str(run)])
+    before = results(run)
+    for place in ("toolkit.evaluation.results.json.dumps", "toolkit.evaluation.gallery.draw_gallery", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate.main(["--run", str(run), "--rerank", "3"])
+        after = results(run)
+        assert before.items() <= after.items()
+        (result, *_) = load_results(run)
+        assert len(result.ranks("speech_to_image").query) == result.report["captions"]
+        assert not [path.name for path in run.rglob("*.tmp")]
+
+
+def interrupt(*arguments, **options):
+    raise KeyboardInterrupt
 
 
 def test_help_and_errors_need_no_torch():

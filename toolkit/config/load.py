@@ -40,13 +40,20 @@ def load_config(arguments: list[str], description: str | None = None) -> Config:
     return parse(arguments, Parser(description))[0]
 
 
-def parse(arguments: list[str], parser: "Parser") -> tuple[Config, argparse.Namespace]:
-    """Set up logging, and parse the configuration and the options that an entry point has added to `parser`."""
+def parse(arguments: list[str], parser: "Parser", initial: Config | None = None) -> tuple[Config, argparse.Namespace]:
+    """Set up logging, and parse the configuration and the options that an entry point has added to `parser`.
+
+    Args:
+        arguments: As of `load_config`.
+        parser: The entry point's.
+        initial: Configuration that is used, and updated, where `--config` names no file.
+    """
     options, rest = parser.parse_known_args(arguments)
     setup_logging(options.log_level)
     overrides = _split_overrides(rest)
-    config = Config()
-    _apply_file(config, _initial_file(options.config, dict(overrides).get("run")))
+    config = Config() if initial is None else initial
+    if initial is None or options.config is not None:
+        _apply_file(config, _initial_file(options.config, dict(overrides).get("run")))
     for key, text in overrides:
         _override(config, key, text)
     check_config(config)

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from shards.files import atomic_write
 from shards.manifest import Manifest
 from shards.reading.reader import Reader
 from toolkit.evaluation.recall import RankCounts
@@ -47,7 +48,8 @@ def save_gallery(manifest: Manifest, retrieval: Retrieval, path: Path) -> None:
     reader = Reader(manifest)
     spoken, shown = examples(reader, retrieval)
     image = draw_gallery(titles(retrieval.report, manifest.corpus), spoken, shown)
-    image.save(path, format="PNG")
+    with atomic_write(path) as file:
+        image.save(file, format="PNG")
 
 
 def equally_spaced(total: int, count: int) -> list[int]:

@@ -13,6 +13,7 @@ their position decides which of them is re-ranked.
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,18 +32,49 @@ if TYPE_CHECKING:
 _CORRECT_ROWS = 1 << 16  # correct candidates that are ranked at once
 
 
-def rerank(
+@dataclass(frozen=True)
+class ScoredCandidates:
+    """The best k candidates of both directions with their scores; a pair that is a candidate in both is scored once."""
+
+    similarity: Tensor  # float32 [M], cosines of the pairs
+    logits: Tensor  # float32 [M], match logits
+    pairs: tuple[Tensor, Tensor]  # int64 [Q, k] of each direction, positions among the pairs
+    right: tuple[Tensor, Tensor]  # bool [Q, k] of each direction, True for correct candidates
+    seconds: float  # per query and rank
+
+    def fit_weight(self) -> float:
+        """Fit the weight of the match logit to these candidates; see `fit_weight`."""
+        return fit_weight(
+            [(self.similarity[i], self.logits[i], r) for i, r in zip(self.pairs, self.right, strict=True)]
+        )
+
+    def reorder(
+        self,
+        model: "SpeechImageModel",
+        speech_to_image: Ranking,
+        image_to_speech: Ranking,
+        evaluation: config.Evaluation,
+    ) -> tuple[Ranking, Ranking]:
+        """Return both rankings with these candidates sorted by `evaluation.fuse`.
+
+        Raises:
+            UserError: `fuse` is fitted, and the model's weight is not.
+        """
+        scores = fuse_scores(model, self.similarity, self.logits, evaluation)
+        spoken, shown = (scores[pairs] for pairs in self.pairs)
+        return reorder(speech_to_image, spoken, self.right[0]), reorder(image_to_speech, shown, self.right[1])
+
+
+def score_candidates(
     model: "SpeechImageModel",
     encodings: Encodings,
     speech_to_image: Ranking,
     image_to_speech: Ranking,
     queries: Tensor,
     k: int,
-    evaluation: config.Evaluation,
     process: ProcessInfo,
-    fit: bool = False,
-) -> tuple[Ranking, Ranking, float]:
-    """Re-rank the best k candidates in both directions; a pair that is a candidate in both is scored once.
+) -> ScoredCandidates:
+    """Score the best k candidates in both directions, from the encodings of both sides: no input is encoded again.
 
     Args:
         model: In evaluation mode.
@@ -51,12 +83,7 @@ def rerank(
         image_to_speech: Ranking of the pictures in the order of `queries`.
         queries: Int64 [Q], positions of the pictures that are queries.
         k: Candidates per query.
-        evaluation: `fuse` selects the score.
         process: This process.
-        fit: First fit the weight of the match logit to these candidates, and set it in the model's configuration.
-
-    Returns:
-        The new rankings of both directions, and the seconds per query and rank.
     """
     started = time.monotonic()
     pictures, captions = speech_to_image.candidates[:, :k], image_to_speech.candidates[:, :k]
@@ -67,19 +94,11 @@ def rerank(
     numbers = torch.unique(torch.cat([forward.flatten(), backward.flatten()]))
     pairs = torch.stack([numbers // size, numbers % size], dim=1)
     logits, similarity = match_pairs(model, encodings, pairs, process), cosines(encodings, pairs).cpu()
-    indices = [torch.searchsorted(numbers, direction) for direction in (forward, backward)]
+    indices = torch.searchsorted(numbers, forward), torch.searchsorted(numbers, backward)
     owner = encodings.picture
-    right = [owner[: len(pictures), None] == pictures, queries[:, None] == owner[captions]]
-    if fit:
-        model.config.match_weight = fit_weight(
-            [(similarity[i], logits[i], r) for i, r in zip(indices, right, strict=True)]
-        )
-    scores = fuse_scores(model, similarity, logits, evaluation)
-
-    new_speech_to_image = reorder(speech_to_image, scores[indices[0]], right[0])
-    new_image_to_speech = reorder(image_to_speech, scores[indices[1]], right[1])
+    right = owner[: len(pictures), None] == pictures, queries[:, None] == owner[captions]
     seconds = (time.monotonic() - started) * process.world_size / (len(forward) + len(backward))
-    return new_speech_to_image, new_image_to_speech, seconds
+    return ScoredCandidates(similarity, logits, indices, right, seconds)
 
 
 def reorder(ranking: Ranking, scores: Tensor, right: Tensor) -> Ranking:

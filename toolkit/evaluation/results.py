@@ -90,17 +90,25 @@ class Result:
         Raises:
             UserError: The file is missing, is damaged, or was written by another evaluation.
         """
-        import numpy as np
-
         columns = _load_columns(self.path.with_suffix(".npz"), self.report["ranks_sha256"])
-        prefix = f"{stage or self.stages[-1]}.{direction}."
-        ids = np.char.decode(columns["image_id"], "utf-8")
-        if direction == "speech_to_image":
-            picture = ids[columns["caption_picture"]]
-            query = np.char.add(np.char.add(picture, "#"), columns["caption_number"].astype(str))
-        else:
-            query = picture = ids[columns["query_picture"]]
-        return Ranks(query, picture, *(columns[prefix + name].astype(np.int64) for name in ("ahead", "tied", "right")))
+        try:
+            return ranks_of(columns, direction, stage or self.stages[-1])
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise UserError(f"{self.path.with_suffix('.npz')} is damaged ({error}): repeat this evaluation") from None
+
+
+def ranks_of(columns: "Mapping[str, np.ndarray]", direction: str, stage: str) -> Ranks:
+    """Ranks of one direction and stage, from the columns that `save_result` describes."""
+    import numpy as np
+
+    ids = np.char.decode(columns["image_id"], "utf-8", "replace")
+    if direction == "speech_to_image":
+        picture = ids[columns["caption_picture"]]
+        query = np.char.add(np.char.add(picture, "#"), columns["caption_number"].astype(str))
+    else:
+        query = picture = ids[columns["query_picture"]]
+    counts = (columns[f"{stage}.{direction}.{name}"].astype(np.int64) for name in ("ahead", "tied", "right"))
+    return Ranks(query, picture, *counts)
 
 
 def save_result(folder: Path, report: Mapping[str, Any], columns: Mapping[str, "np.ndarray"]) -> Result:
@@ -155,11 +163,13 @@ def load_results(run: Path) -> list[Result]:
     """Load the results of a run, oldest first; empty if it was not evaluated.
 
     Args:
-        run: A run folder, or a folder of results.
+        run: A run folder, a folder of results, or the JSON file of one.
 
     Raises:
         UserError: The folder does not exist, or a file in it is not a result.
     """
+    if run.is_file():
+        return [_load_result(run)]
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run folder or a folder of results")
     folder = run / FOLDER if (run / FOLDER).is_dir() else run if list(run.glob("*.npz")) else run / FOLDER
@@ -195,7 +205,7 @@ def _load_columns(path: Path, sha256: str) -> "dict[str, np.ndarray]":
             return {name: stored[name] for name in stored.files}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; repeat this evaluation") from None
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): repeat this evaluation") from None
 
 

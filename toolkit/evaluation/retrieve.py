@@ -1,23 +1,25 @@
 """Evaluation of a split: encoding, coarse recall, re-ranked recall, accuracy on minimal pairs."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shards.manifest import Manifest
-from toolkit.config.schema import Config
+from toolkit.config.schema import Config, Evaluation
 from toolkit.evaluation import minimal_pairs
 from toolkit.evaluation.encode import Encodings, ProcessInfo, encode
 from toolkit.evaluation.ranking import rank_both
 from toolkit.evaluation.recall import Ranking, summarize_recall
-from toolkit.evaluation.rerank import cosines, score_pairs
-from toolkit.evaluation.rerank import rerank as rerank_both
+from toolkit.evaluation.rerank import ScoredCandidates, cosines, score_candidates, score_pairs
 
 if TYPE_CHECKING:
     from toolkit.model.retrieval import SpeechImageModel
+
+Fuse = Literal["fitted", "sum", "matching"]
 
 _MIN_CANDIDATES = 10  # kept per query
 
@@ -33,9 +35,9 @@ class Retrieval:
     queries: Tensor  # int64 [Q], positions of the pictures that have captions
     speech_to_image: Ranking  # C queries; candidates are positions of pictures
     image_to_speech: Ranking  # Q queries; candidates are positions of captions
+    coarse: tuple[Ranking, Ranking] | None = None  # both directions before re-ranking; None: not re-ranked
 
 
-@torch.no_grad()
 def retrieve(
     model: "SpeechImageModel",
     manifest: Manifest,
@@ -67,20 +69,62 @@ def retrieve(
     Raises:
         UserError: The split does not exist, or a sample cannot be read.
     """
+    return retrieve_each(model, manifest, split, config, rerank, process, [config.evaluation.fuse], fit)[0]
+
+
+@torch.no_grad()
+def retrieve_each(
+    model: "SpeechImageModel",
+    manifest: Manifest,
+    split: str,
+    config: Config,
+    rerank: int,
+    process: ProcessInfo,
+    fuses: Sequence[Fuse],
+    fit: bool = False,
+) -> list[Retrieval]:
+    """Measure recall on a split with several scores for re-ranking, of which encodings and match logits are the same.
+
+    Args:
+        model: See `retrieve`.
+        manifest: See `retrieve`.
+        split: See `retrieve`.
+        config: See `retrieve`; `evaluation.fuse` is not used.
+        rerank: See `retrieve`.
+        process: See `retrieve`.
+        fuses: Values of `evaluation.fuse`.
+        fit: See `retrieve`.
+
+    Returns:
+        What `retrieve` returns, for each of `fuses`.
+
+    Raises:
+        UserError: The split does not exist, or a sample cannot be read.
+    """
     training = model.training
     model.eval()
     samples = manifest.rows(split)
     with_twins = np.concatenate([samples, minimal_pairs.find_minimal_pairs(manifest, samples)])
     encodings = encode(model, manifest, with_twins, config, process, keep_tokens=rerank > 0)
-    retrieval = _coarse(encodings, len(samples), max(rerank, _MIN_CANDIDATES), process)
-    size = {"pictures": len(retrieval.samples), "captions": len(retrieval.captions)}
-    retrieval.report = {"split": split, **size, "max_seconds": config.evaluation.max_seconds, **retrieval.report}
+    coarse = _coarse(encodings, len(samples), max(rerank, _MIN_CANDIDATES), process)
+    size = {"pictures": len(coarse.samples), "captions": len(coarse.captions)}
+    coarse.report = {"split": split, **size, "max_seconds": config.evaluation.max_seconds, **coarse.report}
+    scored = None
     if rerank:
-        _rerank(retrieval, model, encodings, rerank, config, process, fit)
-    if len(with_twins) > len(samples):
-        retrieval.report["twins"] = _minimal_pairs(manifest, model, encodings, rerank > 0, config, process)
+        both = coarse.speech_to_image, coarse.image_to_speech
+        scored = score_candidates(model, encodings, *both, coarse.queries, rerank, process)
+        if fit:
+            model.config.match_weight = scored.fit_weight()
+    retrievals = []
+    for fuse in fuses:
+        evaluation = replace(config.evaluation, fuse=fuse)
+        retrieval = _rerank(coarse, model, scored, rerank, evaluation) if scored else coarse
+        if len(with_twins) > len(samples):
+            twins = _minimal_pairs(manifest, model, encodings, rerank > 0, evaluation, process)
+            retrieval = replace(retrieval, report=retrieval.report | {"twins": twins})
+        retrievals.append(retrieval)
     model.train(training)
-    return retrieval
+    return retrievals
 
 
 def _coarse(encodings: Encodings, count: int, k: int, process: ProcessInfo) -> Retrieval:
@@ -96,21 +140,14 @@ def _coarse(encodings: Encodings, count: int, k: int, process: ProcessInfo) -> R
 
 
 def _rerank(
-    retrieval: Retrieval,
-    model: "SpeechImageModel",
-    encodings: Encodings,
-    k: int,
-    config: Config,
-    process: ProcessInfo,
-    fit: bool,
-) -> None:
-    coarse = retrieval.speech_to_image, retrieval.image_to_speech
-    *both, seconds = rerank_both(model, encodings, *coarse, retrieval.queries, k, config.evaluation, process, fit)
-    retrieval.speech_to_image, retrieval.image_to_speech = both
-    fuse = config.evaluation.fuse
-    weight = {"match_weight": model.config.match_weight} if fuse == "fitted" else {}
-    details = {"k": k, "fuse": fuse, **weight, "seconds_per_query": round(seconds, 6)}
-    retrieval.report["reranked"] = summarize_recall(*both) | details
+    coarse: Retrieval, model: "SpeechImageModel", scored: ScoredCandidates, k: int, evaluation: Evaluation
+) -> Retrieval:
+    before = coarse.speech_to_image, coarse.image_to_speech
+    both = scored.reorder(model, *before, evaluation)
+    weight = {"match_weight": model.config.match_weight} if evaluation.fuse == "fitted" else {}
+    details = {"k": k, "fuse": evaluation.fuse, **weight, "seconds_per_query": round(scored.seconds, 6)}
+    report = coarse.report | {"reranked": summarize_recall(*both) | details}
+    return replace(coarse, report=report, speech_to_image=both[0], image_to_speech=both[1], coarse=before)
 
 
 def _minimal_pairs(
@@ -118,7 +155,7 @@ def _minimal_pairs(
     model: "SpeechImageModel",
     encodings: Encodings,
     match: bool,
-    config: Config,
+    evaluation: Evaluation,
     process: ProcessInfo,
 ) -> dict[str, Any]:
     questions = minimal_pairs.make_questions(manifest, encodings.samples, encodings.picture)
@@ -126,7 +163,7 @@ def _minimal_pairs(
     matching: dict[str, float] = {}
     if match:
         matching = minimal_pairs.accuracy(
-            questions, lambda pairs: score_pairs(model, encodings, pairs, config.evaluation, process)
+            questions, lambda pairs: score_pairs(model, encodings, pairs, evaluation, process)
         )
     kinds = {kind: {"coarse": coarse[kind], "matching": matching.get(kind)} for kind in coarse if kind}
     overall = {"coarse": coarse[""], "matching": matching.get("")}

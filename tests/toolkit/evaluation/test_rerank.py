@@ -12,7 +12,7 @@ from toolkit.config import schema as config
 from toolkit.evaluation.encode import Encodings, ProcessInfo, Tokens
 from toolkit.evaluation.ranking import rank_both
 from toolkit.evaluation.recall import RankCounts, Ranking, recall_at
-from toolkit.evaluation.rerank import fit_weight, fuse_scores, reorder, rerank, score_pairs
+from toolkit.evaluation.rerank import fit_weight, fuse_scores, reorder, score_candidates, score_pairs
 from toolkit.model.outputs import Encoded
 
 OWNER = torch.repeat_interleave(torch.arange(9), torch.tensor([1, 3, 2, 1, 4, 1, 2, 2, 1]))
@@ -73,6 +73,11 @@ def naive_places(cosines, rescore, is_right, k):
         best = sorted(order[:k], key=lambda answer: -rescore(query, answer))
         places.append(next(n for n, answer in enumerate(best + order[k:]) if is_right(query, answer)))
     return places
+
+
+def rerank(model, encodings, forward, backward, queries, k, evaluation, process):
+    scored = score_candidates(model, encodings, forward, backward, queries, k, process)
+    return *scored.reorder(model, forward, backward, evaluation), scored.seconds
 
 
 def reranked(rank, world_size, k, fuse):

@@ -1,0 +1,1 @@
+"""Figures from rankings: measures of other codebases, intervals, significance, groups of queries."""
