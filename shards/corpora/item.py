@@ -26,7 +26,7 @@ class Caption:
     text: str | None = None
     speaker: str | None = None
     place: str = field(default="", compare=False)  # where in the corpus it is listed, for messages
-    language: str | None = None  # code of the language, as in `en`
+    language: str | None = field(default=None, metadata={"later": True})  # code, as in `en`
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Your own data: a table of pictures and audio files, as CSV (with a header line) or JSON lines.
 
-    image,audio,text,speaker,split
-    photos/1.jpg,speech/1a.wav,a dog runs,anna,train
-    photos/1.jpg,speech/1b.flac,a running dog,ben,train
-    photos/2.jpg,speech/2.mp3,,,test
+    image,audio,text,speaker,split,language
+    photos/1.jpg,speech/1a.wav,a dog runs,anna,train,en
+    photos/1.jpg,speech/1b.flac,ein Hund rennt,ben,train,de
+    photos/2.jpg,speech/2.mp3,,,test,
 
-`image` and `audio` are paths, absolute or relative to the table's folder. `text`, `speaker` and `split` may be empty or
-absent; the split is then train. Rows with the same image form one sample. The separator may also be a semicolon or a
-tab; other columns are ignored.
+`image` and `audio` are paths, absolute or relative to the table's folder. `text`, `speaker`, `split` and `language` may
+be empty or absent; the split is then train. Rows with the same image form one sample. The separator may also be a
+semicolon or a tab; other columns are ignored.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from shards.manifest import SPLIT
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("image", "audio", "text", "speaker", "split")
+COLUMNS = ("image", "audio", "text", "speaker", "split", "language")
 REQUIRED = COLUMNS[:2]
 CSV = {".csv": ",", ".tsv": "\t"}  # ending -> expected separator
 JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -65,10 +65,11 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
         try:
             picture, audio = _path(row, "image"), _path(row, "audio")
             split, text, speaker = _split(row), _word(row, "text"), _word(_with_number_as_text(row), "speaker")
+            language = _word(row, "language")
         except BadRecord as reason:
             bad.add(f"{table} line {number}", reason)
             continue
-        caption = Caption(audio, table.parent / audio, text, speaker, f"{table.name} line {number}")
+        caption = Caption(audio, table.parent / audio, text, speaker, f"{table.name} line {number}", language)
         pictures.setdefault((picture, split), []).append(caption)
     if not pictures and not bad.dropped:
         raise UserError(f"{table} has no rows")

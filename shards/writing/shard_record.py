@@ -154,7 +154,10 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_as_json(one) for one in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return [_name(type(value)), *(_as_json(getattr(value, one.name)) for one in fields(value) if one.compare)]
+        parts = [(one, getattr(value, one.name)) for one in fields(value) if one.compare]
+        # A field that earlier versions did not have counts if it is set, so that their shards are kept.
+        counted = [part for one, part in parts if part is not None or "later" not in one.metadata]
+        return [_name(type(value)), *map(_as_json, counted)]
     if isinstance(value, partial):
         return ["call", *map(_as_json, (value.func, value.args, list(value.keywords.items())))]
     if isinstance(value, FunctionType | BuiltinFunctionType | type):

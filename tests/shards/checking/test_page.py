@@ -46,7 +46,9 @@ def test_samples_with_pictures_and_recordings(tmp_path: Path, codec: Codec, mime
     assert {soundfile.info(payload(source, f"audio/{mime}")).format for source in recordings} == {kind}
     for word in ("healthy", "t3", "e1", "it is 1", "train-000002.tar", "take more shards", "11 of 11 samples"):
         assert word in page.words
-    waveforms = [attributes for tag, attributes in page.tags if tag == "svg" and str(attributes["aria-label"])[-2:] == " s"]
+    waveforms = [
+        attributes for tag, attributes in page.tags if tag == "svg" and str(attributes["aria-label"])[-2:] == " s"
+    ]
     assert len(waveforms) == 22
 
 
@@ -113,6 +115,16 @@ def test_a_caption_without_a_text(tmp_path: Path) -> None:
     items = [replace(mute, captions=tuple(replace(one, text=None) for one in mute.captions))]
     page = page_of(damage.write(tmp_path / "shards", items))
     assert page.words.count("(no text)") == 2
+    assert "None" not in page.words
+
+
+def test_the_language_of_a_caption(tmp_path: Path) -> None:
+    item = damage.item("t0", "train", 0)
+    first, second = item.captions
+    items = [replace(item, captions=(replace(first, language="pt-br", speaker="ana"), replace(second, speaker="bea")))]
+    page = page_of(damage.write(tmp_path / "shards", items))
+    assert "ana, pt-br, " in page.words
+    assert "bea, " in page.words
     assert "None" not in page.words
 
 

@@ -39,6 +39,17 @@ def test_table_json_lines_and_tsv(tmp_path):
     assert [item.split for item in read("table", "--root", root / "t.tsv")] == ["train"]
 
 
+def test_the_language_of_a_caption_is_optional(tmp_path):
+    rows = [{"image": "1.png", "audio": f"{n}.wav"} for n in range(3)]
+    root = tiny.table(tmp_path, rows)
+    (root / "table.csv").write_text("image,audio,language\n1.png,0.wav,en\n1.png,1.wav, de \n1.png,2.wav,\n")
+    assert [caption.language for caption in read("table", "--root", root)[0].captions] == ["en", "de", None]
+    (root / "table.csv").unlink()
+    (root / "t.jsonl").write_text("".join(json.dumps(row | {"language": code}) + "\n" for row, code in
+                                          zip(rows, ("pt-br", None, ""), strict=True)))  # fmt: skip
+    assert [caption.language for caption in read("table", "--root", root)[0].captions] == ["pt-br", None, None]
+
+
 def test_table_texts_may_hold_unusual_ends_of_lines(tmp_path):
     root = tiny.table(tmp_path, ROWS[:1])
     row = {"image": "p/1.png", "audio": "s/1a.wav", "text": "a\u2028b\u2029c\u0085d"}
@@ -97,7 +108,7 @@ def lines(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-@pytest.mark.parametrize("column", ["image", "audio", "text", "speaker", "split"])
+@pytest.mark.parametrize("column", ["image", "audio", "text", "speaker", "split", "language"])
 @pytest.mark.parametrize(
     ("value", "called"),
     [

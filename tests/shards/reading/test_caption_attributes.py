@@ -25,7 +25,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     for n in range(11):
         captions = [
             Caption(
-                f"{n}-{k}", partial(spoken, 5 * n + k), f"text {n} {k}" if k else None, f"speaker {n % 3}" * (n > 4)
+                f"{n}-{k}",
+                partial(spoken, 5 * n + k),
+                f"text {n} {k}" if k else None,
+                f"voice {n % 3}" * (n > 4),
+                language=("en", "de", None)[(n + k) % 3],
             )
             for k in range(1 + n % 3)
         ]
@@ -56,6 +60,7 @@ def assert_same(attributes: CaptionAttributes, captions: list[dict]) -> None:
 def test_all_captions_of_a_split_in_order(manifest: Manifest, split: str) -> None:
     captions = naive(manifest.folder, split)
     assert len(captions) == {"dev": 6, "test": 15}[split]
+    assert {caption.get("language") for caption in captions} == {"en", "de", None}
     assert_same(read_caption_attributes(manifest, split), captions)
 
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from shards import manifest
 from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.writing.folder_lock import UNFINISHED, remove_leftovers
+from shards.writing.shard_record import lists_digest
 from shards.writing.writer import (
     Format,
     plan_shards,
@@ -117,6 +119,16 @@ def test_arrays_that_look_alike_are_told_apart(tmp_path):
     ]
     digests = [planned.plan.shards["train-000000.tar"] for planned in plans]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_shards_of_earlier_versions_are_kept():
+    """The digest that was computed before captions had a language; a language counts where there is one."""
+    captions = Caption("u", Path("/data/u.wav"), "a text"), Caption("v", Path("/data/v.wav"))
+    item = Item("p", "train", Path("/data/p.jpg"), captions)
+    digest = lists_digest([item], {"quality": 90})
+    assert digest == "bd28468654bf7b4b351608f53331b2bb8eda43be745b7986d6b52c177734a8dc"
+    german = replace(item, captions=(replace(captions[0], language="de"), captions[1]))
+    assert lists_digest([german], {"quality": 90}) != digest
 
 
 def spoil_tar(tar, record):

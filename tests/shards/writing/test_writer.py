@@ -57,6 +57,14 @@ def test_json_member(tmp_path):
     assert "twin" not in json.loads(members(tmp_path / "train-000000.tar")["t-1.json"])
 
 
+def test_the_language_of_a_caption_is_stored_where_it_is_known(tmp_path):
+    spoken = (Caption("x-0", tone, language="pt-br"), Caption("x-1", tone))
+    write([replace(drawn("x"), captions=spoken)], tmp_path)
+    captions = json.loads(members(tmp_path / "train-000000.tar")["x.json"])["captions"]
+    assert [caption.get("language") for caption in captions] == ["pt-br", None]
+    assert "language" not in captions[1]
+
+
 def test_audio_is_mono_16_khz(tmp_path):
     write(ITEMS, tmp_path)
     wave, rate = soundfile.read(io.BytesIO(members(tmp_path / "extra-000000.tar")["x.0.flac"]))
