@@ -17,21 +17,39 @@ from toolkit.config.schema import Config, Image, Model, Speech
 CONV_STRIDE = [5, 2, 2, 2, 2, 2, 2]  # of HuBERT's convolutions
 THIRDS, GRID = 3, 16  # positions that a head without layers pools
 # Defaults of transformers.
-HUBERT = {
-    "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "conv_dim": [512] * 7,
-    "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_bias": False, "feat_extract_norm": "group",
-    "do_stable_layer_norm": False, "feat_proj_layer_norm": True, "num_conv_pos_embeddings": 128,
-    "num_conv_pos_embedding_groups": 16,
+HUBERT: dict[str, Any] = {
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+    "conv_dim": [512] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_bias": False, "feat_extract_norm": "group",
+    "do_stable_layer_norm": False, "num_conv_pos_embeddings": 128, "num_conv_pos_embedding_groups": 16,
 }  # fmt: skip
-VISION = {
-    "clip": {
-        "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "image_size": 224, "patch_size": 32,
+SPEECH: dict[str, dict[str, Any]] = {
+    "hubert": HUBERT | {"feat_proj_layer_norm": True},
+    "wav2vec2": HUBERT,
+    "wavlm": HUBERT | {"num_buckets": 320},
+    "whisper": {
+        "d_model": 384, "encoder_layers": 4, "encoder_ffn_dim": 1536, "num_mel_bins": 80, "max_source_positions": 1500,
     },
+}  # fmt: skip
+_VIT: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "image_size": 224}
+VISION: dict[str, dict[str, Any]] = {
+    "clip": _VIT | {"patch_size": 32},
     "blip2": {
         "hidden_size": 1408, "num_hidden_layers": 39, "intermediate_size": 6144, "image_size": 224, "patch_size": 14,
         "qkv_bias": True,
     },
+    "siglip": _VIT | {"patch_size": 16, "vision_use_head": True},
+    "dinov2": {
+        "hidden_size": 768, "num_hidden_layers": 12, "mlp_ratio": 4, "use_swiglu_ffn": False, "qkv_bias": True,
+        "image_size": 224, "patch_size": 14,
+    },
 }  # fmt: skip
+# Inputs and outputs of a layer's linear layers by name, for LoRA: w as many as a token's, i as the feed-forward's.
+LINEAR = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "query", "key", "value", "projection"), "ww"),
+    **dict.fromkeys(("fc1", "intermediate_dense", "gate_proj", "up_proj"), "wi"),
+    **dict.fromkeys(("fc2", "output_dense", "down_proj"), "iw"),
+    "qkv": "wwww",
+}
 # Published trunks by their hub id, so that they are counted before they are downloaded.
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
 KNOWN: dict[str, dict[str, Any]] = {
@@ -120,8 +138,11 @@ def _token_queue(config: Config, width: int) -> tuple[int, int]:
     if not (matching.weight and matching.queue and speech and image):
         return 0, 0
     frames = int(config.data.max_seconds * SAMPLE_RATE)
-    for kernel, stride in zip(speech["conv_kernel"], speech.get("conv_stride", CONV_STRIDE), strict=False):
-        frames = (frames - kernel) // stride + 1
+    if speech["architecture"] == "whisper":
+        frames = -(-frames // 320)
+    else:
+        for kernel, stride in zip(speech["conv_kernel"], speech.get("conv_stride", CONV_STRIDE), strict=False):
+            frames = (frames - kernel) // stride + 1
     patches = (config.data.image_size // image["patch_size"]) ** 2
     pairs = matching.queue // micro * micro
     tokens = width * (frames * speech["hidden_size"] + patches * image["hidden_size"]) + frames
@@ -129,18 +150,44 @@ def _token_queue(config: Config, width: int) -> tuple[int, int]:
 
 
 def trunk_values(encoder: Speech | Image) -> dict[str, Any] | None:
-    """Return a trunk's configuration with defaults: from ours, a folder's, or that of a known hub id."""
-    defaults = HUBERT if isinstance(encoder, Speech) else VISION[encoder.architecture]
+    """Return a trunk's configuration with defaults: from ours, a folder's, or that of a known hub id.
+
+    Whisper's sizes have the names of the others', and "architecture" names the architecture.
+    """
+    table = SPEECH if isinstance(encoder, Speech) else VISION
     if not encoder.trunk:
-        return {**defaults, **encoder.config}
+        return _complete(table, encoder.architecture, encoder.config)
     for folder in (Path(encoder.trunk).expanduser(), *_downloaded(encoder.trunk)):
         try:
             values = json.loads((folder / "config.json").read_text())
-            return {**defaults, **values.get("vision_config", values)}
+            architecture = _architecture(table, str(values.get("model_type"))) or encoder.architecture
+            return _complete(table, architecture, values.get("vision_config", values))
         except (OSError, ValueError, AttributeError):
             continue
     known = KNOWN.get(encoder.trunk)
-    return None if known is None else {**defaults, **known}
+    return None if known is None else _complete(table, encoder.architecture, known)
+
+
+def _complete(table: dict[str, dict[str, Any]], architecture: str, values: dict[str, Any]) -> dict[str, Any]:
+    values = {**table[architecture], **values, "architecture": architecture}
+    if architecture == "whisper":
+        names = {
+            "d_model": "hidden_size",
+            "encoder_layers": "num_hidden_layers",
+            "encoder_ffn_dim": "intermediate_size",
+        }
+        values |= {new: values[old] for old, new in names.items()}
+    if architecture == "dinov2":
+        inner = int(values["hidden_size"] * values["mlp_ratio"])
+        swiglu = (int(inner * 2 / 3) + 7) // 8 * 8
+        values["intermediate_size"] = swiglu if values["use_swiglu_ffn"] else inner
+    return values
+
+
+def _architecture(table: dict[str, dict[str, Any]], model_type: str) -> str | None:
+    """Name of an architecture of the table by `model_type`, such as clip_vision_model or blip-2."""
+    plain = model_type.replace("-", "").replace("_", "")
+    return next((name for name in table if plain.startswith(name)), None)
 
 
 def _downloaded(name: str) -> Iterator[Path]:
@@ -157,41 +204,78 @@ def _speech(model: Model, trunk: dict[str, Any]) -> Sizes:
     speech, width, layers = model.speech, trunk["hidden_size"], trunk["num_hidden_layers"]
     frozen = None if speech.train == "all" else layers - (0 if speech.train == "none" else int(speech.train))
     below = frozen is None
-    kernels, channels = trunk["conv_kernel"], trunk["conv_dim"]
-    convolutions = sum(
-        before * after * kernel + after * bool(trunk["conv_bias"])
-        for before, after, kernel in zip([1, *channels], channels, kernels, strict=False)
-    )
-    norms = 2 * (sum(channels) if trunk["feat_extract_norm"] == "layer" else channels[0])
-    projection = _linear(channels[-1], width) + (2 * channels[-1] if trunk["feat_proj_layer_norm"] else 0)
-    taps = trunk["num_conv_pos_embeddings"]
-    positions = width * (width // trunk["num_conv_pos_embedding_groups"]) * taps + taps + width
     layer = _layer(width, trunk["intermediate_size"])
-    top_norm = below if not trunk["do_stable_layer_norm"] else frozen != layers
+    if trunk["architecture"] == "whisper":
+        inputs = [(3 * width * (trunk["num_mel_bins"] + width) + 2 * width, below)]
+        inputs += [(trunk["max_source_positions"] * width, False)]
+        layer -= width  # keys have no bias
+        top_norm = frozen != layers
+    else:
+        inputs = [(_convolutions(trunk), below)]
+        large = trunk["do_stable_layer_norm"] and trunk["feat_extract_norm"] == "layer"
+        top_norm = below if not trunk["do_stable_layer_norm"] else frozen != layers and not (large and speech.trunk)
+    if trunk["architecture"] == "wavlm":
+        heads = trunk["num_attention_heads"]
+        layer += heads + _linear(width // heads, 8)
+        inputs += [(trunk["num_buckets"] * heads, below or frozen == 0)]  # of the first layer
     return [
-        (convolutions + norms + projection + positions, below),
+        *inputs,
         (2 * width, top_norm),
         *((layer, below or depth >= (frozen or 0)) for depth in range(layers)),
+        (layers * _lora(speech, trunk), True),
         (layers + 1, True),  # the layer mix
         (_head(width, model.embed_dim, speech.head_layers, THIRDS if speech.pool == "thirds" else 1), True),
     ]
 
 
+def _convolutions(trunk: dict[str, Any]) -> int:
+    """Count the convolutions over the waveform, their projection and the positional convolution."""
+    width, kernels, channels = trunk["hidden_size"], trunk["conv_kernel"], trunk["conv_dim"]
+    convolutions = sum(
+        before * after * kernel + after * bool(trunk["conv_bias"])
+        for before, after, kernel in zip([1, *channels], channels, kernels, strict=False)
+    )
+    norms = 2 * (sum(channels) if trunk["feat_extract_norm"] == "layer" else channels[0])
+    projection = _linear(channels[-1], width) + (2 * channels[-1] if trunk.get("feat_proj_layer_norm", True) else 0)
+    taps = trunk["num_conv_pos_embeddings"]
+    positions = width * (width // trunk["num_conv_pos_embedding_groups"]) * taps + taps + width
+    return convolutions + norms + projection + positions
+
+
 def _image(model: Model, trunk: dict[str, Any]) -> Sizes:
-    image, width, layers = model.image, trunk["hidden_size"], trunk["num_hidden_layers"]
+    image, width, layers, inner = (
+        model.image,
+        trunk["hidden_size"],
+        trunk["num_hidden_layers"],
+        trunk["intermediate_size"],
+    )
     frozen = None if image.train == "all" else layers - (0 if image.train == "none" else int(image.train))
-    below, clip = frozen is None, image.architecture == "clip"
-    patch = trunk["patch_size"]
-    places = (trunk["image_size"] // patch) ** 2 + 1
+    below, architecture = frozen is None, trunk["architecture"]
+    clip, class_token, patch = architecture == "clip", architecture != "siglip", trunk["patch_size"]
+    places = (trunk["image_size"] // patch) ** 2 + class_token
     projection = 3 * patch * patch * width + (0 if clip else width)
-    embeddings = width + places * width + (_stem(width, patch) if image.stem == "convolutions" else projection)
-    layer = _layer(width, trunk["intermediate_size"]) - (0 if clip or trunk["qkv_bias"] else 3 * width)
+    tokens = class_token * width + places * width
+    embeddings = tokens + (_stem(width, patch) if image.stem == "convolutions" else projection)
+    layer = _layer(width, inner) - (0 if trunk.get("qkv_bias", True) else 3 * width)
+    if architecture == "dinov2":
+        layer += 2 * width + (_linear(width, inner) if trunk["use_swiglu_ffn"] else 0)
+    pools = architecture == "siglip" and trunk["vision_use_head"] and image.pool == "class" and not image.head_layers
+    pooling = width + 4 * _linear(width, width) + 2 * width + _linear(width, inner) + _linear(inner, width)
     return [
         (embeddings + (2 * width if clip else 0), below),
         *((layer, below or depth >= (frozen or 0)) for depth in range(layers)),
         (2 * width, frozen != layers),
+        (pooling * pools, frozen != layers or image.lora_rank > 0),
+        (layers * _lora(image, trunk), True),
         (_head(width, model.embed_dim, image.head_layers, GRID if image.pool == "grid" else 1), True),
     ]
+
+
+def _lora(encoder: Speech | Image, trunk: dict[str, Any]) -> int:
+    """Count LoRA's weights of a layer; by default it adapts queries and values."""
+    targets = encoder.lora_targets or (["qkv"] if trunk["architecture"] == "blip2" else ["q_proj", "v_proj"])
+    widths = {"w": trunk["hidden_size"], "i": trunk["intermediate_size"]}
+    return encoder.lora_rank * sum(widths[side] for name in targets for side in LINEAR.get(name, ""))
 
 
 def _stem(width: int, patch: int) -> int:

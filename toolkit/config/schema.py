@@ -52,10 +52,13 @@ class Data:
 
 @dataclass
 class Speech:
-    """Speech encoder: HuBERT trunk, softmax-weighted layer mix, transformer head."""
+    """Speech encoder: trunk, softmax-weighted layer mix, transformer head."""
 
-    trunk: str | None = None  # folder or hub id of a HuBERT model; null: random weights from `config`
-    config: dict[str, Any] = field(default_factory=dict)  # HubertConfig values for random weights
+    architecture: Literal["hubert", "wav2vec2", "wavlm", "whisper"] = (
+        "hubert"  # of random weights; a folder says its own
+    )
+    trunk: str | None = None  # folder or hub id, such as a HubertModel's; null: random weights from `config`
+    config: dict[str, Any] = field(default_factory=dict)  # values of transformers' configuration for random weights
     train: str = "none"  # trainable part of the trunk: none, all, or the number of top layers
     head_layers: int = 1  # transformer layers of the head; 0: pooling and a linear projection
     pool: Literal["mean", "thirds"] = (
@@ -64,16 +67,19 @@ class Speech:
     head_heads: int = 8  # attention heads of the head's layers
     dropout: float = 0.1  # dropout of the head
     groups: int = 6  # groups of similar length that a batch is encoded in, to reduce padding
+    lora_rank: int = 0  # rank of LoRA on the frozen trunk's layers (peft); 0: off
+    lora_alpha: float = 16.0  # LoRA's output is scaled by lora_alpha / lora_rank
+    lora_targets: list[str] = field(default_factory=list)  # linear layers by name; empty: of queries and values
     filterbank: bool = False  # random weights only: initialize the first convolution as a mel-spaced filter bank
 
 
 @dataclass
 class Image:
-    """Image encoder: CLIP or BLIP-2 vision trunk and head."""
+    """Image encoder: vision trunk and head."""
 
-    architecture: Literal["clip", "blip2"] = "clip"  # architecture of the trunk
+    architecture: Literal["clip", "blip2", "siglip", "dinov2"] = "clip"  # of random weights; folders say theirs
     trunk: str | None = None  # folder or hub id, such as a CLIPModel's; null: random weights from `config`
-    config: dict[str, Any] = field(default_factory=dict)  # CLIPVisionConfig or Blip2VisionConfig values
+    config: dict[str, Any] = field(default_factory=dict)  # values of transformers' configuration for random weights
     stem: Literal["patches", "convolutions"] = (
         "patches"  # patch embedding: the trunk's linear projection, or (random weights only) stride-2 convolutions
     )
@@ -84,6 +90,9 @@ class Image:
     )
     head_heads: int = 8  # attention heads of the head's layers
     dropout: float = 0.1  # dropout of the head
+    lora_rank: int = 0  # rank of LoRA on the frozen trunk's layers (peft); 0: off
+    lora_alpha: float = 16.0  # LoRA's output is scaled by lora_alpha / lora_rank
+    lora_targets: list[str] = field(default_factory=list)  # linear layers by name; empty: of queries and values
     freeze_projection: bool = False  # freeze CLIP's projection; with a frozen trunk, image embeddings equal CLIP's
 
 
@@ -180,6 +189,8 @@ class Training:
     activation_checkpointing: bool = False  # recompute trained layers' activations in the backward pass
     grad_cache: bool = False  # SIC over all pairs of an accumulated step, not of a micro-batch; encodes twice
     lr: float = 1e-4  # peak learning rate
+    trunk_lr: float | None = None  # peak learning rate of the trunks' trained weights; null: `lr`
+    layer_decay: float = 1.0  # a trunk's layer i of n, from 1 at the input, learns at layer_decay ** (n - i) of that
     min_lr: float = 1e-6  # learning rate at the end of the cosine decay
     warmup_steps: int = 5000  # steps of linear warmup
     weight_decay: float = 0.02

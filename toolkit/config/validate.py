@@ -5,7 +5,7 @@ from typing import Any
 
 from shards.augment.settings import IMAGE_KINDS, SPEECH_KINDS
 from shards.errors import UserError
-from toolkit.config.schema import GPUS, Config, micro_batch
+from toolkit.config.schema import GPUS, Config, Image, Speech, micro_batch
 
 
 def check_config(config: Config) -> None:
@@ -19,7 +19,7 @@ def check_config(config: Config) -> None:
             value = _get(config, key)
             if not all(is_valid(item) for item in (value if isinstance(value, list) else [value])):
                 raise UserError(f"--{key} is {value}; expected {expected}")
-    rules = (_objective_rules, _model_rules, _training_rules, _augment_rules)
+    rules = (_objective_rules, _model_rules, _trunk_rules, _training_rules, _augment_rules)
     for is_wrong, message in (one for rule in rules for one in rule(config)):
         if is_wrong:
             raise UserError(message)
@@ -41,7 +41,8 @@ _RANGES: dict[str, tuple[Any, str]] = {
     "0 or more": (
         lambda value: value >= 0,
         """seed data.workers data.max_bad_samples data.max_bad_samples_in_a_row model.speech.head_layers
-        model.image.head_layers objectives.coarse_steps objectives.contrastive.weight objectives.matching.queue
+        model.image.head_layers model.speech.lora_rank model.image.lora_rank
+        objectives.coarse_steps objectives.contrastive.weight objectives.matching.queue
         objectives.contrastive.queue objectives.contrastive.alpha_ramp objectives.matching.weight
         objectives.denoising.weight training.min_lr training.warmup_steps training.weight_decay training.grad_clip
         training.watchdog evaluation.every evaluation.rerank final.rerank launch.ranks_per_node launch.cpus_per_rank
@@ -51,9 +52,10 @@ _RANGES: dict[str, tuple[Any, str]] = {
         lambda value: value > 0,
         """data.max_seconds evaluation.max_seconds data.timeout data.cache_gb objectives.contrastive.temperature
         objectives.contrastive.min_temperature
-        objectives.denoising.token_temperature training.lr""",
+        objectives.denoising.token_temperature training.lr model.speech.lora_alpha model.image.lora_alpha""",
     ),
-    "more than 0, at most 1": (lambda value: 0 < value <= 1, "objectives.denoising.ratio"),
+    "more than 0, at most 1": (lambda value: 0 < value <= 1, "objectives.denoising.ratio training.layer_decay"),
+    "more than 0, or null": (lambda value: value is None or value > 0, "training.trunk_lr"),
     "from 0 up to, not including, 1": (
         lambda value: 0 <= value < 1,
         "model.speech.dropout model.image.dropout model.fusion.dropout training.betas",
@@ -148,6 +150,26 @@ def _model_rules(config: Config) -> list[Rule]:
             f"that is a multiple of 4 (model.image.config): they are {patch_size} and {hidden_size}",
         ),
     ]
+
+
+def _trunk_rules(config: Config) -> list[Rule]:
+    model, training = config.model, config.training
+    sides: tuple[Speech | Image, ...] = (model.speech, model.image)
+    trained = any(side.train != "none" or side.lora_rank for side in sides)
+    rules = [
+        (
+            side.lora_rank > 0 and side.train != "none",
+            f"--model.{name}.lora_rank {side.lora_rank} adapts a frozen trunk, and --model.{name}.train is "
+            f"{side.train}: set it to none, or lora_rank to 0",
+        )
+        for name, side in zip(("speech", "image"), sides, strict=True)
+    ]
+    for key, changed in (("trunk_lr", training.trunk_lr is not None), ("layer_decay", training.layer_decay != 1)):
+        message = (
+            f"--training.{key} has no effect: both trunks are frozen (model.speech.train and model.image.train none)"
+        )
+        rules.append((changed and not trained, message))
+    return rules
 
 
 def stem_supports(patch_size: Any, hidden_size: Any) -> bool:

@@ -2,46 +2,23 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    CLIPVisionModelWithProjection,
-    HubertConfig,
-    HubertModel,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CLIPVisionModelWithProjection, PretrainedConfig
 
 from shards.errors import UserError
 from shards.media.audio import SAMPLE_RATE
 from shards.media.picture import Resize
 from toolkit.config import schema as config
-from toolkit.model.retrieval import VISION, SpeechImageConfig, SpeechImageModel
-from toolkit.model.trunk import OUTSIDE, ModelKind, read_weights
-from toolkit.model.trunk_inputs import picture_inputs, waveform_epsilon
+from toolkit.model.architectures import IMAGE, SPEECH, Architecture, find_architecture
+from toolkit.model.retrieval import SpeechImageConfig, SpeechImageModel
+from toolkit.model.trunk import read_weights
+from toolkit.model.trunk_inputs import check_spectrogram, picture_inputs, waveform_epsilon
 
-# SpecAugment is not used: without it, a trunk has no mask embedding that would never be trained.
-NO_SPEC_AUGMENT = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
 INPUTS = ("waveform_epsilon", "final_norm", "mean", "std")  # encoder arguments that depend on the trunk's source
-HUBERT = ModelKind("HuBERT", "model.speech.trunk", ("hubert",))
-VISION_KINDS = {
-    "clip": ModelKind(
-        "CLIP",
-        "model.image.trunk",
-        ("clip_vision_model",),
-        ("clip",),
-        {r"^(?!vision_model\.|visual_projection\.)": OUTSIDE},
-    ),
-    "blip2": ModelKind(
-        "BLIP-2",
-        "model.image.trunk",
-        ("blip_2_vision_model",),
-        ("blip-2",),
-        {r"^(?!vision_model\.)": OUTSIDE, r"^vision_model\.": ""},
-    ),
-}
 
 
 def build_model(
@@ -62,21 +39,20 @@ def build_model(
         UserError: A trunk cannot be loaded, was trained with another `resize`, or a value is invalid.
     """
     contrastive = contrastive or config.Contrastive()
-    hubert = vision = None
-    if model.speech.trunk:
-        hubert = _load(HubertModel, model.speech.trunk, HUBERT, **NO_SPEC_AUGMENT)
-    if model.image.trunk:
-        vision = _load_vision(model)
-    hubert_config = hubert.config if hubert else _trunk_config(HubertConfig, model.speech.config, "model.speech.config")
-    vision_class = VISION[model.image.architecture][0]
-    vision_config = vision.config if vision else _trunk_config(vision_class, model.image.config, "model.image.config")
-    _check_heads(model, hubert_config, vision_config)
-    speech_inputs = _inputs(exported, "speech", lambda: _speech_inputs(model.speech, hubert_config))
+    model = _with_architectures(model)
+    listener, viewer = SPEECH[model.speech.architecture], IMAGE[model.image.architecture]
+    listening = _load(listener, model.speech.trunk) if model.speech.trunk else None
+    vision = _load_vision(model) if model.image.trunk else None
+    speech_config = listening.config if listening else _trunk_config(listener, model.speech.config)
+    vision_config = vision.config if vision else _trunk_config(viewer, model.image.config)
+    _check_heads(model, speech_config, vision_config)
+    speech_inputs = _inputs(exported, "speech", lambda: _speech_inputs(model.speech, speech_config))
     image_inputs = _inputs(exported, "image", lambda: _image_inputs(model.image, resize))
-    hubert_values, vision_values = _changed_values(hubert_config), _changed_values(vision_config)
+    speech_values = _changed_values(speech_config) | dict(listener.fixed)
+    vision_values = _changed_values(vision_config) | _vision_options(model.image)
     architecture = SpeechImageConfig(
         embed_dim=model.embed_dim,
-        speech={**_encoder_arguments(model.speech), **speech_inputs, "trunk": hubert_values | NO_SPEC_AUGMENT},
+        speech={**_encoder_arguments(model.speech), **speech_inputs, "trunk": speech_values},
         image={**_encoder_arguments(model.image), **image_inputs, "trunk": vision_values},
         fusion=dict(vars(model.fusion)),
         contrastive={
@@ -86,11 +62,17 @@ def build_model(
             "learned": contrastive.learn_temperature,
         },
     )
-    built = SpeechImageModel(architecture, hubert, vision)
+    built = SpeechImageModel(architecture, listening, vision)
     projection = getattr(vision, "visual_projection", None)
     if projection is not None:
         built.image.init_projection(projection.weight)
-    if model.speech.filterbank and not model.speech.trunk:
+    for section, encoder, each in ((model.speech, built.speech, listener), (model.image, built.image, viewer)):
+        if section.lora_rank:
+            key = each.kind.key.replace(".trunk", ".lora_targets")
+            names = {name.rpartition(".")[2] for name, _ in encoder.trunk.named_modules()}
+            targets = section.lora_targets or [name for name in each.lora if name in names]
+            encoder.add_lora(section.lora_rank, section.lora_alpha, targets, key)
+    if model.speech.filterbank and not model.speech.trunk and model.speech.architecture != "whisper":
         set_mel_filters(built.speech.trunk.feature_extractor.get_parameter("conv_layers.0.conv.weight"))
     return built
 
@@ -115,24 +97,61 @@ def set_mel_filters(weight: Tensor, low: float = 80.0, high: float = 7600.0) -> 
     weight.copy_((waves / waves.norm(dim=1, keepdim=True))[:, None])
 
 
-def _load(cls: type[PreTrainedModel], source: str, kind: ModelKind, **options: Any) -> Any:
-    return read_weights(cls.from_pretrained, source, kind, dtype=torch.float32, attn_implementation="sdpa", **options)
+def _with_architectures(model: config.Model) -> config.Model:
+    """Return a copy whose architectures are those of the folders; random weights have the configured ones."""
+    speech, image = model.speech, model.image
+    if speech.trunk:
+        name = find_architecture(speech.trunk, SPEECH, speech.architecture)
+        speech = replace(speech, architecture=cast(Any, name))
+    if image.trunk:
+        name = find_architecture(image.trunk, IMAGE, image.architecture)
+        image = replace(image, architecture=cast(Any, name))
+    return replace(model, speech=speech, image=image)
+
+
+def _load(architecture: Architecture, source: str, cls: Any = None, **options: Any) -> Any:
+    options = {**architecture.fixed, "attn_implementation": architecture.attention, **options}
+    load = (cls or architecture.model).from_pretrained
+    return read_weights(load, source, architecture.kind, dtype=torch.float32, **options)
 
 
 def _load_vision(model: config.Model) -> Any:
     """Load a vision trunk, with CLIP's projection if the head can be initialized with it."""
-    image, kind = model.image, VISION_KINDS[model.image.architecture]
+    image, architecture = model.image, IMAGE[model.image.architecture]
     assert image.trunk
-    if image.architecture != "clip" or image.head_layers or image.pool != "class":
-        return _load(VISION[image.architecture][1], image.trunk, kind)
+    projected = image.architecture == "clip" and not image.head_layers and image.pool == "class"
+    if image.freeze_projection and not projected:
+        raise UserError(
+            f"model.image.freeze_projection: {image.trunk} holds {architecture.kind.name}; only CLIP has a projection"
+        )
+    if not projected:
+        vision = _load(architecture, image.trunk, **_vision_options(image))
+        if (
+            not architecture.class_token
+            and _pools(image)
+            and not hasattr(getattr(vision, "vision_model", vision), "head")
+        ):
+            raise UserError(f"model.image.trunk: {image.trunk} has no attention pooling: set --model.image.pool mean")
+        return vision
     named = {"optional": ("visual_projection",), "projection_dim": model.embed_dim}
-    vision = _load(CLIPVisionModelWithProjection, image.trunk, kind, **named)
+    vision = _load(architecture, image.trunk, CLIPVisionModelWithProjection, **named)
     if vision.visual_projection is None and image.freeze_projection:
         raise UserError(
             f"model.image.freeze_projection: {image.trunk} has no visual_projection of {model.embed_dim} values "
             "(model.embed_dim): pass the folder of a complete CLIPModel, and set model.embed_dim to its projection_dim"
         )
     return vision
+
+
+def _pools(image: config.Image) -> bool:
+    """Whether the embedding is made of the trunk's own pooled output."""
+    return image.pool == "class" and not image.head_layers
+
+
+def _vision_options(image: config.Image) -> dict[str, Any]:
+    """Return values of a vision trunk's configuration that hold whatever a folder says."""
+    fixed = IMAGE[image.architecture].fixed
+    return {**fixed, "vision_use_head": False} if image.architecture == "siglip" and not _pools(image) else dict(fixed)
 
 
 def _inputs(exported: Mapping[str, Any] | None, side: str, fresh: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -142,13 +161,18 @@ def _inputs(exported: Mapping[str, Any] | None, side: str, fresh: Callable[[], d
     return {name: value for name, value in exported.get(side, {}).items() if name in INPUTS}
 
 
-def _speech_inputs(speech: config.Speech, hubert: PretrainedConfig) -> dict[str, Any]:
+def _speech_inputs(speech: config.Speech, trunk: PretrainedConfig) -> dict[str, Any]:
     """Return encoder arguments as in the training of a pretrained trunk; empty for random weights."""
     if not speech.trunk:
         return {}
-    epsilon = waveform_epsilon(speech.trunk, HUBERT.key)
-    large = hubert.feat_extract_norm == "layer" and hubert.do_stable_layer_norm
-    return {"waveform_epsilon": epsilon, "final_norm": False} if large else {}
+    key, default = SPEECH[speech.architecture].kind.key, SPEECH[speech.architecture].norm_waveform
+    if speech.architecture == "whisper":
+        check_spectrogram(speech.trunk, key, trunk)
+        return {}
+    large = trunk.feat_extract_norm == "layer" and trunk.do_stable_layer_norm
+    epsilon = waveform_epsilon(speech.trunk, key, large or default is not False)
+    final_norm = {"final_norm": False} if large else {}
+    return {"waveform_epsilon": epsilon, **final_norm} if large or default is not None else {}
 
 
 def _image_inputs(image: config.Image, resize: Resize | None) -> dict[str, Any]:
@@ -158,7 +182,7 @@ def _image_inputs(image: config.Image, resize: Resize | None) -> dict[str, Any]:
     """
     if not image.trunk:
         return {}
-    kind = VISION_KINDS[image.architecture]
+    kind = IMAGE[image.architecture].kind
     inputs = picture_inputs(image.trunk, kind.key, image.architecture)
     if resize not in (None, inputs.resize):
         trained = {"crop": "the central square of pictures", "squash": "complete pictures resized to a square"}
@@ -171,11 +195,13 @@ def _image_inputs(image: config.Image, resize: Resize | None) -> dict[str, Any]:
 
 def _encoder_arguments(encoder: config.Speech | config.Image) -> dict[str, Any]:
     """Return the values of a section that are arguments of the encoder, without those that define the trunk."""
-    return {name: value for name, value in vars(encoder).items() if name not in ("trunk", "config", "filterbank")}
+    without = ("trunk", "config", "filterbank", "lora_rank", "lora_alpha", "lora_targets")
+    return {name: value for name, value in vars(encoder).items() if name not in without}
 
 
-def _trunk_config(cls: type[PretrainedConfig], values: dict[str, Any], key: str) -> PretrainedConfig:
+def _trunk_config(architecture: Architecture, values: dict[str, Any]) -> PretrainedConfig:
     """Create a transformers configuration from a section's values; unknown values are an error."""
+    cls, key = architecture.config, architecture.kind.key.replace(".trunk", ".config")
     known = cls().to_dict()
     for name in values:
         if name not in known:
@@ -192,12 +218,12 @@ def _changed_values(trunk: PretrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in trunk.to_diff_dict().items() if name not in dropped}
 
 
-def _check_heads(model: config.Model, hubert: PretrainedConfig, vision: PretrainedConfig) -> None:
+def _check_heads(model: config.Model, speech: PretrainedConfig, vision: PretrainedConfig) -> None:
     """Raise an error if a number of attention heads does not divide its width."""
     for key, width, heads in (
-        ("model.speech.config.num_attention_heads", hubert.hidden_size, hubert.num_attention_heads),
+        ("model.speech.config.num_attention_heads", speech.hidden_size, speech.num_attention_heads),
         ("model.image.config.num_attention_heads", vision.hidden_size, vision.num_attention_heads),
-        ("model.speech.head_heads", hubert.hidden_size, model.speech.head_heads if model.speech.head_layers else 1),
+        ("model.speech.head_heads", speech.hidden_size, model.speech.head_heads if model.speech.head_layers else 1),
         ("model.image.head_heads", vision.hidden_size, model.image.head_heads if model.image.head_layers else 1),
         ("model.fusion.heads", model.fusion.width, model.fusion.heads),
     ):

@@ -1,10 +1,8 @@
-"""Image encoder: CLIP or BLIP-2 vision trunk, with patch projection or convolutional stem, and head."""
+"""Image encoder: vision trunk, with patch projection or convolutional stem, and head."""
 
-import inspect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +10,10 @@ from torch import Tensor, nn
 
 from shards.errors import UserError
 from toolkit.config.validate import stem_supports
+from toolkit.model.architectures import TRUNKS, ImageArchitecture
 from toolkit.model.layers import FrozenLinear, Head
 from toolkit.model.outputs import Encoded, Features
-from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
+from toolkit.model.trunk import PartlyFrozen, masks_of, run_layer, trained_layers
 
 # Of OpenAI's CLIP; BLIP-2 uses the same.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -71,12 +70,13 @@ class ImageEncoder(PartlyFrozen):
     """Encode pictures as one embedding and a sequence of patch features each.
 
     Args:
-        trunk: CLIPVisionModel (before transformers 5: its `vision_model`) or Blip2VisionModel; its layers are called
-            one by one, never its `forward`.
+        trunk: A model of `architectures.IMAGE` (before transformers 5 its `vision_model`, where it wraps one); its
+            layers are called one by one, never its `forward`.
         embed_dim: Size of the embedding.
         train: "none", "all" or the number of top layers that are trained. Frozen parts stay in eval mode.
         head_layers: Transformer layers of the head.
-        pool: Input of the projection without head layers: the trunk's "class" token; the "mean" of the patches, which
+        pool: Input of the projection without head layers: the trunk's "class" token (SigLIP: the result of its
+            attention pooling); the "mean" of the patches, which
             trains the patches directly if a trunk starts from random weights; or the concatenated means over the cells
             of a 4 x 4 "grid" (one level of a spatial pyramid), so that the embedding keeps coarse spatial layout.
         head_heads: Attention heads of the head's layers.
@@ -86,8 +86,6 @@ class ImageEncoder(PartlyFrozen):
         std: Standard deviation of red, green and blue, by which the result is divided.
         stem: "patches": the trunk's patch projection; "convolutions": a `ConvolutionalStem` in its place.
     """
-
-    trunk: Any
 
     def __init__(
         self,
@@ -105,16 +103,18 @@ class ImageEncoder(PartlyFrozen):
     ) -> None:
         super().__init__()
         self.trunk, self.pool = trunk, pool
+        architecture = TRUNKS[self.trunk.config.model_type]
+        assert isinstance(architecture, ImageArchitecture)
+        self.architecture = architecture
         if stem == "convolutions":
-            self.trunk.embeddings.patch_embedding = ConvolutionalStem(self.token_dim, self.trunk.config.patch_size)
+            parent, _, name = architecture.patches.rpartition(".")
+            stem_module = ConvolutionalStem(self.token_dim, self.trunk.config.patch_size)
+            setattr(self.trunk.get_submodule(parent), name, stem_module)
         self.mean, self.std = mean, std
-        layers = self.trunk.encoder.layers
+        layers = self.layers
         trained = trained_layers(train, len(layers), "model.image.train")
         self.frozen_layers = None if trained is None else len(layers) - trained
-        # Attention masks that the signature of a layer requires, but pictures do not need.
-        parameters = inspect.signature(layers[0].forward).parameters.values()
-        required = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
-        self.no_masks = (None,) * (len(required) - 1)
+        self.no_masks = masks_of(layers[0])
         segments = GRID * GRID if pool == "grid" else 1
         self.head = Head(self.token_dim, embed_dim, head_layers, head_heads, dropout, segments)
         if freeze_projection:
@@ -125,6 +125,21 @@ class ImageEncoder(PartlyFrozen):
     def token_dim(self) -> int:
         """Size of a patch feature."""
         return self.trunk.config.hidden_size
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The trunk's layers."""
+        return self.trunk.get_submodule(self.architecture.layers)
+
+    @property
+    def patch_embedding(self) -> nn.Module:
+        """The convolution, or the stem, that embeds patches."""
+        return self.trunk.get_submodule(self.architecture.patches)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm after the trunk's last layer."""
+        return self.trunk.get_submodule(self.architecture.final_norm)
 
     @property
     def image_size(self) -> int:
@@ -145,16 +160,26 @@ class ImageEncoder(PartlyFrozen):
         """Yield the modules that are never trained, from the input up."""
         if self.frozen_layers is None:
             return
-        yield self.trunk.embeddings
-        if hasattr(self.trunk, "pre_layrnorm"):
-            yield self.trunk.pre_layrnorm
-        yield from self.trunk.encoder.layers[: self.frozen_layers]
+        yield from self.stack()[0]
+        yield from self.layers[: self.frozen_layers]
         if self._all_frozen:
-            yield self.trunk.post_layernorm
+            yield self.final_norm
+            if self.has_pooling:
+                yield self.trunk.head
+
+    def stack(self) -> tuple[tuple[nn.Module, ...], nn.ModuleList]:
+        """Return the trunk's modules before its layers, and its layers."""
+        inputs = [getattr(self.trunk, name) for name in ("embeddings", "pre_layrnorm") if hasattr(self.trunk, name)]
+        return tuple(inputs), self.layers
 
     @property
     def _all_frozen(self) -> bool:
-        return self.frozen_layers == len(self.trunk.encoder.layers)
+        return self.frozen_layers == len(self.layers)
+
+    @property
+    def has_pooling(self) -> bool:
+        """Whether the trunk has attention pooling in place of a class token, and it is used."""
+        return not self.architecture.class_token and self.trunk.config.vision_use_head
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> Features:
@@ -168,35 +193,51 @@ class ImageEncoder(PartlyFrozen):
         if self.frozen_layers is None:
             return Features(pixels, None)
         hidden = self._run_layers(self._embed(pixels), 0, self.frozen_layers)
-        return Features(self.trunk.post_layernorm(hidden) if self._all_frozen else hidden, None)
+        if not self._all_frozen:
+            return Features(hidden, None)
+        hidden = self.final_norm(hidden)
+        return Features(hidden, None, (self.trunk.head(hidden),) if self.has_pooling else ())
 
     def forward(self, features: Features) -> Encoded:
-        """Run the trained part of the trunk and the head; tokens are the patches, without the class token."""
+        """Run the trained part of the trunk and the head; tokens are the patches, without the class token.
+
+        Attention pooling that is frozen was computed with the features, and is their only state.
+        """
         hidden = features.hidden
         if self.frozen_layers is None:
             hidden = self._embed(hidden)
-        hidden = self._run_layers(hidden, self.frozen_layers or 0, len(self.trunk.encoder.layers))
+        hidden = self._run_layers(hidden, self.frozen_layers or 0, len(self.layers))
         if not self._all_frozen:
-            hidden = self.trunk.post_layernorm(hidden)
-        embedding, tokens = self.head(hidden[:, 1:], None, self._pool(hidden))
+            hidden = self.final_norm(hidden)
+        patches = hidden[:, 1:] if self.architecture.class_token else hidden
+        embedding, tokens = self.head(patches, None, self._pool(hidden, patches, features.states))
         return Encoded(embedding, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 
-    def _pool(self, hidden: Tensor) -> Tensor | None:
-        """Pool class token and patches [B, 1 + P, H] for a head without layers; None: mean of the patches."""
-        if self.pool == "class":
+    def _pool(self, hidden: Tensor, patches: Tensor, pooled: tuple[Tensor, ...]) -> Tensor | None:
+        """Pool tokens for a head without layers; None: mean of the patches.
+
+        Args:
+            hidden: The trunk's tokens [B, 1 + P, H], or [B, P, H] without a class token.
+            patches: The patches among them [B, P, H].
+            pooled: Result of a frozen attention pooling [B, H], or nothing.
+        """
+        if self.pool == "class" and self.architecture.class_token:
             return hidden[:, 0]
-        if self.pool == "mean":
+        if self.pool == "class" and self.has_pooling:
+            return pooled[0] if pooled else self.trunk.head(hidden)
+        if self.pool != "grid":
             return None
-        side = math.isqrt(hidden.shape[1] - 1)
-        return F.adaptive_avg_pool2d(hidden[:, 1:].transpose(1, 2).unflatten(-1, (side, side)), GRID).flatten(1)
+        side = math.isqrt(patches.shape[1])
+        return F.adaptive_avg_pool2d(patches.transpose(1, 2).unflatten(-1, (side, side)), GRID).flatten(1)
 
     def _embed(self, pixels: Tensor) -> Tensor:
-        """Embed pixels [B, 3, S, S] as class token and patches with positions: [B, 1 + P, H]."""
+        """Embed pixels [B, 3, S, S] as tokens with positions: [B, 1 + P, H], or [B, P, H] without a class token."""
         resized = pixels.shape[-1] != self.image_size
-        hidden = self.trunk.embeddings(pixels, interpolate_pos_encoding=resized)
+        more = {"interpolate_pos_encoding": resized} if self.architecture.sized else {}
+        hidden = self.trunk.embeddings(pixels, **more)
         return self.trunk.pre_layrnorm(hidden) if hasattr(self.trunk, "pre_layrnorm") else hidden
 
     def _run_layers(self, hidden: Tensor, start: int, stop: int) -> Tensor:
-        for layer in self.trunk.encoder.layers[start:stop]:
+        for layer in self.layers[start:stop]:
             hidden = run_layer(layer, hidden, *self.no_masks)
         return hidden

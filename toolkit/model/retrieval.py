@@ -9,26 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Blip2VisionConfig,
-    Blip2VisionModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    HubertConfig,
-    HubertModel,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from shards.errors import UserError
+from toolkit.model.architectures import IMAGE, SPEECH
 from toolkit.model.fusion import FusionEncoder
 from toolkit.model.image import ImageEncoder
+from toolkit.model.lora import merged
 from toolkit.model.outputs import Encoded, Features
 from toolkit.model.speech import SpeechEncoder
 from toolkit.model.trunk import ModelKind, quiet, read_weights
 
 SAVED = ModelKind("a trained model of this toolkit", "model", ("speech_image",))
-VISION = {"clip": (CLIPVisionConfig, CLIPVisionModel), "blip2": (Blip2VisionConfig, Blip2VisionModel)}
 
 
 class SpeechImageConfig(PretrainedConfig):
@@ -36,8 +28,9 @@ class SpeechImageConfig(PretrainedConfig):
 
     Attributes:
         embed_dim: Size of the embeddings.
-        speech: Arguments of `SpeechEncoder`, with HubertConfig values under "trunk".
-        image: Arguments of `ImageEncoder`, with the architecture ("clip" or "blip2"), and values of its vision
+        speech: Arguments of `SpeechEncoder`, with the architecture (default: "hubert"), and values of its configuration
+            under "trunk".
+        image: Arguments of `ImageEncoder`, with the architecture (default: "clip"), and values of its vision
             configuration under "trunk".
         fusion: Arguments of `FusionEncoder`.
         contrastive: Arguments of `Temperature`.
@@ -102,7 +95,7 @@ class SpeechImageModel(PreTrainedModel):
 
     Args:
         config: The architecture.
-        speech_trunk: A HuBERT model; None: random weights.
+        speech_trunk: A speech trunk; None: random weights.
         image_trunk: A vision trunk; None: random weights.
     """
 
@@ -113,18 +106,18 @@ class SpeechImageModel(PreTrainedModel):
     def __init__(
         self,
         config: SpeechImageConfig,
-        speech_trunk: HubertModel | None = None,
+        speech_trunk: PreTrainedModel | None = None,
         image_trunk: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
         speech, image = dict(config.speech), dict(config.image)
-        hubert_config = HubertConfig(**speech.pop("trunk", {}))
-        vision_config_class, vision_class = VISION[image.pop("architecture", "clip")]
-        vision_config = vision_config_class(**image.pop("trunk", {}))
-        hubert = speech_trunk or HubertModel(hubert_config)
-        vision = image_trunk or vision_class(vision_config)
-        self.speech = SpeechEncoder(hubert, config.embed_dim, **speech)
-        # Before transformers 5, a CLIPVisionModel wraps its `vision_model`.
+        listener, viewer = SPEECH[speech.pop("architecture", "hubert")], IMAGE[image.pop("architecture", "clip")]
+        speech_config = listener.config(**speech.pop("trunk", {}))
+        vision_config = viewer.config(**image.pop("trunk", {}))
+        speech_trunk = speech_trunk or listener.model(speech_config)
+        vision = image_trunk or viewer.model(vision_config)
+        self.speech = SpeechEncoder(speech_trunk, config.embed_dim, **speech)
+        # Before transformers 5, a CLIPVisionModel wraps its `vision_model`, and so does a SiglipVisionModel.
         self.image = ImageEncoder(getattr(vision, "vision_model", vision), config.embed_dim, **image)
         fusion = dict(config.fusion)
         if fusion.pop("agreement", False):
@@ -156,7 +149,9 @@ class SpeechImageModel(PreTrainedModel):
         return model
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:  # type: ignore[override]
-        """Write `config.json` and `model.safetensors`, with the permissions of the umask."""
+        """Write `config.json` and `model.safetensors`, with the permissions of the umask; LoRA is merged."""
+        if self.speech.lora or self.image.lora:
+            options["state_dict"] = merged(self, options.get("state_dict") or self.state_dict())
         with quiet():
             super().save_pretrained(folder, **options)
         for weights in Path(folder).glob("*.safetensors"):  # safetensors creates files that only the user can read
@@ -220,8 +215,9 @@ class SpeechImageModel(PreTrainedModel):
 def build_teacher(model: SpeechImageModel) -> SpeechImageModel:
     """Copy the encoders as the teacher of an exponential moving average, in eval mode and without gradients.
 
-    Frozen parts are shared with the model, trained parts are copied. The fusion encoder, which has no teacher, is left
-    out.
+    Frozen parts are shared with the model, trained parts are copied. Frozen modules that the teacher calls, as under
+    LoRA, are shared as modules, because ZeRO-3 gathers their weights by hooks on them. The fusion encoder, which has no
+    teacher, is left out.
     """
     shared: list[Tensor] = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     for module in model.modules():
@@ -229,4 +225,5 @@ def build_teacher(model: SpeechImageModel) -> SpeechImageModel:
             shared += module.buffers(recurse=False)
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     memo |= {id(part): nn.Identity() for part in (model.fusion, model.match_head)}
+    memo |= {id(part): part for encoder in (model.speech, model.image) for part in encoder.shared_modules()}
     return copy.deepcopy(model, memo).eval().requires_grad_(False)

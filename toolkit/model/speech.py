@@ -1,4 +1,4 @@
-"""Speech encoder: HuBERT trunk, softmax-weighted mix of its hidden states, and head."""
+"""Speech encoder: trunk, softmax-weighted mix of its hidden states, and head."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -7,20 +7,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import HubertModel
 
-from shards.errors import UserError
 from shards.length_groups import group_by_length
-from toolkit.model import masked_group_norm
+from toolkit.model.architectures import TRUNKS, SpeechArchitecture
 from toolkit.model.layers import Head
 from toolkit.model.outputs import Encoded, Features
-from toolkit.model.trunk import PartlyFrozen, run_layer, trained_layers
+from toolkit.model.speech_trunks import Parts
+from toolkit.model.trunk import PartlyFrozen, trained_layers
 
-# Observed with torch 2.13: the outputs are wrong, while the gradients are correct.
-NARROW_CONVOLUTION = (
-    "model.speech.config: in bf16, CPUs with AMX compute convolutions of 2 to 31 channels wrongly: use fp32, or set "
-    "conv_dim, and hidden_size / num_conv_pos_embedding_groups, to at least 32"
-)
 THIRDS = 3
 
 
@@ -49,7 +43,7 @@ class SpeechEncoder(PartlyFrozen):
     norm of HuBERT-base (see `toolkit/model/masked_group_norm.py`), the positional convolution, attention and pooling.
 
     Args:
-        trunk: The HuBERT model; its hidden layers are called one by one, never its `forward`.
+        trunk: A model of `architectures.SPEECH`; its parts are called one by one, never its `forward`.
         embed_dim: Size of the embedding.
         train: "none", "all" or the number of top layers that are trained. Frozen parts stay in eval mode.
         head_layers: Transformer layers of the head; 0: pooling and a linear projection.
@@ -58,15 +52,15 @@ class SpeechEncoder(PartlyFrozen):
         groups: Number of groups of similar length that a batch is encoded in.
         pool: Pooling without head layers: the "mean" of the frames, or the concatenated means over the "thirds" of an
             utterance, so that the embedding keeps coarse word order.
-        waveform_epsilon: Added to the variance when the waveform of a layer-norm trunk is normalized; None: the
-            waveform is not normalized.
+        waveform_epsilon: Added to the variance when the waveform is normalized; None: the waveform is not normalized,
+            as always for HuBERT-base.
         final_norm: Apply the final norm of a layer-norm trunk to its last state, before the norm that all states get.
             False as in SpeechCLIP: the final norm is not used.
     """
 
     def __init__(
         self,
-        trunk: HubertModel,
+        trunk: nn.Module,
         embed_dim: int,
         train: str,
         head_layers: int,
@@ -78,23 +72,18 @@ class SpeechEncoder(PartlyFrozen):
         final_norm: bool = True,
     ) -> None:
         super().__init__()
-        config = trunk.config
         self.trunk = trunk
+        config = self.trunk.config
+        architecture = TRUNKS[config.model_type]
+        assert isinstance(architecture, SpeechArchitecture)
+        self.calls = architecture.parts(trunk)
         self.groups = groups
-        self.normed = config.feat_extract_norm == "layer"
-        if not self.normed:
-            masked_group_norm.install(trunk.feature_extractor.conv_layers[0])
-        self.epsilon = waveform_epsilon if self.normed else None
-        self.pre_norm = config.do_stable_layer_norm
-        self.final_norm = final_norm and self.pre_norm
-        self.layers = config.num_hidden_layers
+        self.normed = self.calls.normed
+        self.epsilon = waveform_epsilon if self.normed or architecture.norm_waveform is not None else None
+        self.final_norm = final_norm and self.calls.pre_norm
+        self.layers = len(self.parts.layers)
         trained = trained_layers(train, self.layers, "model.speech.train")
         self.frozen_layers = None if trained is None else self.layers - trained
-        self.shortest = 1
-        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
-            self.shortest = (self.shortest - 1) * stride + kernel
-        widths = (*config.conv_dim[:-1], config.hidden_size // config.num_conv_pos_embedding_groups)
-        self.narrow = any(1 < width < 32 for width in widths)
         self.mix = LayerMix(self.layers + 1)
         self.pool = pool
         segments = THIRDS if pool == "thirds" else 1
@@ -106,18 +95,34 @@ class SpeechEncoder(PartlyFrozen):
         """Size of a frame feature."""
         return self.trunk.config.hidden_size
 
+    @property
+    def parts(self) -> Parts:
+        """The trunk's modules."""
+        return self.calls.parts(self.trunk)
+
     def frozen_modules(self) -> Iterator[nn.Module]:
         """Yield the modules that are never trained, from the input up."""
-        encoder = self.trunk.encoder
-        if self.pre_norm and not self.final_norm:  # not used
-            yield encoder.layer_norm
+        parts = self.parts
+        yield from parts.fixed
+        if parts.norm is not None and not self.final_norm:  # not used
+            yield parts.norm
         if self.frozen_layers is None:
             return
-        yield from (self.trunk.feature_extractor, self.trunk.feature_projection)
-        yield from (encoder.pos_conv_embed, encoder.dropout)
-        if not self.pre_norm or (self.final_norm and self.frozen_layers == self.layers):
-            yield encoder.layer_norm
-        yield from encoder.layers[: self.frozen_layers]
+        yield from parts.inputs
+        if parts.norm is not None and self.frozen_layers == self.layers:
+            yield parts.norm
+        yield from parts.layers[: self.frozen_layers]
+
+    def stack(self) -> tuple[tuple[nn.Module, ...], nn.ModuleList]:
+        """Return the trunk's modules before its layers, and its layers."""
+        return self.parts.inputs, self.parts.layers
+
+    def shared_modules(self) -> Iterator[nn.Module]:
+        """Yield modules with frozen weights only that the trained part calls, which student and teacher share."""
+        yield from super().shared_modules()
+        for module in (*self.parts.fixed, *self.parts.everywhere):
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                yield module
 
     @torch.no_grad()
     def frozen_features(
@@ -147,12 +152,12 @@ class SpeechEncoder(PartlyFrozen):
         return tuple(parts)
 
     def _frozen(self, waveforms: Tensor, lengths: Tensor) -> Features:
-        waveforms, mask = self._prepare(waveforms, lengths)
+        inputs, mask = self.calls.prepare(waveforms, lengths, self.epsilon)
         if self.frozen_layers is None:
-            return Features(waveforms, mask)
-        hidden, mask = self._embed(waveforms, mask)
-        states = self._run_layers(hidden, mask, 0, self.frozen_layers)
-        return Features(states[-1], mask, self._for_mix(states, last=self.frozen_layers == self.layers))
+            return Features(inputs, mask)
+        hidden, mask = self._embed(inputs, mask)
+        states = self.calls.run(self.trunk, hidden, mask, 0, self.frozen_layers)
+        return Features(states[-1], mask, self._for_mix(states, mask, last=self.frozen_layers == self.layers))
 
     def forward(self, features: tuple[Features, ...]) -> Encoded:
         """Run the trained part of the trunk, the layer mix and the head, and concatenate the groups in batch order."""
@@ -171,60 +176,22 @@ class SpeechEncoder(PartlyFrozen):
         assert mask is not None
         if self.frozen_layers is None:
             hidden, mask = self._embed(hidden, mask)
-            states = self._run_layers(hidden, mask, 0, self.layers)
+            states = self.calls.run(self.trunk, hidden, mask, 0, self.layers)
         else:
-            states = self._run_layers(hidden, mask, self.frozen_layers, self.layers)[1:]
-        mixed = self.mix(features.states + self._for_mix(states, last=True))
+            states = self.calls.run(self.trunk, hidden, mask, self.frozen_layers, self.layers)[1:]
+        mixed = self.mix(features.states + self._for_mix(states, mask, last=True))
         embedding, tokens = self.head(mixed, mask, thirds(mixed, mask) if self.pool == "thirds" else None)
         return Encoded(embedding, tokens, mask)
 
-    def _prepare(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Pad waveforms [B, T] to at least one frame and normalize them if the trunk requires it; mask bool [B, T]."""
-        waveforms = F.pad(waveforms.float(), (0, max(0, self.shortest - waveforms.shape[1])))
-        mask = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
-        if self.epsilon is not None:
-            count = lengths[:, None].clamp(min=1)
-            centered = (waveforms - waveforms.sum(dim=1, keepdim=True) / count) * mask
-            waveforms = centered * (centered.square().sum(dim=1, keepdim=True) / count + self.epsilon).rsqrt()
-        return waveforms, mask
+    def _embed(self, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.calls.embed(self.trunk, inputs, mask, self.head.project.weight.dtype)
 
-    def _embed(self, waveforms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply convolutions, projection and positions: hidden [B, L, H], mask bool [B, L] (at least one frame)."""
-        hidden = waveforms[:, None].to(self.head.project.weight.dtype)
-        if self.narrow and hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
-            raise UserError(NARROW_CONVOLUTION)
-        # An utterance shorter than a frame is encoded as if followed by silence.
-        samples = mask.sum(dim=1).clamp(min=self.shortest)
-        first, *others = self.trunk.feature_extractor.conv_layers
-        hidden = first(hidden) if self.normed else masked_group_norm.forward(first, hidden, self._frames(samples, 1))
-        for layer in others:
-            hidden = layer(hidden)
-        hidden = self.trunk.feature_projection(hidden.transpose(1, 2))
-        mask = torch.arange(hidden.shape[1], device=hidden.device) < self._frames(samples)[:, None]
-        # The positional convolution reads neighboring frames: padding must be zero, like beyond the end of a sequence.
-        hidden = hidden * mask.unsqueeze(-1)
-        encoder = self.trunk.encoder
-        hidden = hidden + encoder.pos_conv_embed(hidden)
-        return encoder.dropout(hidden if self.pre_norm else encoder.layer_norm(hidden)), mask
-
-    def _frames(self, samples: Tensor, convolutions: int | None = None) -> Tensor:
-        """Number of frames after the first `convolutions` (default: all) whose receptive field lies in `samples`."""
-        config = self.trunk.config
-        for kernel, stride in list(zip(config.conv_kernel, config.conv_stride, strict=True))[:convolutions]:
-            samples = (samples - kernel).div(stride, rounding_mode="floor") + 1
-        return samples
-
-    def _run_layers(self, hidden: Tensor, mask: Tensor, start: int, stop: int) -> list[Tensor]:
-        """Return `hidden` [B, L, H], the input of layer `start`, and the outputs of layers `start` to `stop` - 1."""
-        states = [hidden]
-        for layer in self.trunk.encoder.layers[start:stop]:
-            states.append(run_layer(layer, states[-1], mask[:, None, None, :]))
-        return states
-
-    def _for_mix(self, states: list[Tensor], last: bool) -> tuple[Tensor, ...]:
+    def _for_mix(self, states: list[Tensor], mask: Tensor, last: bool) -> tuple[Tensor, ...]:
         """Normalize states for the mix; `last`: the last of them is the trunk's last state, which has a final norm."""
-        if last and self.final_norm and states:
-            states = [*states[:-1], self.trunk.encoder.layer_norm(states[-1])]
+        states = [self.calls.aligned(state, mask) for state in states]
+        norm = self.parts.norm
+        if last and self.final_norm and norm is not None and states:
+            states = [*states[:-1], norm(states[-1])]
         return tuple(F.layer_norm(state, state.shape[-1:]) if self.normed else state for state in states)
 
 

@@ -26,7 +26,7 @@ def recompute_activations(learner: Learner) -> None:
 
 
 def _layers(learner: Learner) -> Iterator[nn.Module]:
-    stacks = (learner.model.speech.trunk.encoder.layers, learner.model.image.trunk.encoder.layers)
+    stacks = (learner.model.speech.parts.layers, learner.model.image.layers)
     for layer in (layer for stack in stacks for layer in stack):
         if any(parameter.requires_grad for parameter in layer.parameters()):
             yield layer

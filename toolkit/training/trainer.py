@@ -36,7 +36,7 @@ from toolkit.training.metrics.log import MetricsLogger
 from toolkit.training.metrics.spans import span
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
-from toolkit.training.schedules import is_coarse, learning_rate, soft_target_weight
+from toolkit.training.schedules import is_coarse, learning_rate, set_learning_rates, soft_target_weight
 from toolkit.training.setup import make_token_queue, open_batches
 from toolkit.training.step_randomness import StepRandomness, seed_micro_batch
 from toolkit.training.zero.engine import backward, gathered_parameters, make_engine
@@ -166,8 +166,7 @@ class Trainer:
         teacher, token_queue = (None, None) if coarse else (self.teacher, self.token_queue)
         alpha = soft_target_weight(self.config.objectives, step)
         measure_controls = (step + 1) % training.log_every == 0
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(training, step)
+        set_learning_rates(self.engine.optimizer.param_groups, training, step)
         if self.nonfinite_detector:
             self.nonfinite_detector.reset()
 

@@ -7,11 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import Blip2VisionConfig, CLIPVisionConfig, HubertConfig
 
-from launch.preflight.estimate import HUBERT, VISION, count, estimate
+from launch.preflight.estimate import SPEECH, VISION, count, estimate
 from tests.tiny import tiny_model
+from tests.toolkit.model.small_trunks import BASE, IMAGE, RANDOM, with_random, with_trunk, write_trunk
+from tests.toolkit.model.small_trunks import SPEECH as SPEECH_TRUNKS
 from toolkit.config.schema import Config, Image, Speech
+from toolkit.model import architectures
 from toolkit.model.build import build_model
 from toolkit.training.learner import Learner
 from toolkit.training.metrics.flops import count_frames, count_patches
@@ -52,6 +54,19 @@ def variants():
     config = Config(model=tiny_model())
     config.model.image.stem, config.model.image.config["patch_size"] = "convolutions", 16
     yield "stem, patch 16", config
+    for architecture in RANDOM:
+        for train in ("none", "1", "2", "all"):
+            yield f"{architecture}, train {train}", Config(model=with_random(architecture, train))
+    for architecture in ("wav2vec2", "wavlm"):
+        config = Config(model=with_random(architecture, "1"))
+        config.model.speech.config = dict(BASE)
+        yield f"{architecture}, group norm", config
+    config = Config(model=with_random("siglip"))
+    config.model.image.pool = "mean"
+    yield "siglip, mean of the patches", config
+    config = Config(model=with_random("dinov2"))
+    config.model.image.config |= {"use_swiglu_ffn": True, "qkv_bias": False}
+    yield "dinov2, SwiGLU", config
 
 
 @pytest.mark.parametrize(
@@ -73,14 +88,24 @@ def test_published_sizes():
 
 
 def test_defaults_are_those_of_transformers():
-    for ours, theirs in (
-        (HUBERT, HubertConfig()),
-        (VISION["clip"], CLIPVisionConfig()),
-        (VISION["blip2"], Blip2VisionConfig()),
-    ):
-        for key, value in ours.items():
-            there = getattr(theirs, key)
-            assert (list(there) if isinstance(there, tuple) else there) == value, key
+    ours, theirs = SPEECH | VISION, architectures.SPEECH | architectures.IMAGE
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():
+        default = theirs[name].config()
+        for key, value in values.items():
+            there = getattr(default, key)
+            assert (list(there) if isinstance(there, tuple) else there) == value, (name, key)
+
+
+@pytest.mark.parametrize("name", [*SPEECH_TRUNKS, *IMAGE])
+@pytest.mark.parametrize("train", ["none", "1"])
+def test_parameters_of_a_folder_are_counted_exactly(tmp_path, name, train):
+    write_trunk(name, tmp_path)
+    config = Config(model=with_trunk(name, tmp_path, train))
+    learner = Learner(build_model(config.model), config.objectives, 0, 1)
+    counts = count(config)
+    assert counts.total == sum(p.numel() for p in learner.parameters())
+    assert counts.trained == sum(p.numel() for p in learner.parameters() if p.requires_grad)
 
 
 def test_a_trunk_in_a_folder_or_in_the_cache_is_read(tmp_path, monkeypatch):
@@ -91,12 +116,14 @@ def test_a_trunk_in_a_folder_or_in_the_cache_is_read(tmp_path, monkeypatch):
     folder = tmp_path / "models--someone--hubert" / "snapshots" / "abc"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.model.speech.config))
-    assert count(config) == count(Config(model=tiny_model()))
+    random, found = count(Config(model=tiny_model())), count(config)
+    assert found.total == random.total
+    assert found.trained == random.trained - 2 * 32, "a pretrained large trunk's final norm is not used"
     config.model.speech.trunk = str(folder)
     config.model.image.trunk = str(tmp_path / "clip")
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "config.json").write_text(json.dumps({"vision_config": config.model.image.config}))
-    assert count(config) == count(Config(model=tiny_model()))
+    assert count(config) == found
 
 
 def test_memory_by_stage():

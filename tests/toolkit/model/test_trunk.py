@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,6 @@ from transformers import (
     HubertConfig,
     HubertForCTC,
     HubertModel,
-    Wav2Vec2Config,
-    Wav2Vec2Model,
-    WavLMConfig,
-    WavLMModel,
-    WhisperConfig,
-    WhisperModel,
 )
 
 from shards.errors import UserError
@@ -63,15 +58,7 @@ TRUNKS = {
         )
     ),
 }
-WHISPER = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-WHISPER |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 60, "num_mel_bins": 8}
-WHISPER |= {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 4}
-OTHERS = {
-    "wav2vec2": lambda: Wav2Vec2Model(Wav2Vec2Config(**HUBERT)),
-    "wavlm": lambda: WavLMModel(WavLMConfig(**HUBERT)),
-    "bert": lambda: BertModel(BertConfig(**TEXT)),
-    "whisper": lambda: WhisperModel(WhisperConfig(**WHISPER)),
-}
+OTHERS = {"bert": lambda: BertModel(BertConfig(**TEXT))}
 
 
 def write_trunk(name: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -240,16 +227,13 @@ def test_a_hub_id_without_network_is_an_error_of_one_line(monkeypatch):
 @pytest.mark.parametrize("side", ["speech", "image"])
 @pytest.mark.parametrize("name", [*OTHERS, "clip", "hubert-ctc", "blip2-retrieval"])
 def test_another_kind_of_model_is_refused_by_its_type(tmp_path, name, side):
-    if (side, name) in (("speech", "hubert-ctc"), ("image", "clip")):
+    if (side, name) in (("speech", "hubert-ctc"), ("image", "clip"), ("image", "blip2-retrieval")):
         return
     (OTHERS | TRUNKS)[name]().save_pretrained(tmp_path)
     model_type = json.loads((tmp_path / "config.json").read_text())["model_type"]
-    supported = {"speech": "expected HuBERT: hubert", "image": "expected CLIP: clip_vision_model or clip"}[side]
-    with pytest.raises(UserError) as raised:
+    start = f"model.{side}.trunk: {tmp_path} holds a model of type {model_type!r} (config.json); expected one of "
+    with pytest.raises(UserError, match=re.escape(start)):
         build(**{side: tmp_path})
-    assert str(raised.value) == (
-        f"model.{side}.trunk: {tmp_path} holds a model of type {model_type!r} (config.json); {supported}"
-    )
 
 
 @pytest.mark.parametrize("name", ["clip", "blip2", "blip2-retrieval"])

@@ -2,11 +2,13 @@
 
 Model FLOPs are counted as usual for utilization (PaLM, arXiv 2204.02311, appendix B): two for each multiply-add of
 matrix products, convolutions and attention. Trained layers count three times, forward once and backward twice; frozen
-layers and the teacher count once. Padding does not count (each utterance has its own length), and neither do
+layers and the teacher count once. The weights that LoRA adapts count twice, because they have no gradient. Padding does
+not count (each utterance has its own length; Whisper's window does), and neither do
 recomputation (activation checkpointing, the first forward pass with cached gradients) and the controls of a logged
 step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,7 @@ from toolkit.model.fusion import Denoiser, FusionEncoder
 from toolkit.model.image import ConvolutionalStem, ImageEncoder
 from toolkit.model.layers import Head
 from toolkit.model.speech import SpeechEncoder
+from toolkit.model.speech_trunks import WhisperTrunk
 from toolkit.training.learner import Learner
 
 TRAINED = 3  # forward once, backward twice
@@ -98,7 +101,7 @@ class FlopCounter:
         return BatchStats(
             pairs=len(lengths),
             seconds=float(lengths.sum()) / SAMPLE_RATE,
-            padded_seconds=padded_length(host_lengths, self.learner.model.speech.groups) / SAMPLE_RATE,
+            padded_seconds=_padded_samples(self.learner.model.speech, host_lengths) / SAMPLE_RATE,
             frames=int(frames.sum()),
             patches=patches * len(lengths),
             flops=self.flops(lengths, patches, coarse),
@@ -117,12 +120,14 @@ class FlopCounter:
         frozen_speech, speech = speech_flops(model.speech, lengths)
         frozen_image, image = image_flops(model.image, patches)
         trained = speech + rows * image
+        spared = adapted_flops(model.speech, _trunk_tokens(model.speech, lengths).sum())
+        spared += adapted_flops(model.image, rows * (patches + model.image.architecture.class_token))
         similarities = 2 * 2.0 * rows * self.num_keys * model.config.embed_dim
         teacher = objectives.momentum.enabled and not coarse
         soft_targets = bool(teacher and objectives.contrastive.alpha)
         parts = {
             "frozen trunks": frozen_speech + rows * frozen_image,
-            "encoders": TRAINED * trained,
+            "encoders": TRAINED * trained - spared,
             "teacher": trained * teacher,
             "SIC": similarities * (TRAINED + soft_targets),
         }
@@ -142,10 +147,7 @@ class FlopCounter:
 
 def count_frames(encoder: SpeechEncoder, lengths: np.ndarray) -> np.ndarray:
     """Count the frames of utterances, given their samples; int64 [B], at least 1."""
-    config = encoder.trunk.config
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        lengths = (lengths - kernel) // stride + 1
-    return lengths.clip(min=1)
+    return encoder.calls.frames(lengths).clip(min=1)
 
 
 def count_patches(encoder: ImageEncoder, image_size: int) -> int:
@@ -155,9 +157,55 @@ def count_patches(encoder: ImageEncoder, image_size: int) -> int:
 
 def speech_flops(encoder: SpeechEncoder, lengths: np.ndarray) -> tuple[float, float]:
     """Count the FLOPs of one forward pass over utterances without padding: of frozen and of trained layers."""
-    config = encoder.trunk.config
-    width, first = config.hidden_size, 1
-    samples, embedding = lengths, np.zeros(len(lengths))
+    width, tokens = encoder.token_dim, _trunk_tokens(encoder, lengths)
+    embedding = float(_speech_embedding(encoder, lengths, tokens).sum())
+    each = float(_layer(encoder.parts.layers[0], width, tokens).sum())
+    frozen = 0.0 if encoder.frozen_layers is None else embedding + encoder.frozen_layers * each
+    trained = embedding + encoder.layers * each - frozen
+    return frozen, trained + float(_head(encoder.head, count_frames(encoder, lengths)).sum())
+
+
+def image_flops(encoder: ImageEncoder, patches: int) -> tuple[float, float]:
+    """Count the FLOPs of one forward pass over a picture: of frozen and of trained layers."""
+    tokens = patches + encoder.architecture.class_token
+    embedding, each = _patch_embedding(encoder, patches), float(_layer(encoder.layers[0], encoder.token_dim, tokens))
+    frozen = 0.0 if encoder.frozen_layers is None else embedding + encoder.frozen_layers * each
+    trained = embedding + len(encoder.layers) * each - frozen + float(_head(encoder.head, patches))
+    if not encoder.has_pooling:
+        return frozen, trained
+    pooling = float(_attention(encoder.token_dim, 1, tokens)) + 2.0 * _linear(encoder.trunk.head.mlp)
+    all_frozen = encoder.frozen_layers == len(encoder.layers)
+    return (frozen + pooling, trained) if all_frozen else (frozen, trained + pooling)
+
+
+def adapted_flops(encoder: SpeechEncoder | ImageEncoder, tokens: float) -> float:
+    """Count the FLOPs of the weight gradients that frozen layers with LoRA do not need, over some tokens."""
+    if not encoder.lora:
+        return 0.0
+    layers = encoder.parts.layers if isinstance(encoder, SpeechEncoder) else encoder.layers
+    return 2.0 * tokens * len(layers) * _linear(layers[0], "lora_", leave=True)
+
+
+def _padded_samples(encoder: SpeechEncoder, lengths: Sequence[int]) -> float:
+    if isinstance(encoder.calls, WhisperTrunk):
+        window: int = encoder.calls.window
+        return len(lengths) * -(-max(lengths) // window) * window
+    return padded_length(lengths, encoder.groups)
+
+
+def _trunk_tokens(encoder: SpeechEncoder, lengths: np.ndarray) -> np.ndarray:
+    """Frames that the trunk's layers compute for each utterance; Whisper's are those of a window."""
+    if isinstance(encoder.calls, WhisperTrunk):
+        return np.full_like(lengths, encoder.trunk.config.max_source_positions)
+    return count_frames(encoder, lengths)
+
+
+def _speech_embedding(encoder: SpeechEncoder, lengths: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """FLOPs of what is before the layers, of each utterance."""
+    config, width = encoder.trunk.config, encoder.token_dim
+    if isinstance(encoder.calls, WhisperTrunk):
+        return 2.0 * tokens * 3 * width * (2 * config.num_mel_bins + width)
+    first, samples, embedding = 1, lengths, np.zeros(len(lengths))
     for kernel, stride, size in zip(config.conv_kernel, config.conv_stride, config.conv_dim, strict=True):
         samples = ((samples - kernel) // stride + 1).clip(min=1)
         embedding += 2.0 * samples * first * size * kernel
@@ -165,25 +213,11 @@ def speech_flops(encoder: SpeechEncoder, lengths: np.ndarray) -> tuple[float, fl
     taps = config.num_conv_pos_embeddings
     shifted = samples + (taps % 2 == 0)  # an even kernel returns one more, which is cut off
     embedding += 2.0 * samples * first * width
-    embedding += 2.0 * shifted * width * (width // config.num_conv_pos_embedding_groups) * taps
-    layers = encoder.frozen_layers if encoder.frozen_layers is not None else 0
-    each = float(_layer(config, samples).sum())
-    frozen = 0.0 if encoder.frozen_layers is None else float(embedding.sum()) + layers * each
-    trained = float(embedding.sum()) + config.num_hidden_layers * each - frozen
-    return frozen, trained + float(_head(encoder.head, samples).sum())
-
-
-def image_flops(encoder: ImageEncoder, patches: int) -> tuple[float, float]:
-    """Count the FLOPs of one forward pass over a picture: of frozen and of trained layers."""
-    config = encoder.trunk.config
-    embedding = _patch_embedding(encoder, patches)
-    layers, each = len(encoder.trunk.encoder.layers), float(_layer(config, patches + 1))
-    frozen = 0.0 if encoder.frozen_layers is None else embedding + encoder.frozen_layers * each
-    return frozen, embedding + layers * each - frozen + float(_head(encoder.head, patches))
+    return embedding + 2.0 * shifted * width * (width // config.num_conv_pos_embedding_groups) * taps
 
 
 def _patch_embedding(encoder: ImageEncoder, patches: int) -> float:
-    stem, config = encoder.trunk.embeddings.patch_embedding, encoder.trunk.config
+    stem, config = encoder.patch_embedding, encoder.trunk.config
     if not isinstance(stem, ConvolutionalStem):
         return 2.0 * patches * config.hidden_size * 3 * config.patch_size**2
     convolutions = [module for module in stem if isinstance(module, nn.Conv2d)]
@@ -205,10 +239,22 @@ def fusion_flops(encoder: FusionEncoder, queries: Any, context: Any) -> Any:
     return total
 
 
-def _layer(config: Any, tokens: Any) -> Any:
-    """FLOPs of a layer of a trunk: self-attention and feed-forward."""
-    width = config.hidden_size
-    return _attention(width, tokens, tokens) + 2.0 * tokens * 2 * width * config.intermediate_size
+def _layer(layer: nn.Module, width: int, tokens: Any) -> Any:
+    """FLOPs of a layer of a trunk, all of which are alike: linear layers, and the two products of self-attention."""
+    return 2.0 * tokens * _linear(layer) + 2 * 2.0 * tokens * tokens * width
+
+
+def _linear(layer: nn.Module, part: str = "", leave: bool = False) -> int:
+    """Weights that a token meets in linear layers with a part in their names; `leave`: in the others."""
+    total = 0
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and (part in name) != leave:
+            each = module.in_features * module.out_features
+            if name.endswith("gru_rel_pos_linear"):  # WavLM's, which every head of a token meets
+                attention: Any = layer.get_submodule("attention")
+                each *= attention.num_heads
+            total += each
+    return total
 
 
 def _head(head: Head, tokens: Any) -> Any:

@@ -30,6 +30,7 @@ from toolkit.run_folder import git_state
 from toolkit.training.checkpointing.progress import Progress
 from toolkit.training.metrics.flops import BatchStats
 from toolkit.training.metrics.wandb_run import open_wandb
+from toolkit.training.schedules import trunk_rate
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,7 @@ class MetricsLogger:
             "step": progress.step,
             **losses,
             "lr": self.lr,
+            **trunk_rate(self.config.training, self.lr),
             "pairs_per_second": self.steps * self.config.training.batch_size / elapsed,
             "audio_per_second": seconds / elapsed,
             "tokens_per_second": tokens / elapsed,
@@ -267,7 +269,8 @@ class MetricsLogger:
             parts.append(f"cmd {r['denoising']:.3f}" + _control(r, "denoising_control"))
         if "temperature" in r:
             parts.append(f"tau {r['temperature']:.3f}")
-        parts.append(f"lr {r['lr']:.1e}  {r['pairs_per_second']:.0f} pairs/s")
+        trunk = f" (trunk {r['trunk_lr']:.1e})" if "trunk_lr" in r else ""
+        parts.append(f"lr {r['lr']:.1e}{trunk}  {r['pairs_per_second']:.0f} pairs/s")
         parts.append(f"wait {100 * r['waiting']:.0f}%  mem {r['memory_gb']:.1f} GB")
         if self.dev is not None:
             parts.append(f"{self.config.data.dev} R@1 {self.dev:.1f}")

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.config.schema import Config
+from toolkit.config.schema import Config, Training
+from toolkit.model.trunk import PartlyFrozen
 from toolkit.training.momentum import averaged
+from toolkit.training.schedules import SCALE
 from toolkit.training.zero.deepspeed_import import deepspeed
 from toolkit.training.zero.settings import deepspeed_config
 
@@ -33,12 +35,12 @@ def make_engine(
     """
     settings = settings or deepspeed_config(config, world_size)
     training = config.training
-    groups = _parameter_groups(learner, training.weight_decay)
+    groups = _parameter_groups(learner, training.weight_decay, _rate_scales(learner, training))
     # Stage 0 under bf16 takes a step with zero gradients while it is built: at this rate it changes no weight.
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(training.betas[0], training.betas[1]))
     engine, *_ = deepspeed.initialize(model=learner.to(device), optimizer=optimizer, config=settings)
     for group in optimizer.param_groups:
-        group["lr"] = training.lr
+        group["lr"] = training.lr * group.get(SCALE, 1.0)
     for state in optimizer.state.values():
         state["step"].zero_()
     if engine.optimizer is optimizer:  # stage 0 in float32: the others check gradients themselves
@@ -79,19 +81,35 @@ def _skip_bad_step(optimizer: Any, *_: Any) -> None:
             parameter.grad = None
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _rate_scales(learner: nn.Module, training: Training) -> dict[int, float]:
+    """Map the id of each of the trunks' parameters to its learning rate, relative to `lr`; empty if it is that."""
+    if training.trunk_lr is None and training.layer_decay == 1:
+        return {}
+    top = (training.trunk_lr or training.lr) / training.lr
+    places = {id: place for m in learner.modules() if isinstance(m, PartlyFrozen) for id, place in m.depths().items()}
+    return {number: top * training.layer_decay ** (total - depth) for number, (depth, total) in places.items()}
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float, scales: dict[int, float]) -> list[dict[str, Any]]:
     """Group parameters by weight decay: matrices have it, biases, norms and the temperature do not.
 
     ZeRO 1 and 2 partition each group equally among the ranks. Parameters with a momentum average are in separate
-    groups, so that the average is partitioned equally, too.
+    groups, so that the average is partitioned equally, too. Each learning rate has groups of its own.
     """
-    trained = [(averaged(name), p) for name, p in module.named_parameters() if p.requires_grad]
+    trained = [
+        (averaged(name), p.ndim > 1, scales.get(id(p), 1.0), p)
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    ]
+    rates = list(dict.fromkeys(scale for *_, scale, _ in trained))
     groups = [
         {
-            "params": [p for has_average, p in trained if has_average == of_teacher and (p.ndim > 1) == matrices],
+            "params": [p for *kind, p in trained if kind == [of_teacher, matrices, scale]],
             "weight_decay": weight_decay if matrices else 0.0,
+            **({} if scale == 1 else {SCALE: scale}),
         }
         for of_teacher in (True, False)
         for matrices in (True, False)
+        for scale in rates
     ]
     return [group for group in groups if group["params"]]

@@ -18,6 +18,7 @@ from shards.errors import UserError
 from shards.reading.dataset import Batch
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
+from tests.toolkit.model.small_trunks import RANDOM, with_random
 from tests.toolkit.training import test_trainer
 from toolkit import train
 from toolkit.config import schema as config
@@ -96,6 +97,25 @@ def test_flops_of_the_parts_are_those_that_torch_counts(train: str, head_layers:
         tokens = (own.tokens.detach(), own.mask)
         rebuilt += counted(lambda: denoise(*tokens, other.tokens, other.mask))[1]  # noqa: B023
     assert parts["CMD"] == 3 * rebuilt
+
+
+@pytest.mark.parametrize("train", ["none", "1", "all"])
+@pytest.mark.parametrize("architecture", RANDOM)
+def test_flops_of_every_trunk_are_those_that_torch_counts(architecture: str, train: str) -> None:
+    settings = whole("all", 0)
+    settings.model = with_random(architecture, train)
+    settings.model.speech.head_layers = 0
+    model, one = made(settings)[0].model, batch(*[SAMPLES] * ROWS)
+    if architecture in ("siglip", "dinov2"):
+        features, a = counted(lambda: model.image.frozen_features(one.images))
+        _, b = counted(lambda: model.image(features))
+        assert flops.image_flops(model.image, PATCHES) == (a / ROWS, b / ROWS)
+        return
+    features, a = counted(lambda: model.speech.frozen_features(one.waveforms, one.lengths))
+    _, b = counted(lambda: model.speech(features))
+    spectrogram = 2 * 201 * 32 * 100 * ROWS if architecture == "whisper" else 0  # not the model's
+    found = flops.speech_flops(model.speech, np.full(ROWS, SAMPLES))
+    assert found == (a - spectrogram, pytest.approx(b, abs=1e4))  # means over frames
 
 
 def test_flops_of_a_whole_step_are_nearly_those_that_torch_counts() -> None:
