@@ -1,13 +1,15 @@
 """Search an index: python toolkit/search.py INDEX query.wav --top 10 --rerank 32.
 
-An index of images is searched by audio files, an index of audio files by images.
+An index of images is searched by audio files, an index of audio files by images; with --serve by a page in a browser.
 """
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # import from the repository root, not from the script's folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -15,6 +17,13 @@ if __name__ == "__main__":  # import from the repository root, not from the scri
 from shards.errors import Parser, UserError, run_main
 from shards.logs import add_log_level, setup_logging
 from toolkit.index import add_model, positive
+
+if TYPE_CHECKING:
+    from toolkit.indexing.search import Searcher
+
+logger = logging.getLogger(__name__)
+
+PAGE_RERANK = 32
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,9 +35,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("index", type=Path, metavar="INDEX", help="folder written by index.py")
-    add("queries", nargs="+", metavar="QUERY", help="audio files, or images for an index of audio files")
+    add("queries", nargs="*", metavar="QUERY", help="audio files, or images for an index of audio files")
+    add("--serve", type=int, metavar="PORT", help="serve a page to record, upload and search, in place of QUERY")
+    add("--host", metavar="ADDRESS", help="address for --serve, protected by a token (default: 127.0.0.1, no token)")
     add("--top", type=positive, default=10, metavar="N", help="results per query (default: 10)")
-    add("--rerank", type=int, default=0, metavar="K", help="best candidates to re-rank by the match logit (default: 0)")
+    add(
+        "--rerank",
+        type=int,
+        metavar="K",
+        help="best candidates to re-rank by the match logit (default: 0; with --serve: 32)",
+    )
     add(
         "--fuse",
         choices=("fitted", "sum", "matching"),
@@ -49,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = build_parser().parse_args(arguments)
     setup_logging(options.log_level)
-    if options.rerank < 0:
-        raise UserError(f"--rerank {options.rerank}: expected a number of candidates, or 0")
+    check(options)
 
     from toolkit.indexing.encoder import Encoder, find_model, model_checksum
     from toolkit.indexing.items import printable
@@ -66,7 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = find_model(options.model or index.head.model_folder, options.checkpoint)
     check_model(index.head, model_checksum(model), options.index)
     searcher = Searcher(index, Encoder.load(model, options.device), options.fuse, options.workers)
-    results = searcher.search_files(options.queries, options.top, options.rerank)
+    if options.serve is not None:
+        from toolkit.indexing.answers import Answers
+        from toolkit.indexing.serve import serve
+
+        serve(
+            Answers(searcher, options.top, page_rerank(searcher, options.rerank)),
+            options.index,
+            options.serve,
+            options.host,
+        )
+        return
+    results = searcher.search_files(options.queries, options.top, options.rerank or 0)
     for query, hits in zip(options.queries, results, strict=True):
         if options.json:
             print(json.dumps({"query": query, "results": [hit.asdict() for hit in hits]}), flush=True)
@@ -75,6 +101,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{printable(query)}:")
         for rank, hit in enumerate(hits, 1):
             print(f"{rank:>4}  {hit.score:.4f}  {printable(hit.path)}", flush=True)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Check the command line.
+
+    Raises:
+        UserError: Options that do not go together, or a value that is not possible.
+    """
+    if (options.rerank or 0) < 0:
+        raise UserError(f"--rerank {options.rerank}: expected a number of candidates, or 0")
+    if options.serve is None and not options.queries:
+        raise UserError("no QUERY: pass files to search with, or --serve PORT for a page")
+    if options.serve is None and options.host is not None:
+        raise UserError("--host is for --serve: pass a port too")
+    if options.serve is not None and (options.queries or options.json):
+        raise UserError("--serve takes no QUERY and no --json: queries come from the page")
+    if options.serve is not None and not 0 <= options.serve < 65536:
+        raise UserError(f"--serve {options.serve}: expected a port, 0 to 65535")
+
+
+def page_rerank(searcher: "Searcher", rerank: int | None) -> int:
+    """Number of candidates that the page re-ranks: by default 32 if the model's scores can be fused.
+
+    Raises:
+        UserError: Re-ranking is asked for, and they cannot be.
+    """
+    problem = searcher.fusion_problem()
+    if rerank and problem:
+        raise UserError(problem)
+    if rerank is None and problem:
+        logger.warning("results are not re-ranked: %s", problem)
+        return 0
+    return PAGE_RERANK if rerank is None else rerank
 
 
 def cli() -> None:

@@ -61,6 +61,9 @@ class Source(Protocol):
     def load(self, item: Item, processor: "SpeechImageProcessor") -> Tensor:
         """Decode an item: uint8 [3, S, S] or float32 [n]; raises `UserError` if it cannot be."""
 
+    def content(self, name: str) -> Path | bytes:
+        """Return the file of an item, or its bytes; raises `UserError` if it cannot be read."""
+
     def path(self, name: str) -> str:
         """Return where an item is, for the user."""
 
@@ -103,13 +106,17 @@ class FileSource:
 
     def decode(self, name: str, processor: "SpeechImageProcessor") -> Tensor:
         """Decode a file by its name; see `load`."""
-        path = Path(self.path(name))
+        path = self.content(name)
         if self.modality == "image":
             return processor(images=[path])["images"][0]
         return processor(speech=[path])["waveforms"][0]
 
-    def path(self, name: str) -> str:
+    def content(self, name: str) -> Path:
         """Return the path of a file."""
+        return Path(self.path(name))
+
+    def path(self, name: str) -> str:
+        """Return the path of a file, for the user."""
         return os.path.join(self.root, name)
 
     def is_current(self, item: Item) -> bool:
@@ -208,14 +215,17 @@ class ShardSource:
 
     def load(self, item: Item, processor: "SpeechImageProcessor") -> Tensor:
         """Decode a member as evaluation does."""
-        number = self.numbers.get(item.name)
-        if number is None:
-            raise UserError(f"{self.path(item.name)}: no such sample")
+        content = self.content(item.name)
         if self.modality == "image":
-            square = decode_picture(self.reader.picture(number), processor.image_size, resize=processor.resize)
-            return torch.from_numpy(square)
-        wave = decode_audio(self.reader.audio(number))
-        return torch.from_numpy(wave[: int(processor.max_seconds * processor.sampling_rate)])
+            return torch.from_numpy(decode_picture(content, processor.image_size, resize=processor.resize))
+        return torch.from_numpy(decode_audio(content)[: int(processor.max_seconds * processor.sampling_rate)])
+
+    def content(self, name: str) -> bytes:
+        """Return the bytes of a member."""
+        number = self.numbers.get(name)
+        if number is None:
+            raise UserError(f"{self.path(name)}: no such sample")
+        return self.reader.picture(number) if self.modality == "image" else self.reader.audio(number)
 
     def path(self, name: str) -> str:
         """Return the shards and the name in them."""

@@ -112,6 +112,12 @@ class Searcher:
             self._source = open_source(self.index.head.source, self.index.head.modality)
         return self._source
 
+    def fusion_problem(self) -> str | None:
+        """Why results cannot be re-ranked by the chosen score; None: they can."""
+        if self.evaluation.fuse == "fitted" and self.encoder.model.config.match_weight is None:
+            return "this model has no fitted weight of the match logit: pass --fuse sum or matching"
+        return None
+
     def search_files(self, files: Sequence[str], top: int = 10, rerank: int = 0) -> Iterator[list[Hit]]:
         """Search by files, one after another.
 
@@ -137,8 +143,8 @@ class Searcher:
         Raises:
             UserError: The model has no fitted weight of the match logit, or the index is damaged.
         """
-        if rerank and self.evaluation.fuse == "fitted" and self.encoder.model.config.match_weight is None:
-            raise UserError("this model has no fitted weight of the match logit: pass --fuse sum or matching")
+        if rerank and (problem := self.fusion_problem()):
+            raise UserError(problem)
         scores, rows = nearest(self.index, queries.embedding.float().cpu(), max(top, rerank))
         found = []
         for number, (cosines, places) in enumerate(zip(scores.tolist(), rows.tolist(), strict=True)):
