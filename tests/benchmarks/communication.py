@@ -56,7 +56,7 @@ def count_ours(rank: int, ranks: int, zero: int) -> tuple[dict[str, float], dict
         trained = [p for p in trainer.learner.parameters() if p.requires_grad]
         model = trainer.learner.model
         _, features = model.frozen_features(batch.images, batch.waveforms, batch.lengths)
-        frames = int(model.speech._frames(batch.lengths).max())
+        frames = int(model.speech.calls.frames(batch.lengths).max())
         patches = features.hidden.shape[1] - 1
         sizes = {
             "batch": BATCH,

@@ -164,6 +164,9 @@ def _trunk_rules(config: Config) -> list[Rule]:
         )
         for name, side in zip(("speech", "image"), sides, strict=True)
     ]
+    whisper = model.speech.architecture == "whisper" and not model.speech.trunk
+    message = "--model.speech.filterbank initializes a convolution over the waveform; Whisper has none: set it to false"
+    rules.append((whisper and model.speech.filterbank, message))
     for key, changed in (("trunk_lr", training.trunk_lr is not None), ("layer_decay", training.layer_decay != 1)):
         message = (
             f"--training.{key} has no effect: both trunks are frozen (model.speech.train and model.image.train none)"

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from shards.errors import UserError
 from toolkit.model.speech_trunks import WaveformTrunk, WavLMTrunk, WhisperTrunk
 from toolkit.model.trunk import OUTSIDE, ModelKind, find_kind
 
@@ -144,6 +145,22 @@ TRUNKS: dict[str, Architecture] = {
 }
 
 Kind = TypeVar("Kind", bound=Architecture)
+
+
+def lookup(table: Mapping[str, Kind], name: Any, key: str) -> Kind:
+    """Return the entry of a table.
+
+    Args:
+        table: `SPEECH` or `IMAGE`.
+        name: Name of the architecture.
+        key: Where the name was read, for the error message.
+
+    Raises:
+        UserError: The table has no such entry.
+    """
+    if name not in table:
+        raise UserError(f"{key}: unknown architecture {name!r}; known are {', '.join(table)}")
+    return table[name]
 
 
 def find_architecture(source: str, table: Mapping[str, Kind], default: str) -> str:

@@ -15,7 +15,7 @@ from shards.media.picture import Resize
 from toolkit.config import schema as config
 from toolkit.model.architectures import IMAGE, SPEECH, Architecture, find_architecture
 from toolkit.model.retrieval import SpeechImageConfig, SpeechImageModel
-from toolkit.model.trunk import read_weights
+from toolkit.model.trunk import PartlyFrozen, read_weights
 from toolkit.model.trunk_inputs import check_spectrogram, picture_inputs, waveform_epsilon
 
 INPUTS = ("waveform_epsilon", "final_norm", "mean", "std")  # encoder arguments that depend on the trunk's source
@@ -40,15 +40,15 @@ def build_model(
     """
     contrastive = contrastive or config.Contrastive()
     model = _with_architectures(model)
-    listener, viewer = SPEECH[model.speech.architecture], IMAGE[model.image.architecture]
-    listening = _load(listener, model.speech.trunk) if model.speech.trunk else None
+    speech_entry, image_entry = SPEECH[model.speech.architecture], IMAGE[model.image.architecture]
+    speech_trunk = _load(speech_entry, model.speech.trunk) if model.speech.trunk else None
     vision = _load_vision(model) if model.image.trunk else None
-    speech_config = listening.config if listening else _trunk_config(listener, model.speech.config)
-    vision_config = vision.config if vision else _trunk_config(viewer, model.image.config)
+    speech_config = speech_trunk.config if speech_trunk else _trunk_config(speech_entry, model.speech.config)
+    vision_config = vision.config if vision else _trunk_config(image_entry, model.image.config)
     _check_heads(model, speech_config, vision_config)
     speech_inputs = _inputs(exported, "speech", lambda: _speech_inputs(model.speech, speech_config))
     image_inputs = _inputs(exported, "image", lambda: _image_inputs(model.image, resize))
-    speech_values = _changed_values(speech_config) | dict(listener.fixed)
+    speech_values = _changed_values(speech_config) | dict(speech_entry.fixed)
     vision_values = _changed_values(vision_config) | _vision_options(model.image)
     architecture = SpeechImageConfig(
         embed_dim=model.embed_dim,
@@ -62,17 +62,13 @@ def build_model(
             "learned": contrastive.learn_temperature,
         },
     )
-    built = SpeechImageModel(architecture, listening, vision)
+    built = SpeechImageModel(architecture, speech_trunk, vision)
     projection = getattr(vision, "visual_projection", None)
     if projection is not None:
         built.image.init_projection(projection.weight)
-    for section, encoder, each in ((model.speech, built.speech, listener), (model.image, built.image, viewer)):
-        if section.lora_rank:
-            key = each.kind.key.replace(".trunk", ".lora_targets")
-            names = {name.rpartition(".")[2] for name, _ in encoder.trunk.named_modules()}
-            targets = section.lora_targets or [name for name in each.lora if name in names]
-            encoder.add_lora(section.lora_rank, section.lora_alpha, targets, key)
-    if model.speech.filterbank and not model.speech.trunk and model.speech.architecture != "whisper":
+    _add_lora(model.speech, built.speech, speech_entry)
+    _add_lora(model.image, built.image, image_entry)
+    if model.speech.filterbank and not model.speech.trunk:
         set_mel_filters(built.speech.trunk.feature_extractor.get_parameter("conv_layers.0.conv.weight"))
     return built
 
@@ -152,6 +148,15 @@ def _vision_options(image: config.Image) -> dict[str, Any]:
     """Return values of a vision trunk's configuration that hold whatever a folder says."""
     fixed = IMAGE[image.architecture].fixed
     return {**fixed, "vision_use_head": False} if image.architecture == "siglip" and not _pools(image) else dict(fixed)
+
+
+def _add_lora(section: config.Speech | config.Image, encoder: PartlyFrozen, architecture: Architecture) -> None:
+    """Adapt an encoder's trunk if the section says so."""
+    if section.lora_rank:
+        key = architecture.kind.key.replace(".trunk", ".lora_targets")
+        names = {name.rpartition(".")[2] for name, _ in encoder.trunk.named_modules()}
+        targets = section.lora_targets or [name for name in architecture.lora if name in names]
+        encoder.add_lora(section.lora_rank, section.lora_alpha, targets, key)
 
 
 def _inputs(exported: Mapping[str, Any] | None, side: str, fresh: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from shards.errors import UserError
-from toolkit.model.architectures import IMAGE, SPEECH
+from toolkit.model.architectures import IMAGE, SPEECH, lookup
 from toolkit.model.fusion import FusionEncoder
 from toolkit.model.image import ImageEncoder
 from toolkit.model.lora import merged
@@ -111,11 +111,12 @@ class SpeechImageModel(PreTrainedModel):
     ) -> None:
         super().__init__(config)
         speech, image = dict(config.speech), dict(config.image)
-        listener, viewer = SPEECH[speech.pop("architecture", "hubert")], IMAGE[image.pop("architecture", "clip")]
-        speech_config = listener.config(**speech.pop("trunk", {}))
-        vision_config = viewer.config(**image.pop("trunk", {}))
-        speech_trunk = speech_trunk or listener.model(speech_config)
-        vision = image_trunk or viewer.model(vision_config)
+        speech_entry = lookup(SPEECH, speech.pop("architecture", "hubert"), "speech.architecture")
+        image_entry = lookup(IMAGE, image.pop("architecture", "clip"), "image.architecture")
+        speech_config = speech_entry.config(**speech.pop("trunk", {}))
+        vision_config = image_entry.config(**image.pop("trunk", {}))
+        speech_trunk = speech_trunk or speech_entry.model(speech_config)
+        vision = image_trunk or image_entry.model(vision_config)
         self.speech = SpeechEncoder(speech_trunk, config.embed_dim, **speech)
         # Before transformers 5, a CLIPVisionModel wraps its `vision_model`, and so does a SiglipVisionModel.
         self.image = ImageEncoder(getattr(vision, "vision_model", vision), config.embed_dim, **image)

@@ -61,6 +61,17 @@ def variants():
         config = Config(model=with_random(architecture, "1"))
         config.model.speech.config = dict(BASE)
         yield f"{architecture}, group norm", config
+    for architecture in (*RANDOM, "hubert", "clip", "blip2"):
+        model = with_random(architecture, "none") if architecture in RANDOM else tiny_model()
+        model.speech.train = model.image.train = "none"
+        model.image.architecture = architecture if architecture == "blip2" else model.image.architecture
+        model.speech.lora_rank, model.image.lora_rank = 3, 2
+        yield f"LoRA, {architecture}", Config(model=model)
+    model = tiny_model()
+    model.speech.train = model.image.train = "none"
+    model.speech.lora_rank, model.speech.lora_targets = 2, ["out_proj", "intermediate_dense", "output_dense"]
+    model.image.lora_rank, model.image.lora_targets = 2, ["fc1", "fc2"]
+    yield "LoRA, other targets", Config(model=model)
     config = Config(model=with_random("siglip"))
     config.model.image.pool = "mean"
     yield "siglip, mean of the patches", config

@@ -304,3 +304,24 @@ def test_siglip_without_attention_pooling_is_refused_or_averaged(tmp_path):
     settings.image.pool = "mean"
     model = build_model(settings)
     assert not hasattr(model.image.trunk, "head")
+
+
+def test_an_export_of_an_unknown_architecture_is_an_error_of_one_line(tmp_path):
+    build_model(tiny_model()).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["image"]["architecture"] = "vit"
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"image\.architecture: unknown architecture 'vit'; known are clip, blip2, "):
+        SpeechImageModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wavlm-base", "whisper", "siglip", "dinov2"])
+def test_no_code_of_a_folder_is_run(tmp_path, name):
+    write_trunk(name, tmp_path)
+    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Trap: pass\n")
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["auto_map"] = {"AutoConfig": "trap.Trap", "AutoModel": "trap.Trap"}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    write_inputs(tmp_path, {"auto_map": {"AutoImageProcessor": "trap.Trap", "AutoFeatureExtractor": "trap.Trap"}})
+    build_model(with_trunk(name, tmp_path))
+    assert not (tmp_path / "sprung").exists()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from toolkit.config.validate import check_config
 from toolkit.model.build import build_model
 from toolkit.run_folder import fingerprint
 from toolkit.training.learner import Learner
+from toolkit.training.metrics.log import MetricsLogger
 from toolkit.training.schedules import learning_rate, set_learning_rates, trunk_rate
 from toolkit.training.zero.engine import _parameter_groups, _rate_scales
 
@@ -63,6 +65,16 @@ def test_the_log_has_the_trunks_rate_only_if_it_differs() -> None:
     assert trunk_rate(config.Training(), 1e-4) == {}
     assert trunk_rate(config.Training(layer_decay=0.5), 1e-4) == {}
     assert trunk_rate(config.Training(lr=1e-4, trunk_lr=1e-5), 5e-5) == {"trunk_lr": pytest.approx(5e-6)}
+
+
+def test_the_step_line_has_the_trunks_rate_only_if_it_differs() -> None:
+    log = SimpleNamespace(config=config.Config(), dev=None, seconds_before=0.0, first_step=0)
+    record: dict[str, Any] = dict.fromkeys(("pairs_per_second", "waiting", "memory_gb", "skipped", "bad_samples"), 0)
+    record |= {"step": 5, "lr": 1e-4, "seconds": 9.0}
+    plain = MetricsLogger._line(log, record)  # type: ignore[arg-type]
+    assert "lr 1.0e-04  0 pairs/s" in plain
+    both = MetricsLogger._line(log, record | {"trunk_lr": 1e-5})  # type: ignore[arg-type]
+    assert both == plain.replace("lr 1.0e-04", "lr 1.0e-04 (trunk 1.0e-05)")
 
 
 def test_checkpoints_of_earlier_versions_still_fit() -> None:
@@ -154,11 +166,12 @@ def test_adams_first_step_is_as_long_as_the_learning_rate(shards: Path, tmp_path
 @pytest.mark.timeout(300)
 def test_every_zero_stage_trains_with_the_same_losses(shards: Path, tmp_path: Path) -> None:
     runs = [tuned(shards, tmp_path / str(zero), zero_stage=zero) for zero in range(4)]
+    runs.append(tuned(shards, tmp_path / "recomputed", zero_stage=2, activation_checkpointing=True))
     run_ranks(train, 2, *runs, timeout=240)
     reference = losses(tmp_path / "0")
     assert reference[0]["loss"] != pytest.approx(reference[3]["loss"], rel=1e-3), "nothing was learned"
-    for zero in (1, 2, 3):
-        for found, expected in zip(losses(tmp_path / str(zero)), reference, strict=True):
+    for zero in ("1", "2", "3", "recomputed"):
+        for found, expected in zip(losses(tmp_path / zero), reference, strict=True):
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), f"step {expected['step']}, ZeRO {zero}"
     records = [json.loads(line) for line in (tmp_path / "0/log.jsonl").read_text().splitlines()]
     for record in records:

@@ -118,8 +118,10 @@ def test_flops_of_every_trunk_are_those_that_torch_counts(architecture: str, tra
     assert found == (a - spectrogram, pytest.approx(b, abs=1e4))  # means over frames
 
 
-def test_flops_of_a_whole_step_are_nearly_those_that_torch_counts() -> None:
-    settings = whole("all", 1)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_flops_of_a_whole_step_are_nearly_those_that_torch_counts(rank: int) -> None:
+    settings = whole("none" if rank else "all", 1)
+    settings.model.speech.lora_rank = settings.model.image.lora_rank = rank
     learner, count = made(settings)
     teacher, queue = MomentumEncoder(learner.model, 0.9), EmbeddingQueue(12, 16)
     draws = StepRandomness(torch.full((2, ROWS), 0.5), CounterRNG(0, torch.arange(ROWS)))
