@@ -171,7 +171,7 @@ async function run(prepare) {
     show([]);
     const coarse = await ask("/search", body, mine.signal);
     show(coarse.results);
-    const warning = coarse.warning ? `; the recording is ${coarse.warning}` : "";
+    const warning = coarse.warning ? `; the recording: ${coarse.warning}` : "";
     if (!about.rerank) {
       say(`${coarse.results.length} results${warning}`);
       return;
