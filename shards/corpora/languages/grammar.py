@@ -56,15 +56,17 @@ class Language:
             size_of_first: Whose size.
         """
         sized = sized and scene.first.size != scene.second.size
-        first, second = (
-            {definite: self._noun_phrase(thing, sized and is_first == size_of_first, definite) for definite in (0, 1)}
-            for thing, is_first in ((scene.first, True), (scene.second, False))
-        )
+        first, second = (scene.first, sized and size_of_first), (scene.second, sized and not size_of_first)
         template = (self.vertical if scene.vertical else self.horizontal)[phrasing]
-        text = template.format(a=first[0], b=second[0], A=first[1], B=second[1])
+        text = template.format(
+            a=self._noun_phrase(*first),
+            b=self._noun_phrase(*second),
+            A=self._noun_phrase(*first, definite=True),
+            B=self._noun_phrase(*second, definite=True),
+        )
         if scene.third:
             text += f" {self.conjunction} {self._noun_phrase(scene.third)} {self.sides[scene.side]}"
         return text
 
-    def _noun_phrase(self, thing: Thing, with_size: bool = False, definite: int = 0) -> str:
-        return self.noun_phrase(thing.colour, thing.shape, thing.size if with_size else "", bool(definite))
+    def _noun_phrase(self, thing: Thing, with_size: bool = False, definite: bool = False) -> str:
+        return self.noun_phrase(thing.colour, thing.shape, thing.size if with_size else "", definite)

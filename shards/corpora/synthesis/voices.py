@@ -170,7 +170,7 @@ class ListVoices(argparse.Action):
     """The option `--list-voices`: print language and name of every voice, and exit."""
 
     def __init__(self, **how: Any) -> None:
-        super().__init__(nargs=0, **how)
+        super().__init__(nargs=0, **{**how, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS})
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Print the table."""

@@ -136,6 +136,16 @@ def test_a_caption_and_its_english_translation_determine_each_other(code: str) -
     assert len(english) > 4000
 
 
+def test_no_text_has_two_meanings_in_two_languages() -> None:
+    meanings: dict[str, str] = {}
+    for n in range(400):
+        one = random_scene(0, "train", str(n))
+        for code in LANGUAGES:
+            english = LANGUAGES["en"].caption(one, n % PHRASINGS)
+            assert meanings.setdefault(LANGUAGES[code].caption(one, n % PHRASINGS), english) == english
+    assert len(meanings) > 7.5 * 390
+
+
 @pytest.mark.parametrize("code", LANGUAGES)
 def test_the_third_object_is_where_the_scene_has_it(code: str) -> None:
     texts = {}

@@ -1,6 +1,7 @@
 """The built-in scenes: deterministic, splits apart, captions true of their own picture only, spoken and drawn well."""
 
 import argparse
+import ast
 import hashlib
 import math
 import pickle
@@ -20,7 +21,7 @@ from shards.corpora import scenes
 from shards.corpora.drawing import COLOURS, SHAPES, Scene, Thing
 from shards.corpora.item import Item
 from shards.corpora.scenes import IN_ORDER
-from shards.corpora.synthesis.espeak import ACCENTS, VOICES, speak
+from shards.corpora.synthesis.espeak import ACCENTS, VOICES, speak, voices_of
 from shards.errors import UserError
 
 pytest.importorskip("espeakng_loader")
@@ -187,9 +188,11 @@ def digest(items: list[Item]) -> str:
     return hashlib.sha256("".join(sums[name] for name in sorted(sums)).encode()).hexdigest()
 
 
-def test_same_bytes_in_another_process_and_order():
-    items = pickle.loads(pickle.dumps(read(pictures=12, dev=2, test=4)))
-    script = "from tests.shards.corpora.test_scenes import *; print(digest(read(pictures=12, dev=2, test=4)[::-1]))"
+@pytest.mark.parametrize("options", [(), ("--languages=en,de,es,fr,it,nl,pt,sv", "--every-language")])
+def test_same_bytes_in_another_process_and_order(options):
+    items = pickle.loads(pickle.dumps(read(*options, pictures=12, dev=2, test=4)))
+    call = f"read(*{options}, pictures=12, dev=2, test=4)[::-1]"
+    script = f"from tests.shards.corpora.test_scenes import *; print(digest({call}))"
     other = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert other.stdout.strip() == digest(items)
 
@@ -295,6 +298,18 @@ def test_every_voice_speaks_in_its_own_way():
     assert speak("a red star", "en-us", 190, 60)[0].tobytes() != waves["en-us"], "the pitch makes no difference"
     with pytest.raises(UserError, match="no voice 'en-xx'"):
         speak(SENTENCE, "en-xx", 190, 50)
+
+
+def spoken_by_every_variant(step: int) -> dict[str, str]:
+    """Checksums of one word by all variants of a voice, in their order (step 1) or the reverse (-1)."""
+    return {name: hashlib.sha256(speak("roter Stern", name, 190, 50)[0].tobytes()).hexdigest()
+            for name in voices_of("de")[::step]}  # fmt: skip
+
+
+def test_every_variant_speaks_alike_in_another_process_and_order():
+    script = "from tests.shards.corpora.test_scenes import *; print(spoken_by_every_variant(-1))"
+    other = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert ast.literal_eval(other.stdout) == spoken_by_every_variant(1)
 
 
 def test_no_caption_lasts_over_four_seconds():

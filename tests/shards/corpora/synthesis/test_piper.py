@@ -1,5 +1,6 @@
 """Speech by piper: a function of its arguments, in any order and process; what is missing is named."""
 
+import ast
 import subprocess
 import sys
 from hashlib import sha256
@@ -25,7 +26,7 @@ def test_samples_do_not_depend_on_order_and_process() -> None:
     assert len(set(made.values())) == 4
     script = "from tests.shards.corpora.synthesis.test_piper import digests; print(digests([3, 1, 0, 2]))"
     other = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert eval(other.stdout) == made
+    assert ast.literal_eval(other.stdout) == made
 
 
 def test_speech_is_a_trimmed_float_wave() -> None:
