@@ -15,6 +15,7 @@ if __name__ == "__main__":  # import from the repository root, not from the scri
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.errors import run_main
+from shards.logs import setup_logging
 from toolkit.evaluation.request import Request, build_parser, is_final, read_arguments
 from toolkit.evaluation.results import Result, save_result
 from toolkit.evaluation.summaries.stored import show_stored
@@ -49,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         show_stored(options, rest)
         return
     request = read_arguments(arguments, __doc__)
+    if request.json:
+        setup_logging("warning")  # standard output is JSON alone
 
     from shards.manifest import load
 
@@ -67,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     process = ProcessInfo(rank, world_size, device, show_progress=rank == 0)
     if request.run and request.rerank and request.config.evaluation.fuse == "fitted" and not _is_fitted(model):
         fit_match_weight(model, request.config, request.rerank, process)
-    name = checkpoint_name(request.export, request.run)
+    of_hub = request.run is None and not Path(request.source).exists()
+    name = request.source if of_hub else checkpoint_name(request.export, request.run)
     checkpoint = Checkpoint(model, request.source, name, read_step(request.export))
     results = []
     for (manifest, split), names in zip(data, groups, strict=True):

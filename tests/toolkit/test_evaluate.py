@@ -213,14 +213,17 @@ def test_several_data_sets_in_one_table(run, folder, tmp_path, monkeypatch, caps
     monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
     write_shards([item(n, f"other{n}", "dev") for n in range(4)], tmp_path / "others", "elsewhere", Format(), {})
     names = [str(folder), f"{folder}:train", f"{tmp_path / 'others'}:dev"]
-    evaluate.main(["--run", str(run), "--datasets", *names, "--by", "words"])
+    evaluate.main(["--run", str(run), "--datasets", *names, "--by", "words,duration"])
     printed = capsys.readouterr().out
     assert [(one.corpus, one.split) for one in load_results(run)] == [
         ("toy", "test"), ("toy", "train"), ("elsewhere", "dev"),
     ]  # fmt: skip
     for data in ("toy test", "toy train", "elsewhere dev"):
         assert printed.count(data) == 3, "coarse, re-ranked, groups"
+    assert list(load_results(run)[0].report["groups"]) == ["words", "duration"]
     assert (run / "recall.json").is_file(), "the run's final evaluation was among them"
+    evaluate.main(["--run", str(run), "--datasets", *names[:2], "--json"])
+    assert [one["split"] for one in json.loads(capsys.readouterr().out)] == ["test", "train"]
     with pytest.raises(UserError, match="no split 'nope'"):
         evaluate.main(["--run", str(run), "--datasets", str(folder), f"{folder}:nope"])
 

@@ -153,7 +153,7 @@ def _summaries(
     }
     last = retrieval.speech_to_image, retrieval.image_to_speech
     grouped = {attribute: recall_by_group(*last, names) for attribute, names in groups.items()}
-    return {"intervals": bounds, "measures": measures, "groups": grouped}
+    return {"intervals": bounds, "measures": measures, "groups": grouped or None}
 
 
 def audio_limits(manifest: Manifest, split: str, limit: float) -> list[float]:

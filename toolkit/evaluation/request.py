@@ -57,7 +57,7 @@ def build_parser(description: str | None) -> Parser:
     add("--datasets", nargs="+", metavar="DIR[:SPLIT]", help="data sets to evaluate on, in place of data.shards")
     add("--model", metavar="FOLDER", help="exported folder or hub id, in place of --run; needs --out")
     add("--out", type=Path, metavar="DIR", help="folder of the results of --model")
-    add("--by", metavar="NAME,...", help="groups of captions: speaker, language, duration, words")
+    add("--by", nargs="+", metavar="NAME", help="groups of captions: speaker, language, duration, words")
     add(
         "--protocols", action="store_true", help="compare protocols: length of the audio, score of re-ranking, measures"
     )
@@ -89,7 +89,7 @@ def read_arguments(arguments: list[str], description: str | None = None) -> Requ
         k = 0
     split = named.split or config.final.split or "test"
     datasets = [split_name(name, split) for name in named.datasets or [config.data.shards]]
-    by = [name for name in (named.by or "").split(",") if name]
+    by = [name for word in named.by or [] for name in word.split(",") if name]
     out = run / FOLDER if run else named.out
     return Request(config, run, source, export, datasets, k, by, named.protocols, named.json, out)
 

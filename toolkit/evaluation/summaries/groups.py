@@ -21,6 +21,7 @@ from shards.reading.caption_attributes import CaptionAttributes
 from toolkit.evaluation.recall import CUTOFFS, CorrectAnswers, RankCounts, Ranking, hits_at
 
 ATTRIBUTES = ("speaker", "language", "duration", "words")
+_BINNED = ("duration", "words")
 UNKNOWN = "not stated"
 _BINS = 4  # of durations and numbers of words, by quantiles
 _SHOWN = 20  # groups of an attribute in the printed table
@@ -116,11 +117,13 @@ def _best_of_group(correct: CorrectAnswers, members: Tensor) -> RankCounts:
 
 
 def format_groups(groups: Mapping[str, Mapping[str, Any]]) -> str:
-    """Format the groups of each attribute as a table; of many groups the largest."""
+    """Format the groups of each attribute as a table, bins in their order; of many groups the largest."""
     header = f"{'captions':>10}{'S>I R@1':>9}{'R@5':>7}{'R@10':>7}{'I>S R@1':>10}{'R@5':>7}{'R@10':>7}{'mean R@1':>11}"
     lines = []
     for attribute, rows in groups.items():
         shown = dict(list(rows.items())[:_SHOWN])
+        if attribute in _BINNED:
+            shown = dict(sorted(shown.items(), key=lambda row: (row[0] == UNKNOWN, _first_number(row[0]))))
         width = max(map(len, [attribute, *shown]))
         lines.append(f"\n{attribute:<{width}}{header}")
         for name, row in shown.items():
@@ -130,3 +133,8 @@ def format_groups(groups: Mapping[str, Mapping[str, Any]]) -> str:
         if len(rows) > len(shown):
             lines.append(f"and {len(rows) - len(shown)} smaller groups, in the result's file")
     return "\n".join(lines).lstrip("\n")
+
+
+def _first_number(name: str) -> float:
+    word = name.split()[0]
+    return float(word) if word.replace(".", "").isdigit() else 0.0

@@ -101,3 +101,6 @@ def test_the_table_shows_the_largest_groups():
     assert lines[20].split() == ["s19", "3", "1.0", "2.0", "3.0", "4.0", "5.0", "6.0", "2.5"]
     assert lines[21] == "and 5 smaller groups, in the result's file"
     assert lines[-1].startswith("1 to 3 words")
+    bins = dict.fromkeys((UNKNOWN, "9 to 11 words", "2 words", "10.5 to 12 words"), row)
+    order = [line[:8].strip() for line in format_groups({"words": bins}).splitlines()[1:]]
+    assert order == ["2 words", "9 to 11", "10.5 to", UNKNOWN[:8]]
