@@ -25,7 +25,7 @@ def robustness_section(runs: Sequence[Run]) -> dict[str, Any]:
             step = "" if result.step is None else f" @ {result.step:,}"
             key = json.dumps([data, result.protocol], sort_keys=True)
             by_data.setdefault(key, {})[f"{run.name} {result.checkpoint}{step}"] = result
-    notes = [] if by_data else [f"Not measured. Made by: python toolkit/robustness.py --run {runs[0].folder}"]
+    notes = [] if by_data else [f"Not measured. Made by: python toolkit/analyze.py robustness --run {runs[0].folder}"]
     if len(by_data) > 1:
         notes.append("Different test data or protocols: figures of one part do not compare with those of another.")
     groups = [{"data": json.loads(key)[0], **_group(results)} for key, results in by_data.items()]
