@@ -1,4 +1,4 @@
-"""Every trunk trains a step with the same losses at every ZeRO stage, and in bf16, and its export computes the same."""
+"""Every trunk trains with the same losses at every ZeRO stage, and in bf16, and its export computes the same."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def exported(rank: int, world_size: int, *runs: config.Config) -> None:
             with torch.no_grad():
                 found = again.encode_speech(waves, lengths), again.encode_image(images)
             for one, other in zip((speech, image), found, strict=True):
-                torch.testing.assert_close(other.embedding, one.embedding, atol=1e-6, rtol=0)
+                torch.testing.assert_close(other.embedding, one.embedding, atol=1e-5, rtol=0)  # LoRA is merged
                 assert torch.equal(one.mask, other.mask)
         trainer.close()
 
@@ -55,6 +55,9 @@ def run_of(shards: Path, folder: Path, names: tuple[str, str], train: str, **tra
             write_trunk(name, path)
     run.model.speech = with_trunk(names[0], folder.parent / names[0], train).speech
     run.model.image = with_trunk(names[1], folder.parent / names[1], train).image
+    if train == "lora":
+        for side in (run.model.speech, run.model.image):
+            side.train, side.lora_rank = "none", 2
     run.data.resize = "squash" if names[1].startswith("siglip") else "crop"
     if training.get("zero_stage") == 3:  # the default does not partition weights as small as these
         run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -62,8 +65,9 @@ def run_of(shards: Path, folder: Path, names: tuple[str, str], train: str, **tra
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("train", ["1", "all"])
-@pytest.mark.parametrize("names", PAIRS[:3], ids=" and ".join)
+@pytest.mark.parametrize(
+    ("names", "train"), [(PAIRS[n], train) for n, train in ((0, "1"), (0, "all"), (0, "lora"), (1, "all"), (2, "lora"))]
+)
 def test_every_zero_stage_trains_with_the_same_losses(
     shards: Path, tmp_path: Path, names: tuple[str, str], train: str
 ) -> None:
