@@ -39,6 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--captions", action="store_true", help="index the audio of the shards instead of the images")
     add("--out", type=Path, required=True, metavar="INDEX", help="folder of the index")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of a new index (default: float16)")
+    add(
+        "--approximate-from",
+        type=positive,
+        default=1_000_000,
+        metavar="N",
+        help="number of items from which on an approximate index is made too, with faiss (default: 1,000,000)",
+    )
     add("--dry-run", action="store_true", help="print how many items would be encoded and dropped, and write nothing")
     add_log_level(parser)
     return parser
@@ -84,7 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _, changes, _ = plan(options.out, source, model)
         print(f"{options.out}: {changes}; {len(changes.encode):,} to encode")
         return
-    result = update(options.out, source, model, options.batch_size, options.workers, options.device, options.dtype)
+    result = update(
+        options.out, source, model, options.batch_size, options.workers, options.device, options.dtype,
+        options.approximate_from,
+    )  # fmt: skip
     logger.info("%s: %s", options.out, result.changes)
     if result.unreadable:
         logger.warning("%s of the items cannot be used and were left out", f"{len(result.unreadable):,}")

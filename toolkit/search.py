@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="fitted",
         help="score of re-ranked candidates, as evaluation.fuse (default: fitted)",
     )
+    add("--exact", action="store_true", help="search all embeddings, also where the index has an approximate index")
     add_model(parser, required=False)
     add("--json", action="store_true", help="print JSON, one object per query")
     add_log_level(parser)
@@ -63,10 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: A mistake on the command line, a damaged index, another model, or a query that cannot be decoded.
     """
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_intermixed_args(arguments)  # options may stand between the queries
     setup_logging(options.log_level)
     check(options)
 
+    from toolkit.indexing.approximate import open_approximate
     from toolkit.indexing.encoder import Encoder, find_model, model_checksum
     from toolkit.indexing.items import printable
     from toolkit.indexing.search import Searcher
@@ -80,7 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"the model of {options.index} is not in {index.head.model_folder}: pass it as --model")
     model = find_model(options.model or index.head.model_folder, options.checkpoint)
     check_model(index.head, model_checksum(model), options.index)
-    searcher = Searcher(index, Encoder.load(model, options.device), options.fuse, options.workers)
+    approximate = None if options.exact else open_approximate(index)
+    if approximate:
+        logger.warning("%s; --exact searches all", approximate.measured)
+    find = approximate.nearest if approximate else None
+    searcher = Searcher(index, Encoder.load(model, options.device), options.fuse, options.workers, find)
     if options.serve is not None:
         from toolkit.indexing.answers import Answers
         from toolkit.indexing.serve import serve

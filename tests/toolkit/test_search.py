@@ -16,32 +16,21 @@ from shards.errors import UserError
 from shards.manifest import load
 from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.evaluation.test_retrieve import CPU, SECONDS, SIZE, random_model, settings
+from tests.toolkit.indexing.made_up import made_up
 from tests.toolkit.indexing_files import EXPORT, other_model, save_audio, save_image, save_images
 from toolkit import search as command
 from toolkit.evaluation.encode import ProcessInfo
 from toolkit.evaluation.retrieve import retrieve
-from toolkit.indexing import search
+from toolkit.indexing import nearest as exact
 from toolkit.indexing.encoder import Encoder
-from toolkit.indexing.items import FileSource, Item, ShardSource
-from toolkit.indexing.search import Searcher, nearest
-from toolkit.indexing.store import Head, Index, write_head
+from toolkit.indexing.items import FileSource, ShardSource
+from toolkit.indexing.nearest import nearest
+from toolkit.indexing.search import Searcher
+from toolkit.indexing.store import Index, write_head
 from toolkit.indexing.update import update
-from toolkit.indexing.writer import Journal, commit
 from toolkit.model.processor import SpeechImageProcessor
 
 folder = test_retrieve.folder
-
-
-def made_up(out, embeddings):
-    """An index of given embeddings [N, D]."""
-    out.mkdir()
-    head = Head("image", "0" * 64, "", {"kind": "files"}, embeddings.shape[1])
-    write_head(out, head)
-    journal = Journal(out, head)
-    items = [Item(f"{number:07d}.jpg", 1, "1") for number in range(len(embeddings))]
-    journal.append(items, embeddings)
-    commit(Index.open(out), journal, items)
-    return Index.open(out)
 
 
 @pytest.mark.parametrize("chunk", [8, 20, 1000])
@@ -51,8 +40,8 @@ def test_search_equals_a_naive_full_sort_with_ties(tmp_path, monkeypatch, chunk,
     embeddings = chance.integers(-2, 3, (203, 4)).astype(np.float32)  # small integers: many ties, exact sums
     queries = torch.from_numpy(chance.integers(-2, 3, (9, 4)).astype(np.float32))
     index = made_up(tmp_path / "index", embeddings)
-    monkeypatch.setattr(search, "_CHUNK_VALUES", chunk * 4)
-    monkeypatch.setattr(search, "_QUERIES", 4)
+    monkeypatch.setattr(exact, "_CHUNK_VALUES", chunk * 4)
+    monkeypatch.setattr(exact, "_QUERIES", 4)
     scores, rows = nearest(index, queries, k)
     for query, got, values in zip(queries.numpy(), rows.tolist(), scores.tolist(), strict=True):
         expected = sorted(range(203), key=lambda row: (-float(query @ embeddings[row]), row))[:k]
@@ -153,7 +142,7 @@ def test_command_finds_images_by_voice(index, tmp_path, capsys):
         assert hit["score"] == pytest.approx(hit["cosine"] + weight * hit["match"], abs=1e-5)
     assert [hit["match"] for hit in reranked["results"][5:]] == [None, None]
 
-    command.main([str(index[0]), index[1], index[1], "--top", "2"])
+    command.main([str(index[0]), index[1], "--top", "2", index[1]])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{index[1]}:"
     assert lines[1].split() == ["1", f"{cosines[0]:.4f}", result["results"][0]["path"]]

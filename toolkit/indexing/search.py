@@ -5,8 +5,9 @@ weight w in the exported model, and the others follow in their order. Equal scor
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from toolkit.config.schema import Evaluation
 from toolkit.evaluation.rerank import fuse_scores
 from toolkit.indexing.encoder import Encoder, groups
 from toolkit.indexing.items import FileSource, Modality, Source, open_source, printable
+from toolkit.indexing.nearest import nearest
 from toolkit.indexing.store import Index
 from toolkit.indexing.update import decode_batches
 from toolkit.model.outputs import Encoded
@@ -25,8 +27,6 @@ from toolkit.model.outputs import Encoded
 logger = logging.getLogger(__name__)
 
 Fuse = Literal["fitted", "sum", "matching"]
-_CHUNK_VALUES = 1 << 20  # of the index, converted to float32 at once; larger chunks leave the cache
-_QUERIES = 256  # searched at once
 _RERANK_BATCH = 32  # candidates encoded at once
 
 
@@ -55,40 +55,6 @@ class Hit:
         return asdict(self)
 
 
-def nearest(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the best rows of an index by dot product, exactly, reading the index once in chunks.
-
-    Args:
-        index: The index, with N rows.
-        queries: Float32 [Q, D], of unit length.
-        k: Results per query, at most N.
-
-    Returns:
-        Float32 [Q, k] and rows int64 [Q, k], best first; of equal scores the lower row is first.
-    """
-    k = min(k, len(index))
-    parts = [_nearest(index, part, k) for part in queries.split(_QUERIES)]
-    return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
-
-
-def _nearest(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    best = torch.empty(len(queries), 0)
-    best_rows = torch.empty(len(queries), 0, dtype=torch.int64)
-    buffer = torch.empty(max(1, _CHUNK_VALUES // index.head.dim), index.head.dim)
-    for start, chunk in index.chunks(len(buffer)):
-        block = buffer[: len(chunk)].copy_(torch.from_numpy(chunk))
-        scores = (queries @ block.T).nan_to_num_(nan=-torch.inf)
-        rows = torch.arange(start, start + len(chunk))
-        if best.shape[1] == k:  # a later row with the score of the k-th does not displace it
-            better = (scores > best[:, -1:]).any(dim=0).nonzero().flatten()
-            scores, rows = scores[:, better], rows[better]
-        merged = torch.cat([best, scores], dim=1)
-        merged_rows = torch.cat([best_rows, rows.expand(len(queries), -1)], dim=1)
-        order = merged.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        best, best_rows = merged.gather(1, order), merged_rows.gather(1, order)
-    return best, best_rows
-
-
 class Searcher:
     """Searches an index with files of the other modality: images by voice, audio files by an image.
 
@@ -97,10 +63,19 @@ class Searcher:
         encoder: The model that made it.
         fuse: Score of re-ranked results; see `toolkit/evaluation/rerank.py`.
         workers: Threads that decode candidates; None: one per core, at most 8.
+        find: Finds the best rows by cosine; None: exactly, by `nearest`.
     """
 
-    def __init__(self, index: Index, encoder: Encoder, fuse: Fuse = "fitted", workers: int | None = None) -> None:
+    def __init__(
+        self,
+        index: Index,
+        encoder: Encoder,
+        fuse: Fuse = "fitted",
+        workers: int | None = None,
+        find: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         self.index, self.encoder, self.workers = index, encoder, workers
+        self.find = find or partial(nearest, index)
         self.evaluation = Evaluation(fuse=fuse)
         self.query_modality: Modality = "audio" if index.head.modality == "image" else "image"
         self._source: Source | None = None
@@ -145,7 +120,7 @@ class Searcher:
         """
         if rerank and (problem := self.fusion_problem()):
             raise UserError(problem)
-        scores, rows = nearest(self.index, queries.embedding.float().cpu(), max(top, rerank))
+        scores, rows = self.find(queries.embedding.float().cpu(), max(top, rerank))
         found = []
         for number, (cosines, places) in enumerate(zip(scores.tolist(), rows.tolist(), strict=True)):
             hits = [self._hit(row, cosine) for row, cosine in zip(places, cosines, strict=True)]

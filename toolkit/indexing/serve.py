@@ -122,7 +122,12 @@ class PageServer(ThreadingHTTPServer):
         """Serve a connection in a thread, once fewer than the limit are open."""
         self._connections.acquire()
         self._open.add(request)
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread was started
+            self._open.discard(request)
+            self._connections.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve a connection, and make room for the next."""

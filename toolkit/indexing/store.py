@@ -3,6 +3,7 @@
     index.json               format, model, source, shape; written last, so that it always names complete files
     embeddings-000003.npy    float16 or float32 [N, D], unit length
     items-000003.jsonl       {"name", "size", "version"} of each row, sorted by name
+    approximate-000003       folder of a large index; see approximate.py
 
 Nothing is unpickled, and sizes, types and names are checked: an index may come from anywhere.
 """
@@ -57,6 +58,11 @@ class Head:
     def embeddings_name(self) -> str:
         """Name of the file of embeddings."""
         return f"embeddings-{self.generation:06d}.npy"
+
+    @property
+    def approximate_name(self) -> str:
+        """Name of the folder of the approximate index."""
+        return f"approximate-{self.generation:06d}"
 
     @property
     def items_name(self) -> str:
@@ -171,16 +177,20 @@ class Index:
 
     def chunks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the first row and the embeddings of each chunk; a chunk that was used does not stay in memory."""
-        memory = self.embeddings.base
         for start in range(0, len(self), rows):
             chunk = self.embeddings[start : start + rows]
             yield start, np.asarray(chunk)
-            if isinstance(memory, mmap.mmap):
-                # numpy maps from the start of the allocation unit in which the header ends.
-                header = self.embeddings.offset % mmap.ALLOCATIONGRANULARITY
-                first = header + start * self.embeddings.strides[0]
-                aligned = first - first % mmap.PAGESIZE
-                memory.madvise(mmap.MADV_DONTNEED, aligned, first + chunk.nbytes - aligned)
+            release(self.embeddings, start, start + len(chunk))
+
+
+def release(array: np.ndarray, start: int, stop: int) -> None:
+    """Drop the memory of rows that were read from a memory map; they are read from the disk again when needed."""
+    memory = array.base
+    if isinstance(memory, mmap.mmap) and isinstance(array, np.memmap) and stop > start:
+        # numpy maps from the start of the allocation unit in which the header ends.
+        first = array.offset % mmap.ALLOCATIONGRANULARITY + start * array.strides[0]
+        aligned = first - first % mmap.PAGESIZE
+        memory.madvise(mmap.MADV_DONTNEED, aligned, first + (stop - start) * array.strides[0] - aligned)
 
 
 def parse_item(line: bytes, kind: str) -> Item:
@@ -206,16 +216,25 @@ def format_item(item: Item) -> bytes:
 
 
 def _open_embeddings(folder: Path, head: Head) -> np.ndarray:
-    path = folder / head.embeddings_name
     if not head.rows:
         return np.empty((0, head.dim), head.dtype)
+    return open_array(folder / head.embeddings_name, (head.rows, head.dim), head.dtype)
+
+
+def open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Map a `.npy` file of a known shape, with at least one value; the file cannot be changed through it.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: It is of another shape or dtype, or damaged.
+    """
     try:
         if not path.is_file() and path.exists():
             raise ValueError("not a regular file")
         # Copy on write: torch takes no read-only arrays, and the file stays as it is.
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-        if array.shape != (head.rows, head.dim) or array.dtype != head.dtype or not array.flags.c_contiguous:
-            raise ValueError(f"{array.dtype} {array.shape}, expected {head.dtype} {(head.rows, head.dim)}")
+        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(f"{array.dtype} {array.shape}, expected {dtype} {shape}")
     except FileNotFoundError:
         raise
     except (OSError, ValueError, OverflowError, EOFError, SyntaxError, TypeError, AttributeError) as error:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shards.errors import TransientError, UserError
 from shards.progress import progress_bar
+from toolkit.indexing.approximate import FROM, refresh
 from toolkit.indexing.encoder import Encoder, model_checksum
 from toolkit.indexing.items import Item, Source, printable
 from toolkit.indexing.store import HEAD, Head, Index, read_head, write_head
@@ -135,6 +136,7 @@ def update(
     workers: int | None = None,
     device: str | None = None,
     dtype: str = "float16",
+    approximate_from: int = FROM,
 ) -> Update:
     """Make or update an index; a killed update continues.
 
@@ -146,6 +148,7 @@ def update(
         workers: Threads that decode; None: one per core, at most 8.
         device: Where the model computes; None: the GPU if there is one.
         dtype: Of the embeddings of a new index.
+        approximate_from: Number of items from which on there is an approximate index too.
 
     Raises:
         UserError: Another model, source or process; nothing can be read or written.
@@ -177,6 +180,8 @@ def update(
             remove_leftovers(folder, head)
         else:
             head = commit(index, journal, kept)
+        if measured := refresh(Index.open(folder), approximate_from):
+            logger.info("%s", measured)
         return Update(changes, unreadable, head.rows)
 
 

@@ -9,6 +9,7 @@ A killed update leaves the index as it was and loses at most the batch that was 
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -157,5 +158,8 @@ def remove_leftovers(folder: Path, head: Head) -> None:
         for path in folder.glob(pattern):
             if path.name not in (head.embeddings_name, head.items_name):
                 path.unlink(missing_ok=True)
+    for path in folder.glob("approximate-*"):
+        if path.name != head.approximate_name:
+            shutil.rmtree(path, ignore_errors=True)
     for name in (PENDING_ITEMS, PENDING):  # lines first: embeddings without lines are cut off
         (folder / name).unlink(missing_ok=True)
