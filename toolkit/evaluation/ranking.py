@@ -69,11 +69,8 @@ class _Ranker:
         # Of both directions, for each correct pair: candidates with an equal or lower score, and with a lower one.
         self.counts = torch.zeros(2, 2, len(speech), dtype=torch.int64, device=speech.device)
         self.pictures = torch.zeros(len(speech), min(k, len(images)), dtype=torch.int64, device=speech.device)
-        self.captions = [_empty(min(_COLUMNS, len(images) - start), speech) for start in self._blocks()]
+        self.captions = [_empty(len(tile), speech) for tile in images.split(_TILE)]
         self.targets: list[list[tuple[Tensor | None, Tensor]]] = []
-
-    def _blocks(self) -> range:
-        return range(0, len(self.images), _COLUMNS)
 
     def _score(self, start: int, first: int) -> Tensor:
         """Score the captions from `start` on and the pictures from `first` on: a tile of the block."""
@@ -110,13 +107,14 @@ class _Ranker:
         """Score a chunk of captions and all pictures: count in both directions, and select the best candidates."""
         count = min(self.chunk, len(self.speech) - start)
         pictures = _empty(count, self.speech)
-        for number, column in enumerate(self._blocks()):
+        for column in range(0, len(self.images), _COLUMNS):
             width = min(_COLUMNS, len(self.images) - column)
-            for first in range(column, column + width, _TILE):
-                self._count(self._score(start, first), start, self.targets[first // _TILE])
-            scores = self.block[:count, :width]
-            pictures = _merge(pictures, _select(scores, column, self.k), self.k)
-            self.captions[number] = _merge(self.captions[number], _select(scores.T.contiguous(), start, self.k), self.k)
+            for number in range(column // _TILE, -(-(column + width) // _TILE)):
+                scores = self._score(start, number * _TILE)
+                self._count(scores, start, self.targets[number])
+                captions = _select(scores.T.contiguous(), start, self.k)
+                self.captions[number] = _merge(self.captions[number], captions, self.k)
+            pictures = _merge(pictures, _select(self.block[:count, :width], column, self.k), self.k)
         self.pictures[start : start + count] = pictures[1]
 
     def _count(self, scores: Tensor, start: int, targets: list[tuple[Tensor | None, Tensor]]) -> None:
