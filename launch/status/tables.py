@@ -66,6 +66,8 @@ def result_table(states: Sequence[RunState], grid: Path) -> str:
     ended = [state.state for state in states]
     counts = ", ".join(f"{ended.count(each)} {each}" for each in dict.fromkeys(ended))
     lines = [_columns([head, *rows]), f"{len(states)} members: {counts}; recall in per cent, S speech, I image"]
+    if ended.count("done") > 1:
+        lines.append(f"mean over seeds, deviation and significance: python toolkit/report.py {grid} --markdown")
     return "\n".join([*lines, *_failures(states)])
 
 

@@ -62,7 +62,7 @@ def line_chart(
     left = _left(up)
     along = _axis(across, left, _WIDTH, 6)
     series = []
-    group_of = groups or {name: name for name in kept}
+    group_of = groups or {name: name for name in curves}
     keys = {group: _key(group, n) for n, group in enumerate(dict.fromkeys(group_of[name] for name in curves))}
     for name, points in kept.items():
         placed = [(along.place(a), up.place(b)) for a, b in points]

@@ -12,15 +12,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
-from toolkit.evaluation.results import DIRECTIONS, STAGES
+from toolkit.evaluation.results import DIRECTIONS, STAGES, describe_protocol
 from toolkit.reporting.figures import get, number
 from toolkit.reporting.runs import Group, Run
 
 if TYPE_CHECKING:
-    import numpy as np
+    from toolkit.evaluation.summaries.significance import PictureSums
 
 PERMUTATIONS = 20_000
-_CHUNK = 500  # permutations at once: 20 MB for 5,000 pictures
 _SEEDS = 3  # fewer do not tell a gain from chance
 RECALL_COLUMNS = ["configuration", "seeds", "S>I R@1", "I>S R@1", "mean R@1", "re-ranked: S>I", "I>S", "mean R@1"]
 GAIN_COLUMNS = ["gain in mean R@1, points", "with", "without", "gain", "deviation", "p", "seeds"]
@@ -120,14 +119,14 @@ def _ablation(groups: Sequence[Group], base: str, data: str) -> Ablation:
     gains = []
     for name, ours in members.items():
         if all("reranked" in member.stages for member in ours):
-            gains.append(compare(f"re-ranking, {name}", [_pair(one, one, "reranked", "coarse") for one in ours]))
+            gains.append(_compare(f"re-ranking, {name}", [_Pair(one, one, "reranked", "coarse") for one in ours]))
     theirs = {member.seed: member for member in members.get(base, [])}
     for name, ours in members.items():
         for stage in STAGES if name != base else ():
             shared = [(one, theirs[one.seed]) for one in ours if one.seed in theirs]
-            pairs = [_pair(*pair, stage, stage) for pair in shared if all(stage in one.stages for one in pair)]
+            pairs = [_Pair(*pair, stage, stage) for pair in shared if all(stage in one.stages for one in pair)]
             if pairs:
-                gains.append(compare(f"{name} against {base}, {stage.replace('reranked', 're-ranked')}", pairs))
+                gains.append(_compare(f"{name} against {base}, {stage.replace('reranked', 're-ranked')}", pairs))
     return Ablation(data, [_recall_row(*item) for item in members.items()], gains, _notes(groups, members, base, gains))
 
 
@@ -138,88 +137,69 @@ class _Member:
         assert run.final is not None
         self.run, self.evaluation, self.seed = run, run.final, run.config.seed
         self.report = self.evaluation.report
-        self.stages = [stage for stage in STAGES if get(self.report, stage)]
+        self.stages = [stage for stage in STAGES if isinstance(get(self.report, stage, "mean_R@1"), int | float)]
 
     def mean(self, stage: str) -> float:
         return float(self.report[stage]["mean_R@1"])
 
     @cached_property
-    def contributions(self) -> dict[str, dict[str, float]]:
-        """By stage, what each picture contributes to mean R@1, in percent."""
+    def sums(self) -> "dict[str, tuple[str, PictureSums]]":
+        """By stage, a key of the queries and the hits of each picture; empty without stored ranks."""
+        from toolkit.evaluation.summaries.significance import sum_by_picture
+
         result = self.evaluation.result
-        return {} if result is None else {stage: contributions(result, stage) for stage in self.stages}
-
-
-def contributions(result: Any, stage: str) -> dict[str, float]:
-    """Return what each picture contributes to mean R@1 in percent, by its own query and by its captions'.
-
-    Args:
-        result: A `toolkit.evaluation.results.Result`.
-        stage: One of its stages.
-    """
-    import numpy as np
-
-    total: dict[str, float] = {}
-    for direction in DIRECTIONS:
-        ranks = result.ranks(direction, stage)
-        first = np.where(ranks.ahead == 0, ranks.right / (ranks.right + ranks.tied), 0.0)
-        pictures, place = np.unique(ranks.picture, return_inverse=True)
-        shares = np.bincount(place, first) * 50.0 / len(first)
-        for picture, share in zip(pictures.tolist(), shares.tolist(), strict=True):
-            total[picture] = total.get(picture, 0.0) + share
-    return total
+        found = {}
+        for stage in self.stages if result else ():
+            assert result is not None
+            ranks = {direction: result.ranks(direction, stage) for direction in DIRECTIONS}
+            queries = "\0".join(query for direction in DIRECTIONS for query in ranks[direction].query)
+            found[stage] = queries, sum_by_picture(ranks)
+        return found
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Mean R@1 of two sides with one seed, and the contributions of the pictures where they are known."""
+class _Pair:
+    """Two sides with one seed."""
 
-    ours: float
-    theirs: float
-    by_picture: "np.ndarray | None"  # [pictures], differences, in points; in the order of the pictures' ids
+    ours: _Member
+    theirs: _Member
+    our_stage: str
+    their_stage: str
 
-
-def _pair(ours: _Member, theirs: _Member, our_stage: str, their_stage: str) -> Pair:
-    import numpy as np
-
-    both = ours.contributions.get(our_stage), theirs.contributions.get(their_stage)
-    by_picture = None
-    if both[0] is not None and both[1] is not None and both[0].keys() == both[1].keys():
-        by_picture = np.array([both[0][picture] - both[1][picture] for picture in sorted(both[0])])
-    return Pair(ours.mean(our_stage), theirs.mean(their_stage), by_picture)
+    @property
+    def means(self) -> tuple[float, float]:
+        """Mean R@1 of both sides."""
+        return self.ours.mean(self.our_stage), self.theirs.mean(self.their_stage)
 
 
-def compare(name: str, pairs: Sequence[Pair]) -> Gain:
+def _compare(name: str, pairs: Sequence[_Pair]) -> Gain:
     """Compare two sides over seeds."""
-    import numpy as np
-
-    differences = [pair.ours - pair.theirs for pair in pairs]
-    known = [pair.by_picture for pair in pairs if pair.by_picture is not None]
-    same = len(known) == len(pairs) and len({len(one) for one in known}) == 1
+    means = [pair.means for pair in pairs]
+    differences = [ours - theirs for ours, theirs in means]
     return Gain(
         name,
-        statistics.mean(pair.ours for pair in pairs),
-        statistics.mean(pair.theirs for pair in pairs),
+        statistics.mean(ours for ours, _ in means),
+        statistics.mean(theirs for _, theirs in means),
         statistics.mean(differences),
         statistics.stdev(differences) if len(pairs) > 1 else None,
-        permutation_test(np.mean(known, axis=0)) if same else None,
+        _p_value(pairs),
         len(pairs),
     )
 
 
-def permutation_test(differences: "np.ndarray") -> float:
-    """Return the p of a two-sided test that a sum of paired differences is 0, by random signs.
-
-    Args:
-        differences: [pictures].
-    """
+def _p_value(pairs: Sequence[_Pair]) -> float | None:
+    """Test the mean over seeds of what each picture contributes; None: not the same queries, or without ranks."""
     import numpy as np
 
-    generator, extreme = np.random.default_rng(0), 0
-    for _ in range(0, PERMUTATIONS, _CHUNK):
-        signs = generator.choice((-1.0, 1.0), (_CHUNK, len(differences)))
-        extreme += int((np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9).sum())
-    return (extreme + 1) / (PERMUTATIONS + 1)
+    from toolkit.evaluation.summaries.significance import permutation_test
+
+    sides = [(pair.ours.sums.get(pair.our_stage), pair.theirs.sums.get(pair.their_stage)) for pair in pairs]
+    known = [(ours, theirs) for ours, theirs in sides if ours is not None and theirs is not None]
+    if len(known) < len(pairs) or len({queries for side in known for queries, _ in side}) > 1:
+        return None
+    difference = np.mean([ours.hits - theirs.hits for (_, ours), (_, theirs) in known], axis=0)
+    queries = known[0][0][1].queries.sum(0)
+    return float(permutation_test(difference, queries, PERMUTATIONS, seed=0)[-1])
 
 
 def _recall_row(name: str, members: Sequence[_Member]) -> list[str]:
@@ -244,6 +224,15 @@ def _notes(
     few = [f"{name} ({len(found)})" for name, found in members.items() if len(found) < _SEEDS]
     if few:
         notes.append(f"Fewer than {_SEEDS} seeds, too few to tell a gain from chance: {', '.join(few)}.")
+    protocols = dict.fromkeys(
+        describe_protocol(one.evaluation.result.protocol, stage)
+        for found in members.values()
+        for one in found
+        for stage in one.stages
+        if one.evaluation.result
+    )
+    if len(protocols) > len(STAGES):
+        notes.append(f"The protocols differ: {'; '.join(protocols)}.")
     if base not in members:
         notes.append(f"The baseline {base} was not evaluated on these data: nothing is compared with it.")
     if any(gain.p is None for gain in gains):

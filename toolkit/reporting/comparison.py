@@ -13,7 +13,7 @@ from toolkit.evaluation.results import describe_protocol
 from toolkit.reporting.ablation import GAIN_COLUMNS, RECALL_COLUMNS, Ablation
 from toolkit.reporting.curves import CHARTS, curves_of
 from toolkit.reporting.examples import read_examples
-from toolkit.reporting.figures import RECALL_HEAD, get, number, recall_cells, stage_name
+from toolkit.reporting.figures import RECALL_HEAD, checkpoint_text, get, number, recall_cells, stage_name
 from toolkit.reporting.groups import groups_section
 from toolkit.reporting.published import published_results
 from toolkit.reporting.robustness import robustness_section
@@ -80,7 +80,8 @@ def write_comparison(path: Path, groups: Sequence[Group], ablations: Sequence[Ab
 
 def _run_row(run: Run, group: Group) -> list[str]:
     steps = [record for record in run.records if isinstance(record.get("step"), int) and "seconds" in record]
-    hours = number(get(steps[-1], "seconds") / 3600, 2) if steps else ""
+    seconds = steps[-1]["seconds"] if steps else None
+    hours = number(seconds / 3600, 2) if isinstance(seconds, int | float) else ""
     report = run.final.report if run.final else {}
     mean = number(get(report, "reranked", "mean_R@1") or get(report, "coarse", "mean_R@1"))
     step = f"{steps[-1]['step']:,}" if steps else ""
@@ -109,16 +110,15 @@ def _results_table(data: str, found: Sequence[tuple[Run, Evaluation]]) -> dict[s
     rows = []
     for run, evaluation in found:
         report, result = evaluation.report, evaluation.result
-        step = "" if report.get("step") is None else f" @ {report['step']:,}"
         for stage in [stage for stage in ("coarse", "reranked") if get(report, stage)]:
             ranking = describe_protocol(result.protocol, stage) if result else stage_name(report, stage)
             cells = recall_cells(report[stage], get(report, "intervals", stage))
-            rows.append([run.name, f"{report.get('checkpoint')}{step}", ranking, *cells])
+            rows.append([run.name, checkpoint_text(report), ranking, *cells])
     measured = len(rows)
     first = found[0][1]
     notes: list[str] = []
     if first.result:
-        published = published_results(first.result.corpus, first.result.split, first.report["pictures"])
+        published = published_results(first.result.corpus, first.result.split, first.report.get("pictures"))
         rows += [[one.name, "published", one.protocol, *recall_cells(one.recall)] for one in published]
         sources = "; ".join(dict.fromkeys(one.source for one in published))
         notes = [f"Published figures (in italics), not measured here: {sources}."] if published else []

@@ -34,6 +34,12 @@ def number(value: Any, decimals: int = 1) -> str:
     return f"{value:.{decimals}f}" if isinstance(value, int | float) and abs(value) < 1e15 else ""
 
 
+def checkpoint_text(report: Mapping[str, Any]) -> str:
+    """Name the checkpoint of a result, with its step where it is known."""
+    step = report.get("step")
+    return f"{report.get('checkpoint')} @ {step:,}" if isinstance(step, int) else str(report.get("checkpoint"))
+
+
 def recall_cells(recall: Any, intervals: Any = None) -> list[str]:
     """Return the cells of `RECALL_HEAD`: figures in percent, with their intervals of 95 % where there are any."""
     paths = [(direction, cutoff) for direction in DIRECTIONS for cutoff in CUTOFFS]

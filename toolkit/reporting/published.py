@@ -26,7 +26,7 @@ class Published:
     recall: dict[str, Any]
 
 
-def published_results(corpus: str, split: str, pictures: int) -> list[Published]:
+def published_results(corpus: str, split: str, pictures: Any) -> list[Published]:
     """Return the published results on a test set; empty if there are none, or if it has another number of images."""
     found = []
     for test_set in read_yaml(Path(__file__).with_name("published.yaml"))["results"]:

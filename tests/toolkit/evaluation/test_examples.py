@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
 from shards.manifest import load
+from shards.media.audio import SAMPLE_RATE, decode_audio
 from shards.media.picture import decode_picture
 from shards.reading.reader import Reader
 from tests.shards.media.noise import spoil
@@ -19,6 +21,7 @@ from toolkit.config import schema as config
 from toolkit.evaluation import examples
 from toolkit.evaluation.recall import RankCounts, Ranking
 from toolkit.evaluation.retrieve import Retrieval
+from toolkit.reporting.examples import FINAL
 
 shards = test_trainer.shards
 
@@ -57,6 +60,27 @@ def test_correct_answers_are_marked_and_pictures_are_the_candidates(shards: Path
         for answer, at in zip(query["answers"], retrieved.speech_to_image.candidates[caption].tolist(), strict=False):
             stored = decode_picture(reader.picture(int(retrieved.samples[at])), examples.SIDE).transpose(1, 2, 0)
             assert np.abs(pixels(answer["picture"]) - stored).mean() < 16
+
+
+def test_captions_can_be_played(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, retrieved = Reader(load(shards)), retrieval(shards, shift=0)
+    texts = [examples.caption_text(reader, retrieved, at) for at in range(len(retrieved.captions))]
+
+    def seconds(query: dict[str, str]) -> float:
+        head, _, code = query["audio"].partition(",")
+        assert head == "data:audio/ogg;base64"
+        return soundfile.info(io.BytesIO(base64.b64decode(code))).duration
+
+    for query in examples.draw_examples(reader, retrieved, seed=3):
+        row = int(retrieved.captions[texts.index(query["text"])])
+        assert seconds(query) == pytest.approx(len(decode_audio(reader.audio(row))) / SAMPLE_RATE, abs=0.05)
+    monkeypatch.setattr(examples, "_MAX_SECONDS", 0.25)
+    assert all(seconds(query) <= 0.3 for query in examples.draw_examples(reader, retrieved, seed=3))
+
+
+def test_the_examples_of_the_final_evaluation_have_their_own_file(shards: Path, tmp_path: Path) -> None:
+    settings = test_trainer.settings(shards, tmp_path)
+    assert examples.save_examples(tmp_path, None, load(shards), retrieval(shards, 1), settings) == FINAL
 
 
 def test_the_queries_depend_on_the_seed_only(shards: Path) -> None:

@@ -1,8 +1,7 @@
-"""Configurations over seeds against plain computations: means, deviations, and the exact permutation test."""
+"""Configurations over seeds against plain computations: means, deviations, and a permutation test of pictures."""
 
 import json
 import statistics
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 
 from shards.errors import UserError
 from tests.toolkit.reporting.run_folders import write_result, write_run
-from toolkit.reporting.ablation import ablations, permutation_test
+from toolkit.reporting.ablation import ablations
 from toolkit.reporting.runs import group_runs, load_runs
 
 
@@ -72,22 +71,6 @@ def test_the_test_is_clustered_by_picture_and_averages_the_seeds(tmp_path: Path)
     assert any("Fewer than 3 seeds" in note for note in table.notes)
 
 
-def test_p_equals_that_of_the_exact_test() -> None:
-    chance = np.random.default_rng(0)
-    differences = chance.normal(0.3, 1, 12)
-    sums = [abs(np.dot(signs, differences)) for signs in product((-1, 1), repeat=12)]
-    exact = np.mean(np.array(sums) >= abs(differences.sum()) - 1e-9)
-    assert permutation_test(differences) == pytest.approx(exact, abs=0.01)
-
-
-def test_p_is_rarely_small_without_a_gain_and_always_with_one() -> None:
-    chance = np.random.default_rng(1)
-    small = [permutation_test(chance.normal(size=200)) < 0.05 for _ in range(60)]
-    assert sum(small) <= 9  # 3 are expected, and more than 9 have a probability of 0.001
-    assert permutation_test(0.5 + chance.normal(size=200)) < 0.001
-    assert permutation_test(np.zeros(20)) == 1.0
-
-
 def test_different_test_data_are_not_compared(tmp_path: Path) -> None:
     write_run(tmp_path / "one", denoising=0.2)
     write_run(tmp_path / "other", denoising=0.0, data="b" * 64)
@@ -127,3 +110,13 @@ def test_the_baseline_is_the_first_or_named(tmp_path: Path) -> None:
     assert [gain.name for gain in table.gains[2:]] == [f"a-whole against b-less, {s}" for s in ("coarse", "re-ranked")]
     with pytest.raises(UserError, match=r"--baseline nothing: there is no such .* a-whole, b-less"):
         ablations(groups, "nothing")
+
+
+def test_different_protocols_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", denoising=0.2)
+    protocol = {"rerank": 4, "fuse": "fitted", "max_seconds": 8.0, "image_size": 32, "resize": "crop"}
+    write_run(tmp_path / "other", denoising=0.0, protocol=protocol)
+    (table,) = ablations(group_runs(load_runs([tmp_path])))
+    (note,) = [note for note in table.notes if "protocols differ" in note]
+    assert "coarse, 60 s" in note
+    assert "coarse, 8 s" in note

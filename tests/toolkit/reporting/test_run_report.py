@@ -140,6 +140,29 @@ def test_examples_that_are_too_large_or_no_examples_are_left_out(tmp_path: Path)
         assert not report(tmp_path, [large]).sources("img")
 
 
+def test_the_final_result_is_shown_once_there_is_one(tmp_path: Path) -> None:
+    assert "Final evaluation" not in report(tmp_path, [step(1, 5.0)]).words
+    final = recall(1, 41.5)["dev"] | {"split": "test", "captions": 12, "checkpoint": "best", "step": 1}
+    bounds = {"coarse": {"mean_R@1": [40.0, 43.25]}}
+    (tmp_path / "recall.json").write_text(json.dumps(final | {"intervals": bounds}))
+    words = report(tmp_path, [step(1, 5.0)]).words
+    for text in (
+        "Final evaluation",
+        "test: 6 images, 12 spoken captions; checkpoint best, step 1",
+        "41.5 [40.0, 43.2]",
+    ):
+        assert text in words
+    for content in (
+        "{",
+        "[]",
+        "{}",
+        '{"coarse": 1}',
+        json.dumps(final | {"coarse": {"mean_R@1": EVIL}, "split": EVIL}),
+    ):
+        (tmp_path / "recall.json").write_text(content)
+        assert not {tag for tag, _ in report(tmp_path, [step(1, 5.0)]).tags} & {"script", "img"}
+
+
 def evaluated(rank: int, world_size: int, run: config.Config) -> str:
     setup_logging(rank=rank)
     with contextlib.redirect_stdout(io.StringIO()) as said:
