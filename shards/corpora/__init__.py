@@ -32,10 +32,12 @@ CORPORA = {
     "spokencoco": "SpokenCOCO, with the Karpathy split if its JSON is given",
     "places": "Places Audio Captions",
     "table": "your own data: a CSV or JSON lines file that names pictures and audio files",
+    "hf-pairs": "data sets of the hub with qrels, in parquet files",
     "webdataset": "your own data: tars that stock webdataset writes, with other names for the members",
 }
 
-_MODULES = {"webdataset": "stored.webdataset"}  # those that are not named like their corpus
+# Modules that are not named like their corpus.
+_MODULES = {"hf-pairs": "stored.hf_pairs", "webdataset": "stored.webdataset"}
 
 
 @dataclass(frozen=True)
