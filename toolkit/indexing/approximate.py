@@ -146,8 +146,7 @@ def open_approximate(index: Index) -> Approximate | None:
         return Approximate(folder, index)
     if any(path.is_dir() and path.suffix != ".tmp" for path in index.folder.glob("approximate-*")):
         logger.warning(
-            "%s: the approximate index is of another state of the index and is not used: run index.py again",
-            index.folder,
+            "%s: its approximate index is of another state and is not used: run index.py again", index.folder
         )
     return None
 
