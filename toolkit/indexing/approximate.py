@@ -231,7 +231,7 @@ def _group(index: Index) -> tuple[np.ndarray, np.ndarray]:
         for start, chunk in index.chunks(_ROWS):
             found[start : start + len(chunk)] = means.index.search(_finite(chunk), 1)[1][:, 0]
             progress(len(chunk))
-    return means.centroids.astype(np.float32), found
+    return np.asarray(means.centroids, np.float32), found
 
 
 def _finite(embeddings: np.ndarray) -> np.ndarray:
