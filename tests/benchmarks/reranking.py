@@ -1,0 +1,143 @@
+"""Re-ranking from the encodings of both sides, against encoding both inputs of every pair again.
+
+    python tests/benchmarks/reranking.py [--json] [--pictures P] [--captions N] [--k K] [--repeats R] [--threads T]
+
+The alternative is what a cross-encoder that takes pairs of inputs does (`predict` of mteb and sentence-transformers):
+speech and image of each pair are encoded, then matched, in batches of as many pairs. Both score the same pairs, the
+best k candidates of every query in both directions, and have to agree. Ours includes the encoding of every input once,
+which evaluation needs anyway; `rerank_matching` leaves it out on our side. The model has random weights and the
+proportions of the reference configurations at an eighth of their width and a third of their depth: trunks of 8 layers
+of 128, a fusion encoder of 2 layers of 96, 4 s of speech at 50 frames a second, 257 patches. They take turns; the
+figures are ratios of medians. One thread by default. Exit code 1: a bound is missed.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from table import Figure, tell
+from torch import Tensor
+
+from toolkit.config import schema
+from toolkit.evaluation.encode import Encodings, ProcessInfo, encode_captions, encode_images
+from toolkit.evaluation.ranking import rank_both
+from toolkit.evaluation.rerank import ScoredCandidates, score_candidates
+from toolkit.model.build import build_model
+
+SECONDS, RATE, SIDE, BATCH = 4, 16_000, 224, 16
+PROCESS = ProcessInfo(0, 1, torch.device("cpu"))
+TRUNK = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 512}
+CONVOLUTIONS = {"conv_dim": [64] * 7, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+
+
+def settings() -> schema.Config:
+    """The scaled-down reference."""
+    speech = schema.Speech(config=TRUNK | CONVOLUTIONS, head_layers=1, head_heads=4, groups=1)
+    image = schema.Image(config=TRUNK | {"image_size": SIDE, "patch_size": 14})
+    fusion = schema.Fusion(width=96, layers=2, heads=4)
+    return schema.Config(
+        data=schema.Data(max_seconds=SECONDS),
+        model=schema.Model(embed_dim=96, speech=speech, image=image, fusion=fusion),
+        evaluation=schema.Evaluation(batch_size=BATCH, fuse="sum"),
+    )
+
+
+class Inputs:
+    """Noise in place of speech and pictures; the model does not mind."""
+
+    def __init__(self, pictures: int, captions: int, k: int) -> None:
+        torch.manual_seed(0)
+        self.config, self.k = settings(), k
+        self.model = build_model(self.config.model).eval()
+        self.images = torch.randint(0, 256, (pictures, 3, SIDE, SIDE), dtype=torch.uint8)
+        self.owner = torch.arange(pictures).repeat_interleave(captions)
+        self.waves = torch.randn(len(self.owner), SECONDS * RATE) * 0.1
+
+    def encode(self) -> Encodings:
+        """Encode every input once."""
+        arguments = self.config, PROCESS
+        images, tokens = encode_images(self.model, self.images.__getitem__, len(self.images), *arguments, True)
+        seconds = np.full(len(self.waves), float(SECONDS))
+        speech, kept = encode_captions(self.model, self.waves.__getitem__, seconds, *arguments, tokens)
+        numbers = np.arange(len(self.images)), np.arange(len(self.waves))
+        return Encodings(*numbers, self.owner, images, speech, kept)
+
+    def score(self, encodings: Encodings) -> ScoredCandidates:
+        """Rank, and match the best k candidates of both directions."""
+        both = rank_both(encodings.speech, encodings.images, self.owner, self.k)
+        return score_candidates(self.model, encodings, *both, self.owner.unique(), self.k, PROCESS)
+
+    def encode_again(self, pairs: Tensor) -> Tensor:
+        """Match logits of pairs int64 [M, 2] of caption and picture, each from its inputs."""
+        logits = []
+        for captions, pictures in (batch.unbind(1) for batch in pairs.split(BATCH)):
+            waves = self.waves[captions]
+            speech = self.model.encode_speech(waves, torch.full((len(waves),), waves.shape[1]))
+            logits.append(self.model.match(speech, self.model.encode_image(self.images[pictures]))[:, 1])
+        return torch.cat(logits)
+
+    def pairs(self, scored: ScoredCandidates, encodings: Encodings) -> Tensor:
+        """The pairs that were scored, in the order of the logits."""
+        forward, backward = rank_both(encodings.speech, encodings.images, self.owner, self.k)
+        pairs = torch.zeros(len(scored.logits), 2, dtype=torch.int64)
+        captions, queries = torch.arange(len(self.owner))[:, None], self.owner.unique()[:, None]
+        for places, parts in (
+            (scored.pairs[0], (captions, forward.candidates)),
+            (scored.pairs[1], (backward.candidates, queries)),
+        ):
+            pairs[places] = torch.stack([part.expand(places.shape) for part in parts], dim=2)
+        return pairs
+
+
+@torch.no_grad()
+def measure(inputs: Inputs, repeats: int) -> tuple[float, float, float]:
+    """Median seconds of ours with and without the encoding, and of encoding again."""
+    times: tuple[list[float], list[float], list[float]] = ([], [], [])
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        encodings = inputs.encode()
+        encoded = time.perf_counter()
+        scored = inputs.score(encodings)
+        done = time.perf_counter()
+        pairs = inputs.pairs(scored, encodings)
+        again = time.perf_counter()
+        logits = inputs.encode_again(pairs)
+        end = time.perf_counter()
+        for taken, value in zip(times, (done - begin, done - encoded, end - again), strict=True):
+            taken.append(value)
+        error = float((logits - scored.logits).abs().max())
+        if not error < 1e-3:
+            raise SystemExit(f"the match logits differ by up to {error:.2e}")
+    ours, matching, again = map(statistics.median, times)
+    return ours, matching, again
+
+
+def main() -> int:
+    """Measure, print, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line rather than a table")
+    parser.add_argument("--pictures", type=int, default=24, help="default: %(default)s")
+    parser.add_argument("--captions", type=int, default=2, help="of each picture (default: %(default)s)")
+    parser.add_argument("--k", type=int, default=16, help="candidates per query (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="turns (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    inputs = Inputs(options.pictures, options.captions, options.k)
+    ours, matching, again = measure(inputs, options.repeats)
+    what = f"{options.pictures} pictures, {len(inputs.owner)} captions, best {options.k} of every query"
+    figures = [
+        Figure("rerank", ours, again, "s", again / ours, f"with encoding: {what}", at_least=5.0),
+        Figure("rerank_matching", matching, again, "s", again / matching, f"after encoding: {what}", at_least=10.0),
+    ]
+    return tell(figures, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
