@@ -15,8 +15,17 @@ from shards.augment.settings import IMAGE_KINDS, SPEECH_KINDS
 from shards.errors import UserError, run_main
 from toolkit.config.load import SAVED, Parser, parse
 from toolkit.config.schema import Config
+from toolkit.evaluation.inside.result import FOLDER as INSIDE
+from toolkit.evaluation.inside.result import format_inside, save_inside
 from toolkit.evaluation.perturbations.kinds import KINDS, NOISE, parse_kinds
-from toolkit.evaluation.robustness import CLEAN, Robustness, format_robustness, read_robustness, result_path
+from toolkit.evaluation.robustness import (
+    CLEAN,
+    FOLDER,
+    Robustness,
+    format_robustness,
+    read_robustness,
+    result_name,
+)
 from toolkit.run_folder import find_export, load_model, load_run, read_step
 
 if TYPE_CHECKING:
@@ -29,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 ANALYSES = {
     "robustness": "recall with perturbed speech and perturbed images",
+    "text": "baselines by text: recognized speech, or the true transcripts, and a text-image model",
+    "inside": "attention over patches, denoising, modality gap, ranks, hardest queries",
 }
 
 
@@ -52,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{name}: expected one of {', '.join(ANALYSES)}, as in analyze.py robustness --run DIR")
     functions: dict[str, tuple[Callable[[Parser], None], Callable[[Config, Any], None]]] = {
         "robustness": (add_robustness, robustness),
+        "text": (add_text, text),
+        "inside": (add_inside, inside),
     }
     add_options, analyze = functions[name]
     parser = Parser(ANALYSES[name])
@@ -126,6 +139,107 @@ def robustness(config: Config, options: argparse.Namespace) -> None:
         logger.info("robustness: %s", result.path)
 
 
+def add_inside(parser: Parser) -> None:
+    """Add the options of looking inside."""
+    parser.add_argument("--limit", type=int, metavar="N", help="N pictures at equal distances over the split, not all")
+
+
+def inside(config: Config, options: argparse.Namespace) -> None:
+    """Write RUN/inside, and print the modality gap and the denoising curves.
+
+    Raises:
+        UserError: The model, the shards or the split do not exist, or there are several processes.
+    """
+    export, trained = find_export(Path(config.run), options.checkpoint), load_run(config.run)
+
+    from shards.manifest import load
+
+    manifest, options.suite_seed = load(config.data.shards), 0
+    samples = limited(manifest.rows(options.split), options.limit)
+
+    from toolkit.distributed import initialise
+    from toolkit.evaluation.encode import ProcessInfo
+    from toolkit.evaluation.inside.measure import InsideLook
+    from toolkit.evaluation.inside.page import write_page
+    from toolkit.training.checkpointing.denoisers import load_denoisers
+
+    _, world_size, device = initialise()
+    if world_size > 1:
+        raise UserError("analyze.py inside runs in one process: start it without a launcher")
+    model = load_model(export).eval()
+    model.to(device)
+    look = InsideLook(model, manifest, options.split, samples, config, ProcessInfo(0, 1, device, show_progress=True))
+    values = describe(config, options, manifest, samples, export) | look.distributions()
+    images: dict[str, bytes] = {}
+    if trained.objectives.matching.weight:
+        values["attention"], images = look.attention()
+    else:
+        values["attention"] = {"reason": "the run trained no matching head (objectives.matching.weight 0)"}
+    try:
+        denoisers = load_denoisers(Path(config.run), trained, model, values["step"])
+        values["denoising"] = look.denoising({side: each.to(device) for side, each in denoisers.items()})
+    except UserError as error:
+        values["denoising"] = {"reason": str(error)}
+    result = save_inside(Path(config.run) / INSIDE / result_name(values), values, images)
+    print(format_inside(result), flush=True)
+    logger.info("inside: %s", write_page(result, look.source.reader))
+
+
+def add_text(parser: Parser) -> None:
+    """Add the options of the baselines by text."""
+    add = parser.add_argument
+    add("--clip", required=True, metavar="FOLDER", help="text-image model that transformers wrote, such as CLIP")
+    add("--recognizer", metavar="FOLDER", help="model of speech recognition such as Whisper, or pocketsphinx")
+    add("--limit", type=int, metavar="N", help="N pictures at equal distances over the split, not all")
+
+
+def text(config: Config, options: argparse.Namespace) -> None:
+    """Write recall by text to RUN/results, and print it with the word error rate.
+
+    Raises:
+        UserError: A model, the shards or the split do not exist, there are several processes, or there is neither a
+            recognizer nor text.
+    """
+    from shards.manifest import load
+
+    manifest = load(config.data.shards)
+    samples = limited(manifest.rows(options.split), options.limit)
+
+    from toolkit.distributed import initialise
+    from toolkit.evaluation.asr import (
+        TextBaseline,
+        TextImageModel,
+        load_recognizer,
+        read_texts,
+        transcribe,
+        word_error_rate,
+    )
+    from toolkit.evaluation.encode import Source
+    from toolkit.evaluation.results import format_results
+
+    _, world_size, device = initialise()
+    if world_size > 1:
+        raise UserError("analyze.py text runs in one process: start it without a launcher")
+    source = Source(manifest, samples, config)
+    transcripts = read_texts(manifest, options.split, source)
+    if transcripts is None and options.recognizer is None:
+        raise UserError(f"split {options.split}: not all captions have text: name a recognizer with --recognizer")
+    recognizer = load_recognizer(options.recognizer, device) if options.recognizer else None
+    clip, limit = TextImageModel.load(options.clip, device), options.limit
+    baseline = TextBaseline(clip, options.clip, source, manifest, options.split, Path(config.run), limit)
+    results, rate = [], None
+    if transcripts is not None:
+        results.append(baseline.save("oracle-text", transcripts, None))
+    if recognizer:
+        name = Path(options.recognizer).resolve().name
+        recognized = transcribe(source, recognizer, baseline.transcripts_file(options.recognizer))
+        rate = word_error_rate(transcripts, recognized) if transcripts is not None else None
+        results.append(baseline.save(f"asr-{name}", recognized, rate))
+    print(format_results(results), flush=True)
+    if rate is not None:
+        print(f"word error rate of {name}: {rate:.1f} %", flush=True)
+
+
 def limited(samples: "np.ndarray", limit: int | None) -> "np.ndarray":
     """Select samples at equal distances; None: all."""
     from toolkit.evaluation.gallery import equally_spaced
@@ -137,8 +251,6 @@ def open_result(
     config: Config, options: argparse.Namespace, manifest: "Manifest", samples: "np.ndarray", export: Path
 ) -> Robustness:
     """Read what was measured before in the same way; without conditions if nothing was."""
-    from toolkit.indexing.encoder import model_checksum
-
     run, augment = Path(config.run), load_run(config.run).data.augment
     augmentation = {
         kind: probability
@@ -146,32 +258,38 @@ def open_result(
         for kind in kinds
         if (probability := getattr(settings, kind))
     }
-    data, limit = config.data, options.limit if len(samples) < len(manifest.rows(options.split)) else None
-    seconds = config.evaluation.max_seconds
-    result = Robustness(
-        path=run,
-        run=str(run),
-        shards=data.shards,
-        corpus=manifest.corpus,
-        split=options.split,
-        manifest=manifest.hash,
-        checkpoint=export.name,
-        step=read_step(export),
-        model=model_checksum(export),
-        protocol={
-            "limit": limit,
+    measured = describe(config, options, manifest, samples, export)
+    result = Robustness(path=run, **measured, augmentation=augmentation, conditions=())
+    result = dataclasses.replace(result, path=run / FOLDER / f"{result_name(measured)}.json")
+    return read_robustness(result.path) if result.path.is_file() else result
+
+
+def describe(
+    config: Config, options: argparse.Namespace, manifest: "Manifest", samples: "np.ndarray", export: Path
+) -> dict[str, Any]:
+    """Describe what is examined: the fields that results of all analyses have in common."""
+    from toolkit.indexing.encoder import model_checksum
+
+    data, whole = config.data, len(samples) == len(manifest.rows(options.split))
+    return {
+        "run": config.run,
+        "shards": data.shards,
+        "corpus": manifest.corpus,
+        "split": options.split,
+        "manifest": manifest.hash,
+        "checkpoint": export.name,
+        "step": read_step(export),
+        "model": model_checksum(export),
+        "protocol": {
+            "limit": None if whole else options.limit,
             "seed": options.suite_seed,
-            "max_seconds": seconds,
+            "max_seconds": config.evaluation.max_seconds,
             "image_size": data.image_size,
             "resize": data.resize,
         },
-        pictures=len(samples),
-        captions=sum(len(manifest.captions(sample)) for sample in samples.tolist()),
-        augmentation=augmentation,
-        conditions=(),
-    )
-    result = dataclasses.replace(result, path=result_path(run, result))
-    return read_robustness(result.path) if result.path.is_file() else result
+        "pictures": len(samples),
+        "captions": sum(len(manifest.captions(sample)) for sample in samples.tolist()),
+    }
 
 
 def condition_key(kind: str, level: float | None, noise: "Noise | None") -> tuple[str, float | None, str | None]:

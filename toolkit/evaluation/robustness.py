@@ -14,7 +14,7 @@ imports neither torch nor a model.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,16 +152,21 @@ def save_robustness(result: Robustness) -> None:
         raise UserError(f"{path.parent} cannot be written: {error.strerror}") from None
 
 
-def result_path(run: Path, result: Robustness) -> Path:
-    """Path of a result in RUN/robustness: data set, split, checksum, checkpoint, step, its checksum, protocol."""
-    p = result.protocol
-    step = None if result.step is None else f"step-{result.step}"
+def result_name(values: Mapping[str, Any]) -> str:
+    """Name of a result: data set, split, checksum, checkpoint, step, the model's checksum, protocol.
+
+    Args:
+        values: Fields of `Robustness`, by name.
+    """
+    p = values["protocol"]
+    step = None if values["step"] is None else f"step-{values['step']}"
     limit = None if p["limit"] is None else f"limit-{p['limit']}"
     seed = f"seed-{p['seed']}" if p["seed"] else None
     preprocessing = f"{p['max_seconds']:g}s-{p['image_size']}-{p['resize']}"
-    names = [quote(name, safe="") for name in (result.corpus, result.split, result.checkpoint)]
-    parts = (*names[:2], result.manifest[:8], names[2], step, result.model[:8], limit, seed, preprocessing)
-    return run / FOLDER / f"{'-'.join(part for part in parts if part)}.json"
+    names = [quote(values[name], safe="") for name in ("corpus", "split", "checkpoint")]
+    checksums = [values[name][:8] for name in ("manifest", "model")]
+    parts = (*names[:2], checksums[0], names[2], step, checksums[1], limit, seed, preprocessing)
+    return "-".join(part for part in parts if part)
 
 
 def format_robustness(result: Robustness) -> str:

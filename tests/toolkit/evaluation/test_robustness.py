@@ -1,18 +1,19 @@
 """Files of the robustness suite: they load as they were saved, and other files are refused."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from shards.errors import UserError
 from toolkit.evaluation.robustness import (
+    FOLDER,
     Condition,
     Robustness,
     format_robustness,
     load_robustness,
     read_robustness,
-    result_path,
+    result_name,
     save_robustness,
 )
 
@@ -32,7 +33,7 @@ def result(run, **values):
     made = Robustness(
         **{"path": run, "run": str(run), "shards": "x", **fixed, **more, "conditions": (CLEAN,), **values}
     )
-    return replace(made, path=result_path(run, made))
+    return replace(made, path=run / FOLDER / f"{result_name(asdict(made))}.json")
 
 
 def test_results_load_as_saved_beside_one_another(tmp_path):

@@ -1,0 +1,309 @@
+"""Baselines by text: recognized speech, or the true transcripts, retrieve images through a text-image model.
+
+    speech -> recognizer -> text -> CLIP's text encoder  -> embedding
+    picture               -> CLIP's image encoder -> embedding
+
+The row of the true transcripts ("oracle text") is what a recognizer without errors would reach.
+"""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shards.errors import UserError
+from shards.files import read_records
+from shards.manifest import Manifest
+from shards.media.audio import SAMPLE_RATE
+from shards.media.picture import MAX_STORED_PIXELS
+from shards.progress import progress_range
+from shards.reading.caption_attributes import read_caption_attributes
+from toolkit.evaluation.encode import Source
+from toolkit.evaluation.evaluation import rank_columns
+from toolkit.evaluation.ranking import rank_both
+from toolkit.evaluation.recall import summarize_recall
+from toolkit.evaluation.results import FOLDER as RESULTS
+from toolkit.evaluation.results import Result, save_result
+from toolkit.evaluation.retrieve import Retrieval
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+POCKETSPHINX = "pocketsphinx"
+_BATCH, _CANDIDATES = 64, 10
+
+Recognizer = Callable[[np.ndarray], str]  # from float32 [n] at 16 kHz to text
+
+
+def load_recognizer(name: str, device: torch.device) -> Recognizer:
+    """Load a speech recognizer.
+
+    Args:
+        name: `pocketsphinx` (American English, works offline), or a folder of a model for transformers'
+            automatic-speech-recognition pipeline, such as Whisper.
+        device: Where a model of transformers computes.
+
+    Raises:
+        UserError: There is no such folder or package, or the folder holds no such model.
+    """
+    if name == POCKETSPHINX:
+        try:
+            from pocketsphinx import Decoder
+        except ImportError:
+            raise UserError("--recognizer pocketsphinx: install it, e.g. pip install pocketsphinx") from None
+        decoder = Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
+
+        def recognize(wave: np.ndarray) -> str:
+            samples = np.clip(np.rint(wave * 32767), -32768, 32767).astype(np.int16)
+            decoder.start_utt()
+            decoder.process_raw(samples.tobytes(), full_utt=True)
+            decoder.end_utt()
+            hypothesis = decoder.hyp()
+            return hypothesis.hypstr if hypothesis else ""
+
+        return recognize
+    _check_folder("--recognizer", name)
+    from transformers import pipeline
+
+    try:
+        speech_to_text: Any = pipeline("automatic-speech-recognition", model=name, device=device)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--recognizer {name}: not a model of speech recognition: {_line(error)}") from None
+    return lambda wave: str(speech_to_text({"raw": wave, "sampling_rate": SAMPLE_RATE})["text"]).strip()
+
+
+@dataclass(frozen=True)
+class TextImageModel:
+    """A CLIP model of transformers with its tokenizer and image processor.
+
+    Attributes:
+        model: On the device, in evaluation mode.
+        tokenizer: Of the text encoder.
+        processor: Of the image encoder.
+        image_size: Side in pixels of its images.
+    """
+
+    model: Any
+    tokenizer: Any
+    processor: Any
+    image_size: int
+
+    @classmethod
+    def load(cls, folder: str, device: torch.device) -> "TextImageModel":
+        """Load a folder that transformers wrote, such as a CLIPModel's with its CLIPProcessor.
+
+        Raises:
+            UserError: There is no such folder, or it holds no such model.
+        """
+        _check_folder("--clip", folder)
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+        try:
+            model = AutoModel.from_pretrained(folder).eval().to(device)
+            tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+            if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
+                raise ValueError(f"{type(model).__name__} embeds no texts and images")
+            return cls(model, tokenizer, processor, int(model.config.vision_config.image_size))
+        except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+            raise UserError(f"--clip {folder}: not a text-image model: {_line(error)}") from None
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts, cut to the length of the model's positions: unit float32 [N, D]."""
+        length = self.model.config.text_config.max_position_embeddings
+        parts = []
+        for start in range(0, len(texts), _BATCH):
+            batch = list(texts[start : start + _BATCH])
+            tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            inputs = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+            parts.append(_embedding(self.model.get_text_features(**inputs)))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def embed_images(self, count: int, load: Callable[[int], "Image.Image"]) -> Tensor:
+        """Embed `count` RGB images: unit float32 [N, D]."""
+        parts = []
+        for batch in progress_range(-(-count // _BATCH), "batches", "embedding pictures"):
+            images = [load(index) for index in range(batch * _BATCH, min(count, (batch + 1) * _BATCH))]
+            pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.model.device)
+            parts.append(_embedding(self.model.get_image_features(pixel_values=pixels)))
+        return torch.cat(parts)
+
+
+def _embedding(output: Any) -> Tensor:
+    features = output if isinstance(output, Tensor) else output.pooler_output  # before transformers 5 a tensor
+    return F.normalize(features.float(), dim=-1)
+
+
+def _check_folder(option: str, name: str) -> None:
+    if not Path(name).is_dir():
+        raise UserError(f"{option} {name}: no such folder")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def read_image(source: Source, index: int) -> "Image.Image":
+    """Decode a picture: RGB, at the size of the shards."""
+    from PIL import Image
+
+    stored = source.reader.picture(int(source.samples[index]))
+    with Image.open(io.BytesIO(stored), formats=("JPEG", "PNG", "WEBP")) as opened:
+        if opened.width * opened.height > MAX_STORED_PIXELS:
+            raise UserError(f"picture {index} has more than the {MAX_STORED_PIXELS:,} pixels allowed in a shard")
+        return opened.convert("RGB")
+
+
+def transcribe(source: Source, recognizer: Recognizer, path: Path) -> list[str]:
+    """Recognize all captions, in order; those in a file of an earlier run are read from it.
+
+    Args:
+        source: The captions.
+        recognizer: The recognizer.
+        path: JSON lines {"caption": row, "text"}; a line is appended for each caption.
+
+    Raises:
+        UserError: A caption cannot be read, or the file cannot be written.
+    """
+    try:
+        records = read_records(path) if path.exists() else iter(())
+        known = {each["caption"]: each.get("text") for each in records if isinstance(each.get("caption"), int)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(b"\n")  # ends a line that was not finished
+            for index in progress_range(len(source.captions), "captions", "recognizing speech"):
+                row = int(source.captions[index])
+                if not isinstance(known.get(row), str):
+                    known[row] = recognizer(source.speech(index).numpy())
+                    file.write(json.dumps({"caption": row, "text": known[row]}).encode() + b"\n")
+                    file.flush()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    return [str(known[int(row)]) for row in source.captions]
+
+
+def rank_by_text(texts: Tensor, images: Tensor, source: Source, manifest: Manifest, split: str) -> Retrieval:
+    """Rank both directions by the cosine of captions' text embeddings [C, D] and image embeddings [P, D]."""
+    owner = torch.from_numpy(source.owner)
+    rankings = rank_both(texts, images, owner, _CANDIDATES)
+    report = {
+        "split": split,
+        "pictures": len(source.samples),
+        "captions": len(source.captions),
+        "max_seconds": source.max_samples / SAMPLE_RATE,
+        "coarse": summarize_recall(*rankings),
+        "reranked": None,
+        "twins": None,
+    }
+    return Retrieval(report, source.samples, source.captions, owner, owner.unique(), *rankings)
+
+
+def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Substituted, deleted and inserted words over the words of the references, in percent.
+
+    Words are compared in lower case, without punctuation other than apostrophes.
+    """
+    pairs = [(_words(one), _words(other)) for one, other in zip(references, hypotheses, strict=True)]
+    total = sum(len(reference) for reference, _ in pairs)
+    return 100 * sum(edit_distance(*pair) for pair in pairs) / max(1, total)
+
+
+def _words(text: str) -> list[str]:
+    kept = "".join(character if character.isalnum() or character == "'" else " " for character in text.lower())
+    return kept.split()
+
+
+def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(second) + 1))
+    for number, one in enumerate(first, start=1):
+        diagonal, row[0] = row[0], number
+        for column, other in enumerate(second, start=1):
+            cheapest = min(diagonal + (one != other), row[column] + 1, row[column - 1] + 1)
+            diagonal, row[column] = row[column], cheapest
+    return row[-1]
+
+
+def read_texts(manifest: Manifest, split: str, source: Source) -> list[str] | None:
+    """Read the texts of all captions of a source; None if the shards have none for some of them."""
+    rows = [row for sample in manifest.rows(split).tolist() for row in manifest.captions(sample)]
+    texts = dict(zip(rows, read_caption_attributes(manifest, split).text, strict=True))
+    chosen = [texts[row] for row in source.captions.tolist()]
+    return None if None in chosen else [str(text) for text in chosen]
+
+
+@dataclass(frozen=True)
+class TextBaseline:
+    """Recall by text, saved beside the results of a run.
+
+    Attributes:
+        clip: The text-image model.
+        folder: Its folder.
+        source: The captions and pictures.
+        manifest: The shards.
+        split: Name of the split.
+        run: Run folder.
+        limit: Number of pictures, if not all of the split are used.
+    """
+
+    clip: TextImageModel
+    folder: str
+    source: Source
+    manifest: Manifest
+    split: str
+    run: Path
+    limit: int | None
+
+    @cached_property
+    def _images(self) -> Tensor:
+        return self.clip.embed_images(len(self.source.samples), lambda index: read_image(self.source, index))
+
+    def transcripts_file(self, recognizer: str) -> Path:
+        """File of the texts that a recognizer, given by name or folder, found."""
+        seconds, name = self.source.max_samples / SAMPLE_RATE, Path(recognizer).resolve().name
+        if recognizer != POCKETSPHINX:  # other folders may have the same name
+            name += f"-{hashlib.sha256(str(Path(recognizer).resolve()).encode()).hexdigest()[:8]}"
+        parts = (self.manifest.corpus, self.split, self.manifest.hash[:8], name, f"{seconds:g}s.jsonl")
+        return self.run / "transcripts" / quote("-".join(parts), safe="")
+
+    def save(self, name: str, texts: Sequence[str], error_rate: float | None) -> Result:
+        """Measure recall by texts, and save it in RUN/results under the name of the text and of the model.
+
+        Args:
+            name: Where the texts are from.
+            texts: [C].
+            error_rate: Word error rate in percent; None: not known.
+        """
+        embedded = self.clip.embed_texts(texts)
+        retrieval = rank_by_text(embedded, self._images, self.source, self.manifest, self.split)
+        limit = "" if self.limit is None else f"-limit-{self.limit}"
+        report = retrieval.report | {
+            "shards": self.manifest.place,
+            "checkpoint": f"{name}-{Path(self.folder).resolve().name}{limit}",
+            "step": None,
+            "run": str(self.run),
+            "corpus": self.manifest.corpus,
+            "manifest": self.manifest.hash,
+            "protocol": {
+                "rerank": 0,
+                "fuse": None,
+                "max_seconds": retrieval.report["max_seconds"],
+                "image_size": self.clip.image_size,
+                "resize": "crop",
+            },
+            "time": round(time.time(), 3),
+            "baseline": {"text": name, "clip": self.folder, "word_error_rate": error_rate},
+        }
+        return save_result(self.run / RESULTS, report, rank_columns(retrieval, self.manifest))

@@ -1,0 +1,1 @@
+"""What a trained model looks at, how well it denoises, and where it fails."""

@@ -1,0 +1,114 @@
+"""A page about what was found inside a model, with pictures and playable audio: one file that loads nothing."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from shards.html.chart import bar_chart, line_chart
+from shards.html.render import data_url, write_html
+from shards.reading.reader import Reader
+from toolkit.evaluation.inside.result import Inside
+
+PAGE = "inside.html"
+_AUDIO = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
+_NAMES = {"noised": "noised tokens", "right": "rebuilt with its pair", "other": "with another pair's", "none": "alone"}
+
+
+def write_page(result: Inside, reader: Reader) -> Path:
+    """Write `inside.html` into the folder of a result.
+
+    Args:
+        result: What was found.
+        reader: Of the shards.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: A picture or caption cannot be read.
+        OSError: The page cannot be written.
+    """
+    denoising = "reason" not in result.denoising
+    pairs = result.attention if isinstance(result.attention, list) else []
+    step = "" if result.step is None else f", step {result.step:,}"
+    size = f"{result.pictures:,} pictures, {result.captions:,} spoken captions"
+    hardest = result.hardest
+    path = result.folder / PAGE
+    write_html(
+        path,
+        Path(__file__).with_name("page.html"),
+        title=f"Inside {result.run}",
+        subtitle=f"{result.corpus} {result.split}: {size}; checkpoint {result.checkpoint}{step}",
+        gap=result.gap,
+        charts=[_similarity_chart(result), *(_rank_chart(result, direction) for direction in result.ranks)],
+        denoising=[_denoising_chart(side, curves) for side, curves in result.denoising.items()] if denoising else [],
+        denoising_reason=None if denoising else result.denoising["reason"],
+        attention=[_attention(result.folder, pair, reader) for pair in pairs],
+        attention_reason=result.attention.get("reason") if isinstance(result.attention, dict) else None,
+        hardest_captions=[_caption(each, reader) for each in hardest["speech_to_image"]],
+        hardest_pictures=[_picture(each, reader) for each in hardest["image_to_speech"]],
+    )
+    return path
+
+
+def _similarity_chart(result: Inside) -> Any:
+    edges = result.similarity["edges"]
+    centers = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+    curves = {}
+    for name in ("right", "wrong"):
+        counts = result.similarity[name]
+        curves[f"{name} pairs"] = {c: 100 * n / max(1.0, sum(counts)) for c, n in zip(centers, counts, strict=True)}
+    return line_chart("pairs by cosine, percent", curves, "cosine")
+
+
+def _rank_chart(result: Inside, direction: str) -> Any:
+    edges, counts = result.ranks[direction]["edges"], result.ranks[direction]["counts"]
+    names = [str(low) if high == low + 1 else f"{low} to {high - 1}" for low, high in itertools.pairwise(edges)]
+    shares = {name: 100 * count / max(1, sum(counts)) for name, count in zip(names, counts, strict=True)}
+    return bar_chart(f"{direction.replace('_', ' ')}: rank of the correct one, percent of queries", {"queries": shares})
+
+
+def _denoising_chart(side: str, curves: dict[str, list[float]]) -> Any:
+    shown = {text: dict(zip(curves["ratio"], curves[name], strict=True)) for name, text in _NAMES.items()}
+    return line_chart(f"{side} tokens: cosine distance", shown, "ratio of noise")
+
+
+def _attention(folder: Path, pair: dict[str, Any], reader: Reader) -> dict[str, Any]:
+    image = data_url("image/png", (folder / Path(pair["image"]).name).read_bytes())
+    query = pair["query"]
+    return {"match": pair["match"], "image": image, "text": _text(query), "audio": _audio(query, reader)}
+
+
+def _caption(each: dict[str, Any], reader: Reader) -> dict[str, Any]:
+    right = each["answer"]["sample"]
+    shown = [*each["found"], *([] if any(one["sample"] == right for one in each["found"]) else [each["answer"]])]
+    answers = [{"right": one["sample"] == right, "picture": _image(one, reader)} for one in shown]
+    return {**each, "text": _text(each["query"]), "audio": _audio(each["query"], reader), "answers": answers}
+
+
+def _picture(each: dict[str, Any], reader: Reader) -> dict[str, Any]:
+    recordings = [("best of its own", each["answer"], each["similarity"])]
+    recordings += [
+        (f"found as number {number}", reference, similarity)
+        for number, (reference, similarity) in enumerate(zip(each["found"], each["found_similarity"], strict=True), 1)
+    ]
+    blank = {"picture": None, "problem": None, "waveform": ""}
+    cards: list[dict[str, Any]] = [
+        {**blank, "text": _text(one), "note": f"{note}, cosine {cosine:.3f}", "audio": _audio(one, reader)}
+        for note, one, cosine in recordings[:3]
+    ]
+    more = {"note": f"rank of its first caption: {each['rank']}", "picture": _image(each["query"], reader)}
+    return {"title": each["query"]["id"], "problem": None, "recordings": cards, "more": None, **more}
+
+
+def _text(reference: dict[str, Any]) -> str:
+    return reference["text"] or f"caption {reference['caption']} of {reference['id']}"
+
+
+def _image(reference: dict[str, Any], reader: Reader) -> str:
+    return data_url("image/jpeg", reader.picture(reference["sample"]))
+
+
+def _audio(reference: dict[str, Any], reader: Reader) -> str:
+    stored = reader.audio(reference["caption"])
+    return data_url(_AUDIO.get(stored[:4], "audio/mpeg"), stored)
