@@ -1,4 +1,4 @@
-"""Manage runs: status, follow a log, cancel, resume, and the table of a sweep.
+"""Manage runs: status, follow a log, cancel, resume, the table of a sweep, and one wandb run of all restarts.
 
 A run is given by its folder. SLURM is queried if it is on this machine; else the state comes from the folder alone.
 """
@@ -52,6 +52,10 @@ def build_parser() -> Parser:
     table = commands.add_parser("table", help="results of a sweep so far, one row a member, and which failed")
     table.add_argument("grid", type=Path, metavar="FOLDER", help="the folder of a grid, or any folder of runs")
     table.add_argument("--json", action="store_true", help="print JSON")
+    wandb = commands.add_parser("wandb", help="write a run's log, with all restarts, as one wandb run")
+    wandb.add_argument("run", type=Path, metavar="RUN")
+    wandb.add_argument("--mode", choices=("online", "offline"), help="default: online if an API key is found")
+    wandb.add_argument("--dry-run", action="store_true", help="show what would be written, and write nothing")
     return parser
 
 
@@ -70,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table(options.grid, options.json)
     elif options.command == "cancel":
         cancel(options.run)
+    elif options.command == "wandb":
+        wandb(options.run, options.mode, options.dry_run)
     else:
         sys.exit({"follow": follow, "resume": resume}[options.command](options.run))
 
@@ -93,6 +99,25 @@ def table(grid: Path, as_json: bool = False) -> None:
         print(json.dumps([result_values(state, grid) for state in states], indent=1))
     else:
         print(result_table(states, grid))
+
+
+def wandb(run: Path, mode: str | None = None, dry_run: bool = False) -> None:
+    """Replay a run's log into one wandb run, and print what was written.
+
+    Raises:
+        UserError: There is no log, no key for an online run, or wandb fails.
+    """
+    from toolkit.training.metrics.wandb_replay import replay
+
+    done = replay(run, mode, dry_run)
+    rows, starts = done.history.rows, done.history.starts
+    what = f"{len(rows):,} steps from {rows[0][0]:,} to {rows[-1][0]:,}, of {starts} start{'' if starts == 1 else 's'}"
+    if done.history.replaced:
+        what += f" ({done.history.replaced:,} steps were done again after a restart, and count once)"
+    written = "would be" if dry_run else "is now"
+    print(f"{run}: {what}: {written} run {done.id} of project {done.project}, {done.mode}")
+    if done.folder:
+        print(f"to upload it: wandb sync {done.folder}")
 
 
 def member_states(grid: Path) -> "list[RunState]":

@@ -224,8 +224,9 @@ class Evaluation:
 
 @dataclass
 class Wandb:
-    """Weights & Biases logging."""
+    """Weights & Biases logging, or trackio's."""
 
+    tracker: Literal["wandb", "trackio"] = "wandb"  # trackio: local, without an account, extra [trackio]; see its guide
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if an API key is found, else offline
     project: str = "speech-image-retrieval"
 

@@ -215,6 +215,11 @@ class MetricsLogger:
                 self.file.close()
         if self.wandb:
             self.wandb.finish(4.0 if stop else 20.0)  # who sent the signal will not wait for an upload
+            if not stop and (parts := self.wandb.parts()) > 1:
+                logger.info(
+                    f"wandb: {parts} parts were written offline, and overwrite one another when they are synced; "
+                    f"`python launch/runs.py wandb {self.run}` makes one run of them"
+                )
 
     def _continue_file(self, path: Path) -> None:
         """Continue the file of an earlier process of this run, which may have been killed in the middle of a line."""

@@ -1,8 +1,8 @@
-"""The process that logs to wandb for rank 0, so that wandb can neither block nor end the training.
+"""The process that logs to wandb or trackio for rank 0, so that they can neither block nor end the training.
 
 It is started by `wandb_run.py` and replies to each JSON line on a socket with one: {}, or {"error": reason} before it
-exits. The first line has the options of `wandb.init`, further ones the numbers of a record, the last {"finish": true}.
-If the training ends without that, by an error or a signal, the wandb run is closed as failed.
+exits. The first line has the name of the tracker and the options of `wandb.init`, further ones the numbers of a record,
+the last {"finish": true}. If the training ends without that, by an error or a signal, the run is closed as failed.
 """
 
 import json
@@ -28,7 +28,8 @@ def main(descriptor: int) -> None:
     lines = connection.makefile("rb")
     try:
         options = json.loads(lines.readline())
-        run = _open(options, connection)
+        tracker = options.pop("tracker", "wandb")
+        run = _open(options, connection) if tracker == "wandb" else _Trackio(options, connection)
         for line in lines:
             values = json.loads(line)
             if "finish" in values:
@@ -54,6 +55,25 @@ def _open(options: dict[str, Any], connection: socket.socket) -> Any:
     run.define_metric("*", step_metric="step")
     _answer(connection, folder=run.dir)
     return run
+
+
+class _Trackio:
+    """A run of trackio, which takes the step apart from the values and has no IDs: the name has it."""
+
+    def __init__(self, options: dict[str, Any], connection: socket.socket) -> None:
+        import trackio
+
+        name = f"{options['name']}-{options['id']}"
+        self._run = trackio.init(options["project"], name=name, resume="allow", embed=False)
+        _answer(connection, folder="")
+
+    def log(self, values: dict[str, float]) -> None:
+        """Log a record."""
+        self._run.log({name: value for name, value in values.items() if name != "step"}, step=int(values["step"]))
+
+    def finish(self, exit_code: int) -> None:
+        """Write what is left."""
+        self._run.finish()
 
 
 def _close(run: Any, mode: str, exit_code: int) -> None:

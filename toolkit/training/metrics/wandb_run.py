@@ -1,4 +1,4 @@
-"""Logging to Weights & Biases in a separate process: online, else offline, else not at all.
+"""Logging to Weights & Biases in a separate process: online, else offline, else not at all; or to trackio, locally.
 
 Rank 0 queues its records for a thread, which sends them to `wandb_process.py`. If that process replies with an error,
 dies, or does not reply in time, it is killed, and a new one writes all records of this training process offline.
@@ -7,6 +7,7 @@ Restarts and parts share one ID, so that wandb shows one run.
 
 import configparser
 import contextlib
+import importlib.util
 import json
 import logging
 import netrc
@@ -44,6 +45,7 @@ _START_CODE = (
     "import sys; sys.path[:0] = [sys.argv[2]]; from toolkit.training.metrics.wandb_process import main; "
     "main(int(sys.argv[1]))"
 )
+LOCAL = "local"  # mode of trackio
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 
 
@@ -59,7 +61,9 @@ def check_wandb(settings: config.Wandb, run: Path) -> None:
     Raises:
         UserError: There is no key, or one of a wrong form, and the run has no checkpoint yet.
     """
-    mode, problem = _choose(settings)
+    mode, problem = choose_mode(settings)
+    if mode == LOCAL and not importlib.util.find_spec("trackio"):
+        raise UserError("wandb.tracker is trackio, which is missing: pip install 'speech-image-toolkit[trackio]'")
     if problem and mode == "online" and not any(run.glob("checkpoints/step-*")):
         raise UserError(f"{problem}; or set --wandb.mode offline")
 
@@ -78,7 +82,7 @@ def open_wandb(settings: config.Wandb, run: Path, progress: Progress) -> "WandbR
     Returns:
         The wandb run; None: wandb is disabled.
     """
-    mode, problem = _choose(settings)
+    mode, problem = choose_mode(settings)
     if mode == "disabled":
         return None
     if problem:
@@ -94,7 +98,7 @@ def open_wandb(settings: config.Wandb, run: Path, progress: Progress) -> "WandbR
     except OSError as error:
         logger.warning(f"{kept} was not written: {reason_of(error)}; training goes on")
     options = {"project": settings.project, "name": run.resolve().name, "id": progress.wandb_id, "resume": "allow"}
-    return WandbRun(options | {"dir": str(run.resolve())}, mode)
+    return WandbRun(options | {"dir": str(run.resolve()), "tracker": settings.tracker}, mode)
 
 
 class WandbRun:
@@ -104,9 +108,10 @@ class WandbRun:
         """Start to open the wandb run.
 
         Args:
-            options: Options of `wandb.init`.
-            mode: online or offline.
+            options: Options of `wandb.init`, and "tracker".
+            mode: online, offline, or local.
         """
+        self._tracker = options.get("tracker", "wandb")
         self._options, self._mode = options, mode
         self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # None: finish
         self._kept: deque[bytes] = deque(maxlen=_KEPT)
@@ -135,14 +140,20 @@ class WandbRun:
             process.kill()
         self._thread.join(_FINISH_OFFLINE)
         if self._thread.is_alive():
-            logger.warning(f"wandb was not finished within {_FINISH_OFFLINE:.0f} s; log.jsonl has all that was logged")
+            logger.warning(
+                f"{self._tracker} was not finished within {_FINISH_OFFLINE:.0f} s; log.jsonl has all that was logged"
+            )
             if process := self._process:
                 process.kill()
+
+    def parts(self) -> int:
+        """Return the number of parts of this wandb run that were written offline."""
+        return len(list(Path(self._options["dir"]).glob(f"wandb/offline-run-*-{self._options['id']}")))
 
     def _serve(self) -> None:
         """Write the queued records, in a thread: as configured, after a failure offline, after another not at all."""
         reason = ""
-        for mode in (self._mode, "offline"):
+        for mode in (self._mode, "offline") if self._mode != LOCAL else (LOCAL,):
             try:
                 self._write(mode, reason)
                 return
@@ -153,7 +164,7 @@ class WandbRun:
                     self._process.kill()
             if self._process:
                 self._drop_empty(self._process.folder)
-        logger.warning(f"wandb is off: {reason}; training goes on, and log.jsonl has all that is logged")
+        logger.warning(f"{self._tracker} is off: {reason}; training goes on, and log.jsonl has all that is logged")
         self._opened.set()
         while self._waiting.get() is not None:
             pass
@@ -162,13 +173,13 @@ class WandbRun:
         """Write the kept records and the queued ones, until the run is finished.
 
         Args:
-            mode: online or offline.
+            mode: online, offline, or local.
             reason: Why it is not the configured mode.
 
         Raises:
             RuntimeError, OSError, EOFError: As in `_Process.request`.
         """
-        seconds = _init_seconds()
+        seconds = init_seconds()
         settings = {"init_timeout": seconds, "x_stats_pid": os.getpid()}
         self._process = _Process(mode)
         options = self._options | {"mode": mode, "settings": settings}
@@ -176,7 +187,7 @@ class WandbRun:
             self._drop_empty(old, _UNWRITTEN)
         self._process.open(options, _START + seconds)
         folder = self._process.folder
-        if Path(self._options["dir"]) not in folder.resolve().parents:
+        if mode != LOCAL and Path(self._options["dir"]) not in folder.resolve().parents:
             logger.warning(f"wandb cannot write to {self._options['dir']}/wandb: its files are in {folder}")
         self._opened.set()
         for record in list(self._kept):
@@ -206,7 +217,7 @@ class _Process:
     """A running `wandb_process.py`.
 
     Attributes:
-        mode: online or offline.
+        mode: online, offline, or local.
         folder: Folder that it writes to.
     """
 
@@ -256,14 +267,14 @@ class _Process:
             self._child.wait(1)
 
 
-def _init_seconds() -> float:
+def init_seconds() -> float:
     """Return the timeout for opening a run online, in seconds."""
     with contextlib.suppress(KeyError, ValueError):
         return max(1.0, min(600.0, float(os.environ["WANDB_INIT_TIMEOUT"])))
     return _INIT
 
 
-def _choose(settings: config.Wandb) -> tuple[str, str]:
+def choose_mode(settings: config.Wandb) -> tuple[str, str]:
     """Return the mode, and what is wrong with it or with the key in one line; empty: nothing."""
     mode, variable = settings.mode, os.environ.get("WANDB_MODE", "").strip().lower()
     name = "wandb.mode"
@@ -271,6 +282,8 @@ def _choose(settings: config.Wandb) -> tuple[str, str]:
         if variable not in _MODES:
             return "offline", f"WANDB_MODE is {variable!r}; expected online, offline or disabled"
         mode, name = _MODES[variable], "WANDB_MODE"  # type: ignore[assignment]
+    if settings.tracker == "trackio" and mode != "disabled":
+        return LOCAL, ""
     key, source = _find_key()
     if mode == "auto":
         mode = "offline" if key is None else "online"

@@ -368,7 +368,7 @@ def test_keys_of_a_login(monkeypatch, tmp_path, hosts, server, found) -> None:
         (tmp_path / "home/.config/wandb/settings").write_text("[default]\nbase_url = https://here.org\n")
     elif server:
         monkeypatch.setenv("WANDB_BASE_URL", server)
-    assert wandb_run._choose(Wandb()) == ("online" if found else "offline", "")
+    assert wandb_run.choose_mode(Wandb()) == ("online" if found else "offline", "")
 
 
 def test_a_mistake_ends_the_run_before_it_begins(monkeypatch, shards, tmp_path) -> None:
