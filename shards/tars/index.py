@@ -84,8 +84,9 @@ def index_folder(folder: Path, name: str, options: IndexOptions, jobs: int = 1, 
     total = sum(path.stat().st_size for path in paths.values()) // _MB + len(paths)
     with progress_bar(total, "MB", "indexing") as progress:
         tars = dict(run_tasks(partial(_index_tar, options), paths, jobs, progress))
-    used = sorted((one for one in tars.values() if one.record.samples), key=_order)
-    gathered = gather(one.record for one in sorted(tars.values(), key=_order))
+    ordered = sorted(tars.values(), key=_order)
+    used = [one for one in ordered if one.record.samples]
+    gathered = gather(one.record for one in ordered)
     if not used:
         reason = f": {gathered.report.dropped[0].reason}" if gathered.report.dropped else ""
         raise UserError(f"no sample of {folder} fits{reason}")

@@ -167,7 +167,8 @@ def test_tars_that_do_not_fit(tmp_path):
     )
     with pytest.raises(UserError, match="samples of several splits"):
         index(tmp_path)
-    stock.pack(second, {"b.jpg": SAMPLE["a.jpg"], "b.wav": SPEECH, "b.json": {"split": "test"}})
+    other = {"c.jpg": stock.picture("c"), "c.wav": stock.speech("c"), "c.json": {"split": "test"}}
+    stock.pack(second, other | {"b.jpg": SAMPLE["a.jpg"], "b.wav": SPEECH, "b.json": {"split": "test"}})
     with pytest.raises(UserError, match="a and b are the same picture"):
         index(tmp_path)
     index(tmp_path, splits=("train=*",))  # in one split it may be meant
