@@ -67,7 +67,7 @@ def _add_speech_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="voices, equally probable: names, patterns such as '*+f1', all (those of espeak-ng, the default), or a "
         f"number: the first of each language, of {len(VOICES)} in English. NAME=SHARE speaks this share of the "
-        "captions, as in all,piper:joe=0.1; piper takes 0.23 s of a core for a caption, espeak-ng 7 ms",
+        "captions, as in all,piper:joe=0.1; piper takes 0.2 s of a core for a caption, espeak-ng 6 ms",
     )
     parser.add_argument(
         "--test-voices",
