@@ -1,20 +1,20 @@
 """How well the denoiser of CMD rebuilds noised tokens, by the ratio of noise and by what it sees of the other modality.
 
-The distance is 1 - cosine of a token and the model's own clean token, a mean over the noised tokens; at ratio 0 over
-all tokens. In training the clean tokens are those of `objectives.denoising.target`, by default of the momentum encoder.
+The loss is the run's own (`objectives.denoising.loss`) over the noised tokens, at ratio 0 over all tokens, against the
+model's own clean tokens. In training the clean tokens are those of `objectives.denoising.target`, by default of the
+momentum encoder. A pair without noised tokens is left out.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.config.schema import Denoising
 from toolkit.model.outputs import Encoded
 from toolkit.objectives.counter_rng import CounterRNG
-from toolkit.objectives.denoising import add_noise
+from toolkit.objectives.denoising import add_noise, denoising_loss
 
 RATIOS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 _SEEN = ("noised", "right", "other", "none")  # the noised tokens themselves, and the contexts of the denoiser
@@ -27,17 +27,17 @@ def denoising_curves(
     settings: Denoising,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure the distance from clean tokens by ratio of noise.
+    """Measure the loss by ratio of noise.
 
     Args:
         denoisers: Denoiser in evaluation mode, float32, by the modality that it rebuilds.
         batches: Encoded speech and images of pairs of different pictures, and their sample numbers int64 [B], B > 1.
-        settings: The kind of noise; its ratio is not used.
+        settings: Kind of noise, and loss; the ratio is not used.
         seed: Seed of the noise.
 
     Returns:
-        For each modality {"ratio": `RATIOS`, "noised": distance of the noised tokens, "right": of the rebuilt tokens
-        given the other modality of the same pair, "other": of another pair, "none": without it};
+        For each modality {"loss": its name, "ratio": `RATIOS`, "noised": loss of the noised tokens themselves, "right":
+        of the rebuilt tokens given the other modality of the same pair, "other": of another pair, "none": without it};
         {"reason"} if there are no batches.
     """
     sums = {side: torch.zeros(len(_SEEN), len(RATIOS), dtype=torch.float64) for side in denoisers}
@@ -50,19 +50,19 @@ def denoising_curves(
         for side, denoiser in denoisers.items():
             clean, context = (speech, image) if side == "speech" else (image, speech)
             for column, ratio in enumerate(RATIOS):
-                distances, count = _distances(denoiser, clean, context, ids, ratio, side, settings, random)
-                sums[side][:, column] += distances
+                losses, count = _losses(denoiser, clean, context, ids, ratio, side, settings, random)
+                sums[side][:, column] += losses
                 counts[side][column] += count
     if not row:
         return {"reason": "there are no captions of two pictures"}
     curves: dict[str, Any] = {}
     for side in denoisers:
         means = (sums[side] / counts[side].clamp(min=1)).tolist()
-        curves[side] = {"ratio": list(RATIOS), **dict(zip(_SEEN, means, strict=True))}
+        curves[side] = {"loss": settings.loss, "ratio": list(RATIOS), **dict(zip(_SEEN, means, strict=True))}
     return curves
 
 
-def _distances(
+def _losses(
     denoiser: Any,
     clean: Encoded,
     context: Encoded,
@@ -71,8 +71,8 @@ def _distances(
     side: str,
     settings: Denoising,
     random: CounterRNG,
-) -> tuple[Tensor, float]:
-    """Sum of the distances of the counted tokens, float64 [4] in the order of `_SEEN`, and their number."""
+) -> tuple[Tensor, int]:
+    """Sum of the pairs' losses, float64 [4] in the order of `_SEEN`, and the number of pairs with noised tokens."""
     span = settings.span if side == "speech" else 1  # as in training
     noise = (settings.noise, ratio, span, settings.snr_db, random, settings.swap_group)
     noised = add_noise(clean.tokens, clean.mask, ids, *noise)
@@ -84,6 +84,9 @@ def _distances(
         denoiser(noised.tokens, clean.mask, other.tokens, other.mask),
         denoiser(noised.tokens, clean.mask, None),
     ]
-    distances = [1 - F.cosine_similarity(tokens.float(), clean.tokens.float(), dim=-1) for tokens in rebuilt]
-    sums = [torch.where(counted, distance, 0).sum(dtype=torch.float64) for distance in distances]
-    return torch.stack(sums).cpu(), float(counted.sum())
+    rows = counted.any(dim=1)
+    if not rows.any():
+        return torch.zeros(len(_SEEN), dtype=torch.float64), 0
+    target = (clean.tokens[rows], counted[rows], clean.mask[rows], settings.loss, settings.token_temperature)
+    losses = torch.stack([denoising_loss(tokens[rows], *target) for tokens in rebuilt])
+    return losses.double().cpu() * int(rows.sum()), int(rows.sum())

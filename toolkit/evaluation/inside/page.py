@@ -68,9 +68,9 @@ def _rank_chart(result: Inside, direction: str) -> Any:
     return bar_chart(f"{direction.replace('_', ' ')}: rank of the correct one, percent of queries", {"queries": shares})
 
 
-def _denoising_chart(side: str, curves: dict[str, list[float]]) -> Any:
+def _denoising_chart(side: str, curves: dict[str, Any]) -> Any:
     shown = {text: dict(zip(curves["ratio"], curves[name], strict=True)) for name, text in _NAMES.items()}
-    return line_chart(f"{side} tokens: cosine distance", shown, "ratio of noise")
+    return line_chart(f"{side} tokens: {curves['loss']} loss", shown, "ratio of noise")
 
 
 def _attention(folder: Path, pair: dict[str, Any], reader: Reader) -> dict[str, Any]:

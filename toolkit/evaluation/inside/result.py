@@ -54,8 +54,9 @@ class Inside:
             correct candidate with the highest cosine, "found": the best candidates, "found_similarity"}.
         attention: Pairs drawn in `attention-N.png`: {"image": file name, "query": reference, "match": probability of a
             match, "words": [{"word", "start", "end"}] in seconds, or null without text}; {"reason"} if there are none.
-        denoising: By modality: {"ratio" [n], "noised" [n], "right" [n], "other" [n], "none" [n]}, cosine distances from
-            the model's own clean tokens; {"reason"} if the denoiser is not available.
+        denoising: By modality: {"loss": name of CMD's loss, "ratio" [n], and losses of the noised tokens "noised" [n],
+            and of tokens rebuilt from the "right" [n], "other" [n] or "none" [n] of the other modality; {"reason"} if
+            the denoiser is not available.
     """
 
     folder: Path
@@ -151,7 +152,7 @@ def format_inside(result: Inside) -> str:
     if "reason" in result.denoising:
         return "\n".join([*lines, f"denoising: {result.denoising['reason']}"])
     for side, curves in result.denoising.items():
-        lines.append(f"denoising of {side} tokens, cosine distance   noised  by pair  by other  by none")
+        lines.append(f"denoising of {side} tokens, {curves['loss']:<16}  noised  by pair by other  by none")
         for row in zip(*(curves[name] for name in ("ratio", "noised", "right", "other", "none")), strict=True):
             lines.append(
                 f"  ratio of noise {row[0]:>6.2f}" + f"{'':<21}" + "".join(f"{value:>9.3f}" for value in row[1:])

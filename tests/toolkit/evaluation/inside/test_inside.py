@@ -128,7 +128,7 @@ def encoded(seed):
 
 
 def test_denoising_distances_equal_loops():
-    """A denoiser that adds what it sees of the context: only the right one restores the clean tokens."""
+    """A denoiser that returns its context, or without one the noised tokens."""
     speech, image = encoded(0), encoded(1)
     image.mask[:] = True
 
@@ -146,8 +146,9 @@ def test_denoising_distances_equal_loops():
         assert curves[name][0] == pytest.approx(float(expected.mean()), abs=1e-5)
         assert curves[name][-1] == pytest.approx(float(expected.mean()), abs=1e-5), "at ratio 1 all tokens count"
     both = denoising_curves({"speech": denoiser}, [(speech, image, torch.arange(6))], replace(noise, span=2))["speech"]
-    clean = (1 - torch.nn.functional.cosine_similarity(image.tokens, speech.tokens, dim=-1))[speech.mask].mean()
-    assert both["right"][0] == pytest.approx(float(clean), abs=1e-5), "padding counts"
+    distance = 1 - torch.nn.functional.cosine_similarity(image.tokens, speech.tokens, dim=-1)
+    clean = np.mean([float(row[mask].mean()) for row, mask in zip(distance, speech.mask, strict=True)])
+    assert both["right"][0] == pytest.approx(clean, abs=1e-5), "padding counts"
 
 
 def test_without_pairs_denoising_has_a_reason():
@@ -167,7 +168,7 @@ def test_files_appear_at_once_and_replace_earlier_ones(tmp_path, monkeypatch):
     assert files.load_inside(tmp_path) == [first]
     assert "centroids 0.500 apart" in files.format_inside(first)
     assert "denoising: none" in files.format_inside(first)
-    curve = {name: [0.5] for name in ("ratio", "noised", "right", "other", "none")}
+    curve = {name: [0.5] for name in ("ratio", "noised", "right", "other", "none")} | {"loss": "cosine"}
     second = files.save_inside(place, result(tmp_path, denoising={"image": curve}), {"attention-0.png": b"3"})
     assert files.load_inside(tmp_path) == [second]
     assert sorted(path.name for path in place.iterdir()) == ["attention-0.png", "inside.json"]
@@ -202,8 +203,8 @@ def test_command_writes_a_page_with_audio_that_loads_nothing(run, folder, capsys
     assert page.count("data:audio/flac;base64,") >= len(result.attention) + HARDEST
     assert page.count("data:image/png;base64,") == len(result.attention) == 8
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
-    curve = {name: [0.5, 0.75] for name in ("ratio", "noised", "right", "other", "none")}
+    curve = {name: [0.5, 0.75] for name in ("ratio", "noised", "right", "other", "none")} | {"loss": "cosine"}
     write_page(replace(result, denoising={"image": curve}, attention={"reason": "<none>"}), Reader(load(folder)))
     page = (result.folder / "inside.html").read_text()
-    assert "image tokens: cosine distance" in page
+    assert "image tokens: cosine loss" in page
     assert "Not drawn: &lt;none&gt;" in page
