@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import torch
 from mteb.models.abs_encoder import AbsEncoder
-from mteb.models.model_meta import ModelMeta
+from mteb.models.model_meta import ModelMeta, ScoringFunction
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -210,7 +210,7 @@ def describe(encoder: Encoder, folder: Path, name: str, training_datasets: set[s
         public_training_code=None,
         public_training_data=None,
         framework=["PyTorch", "Transformers", "safetensors"],
-        similarity_fn_name="cosine",
+        similarity_fn_name=ScoringFunction.COSINE,
         use_instructions=False,
         training_datasets=set(training_datasets),
         modalities=["audio", "image"],

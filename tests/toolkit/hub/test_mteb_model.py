@@ -16,6 +16,8 @@ from shards.media.audio import read_audio
 from shards.reading.reader import Reader
 from tests.toolkit.indexing_files import EXPORT
 from tests.toolkit.shard_runs import make
+from toolkit.evaluation.ranking import rank_both
+from toolkit.evaluation.summaries.measures import measure
 from toolkit.indexing.encoder import model_checksum
 from toolkit.model.processor import SpeechImageProcessor
 from toolkit.model.retrieval import SpeechImageModel
@@ -94,7 +96,7 @@ def make_task(scenes, direction):
 
 @pytest.fixture(scope="module")
 def reference(scenes):
-    """Cosines and match logits of all pairs, [captions, images], each input encoded alone."""
+    """Cosines and match logits of all pairs, [captions, images], and the embeddings; each input encoded alone."""
     model, processor = SpeechImageModel.from_pretrained(EXPORT), SpeechImageProcessor.from_pretrained(EXPORT)
     images, captions, _ = scenes
     with torch.inference_mode():
@@ -102,7 +104,8 @@ def reference(scenes):
         spoken = [model.encode_speech(**processor(speech=[read_audio(data, 60)])) for data in captions]
         cosines = [[(s.embedding @ p.embedding.T).item() for p in pictures] for s in spoken]
         logits = [[model.match(s, p)[0, 1].item() for p in pictures] for s in spoken]
-    return np.array(cosines), np.array(logits), model.config.match_weight
+    embeddings = [torch.cat([each.embedding for each in side]) for side in (spoken, pictures)]
+    return np.array(cosines), np.array(logits), model.config.match_weight, embeddings
 
 
 def naive(scores, correct, candidates=None):
@@ -128,7 +131,7 @@ def check(result, expected):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_both_stages_equal_a_naive_reference(scenes, reference, direction, tmp_path):
-    cosines, logits, weight = reference
+    cosines, logits, weight, _ = reference
     correct = np.array(scenes[2])[:, None] == np.arange(len(scenes[0]))
     if direction == "i2a":
         cosines, logits, correct = cosines.T, logits.T, correct.T
@@ -144,6 +147,15 @@ def test_both_stages_equal_a_naive_reference(scenes, reference, direction, tmp_p
     assert expected != naive(cosines, correct, k), "re-ranking should change something here"
     reranking = make_task(scenes, direction).convert_to_reranking(tmp_path, top_k=k)
     check(mteb.evaluate(fine, reranking, **options), expected)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_toolkits_own_measures_are_mtebs(scenes, reference, direction):
+    rankings = rank_both(*reference[3], torch.tensor(scenes[2]), k=10)
+    ours = measure(rankings[DIRECTIONS.index(direction)])
+    coarse = SpeechImageEncoder(EXPORT, device="cpu", training_datasets=set())
+    result = mteb.evaluate(coarse, make_task(scenes, direction), cache=None, co2_tracker=False, show_progress_bar=False)
+    check(result, {name.lower().replace("@", "_at_"): value / 100 for name, value in ours.items()})
 
 
 def test_the_encoder_embeds_as_the_model_does(scenes, reference):

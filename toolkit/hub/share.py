@@ -1,4 +1,4 @@
-"""Write the model card of a trained model, and push it to the hub: python toolkit/share.py RUN --push OWNER/NAME.
+"""Write the model card of a trained model, and push it to the hub: python toolkit/hub/share.py RUN --push OWNER/NAME.
 
 Only the exported model, its processor files and the card are uploaded: no checkpoint, log, audio or image.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # import from the repository root, not from the script's folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from shards.errors import Parser, UserError, run_main
 from shards.logs import add_log_level, setup_logging
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="share.py",
         description="Write the model card of a trained model into its exported folder, and push the model to the hub.",
-        epilog="example: python toolkit/share.py runs/quickstart --push me/spoken-scenes --private",
+        epilog="example: python toolkit/hub/share.py runs/quickstart --push me/spoken-scenes --private",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder or exported folder")

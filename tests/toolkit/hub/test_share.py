@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, constants
 from shards.errors import UserError
 from tests.toolkit.hub.hub_server import TOKEN, serve
 from tests.toolkit.indexing_files import EXPORT
-from toolkit.share import main
+from toolkit.hub.share import main
 
 UPLOADED = {"config.json", "preprocessor_config.json", "model.safetensors", "modules.json", "README.md"}
 
