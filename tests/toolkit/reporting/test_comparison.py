@@ -9,7 +9,7 @@ from shards.errors import UserError
 from tests.html_page import Page
 from tests.toolkit.reporting.run_folders import PICTURES, write_examples, write_result, write_run
 from toolkit import report
-from toolkit.evaluation.robustness import Condition, Robustness, result_path, save_robustness
+from toolkit.evaluation.robustness import Condition, Robustness, save_robustness
 from toolkit.reporting import published
 
 EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)>\"'"
@@ -41,7 +41,7 @@ def write_robustness(run: Path, **more: object) -> None:
     result = Robustness(
         path=Path(), run=str(run), shards="data", protocol=protocol, conditions=conditions, **values | sizes | more
     )  # type: ignore[arg-type]
-    save_robustness(Robustness(**{**vars(result), "path": result_path(run, result)}))
+    save_robustness(Robustness(**{**vars(result), "path": run / "robustness/one.json"}))
 
 
 def test_everything_that_was_measured_is_shown(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_what_is_missing_has_a_command(tmp_path: Path) -> None:
         path.unlink()
     words = page_of(run).words
     assert "Without a log of training: run." in words
-    commands = ("evaluate.py --run", "robustness.py --run", "--by speaker", "submit.py --config NAME")
+    commands = ("evaluate.py --run", "analyze.py robustness --run", "--by speaker", "submit.py --config NAME")
     assert all(command in words for command in commands)
     (run / "recall.json").unlink()
     (run / "log.jsonl").write_text("")
