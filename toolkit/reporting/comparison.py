@@ -15,7 +15,7 @@ from toolkit.reporting.curves import CHARTS, curves_of
 from toolkit.reporting.examples import read_examples
 from toolkit.reporting.figures import RECALL_HEAD, checkpoint_text, get, number, recall_cells, stage_name
 from toolkit.reporting.groups import groups_section
-from toolkit.reporting.published import published_results
+from toolkit.reporting.published import Published, published_results
 from toolkit.reporting.robustness import robustness_section
 from toolkit.reporting.runs import Evaluation, Group, Run, differences
 
@@ -119,10 +119,13 @@ def _results_table(data: str, found: Sequence[tuple[Run, Evaluation]]) -> dict[s
     notes: list[str] = []
     if first.result:
         published = published_results(first.result.corpus, first.result.split, first.report.get("pictures"))
-        rows += [[one.name, "published", one.protocol, *recall_cells(one.recall)] for one in published]
-        sources = "; ".join(dict.fromkeys(one.source for one in published))
-        notes = [f"Published figures (in italics), not measured here: {sources}."] if published else []
+        rows += [[one.name, "published", "", *recall_cells(one.recall)] for one in published]
+        notes = [f"Published, not measured here ({source})." for source in dict.fromkeys(map(_source, published))]
     return {"data": data, "rows": rows, "published": range(measured, len(rows)), "notes": notes}
+
+
+def _source(one: Published) -> str:
+    return f"{one.source}: {one.protocol}"
 
 
 def _ablation(groups: Sequence[Group], ablations: Sequence[Ablation]) -> dict[str, Any]:

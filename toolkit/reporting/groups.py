@@ -23,7 +23,7 @@ def groups_section(runs: Sequence[Run]) -> dict[str, Any]:
                 by_data.setdefault(evaluation.data, {})[run.name] = evaluation.report["groups"]
     notes = []
     if not by_data:
-        command = f"python toolkit/evaluate.py --run {runs[0].folder} --by speaker language duration words"
+        command = f"python toolkit/evaluate.py --run {runs[0].folder} --by speaker duration"
         notes.append(f"Not measured. Made by: {command}")
     if len(by_data) > 1:
         notes.append("Different test data: figures of one part do not compare with those of another.")
