@@ -24,6 +24,13 @@ from toolkit.indexing.items import ENDINGS, Modality
 from toolkit.model.processor import SpeechImageProcessor
 from toolkit.model.retrieval import SpeechImageModel
 
+_HUB_OPTIONS = {  # of sentence-transformers: of transformers
+    "token": "token",
+    "revision": "revision",
+    "cache_folder": "cache_dir",
+    "local_files_only": "local_files_only",
+}
+
 
 class SpeechImageModule(InputModule):
     """Embeds recordings and images, also mixed in one list.
@@ -87,37 +94,23 @@ class SpeechImageModule(InputModule):
         self.processor.save_pretrained(output_path)
 
     @classmethod
-    def load(  # type: ignore[override]
-        cls,
-        model_name_or_path: str | Path,
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        model_kwargs: dict[str, Any] | None = None,
-        backend: str = "torch",
-        **options: Any,
-    ) -> "SpeechImageModule":
-        """Load an exported model; called by `SentenceTransformer` with its arguments.
+    def load(cls, model_name_or_path: str | Path, *arguments: Any, **options: Any) -> "SpeechImageModule":
+        """Load an exported model; called by `SentenceTransformer` with its own arguments.
 
         Args:
             model_name_or_path: Folder or hub id.
-            token: Of the hub.
-            cache_folder: Where files of the hub are kept.
-            revision: Of the hub id.
-            local_files_only: Never connect to the hub.
-            model_kwargs: Passed to the model's `from_pretrained`, such as `dtype`.
-            backend: "torch".
-            options: Ignored.
+            arguments: Ignored.
+            options: `token`, `revision`, `cache_folder` and `local_files_only` for the hub; `model_kwargs`, passed to
+                the model's `from_pretrained`, such as `dtype`; others are ignored.
 
         Raises:
-            UserError: There is no such model, or another backend is requested.
+            UserError: There is no such model, or a backend other than "torch" is requested.
         """
-        if backend != "torch":
+        if (backend := options.get("backend", "torch")) != "torch":
             raise UserError(f"backend {backend!r}: a model of this toolkit runs with backend 'torch' only")
-        hub = {"token": token, "cache_dir": cache_folder, "revision": revision, "local_files_only": local_files_only}
-        hub = {key: value for key, value in hub.items() if value}
-        model = SpeechImageModel.from_pretrained(model_name_or_path, **{"dtype": "auto", **hub, **(model_kwargs or {})})
+        hub = {name: options[key] for key, name in _HUB_OPTIONS.items() if options.get(key)}
+        wanted = {"dtype": "auto", **hub, **(options.get("model_kwargs") or {})}
+        model = SpeechImageModel.from_pretrained(model_name_or_path, **wanted)
         return cls(model, SpeechImageProcessor.from_pretrained(model_name_or_path, **hub))
 
 
