@@ -210,7 +210,7 @@ def describe(encoder: Encoder, folder: Path, name: str, training_datasets: set[s
         public_training_code=None,
         public_training_data=None,
         framework=["PyTorch", "Transformers", "safetensors"],
-        similarity_fn_name=ScoringFunction.COSINE,
+        similarity_fn_name=ScoringFunction("cosine"),
         use_instructions=False,
         training_datasets=set(training_datasets),
         modalities=["audio", "image"],
