@@ -146,7 +146,8 @@ def store(request: Request, evaluation: "Evaluation", manifest: "Manifest", spli
     config, gallery, run = evaluation.config, result.path.with_suffix(".png"), request.run
     if run and is_final(config, manifest, split, request.rerank, request.export):
         with atomic_write(run / RECALL) as file:
-            file.write(json.dumps(evaluation.report, indent=1).encode() + b"\n")
+            final = {name: result.report[name] for name in evaluation.report}
+            file.write(json.dumps(final, indent=1).encode() + b"\n")
         gallery = run / GALLERY
         logger.info("recall: %s", run / RECALL)
     else:

@@ -114,6 +114,8 @@ def ranks_of(columns: "Mapping[str, np.ndarray]", direction: str, stage: str) ->
 def save_result(folder: Path, report: Mapping[str, Any], columns: Mapping[str, "np.ndarray"]) -> Result:
     """Write the result of an evaluation; the same evaluation's earlier result is replaced.
 
+    Groups of the earlier result are kept if its ranks are the same.
+
     Args:
         folder: Created if it does not exist; of a run, RUN/results.
         report: Contents of the JSON; see `Result`.
@@ -129,8 +131,10 @@ def save_result(folder: Path, report: Mapping[str, Any], columns: Mapping[str, "
     stream = io.BytesIO()
     arrays: dict[str, Any] = dict(columns)
     np.savez(stream, **arrays)
-    complete = {**report, "ranks_sha256": hashlib.sha256(stream.getvalue()).hexdigest()}
     path = folder / f"{result_name(report)}.json"
+    sha256 = hashlib.sha256(stream.getvalue()).hexdigest()
+    groups = {**_earlier_groups(path, sha256), **(report.get("groups") or {})} or None
+    complete = {**report, "groups": groups, "ranks_sha256": sha256}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path.with_suffix(".npz")) as file:
@@ -140,6 +144,15 @@ def save_result(folder: Path, report: Mapping[str, Any], columns: Mapping[str, "
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     return _result(path, complete)
+
+
+def _earlier_groups(path: Path, sha256: str) -> dict[str, Any]:
+    """Groups of the result that will be replaced, which remain true if the ranks are the same."""
+    try:
+        earlier = json.loads(path.read_bytes())
+        return dict(earlier["groups"]) if earlier["ranks_sha256"] == sha256 else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def result_name(report: Mapping[str, Any]) -> str:

@@ -43,6 +43,14 @@ def test_results_that_differ_in_anything_stand_beside_one_another(tmp_path):
     assert load_results(tmp_path)[-1].time == 2.0
 
 
+def test_groups_are_kept_while_the_ranks_are_the_same(tmp_path):
+    made(tmp_path / "results", 5, groups={"speaker": {"a": 1}, "words": {"b": 2}})
+    made(tmp_path / "results", 5, groups={"words": {"c": 3}})
+    assert made(tmp_path / "results", 5).report["groups"] == {"speaker": {"a": 1}, "words": {"c": 3}}
+    assert load_results(tmp_path)[0].report["groups"] == {"speaker": {"a": 1}, "words": {"c": 3}}
+    assert made(tmp_path / "results", 5, seed=1).report["groups"] is None
+
+
 def test_an_interrupted_pair_of_files_is_noticed(tmp_path):
     result = made(tmp_path / "results", 5, seed=0)
     mine = result.path.with_suffix(".npz").read_bytes()

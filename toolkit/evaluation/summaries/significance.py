@@ -5,7 +5,7 @@ therefore resample pictures with all their queries (cluster bootstrap, percentil
 whole pictures (paired permutation test). Both are deterministic by their seed.
 
 They describe the choice of test pictures alone, not that of the training seed: whether a method gains needs several
-trainings (`tests/benchmarks/gains.py`).
+trainings (`toolkit/reporting/ablation.py`).
 """
 
 import json
@@ -152,14 +152,24 @@ def compare(
         for weights in _bootstrap_weights(everything.size, samples, seed)
     ]
     low, high = _bounds(np.concatenate(sampled))
-    p = _permutation_test(sums[1].hits - sums[0].hits, sums[0].queries.sum(0), permutations, seed)
+    p = permutation_test(sums[1].hits - sums[0].hits, sums[0].queries.sum(0), permutations, seed)
     names = [*FIGURES, ("", MEAN)]
     columns = zip(*figures, figures[1] - figures[0], low, high, p, strict=True)
     return [Difference(*name, *map(float, values)) for name, values in zip(names, columns, strict=True)]
 
 
-def _permutation_test(difference: np.ndarray, queries: np.ndarray, permutations: int, seed: int) -> np.ndarray:
-    """P-values [F + 1] of the differences of hits [P, F], by random signs of the pictures."""
+def permutation_test(difference: np.ndarray, queries: np.ndarray, permutations: int, seed: int) -> np.ndarray:
+    """P-values of differences of recall, by random signs of the pictures; two-sided.
+
+    Args:
+        difference: Differences of the hits of each picture, for each of `FIGURES`: float64 [P, F].
+        queries: Number of queries of all pictures, for each of `FIGURES`: float64 [F].
+        permutations: Number of random permutations.
+        seed: Seed of the permutations.
+
+    Returns:
+        [F + 1], that of the mean R@1 last.
+    """
     generator = np.random.default_rng([seed, 1])
     added = 100 * difference / queries
     first = [index for index, (_, name) in enumerate(FIGURES) if name == "R@1"]
