@@ -106,6 +106,11 @@ def test_no_circle() -> None:
         visit(module, ())
 
 
+def test_each_folder_is_a_package() -> None:
+    """Otherwise a wheel would lack it."""
+    assert not [str(folder) for folder in {path.parent for path in FILES} if not (folder / "__init__.py").is_file()]
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_files_and_functions_are_short(package: str) -> None:
     long = []
