@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,8 @@ def robustness(config: Config, options: argparse.Namespace) -> None:
     Raises:
         UserError: A kind or level is not valid, or the model, the shards, the split or the noise do not exist.
     """
+    if options.suite_seed < 0:
+        raise UserError(f"--suite-seed {options.suite_seed}: expected 0 or more")
     conditions = [(CLEAN, None), *parse_kinds(options.kinds, options.noise is not None)]
     export = find_export(Path(config.run), options.checkpoint)
 
@@ -123,9 +126,8 @@ def robustness(config: Config, options: argparse.Namespace) -> None:
 
     noise = find_noise(options.noise) if options.noise else None
     rank, world_size, device = initialise()
-    result = open_result(config, options, manifest, samples, export)
-    if world_size > 1:  # all ranks must measure the same conditions
-        result = run_on_rank_zero(lambda: result, rank)
+    opening = partial(open_result, config, options, manifest, samples, export)
+    result = run_on_rank_zero(opening, rank) if world_size > 1 else opening()  # all ranks measure the same conditions
     known = {condition.key for condition in result.conditions}
     missing = [(kind, level) for kind, level in conditions if condition_key(kind, level, noise) not in known]
     if missing:

@@ -91,6 +91,7 @@ def test_another_model_of_the_same_name_has_its_own_file(run):
         (["robustness", "--run", "/nowhere"], r"/nowhere is not a run folder"),
         (["robustness", "--run", "RUN", "--split", "nope"], r"no split 'nope'"),
         (["robustness", "--run", "RUN", "--limit", "0"], r"--limit 0: expected"),
+        (["robustness", "--run", "RUN", "--suite-seed", "-1"], r"--suite-seed -1: expected 0 or more"),
         (["robustness", "--run", "RUN", "--kinds", "echo"], r"--kinds echo: no such kind"),
         (["robustness", "--run", "RUN", "--checkpoint", "first"], r"no exported model first"),
         (["robustness", "--run", "RUN", "--noise", "/nowhere"], r"--noise /nowhere: no audio files"),

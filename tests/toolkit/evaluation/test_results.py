@@ -104,6 +104,18 @@ def test_hostile_ranks_are_one_line(tmp_path, write):
     assert "\n" not in str(caught.value)
 
 
+def test_compressed_ranks_are_refused_though_nothing_is_missing(tmp_path):
+    """They could fill the memory."""
+
+    def compress(path):
+        with np.load(path) as stored:
+            columns = dict(stored)
+        np.savez_compressed(path, **columns)
+
+    with pytest.raises(UserError, match="a column is compressed"):
+        stored(tmp_path, compress).ranks("speech_to_image")
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "{}", "[" * 100_000, '{"run": 1}', "null"])
 def test_foreign_json_is_one_line(tmp_path, content):
     made(tmp_path / "results", 5)
