@@ -216,7 +216,7 @@ def _speech(model: Model, trunk: dict[str, Any]) -> Sizes:
         top_norm = below if not trunk["do_stable_layer_norm"] else frozen != layers and not (large and speech.trunk)
     if trunk["architecture"] == "wavlm":
         heads = trunk["num_attention_heads"]
-        layer += heads + _linear(width // heads, 8)
+        layer += (0 if speech.lora_rank else heads) + _linear(width // heads, 8)
         inputs += [(trunk["num_buckets"] * heads, below or frozen == 0)]  # of the first layer
     return [
         *inputs,
