@@ -3,8 +3,8 @@
     python tests/benchmarks/searching.py [--json] [--items N] [--dim D] [--approximate N] [--repeats R] [--threads T]
 
 The embeddings are drawn around random centers and stored as float16. Exact search is measured by processor time, and by
-how much a new process grows against the size of the file of embeddings. The approximate index (extra [index]) is built of
-`--approximate` items, and searched with queries that are not among them. Exit code 1: a bound is missed.
+how much a new process grows against the size of the file of embeddings. The approximate index (extra [index]) is built
+of `--approximate` items, and searched with queries that are not among them. Exit code 1: a bound is missed.
 """
 
 import argparse
