@@ -73,6 +73,12 @@ def test_shares() -> None:
     assert {thirds.draw(chance) for _ in range(99)} == {"en", "en-us", "en-029"}
 
 
+def test_a_share_is_kept_where_a_later_pattern_matches_its_voice() -> None:
+    chosen = choose("en-us=0.5,all", None, ("en",))["en", False]
+    chance = random.Random(0)
+    assert sum(chosen.draw(chance) == "en-us" for _ in range(2000)) / 2000 == pytest.approx(0.5, abs=0.05)
+
+
 def test_without_shares_a_draw_is_one_number_of_the_stream() -> None:
     one, other = random.Random(5), random.Random(5)
     assert [Voices(ENGLISH[:7]).draw(one) for _ in range(9)] == [ENGLISH[other.randrange(7)] for _ in range(9)]
