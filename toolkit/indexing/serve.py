@@ -148,7 +148,7 @@ class PageServer(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RD)
         super().server_close()
 
-    def knows(self, host: str) -> bool:
+    def is_own_host(self, host: str) -> bool:
         """Whether a Host header names this machine: localhost, a numeric address, or, with a token, its host name."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
@@ -211,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check(self) -> None:
         hosts = self.headers.get_all("Host", [])
-        if len(hosts) != 1 or not self.server.knows(hosts[0]):
+        if len(hosts) != 1 or not self.server.is_own_host(hosts[0]):
             raise Refused(HTTPStatus.FORBIDDEN, "the request names another host: open the address that was printed")
         entering = self.command == "GET" and self.path.partition("?")[0] == "/"  # a link may lead here
         site, origin = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Origin")
@@ -233,8 +233,8 @@ class Handler(BaseHTTPRequestHandler):
             cookies = SimpleCookie(self.headers.get("Cookie", ""))
         except CookieError:
             cookies = SimpleCookie()
-        held = cookies[name].value if name in cookies else ""
-        if not hmac.compare_digest(held.encode(), expected.encode()):
+        stored = cookies[name].value if name in cookies else ""
+        if not hmac.compare_digest(stored.encode(), expected.encode()):
             raise Refused(HTTPStatus.FORBIDDEN, "a token is needed: open the address that search.py printed")
 
     def _get(self) -> tuple[str, bytes]:
