@@ -132,7 +132,7 @@ def train_and_evaluate(config_file: str) -> None:
     config = load_config(arguments)
     train.main(arguments)
     if config.final.split and config.training.stop_after is None:
-        evaluate.main([*arguments, "--split", config.final.split, "--rerank", str(config.final.rerank)])
+        evaluate.main(arguments)  # by default on final.split with final.rerank
 
 
 @dataclass(frozen=True)

@@ -166,11 +166,11 @@ def test_a_signal_outside_the_training_ends_the_rank(tmp_path, monkeypatch, numb
 
 @pytest.mark.parametrize(
     ("split", "stop_after", "evaluated"),
-    [("test", None, [["--split", "test", "--rerank", "9"]]), ("", None, []), ("test", 5, [])],
+    [("test", None, ["evaluate"]), ("", None, []), ("test", 5, [])],
 )
 def test_training_then_evaluation(tmp_path, monkeypatch, split, stop_after, evaluated):
     config = Config()
-    config.final.split, config.final.rerank, config.training.stop_after = split, 9, stop_after
+    config.final.split, config.training.stop_after = split, stop_after
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     calls = []
@@ -180,5 +180,4 @@ def test_training_then_evaluation(tmp_path, monkeypatch, split, stop_after, eval
         monkeypatch.setitem(sys.modules, f"toolkit.{name}", module)
         monkeypatch.setattr(f"toolkit.{name}", module, raising=False)
     train_and_evaluate(str(file))
-    common = ["--config", str(file)]
-    assert calls == [("train", common), *[("evaluate", [*common, *more]) for more in evaluated]]
+    assert calls == [(name, ["--config", str(file)]) for name in ("train", *evaluated)]

@@ -201,12 +201,18 @@ def test_damaged_or_missing_export_is_one_line(run, monkeypatch):
         evaluate.main(["--run", str(run)])
 
 
-def test_a_run_without_matching_is_not_reranked(run, folder, capsys):
+@pytest.mark.parametrize("trained_as", [[], ["--objectives.matching.weight", "1"]])
+def test_a_run_without_matching_is_reranked_neither_by_default_nor_on_request(run, folder, capsys, trained_as):
     settled = settings(folder)
     settled.objectives.matching.weight = 0
     (run / "config.yaml").write_text(to_yaml(settled))
-    assert evaluate.read_arguments(["--run", str(run), "--rerank", "8"]).rerank == 0
-    assert "not re-ranked" in capsys.readouterr().err
+    command = ["--run", str(run), *trained_as]
+    assert evaluate.read_arguments(command).rerank == 0
+    assert f"not re-ranked: {run} trained no matching head" in capsys.readouterr().err
+    assert evaluate.read_arguments([*command, "--rerank", "0"]).rerank == 0
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match=r"--rerank 8: .* trained no matching head .*: leave --rerank out, or"):
+        evaluate.read_arguments([*command, "--rerank", "8"])
 
 
 def test_several_data_sets_in_one_table(run, folder, tmp_path, monkeypatch, capsys):

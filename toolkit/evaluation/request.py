@@ -52,7 +52,8 @@ def build_parser(description: str | None) -> Parser:
     parser = Parser(description)
     add = parser.add_argument
     add("--split", help="split to evaluate (default: final.split)")
-    add("--rerank", type=int, metavar="K", help="candidates per query to re-rank (default: final.rerank)")
+    rerank = "candidates per query to re-rank (default: final.rerank, or 0 if the run trained no matching head)"
+    add("--rerank", type=int, metavar="K", help=rerank)
     add("--checkpoint", metavar="best|last|DIR", help="exported model (default: best, else last)")
     add("--datasets", nargs="+", metavar="DIR[:SPLIT]", help="data sets to evaluate on, in place of data.shards")
     add("--model", metavar="FOLDER", help="exported folder or hub id, in place of --run; needs --out")
@@ -84,8 +85,11 @@ def read_arguments(arguments: list[str], description: str | None = None) -> Requ
     k = config.final.rerank if named.rerank is None else named.rerank
     if k < 0:
         raise UserError(f"--rerank {k}: expected a number of candidates, or 0")
-    if k and not config.objectives.matching.weight:
-        logger.warning("not re-ranked: this run trained no matching head (objectives.matching.weight 0)")
+    if k and run and not load_run(run).objectives.matching.weight:
+        untrained = f"{run} trained no matching head (objectives.matching.weight 0)"
+        if named.rerank:
+            raise UserError(f"--rerank {k}: {untrained}: leave --rerank out, or evaluate a run that trained one")
+        logger.warning("not re-ranked: %s", untrained)
         k = 0
     split = named.split or config.final.split or "test"
     datasets = [split_name(name, split) for name in named.datasets or [config.data.shards]]
