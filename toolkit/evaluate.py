@@ -1,6 +1,6 @@
 """Measure a trained model: `python toolkit/evaluate.py --run DIR --split test --rerank K [--section.key value ...]`.
 
-Also `--datasets DIR[:SPLIT] ...` (zero-shot), `--by speaker,language,duration,words`, `--protocols`,
+Also `--datasets DIR[:SPLIT] ...` (zero-shot), `--by speaker,language,accent,duration,words`, `--protocols`,
 `--model FOLDER --out DIR`; and of stored results `--results RUN ...` and `--compare RUN RUN`.
 """
 

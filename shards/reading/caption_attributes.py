@@ -1,4 +1,4 @@
-"""What is known of the captions of a split: text, speaker, language, duration, to group results by."""
+"""What is known of the captions of a split: text, speaker, language, accent, duration, to group results by."""
 
 import logging
 from collections.abc import Iterable
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.corpora.synthesis.espeak import ACCENTS
 from shards.manifest import Manifest
 from shards.reading.bad_samples import UnreadableSampleError
 from shards.reading.cache import Cache
@@ -16,6 +17,8 @@ from shards.reading.reader import MAX_META, Reader
 logger = logging.getLogger(__name__)
 
 _THREADS = 16  # concurrent requests to remote shards
+_SYNTHESIZED = "scenes"  # the corpus whose speakers are voices of espeak-ng, which are named by accent and variant
+_ACCENTS = frozenset(accent for accents in ACCENTS.values() for accent in accents)
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,15 @@ class CaptionAttributes:
         text: What is said, per caption.
         speaker: Who says it; of the scenes the synthesizer's voice.
         language: Code of the language, as in `en`.
+        accent: Variety of the language that a voice of espeak-ng speaks, by its name there, as in `en-gb-scotland`;
+            `en` is British. Only the scenes have such voices.
         duration: Seconds, float32 [captions].
     """
 
     text: list[str | None]
     speaker: list[str | None]
     language: list[str | None]
+    accent: list[str | None]
     duration: np.ndarray
 
 
@@ -49,7 +55,7 @@ def read_caption_attributes(manifest: Manifest, split: str, cache: Cache | None 
     """
     samples = manifest.rows(split)
     rows = np.concatenate([np.arange(0), *(manifest.captions(sample) for sample in samples.tolist())])
-    attributes = CaptionAttributes([], [], [], manifest.duration[rows])
+    attributes = CaptionAttributes([], [], [], [], manifest.duration[rows])
     unreadable = 0
     for sample, captions in zip(samples.tolist(), _captions(manifest, samples, cache), strict=True):
         count = len(manifest.captions(sample))
@@ -57,6 +63,7 @@ def read_caption_attributes(manifest: Manifest, split: str, cache: Cache | None 
             captions, unreadable = [{}] * count, unreadable + 1
         for name in ("text", "speaker", "language"):
             getattr(attributes, name).extend(_text(caption, name) for caption in captions)
+    attributes.accent.extend(_accent(manifest.corpus, speaker) for speaker in attributes.speaker)
     if unreadable:
         logger.warning(
             "%s: the JSON of %s samples of split %s is damaged: texts, speakers and languages of these are unknown",
@@ -84,6 +91,11 @@ def _captions(manifest: Manifest, samples: np.ndarray, cache: Cache | None) -> I
         return map(captions, samples.tolist())
     with ThreadPoolExecutor(_THREADS) as threads:
         return list(threads.map(captions, samples.tolist()))
+
+
+def _accent(corpus: str, speaker: str | None) -> str | None:
+    accent = (speaker or "").partition("+")[0]
+    return accent if corpus == _SYNTHESIZED and accent in _ACCENTS else None
 
 
 def _text(caption: Any, name: str) -> str | None:

@@ -58,7 +58,7 @@ def build_parser(description: str | None) -> Parser:
     add("--datasets", nargs="+", metavar="DIR[:SPLIT]", help="data sets to evaluate on, in place of data.shards")
     add("--model", metavar="FOLDER", help="exported folder or hub id, in place of --run; needs --out")
     add("--out", type=Path, metavar="DIR", help="folder of the results of --model")
-    add("--by", nargs="+", metavar="NAME", help="groups of captions: speaker, language, duration, words")
+    add("--by", nargs="+", metavar="NAME", help="groups of captions: speaker, language, accent, duration, words")
     add(
         "--protocols", action="store_true", help="compare protocols: length of the audio, score of re-ranking, measures"
     )

@@ -1,4 +1,4 @@
-"""Recall of groups of the test queries: by speaker, language, duration, number of words."""
+"""Recall of groups of the test queries: by speaker, language, accent, duration, number of words."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -97,6 +97,16 @@ def test_damaged_json_is_unknown_and_said(
     assert "the JSON of 1 samples of split test is damaged" in caplog.text
 
 
+def test_accents_are_those_of_the_voices_of_the_scenes(tmp_path: Path) -> None:
+    spoken_by = {"en-gb-scotland+m3": "en-gb-scotland", "en-us": "en-us", "pt-br+Mr serious": "pt-br", "en+f1": "en"}
+    spoken_by |= dict.fromkeys(("piper:joe", "en-gb+f1", "+f1", "Anna"))
+    captions = tuple(Caption(f"{n}", partial(spoken, n), speaker=voice) for n, voice in enumerate([*spoken_by, None]))
+    items = [Item("picture", "test", partial(drawn, 0), captions)]
+    for corpus, expected in (("scenes", [*spoken_by.values(), None]), ("other", [None] * len(captions))):
+        write_shards(items, tmp_path / corpus, corpus, Format(), {})
+        assert read_caption_attributes(load(tmp_path / corpus), "test").accent == expected
+
+
 def test_values_of_another_type_are_unknown(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = {"captions": [{"text": 3, "speaker": ["x"], "language": {}}, "caption", None]}
     monkeypatch.setattr("shards.reading.reader.Reader.meta", lambda self, sample: odd)

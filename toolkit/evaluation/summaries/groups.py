@@ -1,12 +1,12 @@
-"""Recall by groups of captions: speaker, language, duration, number of words, where the shards state them.
+"""Recall by groups of captions: speaker, language, accent, duration, number of words, where the shards state them.
 
 Speech to image: the queries are the group's captions, the candidates all pictures of the split. Image to speech: the
 queries are the pictures with a caption of the group, the candidates all captions of the split, and a hit is a caption
 of the group among the first k. The picture's other captions are candidates like any other and may stand before it, so
 figures of this direction are lower than those of the split: compare groups with one another.
 
-An accent is no group of its own: shards state none. Where the code of a language names a region, as `en-GB` does, the
-groups of languages tell accents apart.
+An accent is known of voices of espeak-ng alone, which speak the scenes. Where the code of a language names a region, as
+`en-GB` does, the groups of languages tell accents apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from shards.errors import UserError
 from shards.reading.caption_attributes import CaptionAttributes
 from toolkit.evaluation.recall import CUTOFFS, CorrectAnswers, RankCounts, Ranking, hits_at
 
-ATTRIBUTES = ("speaker", "language", "duration", "words")
+ATTRIBUTES = ("speaker", "language", "accent", "duration", "words")
 _BINNED = ("duration", "words")
 UNKNOWN = "not stated"
 _BINS = 4  # of durations and numbers of words, by quantiles
@@ -50,7 +50,8 @@ def group_captions(attributes: CaptionAttributes, by: str) -> list[str]:
         names = [name or UNKNOWN for name in stated]
     if all(name == UNKNOWN for name in names):
         what = "texts" if by == "words" else f"{by}s"
-        raise UserError(f"--by {by}: the shards state no {what} of the captions of this split")
+        why = ": only the voices of espeak-ng, which speak the scenes, name one" if by == "accent" else ""
+        raise UserError(f"--by {by}: the shards state no {what} of the captions of this split{why}")
     return names
 
 

@@ -13,26 +13,28 @@ from toolkit.evaluation.summaries.groups import UNKNOWN, format_groups, group_ca
 OWNER = torch.repeat_interleave(torch.arange(15), 3)
 
 
-def attributes(text=None, speaker=None, language=None, duration=None):
-    count = len(duration) if duration is not None else len(text or speaker or language)
+def attributes(text=None, speaker=None, language=None, duration=None, accent=None):
+    count = len(duration) if duration is not None else len(text or speaker or language or accent)
     nothing = [None] * count
     seconds = np.zeros(count) if duration is None else duration
-    return CaptionAttributes(text or nothing, speaker or nothing, language or nothing, np.array(seconds, np.float32))
+    stated = (each or nothing for each in (text, speaker, language, accent))
+    return CaptionAttributes(*stated, np.array(seconds, np.float32))
 
 
 def test_groups_are_named_by_what_the_shards_state():
     assert group_captions(attributes(speaker=["a", None, "b"]), "speaker") == ["a", UNKNOWN, "b"]
     assert group_captions(attributes(language=["en-GB", "en-US"]), "language") == ["en-GB", "en-US"]
+    assert group_captions(attributes(accent=["en-us", None]), "accent") == ["en-us", UNKNOWN]
     texts = ["one", "one two", None, "one two three", "one two three four", "one two three four five"]
     words = group_captions(attributes(text=texts), "words")
     assert words == [
         "1 words", "2 words", UNKNOWN, "3 words", "4 to 5 words", "4 to 5 words",
     ]  # fmt: skip
-    for by, name in (("speaker", "speakers"), ("language", "languages"), ("words", "texts")):
+    for by, name in (("speaker", "speakers"), ("language", "languages"), ("accent", "accents"), ("words", "texts")):
         with pytest.raises(UserError, match=f"--by {by}: the shards state no {name}"):
             group_captions(attributes(duration=[1.0]), by)
-    with pytest.raises(UserError, match="--by accent: expected any of speaker, language, duration, words"):
-        group_captions(attributes(duration=[1.0]), "accent")
+    with pytest.raises(UserError, match="--by age: expected any of speaker, language, accent, duration, words"):
+        group_captions(attributes(duration=[1.0]), "age")
 
 
 def test_durations_are_binned_by_quartiles():
