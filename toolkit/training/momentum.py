@@ -26,12 +26,12 @@ from torch import Tensor
 from toolkit.distributed import begin_all_gather
 from toolkit.model.outputs import Encoded, Features
 from toolkit.model.retrieval import SpeechImageModel, build_teacher
-from toolkit.training.zero.slices import Cut, Slice
+from toolkit.training.zero.fragments import Fragment, Partition
 
 
 @dataclass(frozen=True, eq=False)
-class Average(Slice):
-    """A slice of the average.
+class Average(Fragment):
+    """A fragment of the average.
 
     Attributes:
         average: float32 [stop - start], a view that may be written to.
@@ -67,7 +67,7 @@ class MomentumEncoder:
         self.names, self.student = list(trained), list(trained.values())
         self.working = [copies[name] for name in self.names]
         self._pending: tuple[Tensor, Tensor, Any] | None = None  # sent, received, handle
-        self._lay_out(self._own_cuts(), [w.detach().float().view(-1) for w in self.working], 0, 1)
+        self._lay_out(self._own_partitions(), [w.detach().float().view(-1) for w in self.working], 0, 1)
 
     @torch.no_grad()
     def __call__(self, speech: tuple[Features, ...], image: Features) -> tuple[Encoded, Encoded]:
@@ -78,7 +78,7 @@ class MomentumEncoder:
     def to(self, device: torch.device, dtype: torch.dtype) -> "MomentumEncoder":
         """Move to a device; the working copy takes `dtype`, the average stays float32."""
         self._move(device, dtype)
-        self._lay_out(self._own_cuts(), [average.to(device) for average in self.average], 0, 1)
+        self._lay_out(self._own_partitions(), [average.to(device) for average in self.average], 0, 1)
         return self
 
     def attach(self, engine: Any, rank: int, world_size: int) -> "MomentumEncoder":
@@ -89,7 +89,7 @@ class MomentumEncoder:
             rank: This process.
             world_size: Number of processes.
         """
-        from toolkit.training.zero.state import cuts  # imports DeepSpeed, which is not needed without an engine
+        from toolkit.training.zero.state import partitions  # imports DeepSpeed, which is not needed without an engine
 
         self._move(engine.device, next(engine.module.parameters()).dtype)
         numbers = {id(parameter): number for number, parameter in enumerate(self.student)}
@@ -97,10 +97,10 @@ class MomentumEncoder:
         for name, parameter in engine.module.named_parameters():
             if (number := numbers.get(id(parameter))) is not None:
                 self.names[number] = name
-        own_cuts = [cut for cut in cuts(engine) if not cut.offsets.keys().isdisjoint(self.names)]
+        own_partitions = [each for each in partitions(engine) if not each.offsets.keys().isdisjoint(self.names)]
         where = (rank, world_size) if engine.zero_optimization_stage() else (0, 1)
         with torch.no_grad():
-            self._lay_out(own_cuts, [cut.master.float().clone() for cut in own_cuts], *where)
+            self._lay_out(own_partitions, [each.master.float().clone() for each in own_partitions], *where)
         return self
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class MomentumEncoder:
         """
         decay = self.decay if decay is None else decay
         self.wait_pending()
-        masters = [cut.master if cut.master.dtype == torch.float32 else cut.master.float() for cut in self._cuts]
+        masters = [each.master.float() for each in self._partitions]
         torch._foreach_lerp_(self.average, masters, 1.0 - decay)
         self._refresh()
 
@@ -128,52 +128,52 @@ class MomentumEncoder:
         for complete, parts in zip(self._gathered, gathered.split(self._sizes, dim=1), strict=True):
             complete.copy_(parts)
 
-    def local_shards(self) -> list[Average]:
-        """List this rank's slices of the average; at stage 0 every rank has all of them, else they are partitioned."""
+    def local_fragments(self) -> list[Average]:
+        """List this rank's fragments of the average; at stage 0 every rank has all of them."""
         shapes = dict(zip(self.names, self._shapes, strict=True))
-        slices = []
-        for cut, average in zip(self._cuts, self.average, strict=True):
+        fragments = []
+        for partition, average in zip(self._partitions, self.average, strict=True):
             first = self._rank * len(average)
-            for name, offset in cut.offsets.items():
+            for name, offset in partition.offsets.items():
                 if name in shapes:
                     start = max(first - offset, 0)
                     stop = min(first + len(average) - offset, math.prod(shapes[name]))
                     if start < stop:
                         view = average[offset + start - first : offset + stop - first]
-                        slices.append(Average(name, start, stop, shapes[name], view))
-        return slices
+                        fragments.append(Average(name, start, stop, shapes[name], view))
+        return fragments
 
     @contextlib.contextmanager
     def editable(self) -> Iterator[list[Average]]:
-        """Let the caller overwrite this rank's slices, then update the working copy; every rank calls this."""
+        """Let the caller overwrite this rank's fragments, then update the working copy; every rank calls this."""
         with torch.no_grad():
             self.wait_pending()
-            yield self.local_shards()
+            yield self.local_fragments()
             self._refresh()
             self.wait_pending()
 
-    def _own_cuts(self) -> list[Cut]:
-        """Return the student's complete parameters as cuts, for use without an engine."""
-        return [Cut(p.detach().view(-1), {name: 0}) for name, p in zip(self.names, self.student, strict=True)]
+    def _own_partitions(self) -> list[Partition]:
+        """Return the student's complete parameters as partitions, for use without an engine."""
+        return [Partition(p.detach().view(-1), {name: 0}) for name, p in zip(self.names, self.student, strict=True)]
 
     def _move(self, device: torch.device, dtype: torch.dtype) -> None:
         self.encoder.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
         for working in self.working:
             working.data = working.data.to(dtype)
 
-    def _lay_out(self, cuts: list[Cut], averages: list[Tensor], rank: int, world_size: int) -> None:
-        """Set up the average and, as `world_size` rows of such cuts, the working copy, with views for the teacher.
+    def _lay_out(self, partitions: list[Partition], averages: list[Tensor], rank: int, world_size: int) -> None:
+        """Set up the average and, as `world_size` rows of such partitions, the teacher's working copy.
 
         Args:
-            cuts: This rank's cuts.
-            averages: float32, the average of each cut; not copied.
-            rank: This process's place among the equal cuts.
-            world_size: Number of equal cuts.
+            partitions: This rank's partitions.
+            averages: float32, the average of each partition; not copied.
+            rank: This process's position among the equal partitions.
+            world_size: Number of equal partitions.
         """
-        self._cuts, self.average, self._rank, self._world_size = cuts, averages, rank, world_size
+        self._partitions, self.average, self._rank, self._world_size = partitions, averages, rank, world_size
         self._shapes = [tuple(working.shape) for working in self.working]
         self._sizes = [len(average) for average in averages]
-        places = {name: (n, cut.offsets[name]) for n, cut in enumerate(cuts) for name in cut.offsets}
+        offset_of = {name: (n, offset) for n, each in enumerate(partitions) for name, offset in each.offsets.items()}
         self._gathered = [
             average.view(1, -1)
             if world_size == 1 and (average.dtype, average.device) == (self.working[0].dtype, self.working[0].device)
@@ -181,7 +181,7 @@ class MomentumEncoder:
             for average in averages
         ]
         for name, working, shape in zip(self.names, self.working, self._shapes, strict=True):
-            number, offset = places[name]
+            number, offset = offset_of[name]
             working.data = self._gathered[number].view(-1)[offset : offset + math.prod(shape)].view(shape)
         with torch.no_grad():
             self._refresh()

@@ -1,14 +1,14 @@
 """Atomic, asynchronous checkpoints of a run, loaded at any world size and ZeRO stage.
 
     RUN/checkpoints/step-00000600/
-        fragments-00003.safetensors   rank 3's shards of float32 weights, Adam's moments (see `zero/state.py`) and the
-                                      momentum average; at ZeRO stage 0 rank 0 saves all of them
+        fragments-00003.safetensors   rank 3's fragments of float32 weights, Adam's moments and momentum average (see
+                                      `zero/state.py`); at ZeRO stage 0 rank 0 saves all of them
         tokens-00003.safetensors      rank 3's token sequences in SIM's queue, if there is one
         shared.safetensors            SIC's queue, buffers
         progress.json                 the marker of a complete checkpoint: progress, data, all files with checksums
     RUN/checkpoints/.step-...         a checkpoint that is being written
 
-Random numbers and the place in the data are functions of seed and step, so neither is saved.
+Random numbers and the position in the data are functions of seed and step, so neither is saved.
 """
 
 import atexit
@@ -55,7 +55,7 @@ from toolkit.training.checkpointing.progress import (
 from toolkit.training.checkpointing.queues import load_shared, load_token_queue, place_in, shared_state, token_file
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
-from toolkit.training.zero.slices import Slice
+from toolkit.training.zero.fragments import Fragment
 from toolkit.training.zero.state import applied_steps, editable, fragments
 
 logger = logging.getLogger(__name__)
@@ -140,10 +140,10 @@ class Checkpoints:
         except OSError as error:
             self._warn_failed(progress.step, 0, reason_of(error))
             return
-        local_shards: list[Slice] = []
+        local_fragments: list[Fragment] = []
         if self.rank == 0 or engine.zero_optimization_stage():
-            local_shards = [*fragments(engine), *(teacher.local_shards() if teacher else ())]
-        tensors = {_fragments(self.rank): {k: v for each in local_shards for k, v in tensor_names(each).items()}}
+            local_fragments = [*fragments(engine), *(teacher.local_fragments() if teacher else ())]
+        tensors = {_fragments(self.rank): {k: v for each in local_fragments for k, v in tensor_names(each).items()}}
         if token_queue:
             tensors[token_file(self.rank)] = token_queue.state(place_in(token_queue, self.rank, self.world_size))
         if self.rank == 0:
@@ -152,7 +152,7 @@ class Checkpoints:
         ready = torch.cuda.Event(blocking=True) if torch.cuda.is_available() else None
         if ready:
             ready.record()
-        shapes = {each.name: json.dumps(each.shape) for each in local_shards}
+        shapes = {each.name: json.dumps(each.shape) for each in local_fragments}
         marker = asdict(progress) | {
             "format": FORMAT,
             "applied_steps": applied_steps(engine),
@@ -338,8 +338,8 @@ class Checkpoints:
 
         # Errors of the files are raised here, on all ranks: what follows has collectives.
         reader = run_on_all_ranks(prepare, self.rank, self.world_size)
-        with editable(engine, saved.applied_steps) as local_shards:
-            for fragment in local_shards:
+        with editable(engine, saved.applied_steps) as local_fragments:
+            for fragment in local_fragments:
                 reader.read_into(fragment)
         if teacher:
             with teacher.editable() as averages:
@@ -360,7 +360,7 @@ class Checkpoints:
             (info.name for info in saved.files if info.name.startswith("fragments-")), key=lambda name: name != own
         )
         reader = CheckpointReader(saved.folder / name for name in names)
-        for part in (*fragments(engine), *(teacher.local_shards() if teacher else ())):
+        for part in (*fragments(engine), *(teacher.local_fragments() if teacher else ())):
             reader.check(part)
         return reader
 

@@ -12,11 +12,11 @@ from toolkit.model.retrieval import SpeechImageModel
 from toolkit.training.checkpointing.files import CheckpointReader, problem_of
 from toolkit.training.checkpointing.progress import read_marker
 from toolkit.training.learner import Learner
-from toolkit.training.zero.slices import Slice
+from toolkit.training.zero.fragments import Fragment
 
 
 @dataclass(frozen=True, eq=False)
-class _Weights(Slice):
+class _Weights(Fragment):
     """A complete weight."""
 
     parts: ClassVar[tuple[str, ...]] = ("master",)

@@ -1,4 +1,4 @@
-"""Tensor files of a checkpoint: safetensors, written and checksummed in one pass; only the needed slices are read.
+"""Tensor files of a checkpoint: safetensors, written and checksummed in one pass; only the needed elements are read.
 
 A safetensors file is a JSON header and numbers. It contains no code, and no other file of the folder is opened.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shards.errors import UserError
 from shards.files import file_sha256
-from toolkit.training.zero.slices import Slice
+from toolkit.training.zero.fragments import Fragment
 
 _TYPES = {
     torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
@@ -86,16 +86,16 @@ def problem_of(folder: Path, info: FileInfo) -> str | None:
         return f"{info.name} is not a safetensors file"
 
 
-def tensor_names(fragment: Slice) -> dict[str, Tensor]:
-    """Return a slice's tensors by their names in a file."""
+def tensor_names(fragment: Fragment) -> dict[str, Tensor]:
+    """Return a fragment's tensors by their names in a file."""
     return {f"{part}:{fragment.start}:{fragment.name}": getattr(fragment, part) for part in fragment.parts}
 
 
 class CheckpointReader:
-    """Reads slices from the files of a checkpoint, written at any world size and ZeRO stage.
+    """Reads fragments from the files of a checkpoint, written at any world size and ZeRO stage.
 
-    A file is opened (its header read) when a slice is not in the files opened so far. With a rank's own file first in
-    the list, a run that resumes with the same world size and stage opens no other.
+    A file is opened (its header read) when a fragment is not in the files opened so far. With a rank's own file first,
+    a run that resumes with the same world size and stage opens no other.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -108,8 +108,8 @@ class CheckpointReader:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}  # (name, part): start, stop, slice
 
-    def check(self, fragment: Slice) -> None:
-        """Check that all elements of a slice can be read.
+    def check(self, fragment: Fragment) -> None:
+        """Check that all elements of a fragment can be read.
 
         Raises:
             UserError: The checkpoint does not have them, or the parameter has another shape.
@@ -120,8 +120,8 @@ class CheckpointReader:
         if shape != fragment.shape:
             raise UserError(f"{fragment.name} has shape {shape} in the checkpoint, {fragment.shape} in this model")
 
-    def read_into(self, fragment: Slice) -> None:
-        """Overwrite a slice's tensors with those of the files; only the needed elements are read."""
+    def read_into(self, fragment: Fragment) -> None:
+        """Overwrite a fragment's tensors with those of the files; only the needed elements are read."""
         for part in fragment.parts:
             target = getattr(fragment, part)
             for start, stop, piece in self._covering(fragment, part):
@@ -129,8 +129,8 @@ class CheckpointReader:
                 values = piece[first - start : last - start]
                 target[first - fragment.start : last - fragment.start].copy_(values)
 
-    def _covering(self, fragment: Slice, part: str) -> list[tuple[int, int, Any]]:
-        """Return the pieces that overlap a slice and together cover it."""
+    def _covering(self, fragment: Fragment, part: str) -> list[tuple[int, int, Any]]:
+        """Return the pieces that overlap a fragment and together cover it."""
         while True:
             pieces = sorted(self._pieces.get((fragment.name, part), []), key=lambda piece: piece[:2])
             needed = [piece for piece in pieces if piece[0] < fragment.stop and fragment.start < piece[1]]

@@ -58,9 +58,9 @@ def gather_masters(engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int
     Returns:
         On rank 0 the complete trained parameters by their names in the engine's module, on the CPU; else empty.
     """
-    local_shards: dict[str, list] = {}
+    local_fragments: dict[str, list] = {}
     for fragment in fragments(engine):
-        local_shards.setdefault(fragment.name, []).append(fragment)
+        local_fragments.setdefault(fragment.name, []).append(fragment)
     shared = world_size > 1 and engine.zero_optimization_stage() > 0
     masters = {}
     for name, parameter in engine.module.named_parameters():
@@ -68,7 +68,7 @@ def gather_masters(engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int
             continue
         shape = getattr(parameter, "ds_shape", parameter.shape)
         flat = torch.zeros(shape.numel(), device=engine.device)
-        for fragment in local_shards.get(name, ()):
+        for fragment in local_fragments.get(name, ()):
             flat[fragment.start : fragment.stop] = fragment.master.to(flat.device)
         if shared:
             dist.reduce(flat, 0)  # each element is on one rank, and zero on the others

@@ -1,15 +1,15 @@
-"""This rank's optimizer state as slices of complete parameters, at every ZeRO stage.
+"""This rank's optimizer state as fragments of complete parameters, at every ZeRO stage.
 
 DeepSpeed stores the float32 weights ("masters") and Adam's moments differently at every stage:
 
     stage  precision  masters                                                moments of
     0      fp32       the model's parameters, all on every rank              each parameter
     0      bf16       one float32 copy a parameter, all on every rank        each copy
-    1, 2   any        one flat tensor a group, cut at any element            the flat tensor
-    3      any        flat tensors of each parameter's equal cut             the flat tensor
+    1, 2   any        one flat tensor a group, partitioned at any element    the flat tensor
+    3      any        flat tensors of each parameter's equal partition       the flat tensor
 
-A `Fragment` is a view of that memory: writing to it changes the optimizer's state, also where DeepSpeed stores it on
-the CPU (`offload_optimizer`).
+An `OptimizerFragment` is a view of that memory: writing to it changes the optimizer's state, also where DeepSpeed
+stores it on the CPU (`offload_optimizer`).
 """
 
 import contextlib
@@ -23,20 +23,14 @@ from torch import Tensor, nn
 
 from shards.errors import UserError
 from toolkit.training.zero.deepspeed_import import deepspeed
-from toolkit.training.zero.slices import Cut, Slice
+from toolkit.training.zero.fragments import Fragment, Partition
 
 PARTS = ("master", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, eq=False)
-class Fragment(Slice):
-    """A slice of the weights with AdamW's moments.
-
-    Attributes:
-        master: float32 [stop - start], weights that the optimizer updates.
-        exp_avg: float32 [stop - start], first moment.
-        exp_avg_sq: float32 [stop - start], second moment.
-    """
+class OptimizerFragment(Fragment):
+    """A fragment of the weights that the optimizer updates and of AdamW's moments, each float32 [stop - start]."""
 
     parts: ClassVar[tuple[str, ...]] = PARTS
 
@@ -45,27 +39,28 @@ class Fragment(Slice):
     exp_avg_sq: Tensor
 
 
-def cuts(engine: deepspeed.DeepSpeedEngine) -> list[Cut]:
-    """List the cuts of the float32 weights, in the same order on all ranks; they are views."""
+def partitions(engine: deepspeed.DeepSpeedEngine) -> list[Partition]:
+    """List the partitions of the float32 weights, in the same order on all ranks; they are views."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     names = {parameter: name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     if stage == 0:
-        return [Cut(_master(optimizer, parameter).detach().view(-1), {name: 0}) for parameter, name in names.items()]
+        return [Partition(_master(optimizer, p).detach().view(-1), {name: 0}) for p, name in names.items()]
     if stage == 3:
-        found = []
-        for parameter, name in names.items():
-            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            found.append(Cut(optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, size), {name: 0}))
-        return found
-    found = []
+        flats = optimizer.fp32_partitioned_groups_flat
+        positions = {name: optimizer.grad_position[optimizer.get_param_id(p)] for p, name in names.items()}
+        return [
+            Partition(flats[group].detach().narrow(0, offset, size), {name: 0})
+            for name, (group, offset, size) in positions.items()
+        ]
+    result = []
     flats = (optimizer.bit16_groups_flat, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
     for flat, group, master in zip(*flats, strict=True):  # the model's parameters are views of `flat`
         offsets = {names[p]: (p.data_ptr() - flat.data_ptr()) // flat.element_size() for p in group}
-        found.append(Cut(master.detach(), offsets))
-    return found
+        result.append(Partition(master.detach(), offsets))
+    return result
 
 
-def fragments(engine: deepspeed.DeepSpeedEngine) -> list[Fragment]:
+def fragments(engine: deepspeed.DeepSpeedEngine) -> list[OptimizerFragment]:
     """List this rank's fragments, in the order of the learner's parameters.
 
     At stages 1 to 3 the ranks' fragments together cover every trained parameter exactly once; at stage 0 every rank
@@ -76,20 +71,20 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> list[Fragment]:
     """
     if getattr(engine.optimizer, "swap_optimizer", False):
         raise UserError("deepspeed.zero_optimization.offload_optimizer.device is nvme; use cpu, which can be saved")
-    place = {0: _complete, 1: _partitioned, 2: _partitioned, 3: _sharded}[engine.zero_optimization_stage()]
-    found = []
+    locate = {0: _complete, 1: _partitioned, 2: _partitioned, 3: _sharded}[engine.zero_optimization_stage()]
+    result = []
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for owner, offset, start, stop in place(engine.optimizer, parameter, math.prod(shape)):
+        for owner, offset, start, stop in locate(engine.optimizer, parameter, math.prod(shape)):
             state = _moments(engine, owner)
             views = [
                 tensor.detach().view(-1).narrow(0, offset, stop - start)
                 for tensor in (owner, state["exp_avg"], state["exp_avg_sq"])
             ]
-            found.append(Fragment(name, start, stop, shape, *views))
-    return found
+            result.append(OptimizerFragment(name, start, stop, shape, *views))
+    return result
 
 
 def applied_steps(engine: deepspeed.DeepSpeedEngine) -> int:
@@ -99,7 +94,7 @@ def applied_steps(engine: deepspeed.DeepSpeedEngine) -> int:
 
 
 @contextlib.contextmanager
-def editable(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[list[Fragment]]:
+def editable(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[list[OptimizerFragment]]:
     """Let the caller overwrite fragments, then copy the masters to the model's weights; every rank calls this.
 
     Args:
@@ -143,11 +138,11 @@ def _partitioned(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Te
 
 
 def _sharded(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Tensor, int, int, int]]:
-    """Yield the same at stage 3: the cuts are equal, so the last ones may end, or start, beyond the parameter."""
-    group, offset, cut = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start = deepspeed.comm.get_rank(parameter.ds_process_group) * cut
+    """Yield the same at stage 3: the partitions are equal, so the last may end, or start, beyond the parameter."""
+    group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = deepspeed.comm.get_rank(parameter.ds_process_group) * length
     if start < size:
-        yield optimizer.fp32_partitioned_groups_flat[group], offset, start, min(start + cut, size)
+        yield optimizer.fp32_partitioned_groups_flat[group], offset, start, min(start + length, size)
 
 
 def _master(optimizer: Any, parameter: nn.Parameter) -> Tensor:

@@ -401,10 +401,10 @@ def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     write, go_on = checkpoint.write_tensors, threading.Event()
     if rank == 1:
         checkpoint.write_tensors = lambda *args: (go_on.wait(), write(*args))[1]
-    local_shards = fragments(engine)
-    before = {name: tensor.clone() for each in local_shards for name, tensor in tensor_names(each).items()}
+    local_fragments = fragments(engine)
+    before = {name: tensor.clone() for each in local_fragments for name, tensor in tensor_names(each).items()}
     save(2)  # returns although rank 1 writes nothing yet
-    for each in local_shards:
+    for each in local_fragments:
         each.master.add_(1.0)  # training goes on
     if rank == 0:
         saving._pending.written.result()
@@ -525,11 +525,11 @@ def test_a_file_is_safetensors_with_its_checksum(tmp_path: Path) -> None:
 
 
 def cut(size: int, cuts: set[int], tensors: tuple[torch.Tensor, ...]) -> list[Any]:
-    from toolkit.training.zero.state import Fragment
+    from toolkit.training.zero.state import OptimizerFragment
 
     edges = [0, *sorted(each for each in cuts if 0 < each < size), size]
     return [
-        Fragment("a:b.c", start, stop, (size,), *(tensor[start:stop].clone() for tensor in tensors))
+        OptimizerFragment("a:b.c", start, stop, (size,), *(tensor[start:stop].clone() for tensor in tensors))
         for start, stop in itertools.pairwise(edges)
     ]
 

@@ -115,8 +115,8 @@ def test_exports_can_hold_the_optimizers_weights(shards: Path, tmp_path: Path) -
         written = load_file(folder / "model.safetensors")
         assert {value.dtype for value in written.values() if value.is_floating_point()} == {torch.float32}
         seen = 0
-        for local_shards in by_rank:
-            for name, start, stop, master in local_shards[zero]:
+        for local_fragments in by_rank:
+            for name, start, stop, master in local_fragments[zero]:
                 if name.startswith("model."):
                     exact = written[name.removeprefix("model.")].view(-1)[start:stop]
                     assert torch.equal(exact, master), f"stage {zero}: {name}"

@@ -94,11 +94,11 @@ def values(engine: Any) -> dict[str, Any]:
     """What this rank holds, by (name, start, part)."""
     from toolkit.training.zero.state import PARTS, fragments
 
-    local_shards = fragments(engine)
-    for each in local_shards:
+    local_fragments = fragments(engine)
+    for each in local_fragments:
         assert all(getattr(each, part).shape == (each.stop - each.start,) for part in PARTS)
         assert each.shape == tuple(dict(Small().named_parameters())[each.name].shape)
-    return {(each.name, each.start, part): getattr(each, part).clone() for each in local_shards for part in PARTS}
+    return {(each.name, each.start, part): getattr(each, part).clone() for each in local_fragments for part in PARTS}
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:
@@ -126,8 +126,8 @@ def stages(rank: int, world_size: int) -> list[dict[str, Any]]:
         step(engine, range(STEPS))
         seen["trained"], seen["counted"], seen["weights"] = values(engine), applied_steps(engine), weights(engine)
         step(engine, range(STEPS, STEPS + 1))  # and leave weights gathered where ZeRO 3 does
-        with editable(engine, 10) as local_shards:
-            for each in local_shards:
+        with editable(engine, 10) as local_fragments:
+            for each in local_fragments:
                 for part in PARTS:
                     getattr(each, part).copy_(given(each.name, each.shape, part)[each.start : each.stop])
         seen["given"] = weights(engine)
@@ -148,8 +148,8 @@ def assembled(ranks: list[dict[Any, torch.Tensor]], zero: int) -> dict[str, dict
     """Whole tensors by part and name; every element must be there exactly once."""
     shapes = {name: p.shape for name, p in Small().named_parameters() if p.requires_grad}
     together: dict[str, dict[str, torch.Tensor]] = {}
-    for local_shards in ranks[:1] if zero == 0 else ranks:
-        for (name, start, part), tensor in local_shards.items():
+    for local_fragments in ranks[:1] if zero == 0 else ranks:
+        for (name, start, part), tensor in local_fragments.items():
             whole = together.setdefault(part, {}).setdefault(name, torch.full((shapes[name].numel(),), torch.nan))
             assert whole[start : start + len(tensor)].isnan().all(), f"{name} is there twice"
             whole[start : start + len(tensor)] = tensor
