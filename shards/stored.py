@@ -13,19 +13,12 @@ Result = TypeVar("Result")
 
 
 class StoredFile(ABC):
-    """A picture or an audio file inside a container; picklable, hashable, and equal to another of the same place.
+    """A picture or an audio file inside a container; picklable, hashable, and equal to another of the same place."""
 
-    Attributes:
-        container: Absolute path or URL of the file that it is in.
-        container_bytes: Size of that file.
-        name: Name inside the container.
-        size: Size in bytes.
-    """
-
-    container: str
-    container_bytes: int
-    name: str
-    size: int
+    container: str  # absolute path or URL of the file that it is in
+    container_bytes: int  # size of that file
+    name: str  # name inside the container
+    size: int  # size in bytes
 
     @abstractmethod
     def read(self) -> bytes:

@@ -24,17 +24,11 @@ _STREAMS = {
 
 @dataclass(frozen=True)
 class SampleRandomness:
-    """Random numbers of one sample.
+    """Random numbers of one sample."""
 
-    Attributes:
-        seed: Seed of the run.
-        position: Position of the sample in the training data: step * batch size + place.
-        applied: Descriptions of the kinds that were applied, for display.
-    """
-
-    seed: int
-    position: int
-    applied: list[str] = field(default_factory=list)
+    seed: int  # of the run
+    position: int  # of the sample in the training data: step * batch size + place
+    applied: list[str] = field(default_factory=list)  # descriptions of the kinds that were applied, for display
 
     def draw(self, kind: str, probability: float) -> np.random.Generator | None:
         """Return the generator of a kind, with the given probability; None otherwise."""

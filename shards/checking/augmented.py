@@ -26,22 +26,13 @@ _SAMPLES, _VARIANTS = 6, 3
 
 @dataclass(frozen=True)
 class Preview:
-    """What is shown.
+    """What is shown."""
 
-    Attributes:
-        settings: Probabilities and ranges.
-        split: Split of the samples.
-        image_size: Side of the square pictures in pixels.
-        resize: How pictures become squares.
-        max_seconds: Longer captions are cut.
-        seed: Seed of the augmentation.
-    """
-
-    settings: Augment
+    settings: Augment  # probabilities and ranges
     split: str
-    image_size: int
-    resize: Resize
-    max_seconds: float
+    image_size: int  # side of the square pictures in pixels
+    resize: Resize  # how pictures become squares
+    max_seconds: float  # longer captions are cut
     seed: int
 
     def section(self, m: Manifest) -> Section:

@@ -42,15 +42,10 @@ _MODULES = {"hf-pairs": "stored.hf_pairs", "webdataset": "stored.webdataset"}
 
 @dataclass(frozen=True)
 class Corpus:
-    """A checked corpus, ready to be written.
+    """A checked corpus, ready to be written."""
 
-    Attributes:
-        items: Pictures with their captions.
-        dropped: What was left out with `--skip-bad`.
-    """
-
-    items: list[Item]
-    dropped: "list[Dropped]" = field(default_factory=list)
+    items: list[Item]  # pictures with their captions
+    dropped: "list[Dropped]" = field(default_factory=list)  # what was left out with `--skip-bad`
 
 
 def module(name: str) -> ModuleType:

@@ -7,15 +7,10 @@ from typing import NamedTuple
 
 
 class _Listing(NamedTuple):
-    """Entries of a folder.
+    """Entries of a folder."""
 
-    Attributes:
-        files: Names of regular files.
-        others: Names of folders, links and other entries.
-    """
-
-    files: set[str]
-    others: set[str]
+    files: set[str]  # names of regular files
+    others: set[str]  # names of folders, links and other entries
 
 
 class FileFinder:

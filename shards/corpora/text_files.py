@@ -46,13 +46,9 @@ def note_list(path: Path, data: bytes) -> None:
 
 
 class RepeatedKey(dict[str, Any]):
-    """A JSON object with a repeated key, so that one of its values is lost.
+    """A JSON object with a repeated key, so that one of its values is lost."""
 
-    Attributes:
-        key: The first repeated key.
-    """
-
-    key: str
+    key: str  # the first one
 
 
 def read_text(path: Path) -> str:

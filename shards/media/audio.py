@@ -36,15 +36,11 @@ _LOGGED = ("MAT4", "VOC", "WVE")
 
 @dataclass(frozen=True)
 class Recording:
-    """A decoded audio file.
+    """A decoded audio file."""
 
-    Attributes:
-        wave: float32 [n] at 16 kHz in [-1, 1], n > 0.
-        warning: Why someone should listen to it, if needed: it is silent, very quiet or clipped, or its channels cancel
-            and only one was kept.
-    """
-
-    wave: np.ndarray
+    wave: np.ndarray  # float32 [n] at 16 kHz in [-1, 1], n > 0
+    # Why someone should listen to it, if needed: it is silent, very quiet or clipped, or its channels cancel and only
+    # one was kept.
     warning: str | None
 
 

@@ -15,17 +15,11 @@ _UNPACK = ": unpack it"
 
 @dataclass(frozen=True)
 class _Content:
-    """A file format.
+    """A file format."""
 
-    Attributes:
-        name: Name of the format and medium.
-        kind: Whether it is audio or a picture; None if neither.
-        fix: How to make it readable; empty if libsndfile or Pillow reads it.
-    """
-
-    name: str
-    kind: Kind | None = None
-    fix: str = ""
+    name: str  # name of the format and medium
+    kind: Kind | None = None  # whether it is audio or a picture; None if neither
+    fix: str = ""  # how to make it readable; empty if libsndfile or Pillow reads it
 
 
 def _audio(name: str, suffix: str = "") -> _Content:

@@ -40,19 +40,12 @@ class _DecodingError(UserError):
 
 @dataclass(frozen=True)
 class _Source:
-    """Source of a picture.
+    """Source of a picture."""
 
-    Attributes:
-        content: A file, the bytes of one, or a Pillow image.
-        max_pixels: Largest number of pixels allowed.
-        formats: Pillow's decoders to try; None for all.
-        exif: The EXIF block that was removed from the content.
-    """
-
-    content: Path | bytes | Image.Image
-    max_pixels: int = MAX_PIXELS
-    formats: tuple[str, ...] | None = None
-    exif: bytes | None = None
+    content: Path | bytes | Image.Image  # a file, the bytes of one, or a Pillow image
+    max_pixels: int = MAX_PIXELS  # largest number of pixels allowed
+    formats: tuple[str, ...] | None = None  # Pillow's decoders to try; None for all
+    exif: bytes | None = None  # the EXIF block that was removed from the content
 
     def open(self) -> Image.Image:
         """Open the picture; its pixels are not decoded yet."""

@@ -13,19 +13,12 @@ class DamagedAudioError(Exception):
 
 @dataclass(frozen=True)
 class Span:
-    """One of the concatenated streams of a file.
+    """One of the concatenated streams of a file."""
 
-    Attributes:
-        start: Index of the first byte.
-        end: Index after the last byte.
-        fraction: Fraction of the declared length that is present; 1 if none is declared.
-        header: Bytes to prepend so that a decoder can determine the length.
-    """
-
-    start: int
-    end: int
-    fraction: float = 1.0
-    header: bytes = b""
+    start: int  # first byte
+    end: int  # one past the last byte
+    fraction: float = 1.0  # fraction of the declared length that is present; 1 if none is declared
+    header: bytes = b""  # bytes to prepend so that a decoder can determine the length
 
 
 class Content:

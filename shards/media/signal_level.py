@@ -59,17 +59,11 @@ def check_audible(peak: float, name: str) -> None:
 
 @dataclass
 class LevelMeter:
-    """Measures the level of audio, block by block.
+    """Measures the level of audio, block by block."""
 
-    Attributes:
-        peak: Largest magnitude so far; not finite if a sample is not.
-        samples: Number of samples so far.
-        at_full_scale: Number of samples with a magnitude of 0.999 or more.
-    """
-
-    peak: float = 0.0
-    samples: int = 0
-    at_full_scale: int = 0
+    peak: float = 0.0  # largest magnitude so far; not finite if a sample is not
+    samples: int = 0  # number of samples so far
+    at_full_scale: int = 0  # number of samples with a magnitude of 0.999 or more
 
     def add(self, block: np.ndarray) -> None:
         """Add samples, float32 [n]."""

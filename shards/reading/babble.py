@@ -17,17 +17,11 @@ from shards.reading.reader import Reader
 
 @dataclass
 class Babble:
-    """Background voices of the samples of an order.
+    """Background voices of the samples of an order."""
 
-    Attributes:
-        reader: The data sets that the order numbers.
-        order: The global batches.
-        max_samples: Longer utterances are cut.
-    """
-
-    reader: Reader
-    order: Order
-    max_samples: int
+    reader: Reader  # the data sets that the order numbers
+    order: Order  # the global batches
+    max_samples: int  # longer utterances are cut
     _last: tuple[int, Selection] | None = field(default=None, repr=False)
 
     def voices(self, position: int, sample: int, generator: np.random.Generator, count: int) -> list[np.ndarray]:

@@ -20,21 +20,13 @@ class UnreadableSampleError(UserError):
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be read or decoded, and was replaced by another.
+    """A sample that could not be read or decoded, and was replaced by another."""
 
-    Attributes:
-        sample: Key of the sample.
-        shard: Path or URL of its shard.
-        reason: One line.
-        step: Global batch that it belonged to.
-        row: Its row in the rank's micro-batch.
-    """
-
-    sample: str
-    shard: str
-    reason: str
-    step: int
-    row: int
+    sample: str  # key of the sample
+    shard: str  # path or URL of its shard
+    reason: str  # one line
+    step: int  # global batch that it belonged to
+    row: int  # its row in the rank's micro-batch
 
     def __str__(self) -> str:
         return f"sample {self.sample} of {self.shard} at step {self.step}: {self.reason}"

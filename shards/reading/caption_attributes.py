@@ -23,22 +23,15 @@ _ACCENTS = frozenset(accent for accents in ACCENTS.values() for accent in accent
 
 @dataclass(frozen=True)
 class CaptionAttributes:
-    """The captions of a split in the order of the manifest's rows; None: the shards do not say.
+    """The captions of a split in the order of the manifest's rows; None: the shards do not say."""
 
-    Attributes:
-        text: What is said, per caption.
-        speaker: Who says it; of the scenes the synthesizer's voice.
-        language: Code of the language, as in `en`.
-        accent: Variety of the language that a voice of espeak-ng speaks, by its name there, as in `en-gb-scotland`;
-            `en` is British. Only the scenes have such voices.
-        duration: Seconds, float32 [captions].
-    """
-
-    text: list[str | None]
-    speaker: list[str | None]
-    language: list[str | None]
+    text: list[str | None]  # what is said, per caption
+    speaker: list[str | None]  # who says it; of the scenes the synthesizer's voice
+    language: list[str | None]  # code of the language, as in `en`
+    # Variety of the language that a voice of espeak-ng speaks, by its name there, as in `en-gb-scotland`; `en` is
+    # British. Only the scenes have such voices.
     accent: list[str | None]
-    duration: np.ndarray
+    duration: np.ndarray  # seconds, float32 [captions]
 
 
 def read_caption_attributes(manifest: Manifest, split: str, cache: Cache | None = None) -> CaptionAttributes:

@@ -36,25 +36,17 @@ _TENSORS = ("images", "waveforms", "lengths", "ids")
 
 @dataclass
 class Batch:
-    """Speech-image pairs of one rank.
+    """Speech-image pairs of one rank."""
 
-    Attributes:
-        images: uint8 [B, 3, S, S].
-        waveforms: float32 [B, T], 16 kHz, zero-padded.
-        lengths: int64 [B], samples of each waveform.
-        ids: int64 [B], sample numbers: the identity of the picture.
-        host_lengths: `lengths` as integers on the host, read without synchronizing with the device.
-        bad_samples: Samples that could not be read and were replaced, in the order of rows.
-        warnings: Lines for the user, logged by the process that iterates.
-    """
-
-    images: torch.Tensor
-    waveforms: torch.Tensor
-    lengths: torch.Tensor
-    ids: torch.Tensor
+    images: torch.Tensor  # uint8 [B, 3, S, S]
+    waveforms: torch.Tensor  # float32 [B, T], 16 kHz, zero-padded
+    lengths: torch.Tensor  # int64 [B], samples of each waveform
+    ids: torch.Tensor  # int64 [B], sample numbers: the identity of the picture
+    # `lengths` as integers on the host, read without synchronizing with the device.
     host_lengths: tuple[int, ...] | None = None
+    # Samples that could not be read and were replaced, in the order of rows.
     bad_samples: list[BadSample] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # lines for the user, logged by the process that iterates
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device asynchronously."""

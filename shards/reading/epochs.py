@@ -27,25 +27,15 @@ CACHED_SHUFFLES = 8  # shuffled epochs and blocks that are kept
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One split of one data set, or the part of it in one shard group.
+    """One split of one data set, or the part of it in one shard group."""
 
-    Attributes:
-        start: int64 [shards], first sample number of each shard.
-        count: int64 [shards], samples of each shard.
-        first_caption: int64 [S + 1], first caption row of every sample of the data set.
-        first_sample: Offset of sample numbers, as the data sets of a mixture are numbered consecutively.
-        first_row: Offset of caption rows.
-        weight: Number of pictures drawn, relative to the other sources.
-        name: Name in error messages.
-    """
-
-    start: np.ndarray
-    count: np.ndarray
-    first_caption: np.ndarray
-    first_sample: int = 0
-    first_row: int = 0
-    weight: float = 1.0
-    name: str = "training"
+    start: np.ndarray  # int64 [shards], first sample number of each shard
+    count: np.ndarray  # int64 [shards], samples of each shard
+    first_caption: np.ndarray  # int64 [S + 1], first caption row of every sample of the data set
+    first_sample: int = 0  # offset of sample numbers, as the data sets of a mixture are numbered consecutively
+    first_row: int = 0  # offset of caption rows
+    weight: float = 1.0  # number of pictures drawn, relative to the other sources
+    name: str = "training"  # name in error messages
 
 
 @dataclass(frozen=True)

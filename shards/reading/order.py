@@ -29,17 +29,11 @@ from shards.reading.epochs import EpochStream, Share, Source
 
 
 class Selection(NamedTuple):
-    """A global batch or a part of one.
+    """A global batch or a part of one."""
 
-    Attributes:
-        samples: int64 [n], sample numbers over all data sets, distinct within a global batch.
-        captions: int64 [n], caption rows over all data sets.
-        positions: int64 [n], `step * batch_size + place`: unique in the run, used to seed random crops.
-    """
-
-    samples: np.ndarray
-    captions: np.ndarray
-    positions: np.ndarray
+    samples: np.ndarray  # int64 [n], sample numbers over all data sets, distinct within a global batch
+    captions: np.ndarray  # int64 [n], caption rows over all data sets
+    positions: np.ndarray  # int64 [n], `step * batch_size + place`: unique in the run, used to seed random crops
 
     def part(self, index: Any) -> "Selection":
         """Select places by a slice, a mask or an array of their numbers."""

@@ -54,19 +54,12 @@ class SharedBuffers:
 
 @dataclass
 class SharedBatch:
-    """A batch on its way from a worker.
-
-    Attributes:
-        worker: Number of the worker.
-        slot: Slot that holds images and waveforms.
-        layout: Their types and shapes.
-        batch: The batch with empty images and waveforms.
-    """
+    """A batch on its way from a worker."""
 
     worker: int
-    slot: int
-    layout: Layout
-    batch: Any
+    slot: int  # slot that holds images and waveforms
+    layout: Layout  # their types and shapes
+    batch: Any  # the batch with empty images and waveforms
 
     def open(self, buffers: Sequence[SharedBuffers]) -> Any:
         """Return the batch, with images and waveforms as views of the slot."""

@@ -56,17 +56,12 @@ class TarMember(StoredFile):
 
 @dataclass
 class TarListing:
-    """The members of a tar, in order.
+    """The members of a tar, in order."""
 
-    Attributes:
-        members: Regular files.
-        texts: Contents of the members that were asked for, by index in `members`.
-        problem: Why the tar cannot be parsed beyond the last member; None if it is intact.
-    """
-
-    members: list[TarMember] = field(default_factory=list)
+    members: list[TarMember] = field(default_factory=list)  # regular files
+    # Contents of the members that were asked for, by index in `members`.
     texts: dict[int, bytes] = field(default_factory=dict)
-    problem: str | None = None
+    problem: str | None = None  # why the tar cannot be parsed beyond the last member; None if it is intact
 
 
 class _DamagedTar(Exception):

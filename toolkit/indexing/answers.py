@@ -35,17 +35,11 @@ class Missing(UserError):
 
 @dataclass(frozen=True)
 class Query:
-    """An encoded query.
+    """An encoded query."""
 
-    Attributes:
-        encoded: Output of the encoder, [1].
-        seconds: Duration of a recording; 0 for an image.
-        warning: Why a recording may be unusable; None: it is audible.
-    """
-
-    encoded: Encoded
-    seconds: float
-    warning: str | None
+    encoded: Encoded  # output of the encoder, [1]
+    seconds: float  # duration of a recording; 0 for an image
+    warning: str | None  # why a recording may be unusable; None: it is audible
 
 
 class Answers:

@@ -43,19 +43,12 @@ _MAX_HEAD = 1 << 16  # bytes
 
 @dataclass(frozen=True)
 class Measured:
-    """Contents of `approximate.json`.
+    """Contents of `approximate.json`."""
 
-    Attributes:
-        lists: C, number of lists.
-        probes: Lists that are read for a query.
-        recall: Share of the exact best 10 that are found, over queries of the indexed modality.
-        sample: Number of those queries.
-    """
-
-    lists: int
-    probes: int
-    recall: float
-    sample: int
+    lists: int  # C, number of lists
+    probes: int  # lists that are read for a query
+    recall: float  # share of the exact best 10 that are found, over queries of the indexed modality
+    sample: int  # number of those queries
 
     def __str__(self) -> str:
         share = f"{100 * self.recall:.1f} %"

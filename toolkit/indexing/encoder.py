@@ -31,16 +31,10 @@ _USUAL_SECONDS = 8.0  # a batch of longer audio files is encoded in parts
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model on its device, in evaluation mode.
-
-    Attributes:
-        model: The model.
-        processor: Its preprocessing.
-        device: Device of the model.
-    """
+    """A model on its device, in evaluation mode."""
 
     model: "SpeechImageModel"
-    processor: "SpeechImageProcessor"
+    processor: "SpeechImageProcessor"  # its preprocessing
     device: torch.device
 
     @classmethod

@@ -33,17 +33,11 @@ TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 
 class Item(NamedTuple):
-    """An image or an audio file.
+    """An image or an audio file."""
 
-    Attributes:
-        name: Unique in its source: the path relative to the folder, or the key in the shards.
-        size: Size in bytes.
-        version: Changes with the content: the modification time in ns, or checksum and offset in the shard.
-    """
-
-    name: str
-    size: int
-    version: str
+    name: str  # unique in its source: the path relative to the folder, or the key in the shards
+    size: int  # size in bytes
+    version: str  # changes with the content: the modification time in ns, or checksum and offset in the shard
 
 
 class Source(Protocol):

@@ -32,23 +32,14 @@ _RERANK_BATCH = 32  # candidates encoded at once
 
 @dataclass(frozen=True)
 class Hit:
-    """A result.
+    """A result."""
 
-    Attributes:
-        row: Row in the index.
-        name: Name of the item.
-        path: Path of the file, or shards and key.
-        cosine: Of the embeddings.
-        match: Match logit; None: not re-ranked.
-        score: Score by which the result is ordered; without re-ranking the cosine.
-    """
-
-    row: int
-    name: str
-    path: str
-    cosine: float
-    match: float | None
-    score: float
+    row: int  # in the index
+    name: str  # of the item
+    path: str  # path of the file, or shards and key
+    cosine: float  # of the embeddings
+    match: float | None  # match logit; None: not re-ranked
+    score: float  # score by which the result is ordered; without re-ranking the cosine
 
     def asdict(self) -> dict[str, Any]:
         """Return the values for JSON."""

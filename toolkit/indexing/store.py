@@ -32,27 +32,16 @@ _MAX_DIM = 1 << 16
 
 @dataclass(frozen=True)
 class Head:
-    """Contents of `index.json`.
+    """Contents of `index.json`."""
 
-    Attributes:
-        modality: Images or audio files.
-        model: SHA-256 of the model that made the embeddings; see `model_checksum`.
-        model_folder: Folder of that model, the default of a search.
-        source: Location of the items; see `open_source`.
-        dim: D, size of an embedding.
-        dtype: Of the embeddings.
-        rows: N, number of items.
-        generation: Number of the files that belong to it.
-    """
-
-    modality: Modality
-    model: str
-    model_folder: str
-    source: dict[str, str] = field(default_factory=dict)
-    dim: int = 0
-    dtype: str = "float16"
-    rows: int = 0
-    generation: int = 0
+    modality: Modality  # images or audio files
+    model: str  # SHA-256 of the model that made the embeddings; see `model_checksum`
+    model_folder: str  # folder of that model, the default of a search
+    source: dict[str, str] = field(default_factory=dict)  # location of the items; see `open_source`
+    dim: int = 0  # D, size of an embedding
+    dtype: str = "float16"  # of the embeddings
+    rows: int = 0  # N, number of items
+    generation: int = 0  # number of the files that belong to it
 
     @property
     def embeddings_name(self) -> str:

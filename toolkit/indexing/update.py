@@ -28,38 +28,24 @@ UNITS = {"image": "images", "audio": "audio files"}
 
 @dataclass(frozen=True)
 class Changes:
-    """How a source differs from an index; each item is in one of the lists.
+    """How a source differs from an index; each item is in one of the lists."""
 
-    Attributes:
-        encode: New and changed items.
-        keep: Items of the index that are unchanged.
-        added: Number of new items.
-        changed: Number of changed items.
-        dropped: Number of items that no longer exist.
-    """
-
-    encode: list[Item]
-    keep: list[Item]
-    added: int
-    changed: int
-    dropped: int
+    encode: list[Item]  # new and changed items
+    keep: list[Item]  # items of the index that are unchanged
+    added: int  # number of new items
+    changed: int  # number of changed items
+    dropped: int  # number of items that no longer exist
 
     def __str__(self) -> str:
         return f"{self.added:,} new, {self.changed:,} changed, {self.dropped:,} gone, {len(self.keep):,} unchanged"
 
 
 class Update(NamedTuple):
-    """Result of an update.
+    """Result of an update."""
 
-    Attributes:
-        changes: Differences between the index and its source.
-        unreadable: Names of the items that were left out.
-        rows: Number of items in the index now.
-    """
-
-    changes: Changes
-    unreadable: list[str]
-    rows: int
+    changes: Changes  # differences between the index and its source
+    unreadable: list[str]  # names of the items that were left out
+    rows: int  # number of items in the index now
 
 
 def compare(indexed: Sequence[Item], listed: Sequence[Item], unlisted: Sequence[str] = ()) -> Changes:

@@ -10,15 +10,10 @@ PHRASINGS, IN_ORDER = 10, 4
 
 
 class NounPhrase(str):
-    """A noun phrase in the form in which it stands alone, with the other forms that templates use.
+    """A noun phrase in the form in which it stands alone, with the other forms that templates use."""
 
-    Attributes:
-        dative: The dative, in German.
-        of: Preceded by the preposition de or di, in Romance languages.
-    """
-
-    dative: str
-    of: str
+    dative: str  # in German
+    of: str  # preceded by the preposition de or di, in Romance languages
 
 
 # Colour, shape, size ("": not named), and whether the article is definite.
@@ -27,23 +22,16 @@ Phraser = Callable[[str, str, str, bool], str]
 
 @dataclass(frozen=True)
 class Language:
-    """The grammar of the captions in one language.
+    """The grammar of the captions in one language."""
 
-    Attributes:
-        vertical: `PHRASINGS` templates in which {a} and {b} are the first and the second object with an indefinite
-            article, {A} and {B} with a definite one.
-        horizontal: The same for objects side by side.
-        sides: Adverbial of each position of a third object.
-        conjunction: Word before the third object.
-        noun_phrase: Returns the noun phrase of an object.
-        tempo: Factor of the words per minute with which a caption lasts about as long as its English translation.
-    """
-
+    # `PHRASINGS` templates in which {a} and {b} are the first and the second object with an indefinite article, {A} and
+    # {B} with a definite one.
     vertical: tuple[str, ...]
-    horizontal: tuple[str, ...]
-    sides: dict[str, str]
-    conjunction: str
-    noun_phrase: Phraser
+    horizontal: tuple[str, ...]  # the same for objects side by side
+    sides: dict[str, str]  # adverbial of each position of a third object
+    conjunction: str  # word before the third object
+    noun_phrase: Phraser  # returns the noun phrase of an object
+    # Factor of the words per minute with which a caption lasts about as long as its English translation.
     tempo: float = 1.0
 
     def caption(self, scene: Scene, phrasing: int, sized: bool = False, size_of_first: bool = True) -> str:

@@ -25,15 +25,10 @@ _ALL = "all"
 
 @dataclass(frozen=True)
 class Voices:
-    """The voices that speak one language, and how often.
+    """The voices that speak one language, and how often."""
 
-    Attributes:
-        names: Voices that are equally probable; they speak what the others leave.
-        shares: Probabilities of the other voices.
-    """
-
-    names: tuple[str, ...]
-    shares: tuple[tuple[str, float], ...] = ()
+    names: tuple[str, ...]  # voices that are equally probable; they speak what the others leave
+    shares: tuple[tuple[str, float], ...] = ()  # probabilities of the other voices
 
     def draw(self, chance: random.Random) -> str:
         """Draw a voice; without shares, one number is drawn from the stream."""

@@ -66,22 +66,15 @@ _EXIT_TIMEOUT = 30.0  # seconds that a process which exits without `wait` waits 
 
 @dataclass
 class _PendingSave:
-    """A save that is being written.
-
-    Attributes:
-        step: Step of the checkpoint.
-        folder: Where it is written, under a unique name.
-        marker: Content of `progress.json`, without the files.
-        written: This rank's files, once they are on the disk.
-        completed: On rank 0, whether the background thread completed the checkpoint; False: `wait` has to.
-        stop: Set when `wait` takes over from the background thread.
-    """
+    """A save that is being written."""
 
     step: int
-    folder: Path
-    marker: dict[str, Any]
-    written: "Future[list[FileInfo]]"
+    folder: Path  # where it is written, under a unique name
+    marker: dict[str, Any]  # content of `progress.json`, without the files
+    written: "Future[list[FileInfo]]"  # this rank's files, once they are on the disk
+    # On rank 0, whether the background thread completed the checkpoint; False: `wait` has to.
     completed: "Future[bool] | None" = None
+    # Set when `wait` takes over from the background thread.
     stop: threading.Event = field(default_factory=threading.Event)
 
 

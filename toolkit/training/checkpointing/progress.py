@@ -18,29 +18,17 @@ _FILE = re.compile(r"(shared|(fragments|tokens)-\d{5})\.safetensors")  # the onl
 
 @dataclass
 class Progress:
-    """Progress of a run.
+    """Progress of a run."""
 
-    Attributes:
-        step: Number of optimizer steps done.
-        best: Best mean R@1 on dev so far, in per cent; -1 before the first evaluation.
-        best_step: Step of the best evaluation.
-        skipped: Number of skipped steps.
-        skipped_in_a_row: Number of skipped steps since the last applied one.
-        seconds: Training time so far, over all restarts.
-        restarts: Number of restarts after which a checkpoint was saved.
-        wandb_id: ID of the run in wandb; empty: none.
-        match_weight: Weight of the match logit in re-ranking, as last fitted on dev; -1: not fitted yet.
-    """
-
-    step: int = 0
-    best: float = -1.0
-    best_step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0
-    restarts: int = 0
-    wandb_id: str = ""
-    match_weight: float = -1.0
+    step: int = 0  # number of optimizer steps done
+    best: float = -1.0  # best mean R@1 on dev so far, in per cent; -1 before the first evaluation
+    best_step: int = 0  # step of the best evaluation
+    skipped: int = 0  # number of skipped steps
+    skipped_in_a_row: int = 0  # number of skipped steps since the last applied one
+    seconds: float = 0.0  # training time so far, over all restarts
+    restarts: int = 0  # number of restarts after which a checkpoint was saved
+    wandb_id: str = ""  # ID of the run in wandb; empty: none
+    match_weight: float = -1.0  # weight of the match logit in re-ranking, as last fitted on dev; -1: not fitted yet
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,10 @@ _FILE = "lease.json"
 
 @dataclass(frozen=True)
 class Lease:
-    """Ownership of a run folder.
-
-    Attributes:
-        run: The run folder.
-        token: Content of the lease file until another process takes it.
-    """
+    """Ownership of a run folder."""
 
     run: Path
-    token: str
+    token: str  # content of the lease file until another process takes it
 
     def check(self) -> None:
         """Check that this process still owns the folder; rank 0 calls this before it writes.

@@ -31,23 +31,14 @@ TRAINED = 3  # forward once, backward twice
 
 @dataclass
 class BatchStats:
-    """Counts of one or more micro-batches of one rank.
+    """Counts of one or more micro-batches of one rank."""
 
-    Attributes:
-        pairs: Speech-image pairs.
-        seconds: Seconds of speech, without padding.
-        padded_seconds: Seconds of speech, with padding.
-        frames: Speech frames, without padding.
-        patches: Image patches.
-        flops: Model FLOPs by part of the step, see this module.
-    """
-
-    pairs: int = 0
-    seconds: float = 0.0
-    padded_seconds: float = 0.0
-    frames: int = 0
-    patches: int = 0
-    flops: dict[str, float] = field(default_factory=dict)
+    pairs: int = 0  # speech-image pairs
+    seconds: float = 0.0  # seconds of speech, without padding
+    padded_seconds: float = 0.0  # seconds of speech, with padding
+    frames: int = 0  # speech frames, without padding
+    patches: int = 0  # image patches
+    flops: dict[str, float] = field(default_factory=dict)  # model FLOPs by part of the step, see this module
 
     def add(self, other: "BatchStats") -> None:
         """Add the counts of other micro-batches."""

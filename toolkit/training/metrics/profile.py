@@ -64,51 +64,28 @@ _COLLECTIVE = re.compile(r"(?:gloo:|ncclDevKernel_|ncclKernel_)([A-Za-z]+(?:_[a-
 
 @dataclasses.dataclass
 class Profile:
-    """Figures of the timed steps; times are seconds a step, mean over the steps.
-
-    Attributes:
-        ranks: World size.
-        device: Name of the device.
-        precision: Precision of the weights.
-        steps: Number of timed steps.
-        step: A complete step, mean over steps and ranks.
-        fastest: The shortest step.
-        slowest: The longest step.
-        parts: By span, mean over the ranks; they add up to `step`.
-        parts_slowest: By span, on the rank that takes longest for it.
-        collectives: By kind, in the traced steps, mean over the ranks; they may overlap with other work.
-        pairs_per_second: Pairs of all ranks.
-        audio_per_second: Seconds of speech of all ranks, without padding.
-        frames_per_second: Speech frames of all ranks, without padding.
-        patches_per_second: Image patches of all ranks.
-        padding: Fraction of the encoded speech that is padding.
-        flops: Model FLOPs a step and rank, by part.
-        tflops: Model TFLOP/s a rank.
-        peak: TFLOP/s of the device, mean over the ranks.
-        peak_source: Source of the peak: a data sheet or a measurement.
-        utilisation: `tflops` / `peak`.
-    """
+    """Figures of the timed steps; times are seconds a step, mean over the steps."""
 
     ranks: int
     device: str
-    precision: str
-    steps: int
-    step: float
-    fastest: float
-    slowest: float
-    parts: dict[str, float]
-    parts_slowest: dict[str, float]
-    collectives: dict[str, float]
-    pairs_per_second: float
-    audio_per_second: float
-    frames_per_second: float
-    patches_per_second: float
-    padding: float
-    flops: dict[str, float]
-    tflops: float
-    peak: float
-    peak_source: str
-    utilisation: float
+    precision: str  # of the weights
+    steps: int  # timed
+    step: float  # a complete step, mean over steps and ranks
+    fastest: float  # the shortest step
+    slowest: float  # the longest step
+    parts: dict[str, float]  # by span, mean over the ranks; they add up to `step`
+    parts_slowest: dict[str, float]  # by span, on the rank that takes longest for it
+    collectives: dict[str, float]  # by kind, in the traced steps, mean over the ranks; they may overlap with other work
+    pairs_per_second: float  # pairs of all ranks
+    audio_per_second: float  # seconds of speech of all ranks, without padding
+    frames_per_second: float  # speech frames of all ranks, without padding
+    patches_per_second: float  # image patches of all ranks
+    padding: float  # fraction of the encoded speech that is padding
+    flops: dict[str, float]  # model FLOPs a step and rank, by part
+    tflops: float  # model TFLOP/s a rank
+    peak: float  # TFLOP/s of the device, mean over the ranks
+    peak_source: str  # a data sheet or a measurement
+    utilisation: float  # `tflops` / `peak`
 
     def text(self) -> str:
         """Format the figures for the terminal."""
@@ -142,19 +119,12 @@ class Profile:
 
 @dataclasses.dataclass
 class _RankProfile:
-    """Measurements of one rank.
+    """Measurements of one rank."""
 
-    Attributes:
-        steps: Seconds by span of each timed step.
-        stats: Counts of the timed steps.
-        collectives: Seconds by kind of collective in the traced steps.
-        peak: TFLOP/s of the device.
-    """
-
-    steps: list[dict[str, float]]
-    stats: BatchStats
-    collectives: dict[str, float]
-    peak: float
+    steps: list[dict[str, float]]  # seconds by span of each timed step
+    stats: BatchStats  # counts of the timed steps
+    collectives: dict[str, float]  # seconds by kind of collective in the traced steps
+    peak: float  # TFLOP/s of the device
 
 
 def profile_training(

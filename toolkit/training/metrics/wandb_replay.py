@@ -28,36 +28,22 @@ LOG, RECALL, ENVIRONMENT = "log.jsonl", "recall.json", "environment.json"
 
 @dataclass(frozen=True)
 class History:
-    """The log of a run without what later starts replaced.
+    """The log of a run without what later starts replaced."""
 
-    Attributes:
-        rows: Step and values, in order of the steps; each step once.
-        starts: How often the training was started.
-        replaced: Records that were dropped, as a later start began before their step.
-    """
-
-    rows: list[tuple[int, dict[str, float]]]
-    starts: int
-    replaced: int
+    rows: list[tuple[int, dict[str, float]]]  # step and values, in order of the steps; each step once
+    starts: int  # how often the training was started
+    replaced: int  # records that were dropped, as a later start began before their step
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        id: ID of the wandb run.
-        mode: online or offline.
-        project: Project of the wandb run.
-        history: What it has.
-        folder: Folder of an offline run, for `wandb sync`; None: online, or nothing was written.
-    """
-
-    id: str
-    mode: str
+    id: str  # of the wandb run
+    mode: str  # online or offline
     project: str
-    history: History
-    folder: Path | None = None
+    history: History  # what it has
+    folder: Path | None = None  # folder of an offline run, for `wandb sync`; None: online, or nothing was written
 
 
 def read_history(log: Path) -> History:
