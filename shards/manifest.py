@@ -88,7 +88,7 @@ class Manifest:
     report: str | None = None  # SHA-256 of the report; None: written by an earlier version
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Folder or URL, for messages."""
         return self.url or str(self.folder)
 
@@ -104,7 +104,7 @@ class Manifest:
             UserError: There is no such split.
         """
         if split not in self.splits:
-            raise UserError(f"no split {split!r} in {self.place}: it has {', '.join(self.splits)}")
+            raise UserError(f"no split {split!r} in {self.location}: it has {', '.join(self.splits)}")
         return np.flatnonzero(self.split == self.splits.index(split))
 
     def captions(self, sample: int) -> range:
@@ -123,7 +123,7 @@ def load(folder: Path | str) -> Manifest:
     """
     remote = Remote(str(folder)) if is_url(folder) else None
     folder = Path(folder)
-    place = remote.url if remote else str(folder)
+    location = remote.url if remote else str(folder)
     if not remote and os.path.exists(folder / MANIFEST) and not os.path.isfile(folder / MANIFEST):
         raise UserError(
             f"{folder / MANIFEST} is not a regular file: make the shards again"
@@ -137,11 +137,11 @@ def load(folder: Path | str) -> Manifest:
     except OSError as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}/{MANIFEST} is damaged ({error}): make the shards again") from None
+        raise UserError(f"{location}/{MANIFEST} is damaged ({error}): make the shards again") from None
     try:
         if head["format"] != FORMAT:
-            raise UserError(f"{place}/{MANIFEST} has format {head['format']!r}, this version reads {FORMAT}")
-        columns = _load_index(remote.read(INDEX) if remote else folder / INDEX, place, head["index"]["sha256"])
+            raise UserError(f"{location}/{MANIFEST} has format {head['format']!r}, this version reads {FORMAT}")
+        columns = _load_index(remote.read(INDEX) if remote else folder / INDEX, location, head["index"]["sha256"])
         manifest = Manifest(
             folder=folder,
             corpus=head["corpus"],
@@ -155,14 +155,14 @@ def load(folder: Path | str) -> Manifest:
         )
         problem = _problem_of(manifest) or _problem_of_head(head)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise UserError(f"{place}/{MANIFEST} is damaged ({error!r}): make the shards again") from None
+        raise UserError(f"{location}/{MANIFEST} is damaged ({error!r}): make the shards again") from None
     if problem:
-        raise UserError(f"{place}/{problem}: make the shards again")
+        raise UserError(f"{location}/{problem}: make the shards again")
     return manifest
 
 
-def _load_index(source: Path | bytes, place: str, sha256: str) -> dict[str, np.ndarray]:
-    name = f"{place}/{INDEX}"
+def _load_index(source: Path | bytes, location: str, sha256: str) -> dict[str, np.ndarray]:
+    name = f"{location}/{INDEX}"
     if isinstance(source, Path) and not os.path.isfile(source):
         raise UserError(f"{name} is missing: make the shards again")
     try:

@@ -18,9 +18,9 @@ DELAYS = (1.0, 5.0, 20.0, 60.0)  # seconds before each retry
 BLOCK = 8 << 20  # bytes per request when a complete file is downloaded
 
 
-def is_url(place: Path | str) -> bool:
+def is_url(location: Path | str) -> bool:
     """Return whether a folder is given by a URL; `file://` is one, to read a shared disk through the cache."""
-    return isinstance(place, str) and "://" in place
+    return isinstance(location, str) and "://" in location
 
 
 class Remote:

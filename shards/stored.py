@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class StoredFile(ABC):
-    """A picture or an audio file inside a container; picklable, hashable, and equal to another of the same place."""
+    """A picture or an audio file inside a container: picklable and hashable, and equal if it is the same one."""
 
     container: str  # absolute path or URL of the file that it is in
     container_bytes: int  # size of that file

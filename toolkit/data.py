@@ -59,7 +59,7 @@ def shared_pictures(manifests: Sequence[Manifest], split: str) -> list[str]:
         count = len(np.intersect1d(one.image_id[one.rows(split)], other.image_id[other.rows(split)]))
         if count:
             lines.append(
-                f"{count:,} image ids of {split} are in {one.place} and in {other.place}: if they are the same "
+                f"{count:,} image ids of {split} are in {one.location} and in {other.location}: if they are the same "
                 "pictures, each is a negative of itself; remove them from one of the data sets"
             )
     return lines

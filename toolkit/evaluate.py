@@ -124,7 +124,7 @@ def evaluate(
     from toolkit.evaluation.retrieve import Fuse
 
     # The shards may differ from those of the configuration, of which readers need the location.
-    config = replace(request.config, data=replace(request.config.data, shards=manifest.place))
+    config = replace(request.config, data=replace(request.config.data, shards=manifest.location))
     if not request.protocols:
         return evaluate_split(checkpoint, manifest, split, config, request.rerank, process, groups)
     fuses: list[Fuse] = ["fitted", "sum", "matching"]

@@ -27,7 +27,7 @@ class SampleRandomness:
     """Random numbers of one sample."""
 
     seed: int  # of the run
-    position: int  # of the sample in the training data: step * batch size + place
+    position: int  # of the sample in the training data: step * batch size + index
     applied: list[str] = field(default_factory=list)  # descriptions of the kinds that were applied, for display
 
     def draw(self, kind: str, probability: float) -> np.random.Generator | None:

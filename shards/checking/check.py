@@ -227,8 +227,8 @@ def _add_report_warnings(result: CheckResult) -> None:
     except UserError:
         return
     present = {(finding.where, finding.what.partition(":")[0]) for finding in result.warnings}
-    places = ((one.shard, f"{one.sample}, caption {one.caption}", one.what) for one in report.warnings)
-    missing = [Finding(shard, f"{place}: {what}") for shard, place, what in places if (shard, place) not in present]
+    reported = ((one.shard, f"{one.sample}, caption {one.caption}", one.what) for one in report.warnings)
+    missing = [Finding(shard, f"{where}: {what}") for shard, where, what in reported if (shard, where) not in present]
     result.warnings += shortened(missing, len(missing))
 
 

@@ -144,11 +144,11 @@ def _scan(task: ShardTask, size: int, findings: ShardFindings) -> None:
         scan = TarScan(file, size)
         try:
             for member in scan.members():
-                place = expected.pop(member.offset, None)
-                if _fits(member, place, findings) and place and member.data is not None:
-                    _check_content(task, place, member.data, findings)
-            for offset, place in expected.items():
-                findings.problems.append(f"member {place.names[0]} at byte {offset:,} is in the index, but missing")
+                indexed = expected.pop(member.offset, None)
+                if _fits(member, indexed, findings) and indexed and member.data is not None:
+                    _check_content(task, indexed, member.data, findings)
+            for offset, indexed in expected.items():
+                findings.problems.append(f"member {indexed.names[0]} at byte {offset:,} is in the index, but missing")
         except DamagedTar as damage:
             findings.problems.append(f"{damage}; the rest of the shard was not checked")
         if scan.sha256() != task.info.sha256:
@@ -169,14 +169,14 @@ def _scan_stock(task: ShardTask, findings: ShardFindings) -> None:
                     findings.problems.append(f"{name} has {length:,} bytes, the limit is {MAX_MEMBER:,}")
                     continue
                 file.seek(offset)
-                place = _IndexedMember(number, part, length, (name,), captions)
-                _check_content(task, place, file.read(length), findings)
+                indexed = _IndexedMember(number, part, length, (name,), captions)
+                _check_content(task, indexed, file.read(length), findings)
             captions += len(sample.durations)
 
 
 def _expected_members(task: ShardTask, findings: ShardFindings) -> dict[int, _IndexedMember]:
     """Return the members in the index by offset."""
-    places: dict[int, _IndexedMember] = {}
+    indexed: dict[int, _IndexedMember] = {}
     captions = 0
     for number, sample in enumerate(task.samples):
         if not _KEY.fullmatch(sample.key):
@@ -186,14 +186,14 @@ def _expected_members(task: ShardTask, findings: ShardFindings) -> dict[int, _In
         if not sample.durations:
             findings.problems.append(f"sample {sample.key}: it has no captions")
         for part, (offset, length) in enumerate(sample.members):
-            places[offset] = _IndexedMember(number, part, length, names[part], captions)
+            indexed[offset] = _IndexedMember(number, part, length, names[part], captions)
         captions += len(sample.durations)
-    if list(places) != sorted(places) or len(places) < sum(len(sample.members) for sample in task.samples):
+    if list(indexed) != sorted(indexed) or len(indexed) < sum(len(sample.members) for sample in task.samples):
         findings.problems.append("its members are not consecutive in the order of the index")
-    return places
+    return indexed
 
 
-def _fits(member: Member, place: _IndexedMember | None, findings: ShardFindings) -> bool:
+def _fits(member: Member, indexed: _IndexedMember | None, findings: ShardFindings) -> bool:
     """Return whether a member matches the index at its offset; report it if not."""
     name = repr(member.name)
     if member.name.startswith("/") or ".." in member.name.split("/"):
@@ -202,37 +202,37 @@ def _fits(member: Member, place: _IndexedMember | None, findings: ShardFindings)
         findings.problems.append(f"member {name} at byte {member.offset:,} is in a folder")
     elif member.data is None:
         findings.problems.append(f"member {name} has {member.size:,} bytes, the limit is {MAX_MEMBER:,}")
-    elif place is None:
+    elif indexed is None:
         findings.problems.append(f"member {name} at byte {member.offset:,} is not in the index")
-    elif member.name not in place.names:
-        findings.problems.append(f"member {name} at byte {member.offset:,} is {place.names[0]} in the index")
-    elif member.size != place.size:
-        findings.problems.append(f"member {name} has {member.size:,} bytes, the index has {place.size:,}")
+    elif member.name not in indexed.names:
+        findings.problems.append(f"member {name} at byte {member.offset:,} is {indexed.names[0]} in the index")
+    elif member.size != indexed.size:
+        findings.problems.append(f"member {name} has {member.size:,} bytes, the index has {indexed.size:,}")
     else:
         return True
     return False
 
 
-def _check_content(task: ShardTask, place: _IndexedMember, data: bytes, findings: ShardFindings) -> None:
-    sample, digests = task.samples[place.sample], findings.digests
+def _check_content(task: ShardTask, indexed: _IndexedMember, data: bytes, findings: ShardFindings) -> None:
+    sample, digests = task.samples[indexed.sample], findings.digests
     warning = None
-    if place.part == 0:
+    if indexed.part == 0:
         if task.stock:
             described = caption_metadata(data, sample.key, len(sample.durations))
             problem, utterances = None, [str(one["utterance"]) for one in described]
         else:
             problem, utterances = _check_meta(data, sample, task.split)
-        for number, utterance in enumerate(utterances, place.first_caption):
+        for number, utterance in enumerate(utterances, indexed.first_caption):
             digests.put(digests.utterances, number, utterance.encode(errors="surrogatepass"))
-    elif place.part == 1:
-        digests.put(digests.pictures, place.sample, data)
+    elif indexed.part == 1:
+        digests.put(digests.pictures, indexed.sample, data)
         problem = problem_of_picture(data, sample.decode, STOCK_PICTURES if task.stock else ("JPEG",))
         findings.pictures += sample.decode
     else:
-        digests.put(digests.audio_files, place.first_caption + place.part - 2, data)
-        problem, warning = problem_of_audio(data, sample.durations[place.part - 2], sample.decode)
+        digests.put(digests.audio_files, indexed.first_caption + indexed.part - 2, data)
+        problem, warning = problem_of_audio(data, sample.durations[indexed.part - 2], sample.decode)
         findings.audio_files += sample.decode
-    name = place.names[0] if place.part < 2 else f"{sample.key}, caption {place.part - 2}"
+    name = indexed.names[0] if indexed.part < 2 else f"{sample.key}, caption {indexed.part - 2}"
     if problem:
         findings.problems.append(f"{name}: {problem}")
     if warning:

@@ -106,7 +106,7 @@ def _same_picture(m: Manifest, one: int, other: int) -> Finding:
 def _same_audio(m: Manifest, columns: DigestColumns, sample_of: np.ndarray, one: int, other: int) -> Finding:
     samples = int(sample_of[one]), int(sample_of[other])
     splits = _splits(m, *samples)
-    line = f"{_places(m, sample_of, one, other)} are the same audio file"
+    line = f"{_captions(m, sample_of, one, other)} are the same audio file"
     if columns.utterances[one] == columns.utterances[other] != b"":
         line += f", of utterance {_utterance(m, sample_of, one)}"
     leak = m.split[samples[0]] != m.split[samples[1]]
@@ -115,12 +115,12 @@ def _same_audio(m: Manifest, columns: DigestColumns, sample_of: np.ndarray, one:
 
 def _same_utterance(m: Manifest, sample_of: np.ndarray, one: int, other: int) -> Finding:
     samples = int(sample_of[one]), int(sample_of[other])
-    line = f"{_places(m, sample_of, one, other)} are two audio files of utterance {_utterance(m, sample_of, one)}"
+    line = f"{_captions(m, sample_of, one, other)} are two audio files of utterance {_utterance(m, sample_of, one)}"
     return Finding(_splits(m, *samples), f"{line}, {_shards(m, *samples)}: an id must identify one audio file")
 
 
-def _places(m: Manifest, sample_of: np.ndarray, one: int, other: int) -> str:
-    """Describe the place of two captions: pictures and numbers of the captions."""
+def _captions(m: Manifest, sample_of: np.ndarray, one: int, other: int) -> str:
+    """Describe two captions by their pictures and their numbers there."""
     (first, second), samples = (one, other), (int(sample_of[one]), int(sample_of[other]))
     numbers = [row - int(m.first_caption[sample]) for row, sample in zip((first, second), samples, strict=True)]
     if samples[0] == samples[1]:

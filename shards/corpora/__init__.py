@@ -121,21 +121,21 @@ def located(items: Sequence[Item], files: "FileFinder", skip_missing: bool) -> l
     Raises:
         UserError: Files are missing; the message names the first, gives the reason and counts the others.
     """
-    missing: dict[Path, str] = {}  # file -> place in the corpus that names it first
+    missing: dict[Path, str] = {}  # file -> where in the corpus it is named first
 
-    def find(path: Path, place: str) -> Path:
+    def find(path: Path, where: str) -> Path:
         on_disk = files.find(path)
         if on_disk is None:
-            missing.setdefault(path, place)
+            missing.setdefault(path, where)
         return on_disk or path
 
     located_items = [_located(item, find) for item in items]
     if missing:
-        path, place = next(iter(missing.items()))
+        path, named = next(iter(missing.items()))
         reason, hint = files.why_missing(path)
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
-        where = f"{place}: " if place else ""
-        message = f"{where}{path} {reason}{more}: {hint}"
+        prefix = f"{named}: " if named else ""
+        message = f"{prefix}{path} {reason}{more}: {hint}"
         if not skip_missing:
             joint = " Or" if message.endswith("?") else ", or"
             raise UserError(f"{message}{joint} drop such samples by --skip-bad")
@@ -144,10 +144,10 @@ def located(items: Sequence[Item], files: "FileFinder", skip_missing: bool) -> l
 
 
 def _located(item: Item, find: Callable[[Path, str], Path]) -> Item:
-    picture = find(item.picture, item.place) if isinstance(item.picture, Path) else item.picture
+    picture = find(item.picture, item.where) if isinstance(item.picture, Path) else item.picture
     captions = []
     for caption in item.captions:
-        audio = find(caption.audio, caption.place) if isinstance(caption.audio, Path) else caption.audio
+        audio = find(caption.audio, caption.where) if isinstance(caption.audio, Path) else caption.audio
         captions.append(caption if audio is caption.audio else replace(caption, audio=audio))
     if picture is item.picture and all(map(lambda a, b: a is b, captions, item.captions)):
         return item

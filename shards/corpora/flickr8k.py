@@ -59,7 +59,7 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
         path = _text_file(root, f"Flickr_8k.{split}Images.txt")
         listed = [(number, name) for number, line in _lines(path) for name in line.split()]
         with_audio = [
-            Item(Path(name).stem, split, photos / name, tuple(captions[name]), place=f"{path.name} line {number}")
+            Item(Path(name).stem, split, photos / name, tuple(captions[name]), where=f"{path.name} line {number}")
             for number, name in listed
             if name in captions
         ]

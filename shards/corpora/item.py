@@ -25,7 +25,7 @@ class Caption:
     audio: AudioSource
     text: str | None = None
     speaker: str | None = None
-    place: str = field(default="", compare=False)  # where in the corpus it is listed, for messages
+    where: str = field(default="", compare=False)  # in the corpus it is listed, for messages
     language: str | None = field(default=None, metadata={"later": True})  # code, as in `en`
 
 
@@ -38,7 +38,7 @@ class Item:
     picture: PictureSource
     captions: tuple[Caption, ...]
     twin: str | None = None  # image id of the picture of which this one is the minimal pair
-    place: str = field(default="", compare=False)  # where in the corpus it is listed, for messages
+    where: str = field(default="", compare=False)  # in the corpus it is listed, for messages
 
 
 def check_items(items: Sequence[Item]) -> None:

@@ -59,7 +59,7 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
         for picture, spoken in captions.items():
             # Seen and unseen speakers may have described the same picture, which is then one sample per split.
             name = picture if picture not in seen else f"{picture}@{split}"
-            items.append(Item(name, split, photos / picture, tuple(spoken), place=spoken[0].place))
+            items.append(Item(name, split, photos / picture, tuple(spoken), where=spoken[0].where))
         seen.update(captions)
     shared = sum("@" in item.image_id for item in items)
     if shared:

@@ -41,9 +41,9 @@ class _Use(NamedTuple):
         return source if isinstance(source, Path | StoredFile) else None
 
     @property
-    def place(self) -> str:
+    def where(self) -> str:
         """Where in the corpus it is listed."""
-        return (self.caption.place if self.caption else self.item.place) or f"picture {self.item.image_id}"
+        return (self.caption.where if self.caption else self.item.where) or f"picture {self.item.image_id}"
 
 
 _Key = Callable[[_Use], str | None]
@@ -137,7 +137,7 @@ class RepeatFinder:
         lost = (1 if use.caption else len(use.item.captions)) if captions is None else captions
         name = use.caption.utterance if use.caption else use.item.image_id
         self._bad.add(
-            use.place,
+            use.where,
             reason,
             what="caption" if use.caption else "picture",
             name=name,
@@ -155,7 +155,7 @@ class RepeatFinder:
                 rest.append(use)
                 continue
             name = "picture" if pictures else "audio file"
-            where = f"{kept.path} at {kept.place}" if use.path != kept.path else kept.place
+            where = f"{kept.path} at {kept.where}" if use.path != kept.path else kept.where
             reason = f"{name} {use.path} is in split {use.item.split}, {other} in split {kept.item.split}: {where}"
             self._note(use, reason)
         return rest
@@ -168,22 +168,22 @@ class RepeatFinder:
         for use in self._note_leak(group, "and", pictures=False):
             first = seen.setdefault((id(use.item), _utterance(use)), use)
             if first is not use:
-                self._note(use, f"the same picture and audio file as at {first.place}")
+                self._note(use, f"the same picture and audio file as at {first.where}")
         if len(seen) > 1:
-            places = [use.place for use in seen.values()][:2]
-            self._shared_audio.append(f"audio file {group[0].path} belongs to several captions: {' and '.join(places)}")
+            listed = [use.where for use in seen.values()][:2]
+            self._shared_audio.append(f"audio file {group[0].path} belongs to several captions: {' and '.join(listed)}")
 
     def _note_utterance(self, group: list[_Use]) -> None:
         first = self._identity(group[0])
         for use in group[1:]:
             if first is None or self._identity(use) != first:  # the same file under one id has been handled
                 self._note(
-                    use, f"utterance {_utterance(use)} is repeated: another audio file has it at {group[0].place}"
+                    use, f"utterance {_utterance(use)} is repeated: another audio file has it at {group[0].where}"
                 )
 
     def _note_image_id(self, group: list[_Use]) -> None:
         for use in group[1:]:
-            self._note(use, f"image id {use.item.image_id} is repeated: first at {group[0].place}")
+            self._note(use, f"image id {use.item.image_id} is repeated: first at {group[0].where}")
 
 
 def check_split_names(items: Iterable[Item]) -> None:
@@ -196,8 +196,8 @@ def check_split_names(items: Iterable[Item]) -> None:
     for item in {item.split: item for item in reversed(list(items))}.values():
         other = first.setdefault(item.split.casefold(), item)
         if other is not item:
-            places = " and ".join(f"{one.split!r} ({one.place or one.image_id})" for one in (item, other))
-            raise UserError(f"splits {places} differ only in case: spell them the same way")
+            listed = " and ".join(f"{one.split!r} ({one.where or one.image_id})" for one in (item, other))
+            raise UserError(f"splits {listed} differ only in case: spell them the same way")
 
 
 def _pictures(items: Iterable[Item]) -> Iterator[_Use]:

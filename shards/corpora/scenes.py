@@ -231,7 +231,7 @@ def random_scene(seed: int, split: str, number: str) -> Scene:
     first, second, third = (_thing(chance, *parts) for parts in zip(shapes, colours, sizes, strict=True))
     vertical = chance.random() < 0.5
     side = chance.choice(("left", "right") if vertical else ("top", "bottom")) if with_third else ""
-    centres = _places(chance, vertical, side)
+    centres = _centres(chance, vertical, side)
     return Scene(first, second, vertical, third if with_third else None, side, centres, _background(chance))
 
 
@@ -265,15 +265,15 @@ def _background(chance: random.Random) -> RGB:
     return red, green, blue
 
 
-def _places(chance: random.Random, vertical: bool, side: str) -> tuple[Point, Point, Point]:
+def _centres(chance: random.Random, vertical: bool, side: str) -> tuple[Point, Point, Point]:
     """Return the centers (x, y) of the three objects, far enough apart for the largest objects."""
     half = chance.uniform(0.21, 0.25)  # of the distance along the line of the first two
     along = 0.5 + chance.uniform(-0.03, 0.03)
     away = {"left": 0.14, "top": 0.14, "right": -0.14, "bottom": -0.14}.get(side, chance.uniform(-0.12, 0.12))
     across = [0.5 + away + chance.uniform(-0.04, 0.04) for _ in range(2)]
     third = (0.5 + chance.uniform(-0.15, 0.15), 0.5 - 2.5 * away + chance.uniform(-0.02, 0.02))
-    places = ((along - half, across[0]), (along + half, across[1]), third)
-    a, b, c = ((y, x) for x, y in places) if vertical else places
+    centres = ((along - half, across[0]), (along + half, across[1]), third)
+    a, b, c = ((y, x) for x, y in centres) if vertical else centres
     return a, b, c
 
 

@@ -121,16 +121,16 @@ class _Reader:
             BadRecord: The record itself cannot be used.
         """
         picture, spoken = file_name(record, "image"), records_of(record, "captions")
-        place = f"{self.path.name} data[{number}]"
+        where = f"{self.path.name} data[{number}]"
         captions = []
         for n, one in enumerate(spoken):
             try:
-                captions.append(self._caption(as_object(one), f"{place}.captions[{n}]"))
+                captions.append(self._caption(as_object(one), f"{where}.captions[{n}]"))
             except BadRecord as error:
                 self.bad.add(f"{self.path} data[{number}].captions[{n}]", error, split=split)
         image_id = Path(picture).stem
         if captions:
-            return Item(image_id, split, self.photos / picture, tuple(captions), place=place)
+            return Item(image_id, split, self.photos / picture, tuple(captions), where=where)
         if self.bad.skip:  # otherwise the bad captions end the run
             reason = "no caption is left"
             self.bad.add(f"{self.path} data[{number}]", reason, what="picture", name=image_id, split=split, captions=0)
@@ -142,6 +142,6 @@ class _Reader:
         lost = len(spoken) if isinstance(spoken, list) else 0
         self.bad.add(f"{self.path} data[{number}]", reason, what="picture", captions=lost)
 
-    def _caption(self, record: dict[str, Any], place: str) -> Caption:
+    def _caption(self, record: dict[str, Any], where: str) -> Caption:
         utterance, audio = required_text(record, "uttid"), self.root / file_name(record, "wav")
-        return Caption(utterance, audio, optional_text(record, "text"), optional_text(record, "speaker"), place)
+        return Caption(utterance, audio, optional_text(record, "text"), optional_text(record, "speaker"), where)

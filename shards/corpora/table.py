@@ -77,7 +77,7 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
         names = ", ".join(map(repr, sorted(rows.ignored)))
         logger.warning("table: ignored columns of %s: %s; known columns: %s", table, names, ", ".join(COLUMNS))
     return [
-        Item(name, split, table.parent / name, tuple(spoken), place=spoken[0].place)
+        Item(name, split, table.parent / name, tuple(spoken), where=spoken[0].where)
         for (name, split), spoken in pictures.items()
     ]
 

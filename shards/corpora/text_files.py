@@ -73,17 +73,17 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _not_text(data: bytes, place: int) -> str:
-    """Describe a file whose byte at `place` is not valid UTF-8 text, to follow its name in a message."""
-    line = data.count(b"\n", 0, place) + 1
+def _not_text(data: bytes, offset: int) -> str:
+    """Describe a file whose byte at `offset` is not valid UTF-8 text, to follow its name in a message."""
+    line = data.count(b"\n", 0, offset) + 1
     if data.startswith(_WORKBOOKS):
         return f"is a workbook or an archive, not text: {_AS_UTF8.replace('save it', 'save the table')}"
     content = describe_content(data)
     if content and not content.startswith("text"):  # "text": valid up to a few bytes at the end
         return f"is not UTF-8 text but {content}"
-    if data[place] == 0:
+    if data[offset] == 0:
         return f"line {line} has zero bytes, so it is UTF-16 or binary: {_AS_UTF8}"
-    return f"line {line} is not UTF-8 (byte 0x{data[place]:02x}, as in Latin-1 or Windows-1252): {_AS_UTF8}"
+    return f"line {line} is not UTF-8 (byte 0x{data[offset]:02x}, as in Latin-1 or Windows-1252): {_AS_UTF8}"
 
 
 def parse_json(text: str) -> Any:

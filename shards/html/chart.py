@@ -29,11 +29,11 @@ class _Axis:
     ticks: list[float]
     step: float
 
-    def place(self, value: float) -> float:
+    def pixel(self, value: float) -> float:
         return round(self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low), 1)
 
     def labels(self) -> list[tuple[float, str]]:
-        return [(self.place(tick), format_tick(tick, self.step)) for tick in self.ticks]
+        return [(self.pixel(tick), format_tick(tick, self.step)) for tick in self.ticks]
 
 
 def line_chart(
@@ -65,7 +65,7 @@ def line_chart(
     group_of = groups or {name: name for name in curves}
     keys = {group: _key(group, n) for n, group in enumerate(dict.fromkeys(group_of[name] for name in curves))}
     for name, points in kept.items():
-        placed = [(along.place(a), up.place(b)) for a, b in points]
+        placed = [(along.pixel(a), up.pixel(b)) for a, b in points]
         texts = [f"{x} {a:,.6g}: {b:.5g}" for a, b in points]
         dots = [(*dot, text) for dot, text in zip(placed, texts, strict=True)]
         series.append(
@@ -97,7 +97,7 @@ def histogram(title: str, values: np.ndarray, unit: str = "") -> Markup:
     bars = []
     for n, count in enumerate(counts.tolist()):
         if count:
-            begin, end, top = along.place(edges[n]), along.place(edges[n + 1]), up.place(count)
+            begin, end, top = along.pixel(edges[n]), along.pixel(edges[n + 1]), up.pixel(count)
             label = f"{max(edges[n], 0):.4g} to {edges[n + 1]:.4g}: {count:,}"
             bars.append((begin + 0.5, top, round(max(1.0, end - begin - 1), 1), round(_BOTTOM - top, 1), label))
     note = f"median {np.median(values):.4g}, mean {values.mean():.4g}, largest {values.max():.4g}"
@@ -132,23 +132,23 @@ def bar_chart(
     row = thick * len(series) + 8
     room = int((left - 12) / _CHARACTER)
     labels, bars = [], []
-    for place, category in enumerate(categories):
+    for index, category in enumerate(categories):
         short = category if len(category) <= room else category[: room - 1] + "\u2026"
-        labels.append((place * row + row / 2 + 4, short, category))
+        labels.append((index * row + row / 2 + 4, short, category))
         for number, (name, one) in enumerate(series.items()):
             if category not in one or not math.isfinite(one[category]):
                 continue
             bounds = ((intervals or {}).get(name) or {}).get(category)
-            end = along.place(min(one[category], along.high))
+            end = along.pixel(min(one[category], along.high))
             bars.append(
                 {
-                    "y": place * row + 4 + thick * number,
+                    "y": index * row + 4 + thick * number,
                     "high": thick - 1,
-                    "middle": place * row + 4 + thick * number + thick / 2,
+                    "middle": index * row + 4 + thick * number + thick / 2,
                     "wide": round(end - left, 1),
                     "color": number % _COLORS,
-                    "interval": [along.place(bound) for bound in bounds] if bounds else None,
-                    "end": max([end, *([along.place(bounds[1])] if bounds else [])]) + 4,
+                    "interval": [along.pixel(bound) for bound in bounds] if bounds else None,
+                    "end": max([end, *([along.pixel(bounds[1])] if bounds else [])]) + 4,
                     "value": f"{one[category]:.1f}",
                     "label": f"{category}, {name}: {one[category]:.4g}",
                 }

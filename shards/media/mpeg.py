@@ -81,8 +81,8 @@ def _find_frame(content: Content, at: int, end: int, kind: tuple[int, int] | Non
 def _declared_frames(content: Content, at: int) -> int:
     """Return the number of frames declared after a stream's first; 0 if there is no such header."""
     tag = at + 4 + _side_bytes(content.read(at, 4))
-    for place in (tag, tag + 2):  # with or without a checksum before it
-        head = content.read(place, 12)
+    for start in (tag, tag + 2):  # with or without a checksum before it
+        head = content.read(start, 12)
         if head[:4] in (b"Xing", b"Info") and head[7] & 1:
             return int.from_bytes(head[8:12], "big")
     head = content.read(at + 36, 18)

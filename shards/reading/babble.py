@@ -40,11 +40,11 @@ class Babble:
             UserError: A shard is missing or differs in size from the manifest.
             TransientError: The disk or network does not respond.
         """
-        step, place = divmod(position, self.order.batch_size)
-        places = self.order.batch_size // self.order.shard_groups
-        first = place // places * places
+        step, index = divmod(position, self.order.batch_size)
+        size = self.order.batch_size // self.order.shard_groups
+        first = index // size * size
         batch = self._batch(step + 1)
-        samples, captions = (rows[first : first + places] for rows in (batch.samples, batch.captions))
+        samples, captions = (rows[first : first + size] for rows in (batch.samples, batch.captions))
         candidates = captions[samples != sample]
         chosen = generator.permutation(candidates)[:count].tolist()
         return [wave for caption in chosen if (wave := self._read(caption)) is not None]

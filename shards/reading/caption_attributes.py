@@ -60,7 +60,7 @@ def read_caption_attributes(manifest: Manifest, split: str, cache: Cache | None 
     if unreadable:
         logger.warning(
             "%s: the JSON of %s samples of split %s is damaged: texts, speakers and languages of these are unknown",
-            manifest.place,
+            manifest.location,
             f"{unreadable:,}",
             split,
         )

@@ -1,6 +1,6 @@
 """The micro-batches of one rank: bytes at known offsets of the shards, decoded, cropped and padded.
 
-    order.batch(t) -> places of this rank -> read -> decode, augment, replace bad samples -> pad -> Batch
+    order.batch(t) -> indices of this rank -> read -> decode, augment, replace bad samples -> pad -> Batch
 
 `shards.reading.loader` runs this in worker processes.
 """
@@ -86,13 +86,13 @@ class MicroBatches(Dataset[Loaded]):
 
     def _load(self, step: int, micro: int) -> Batch | SharedBatch | list[BadSample]:
         size, shard_groups = self.order.batch_size, self.order.shard_groups
-        places = rank_slice(size, micro, self.micros, self.rank, self.world_size, shard_groups)
-        chosen = self.order.batch(step).part(places)
-        _prefetch_shards(self.reader, self.order, step, places)
+        indices = rank_slice(size, micro, self.micros, self.rank, self.world_size, shard_groups)
+        chosen = self.order.batch(step).part(indices)
+        _prefetch_shards(self.reader, self.order, step, indices)
         images, waves, ids = [], [], []
         bad_samples: list[BadSample] = []
-        for row, (place, position) in enumerate(zip(places.tolist(), chosen.positions.tolist(), strict=True)):
-            pair = self._load_pair(chosen, step, place, position, row, bad_samples)
+        for row, (index, position) in enumerate(zip(indices.tolist(), chosen.positions.tolist(), strict=True)):
+            pair = self._load_pair(chosen, step, index, position, row, bad_samples)
             if pair is None:
                 return bad_samples
             image, wave, sample = pair
@@ -116,7 +116,7 @@ class MicroBatches(Dataset[Loaded]):
         return SharedBatch(worker.id, slot, layout, replace(batch, images=empty, waveforms=empty))
 
     def _load_pair(
-        self, chosen: Selection, step: int, place: int, position: int, row: int, bad_samples: list[BadSample]
+        self, chosen: Selection, step: int, index: int, position: int, row: int, bad_samples: list[BadSample]
     ) -> tuple[np.ndarray, np.ndarray, int] | None:
         """Return picture [3, S, S], waveform [n] and sample number of the first candidate of a row that can be read.
 
@@ -131,7 +131,7 @@ class MicroBatches(Dataset[Loaded]):
                 bad_samples.append(BadSample(key, shard, " ".join(str(error).split()), step, row))
             if len(distinct(bad_samples)) > self.max_bad_samples:
                 break
-            sample, caption = self.order.replacement(step, place, attempt)
+            sample, caption = self.order.replacement(step, index, attempt)
         return None
 
     def _decode(self, sample: int, caption: int, position: int) -> tuple[np.ndarray, np.ndarray]:
@@ -191,13 +191,13 @@ def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
-def _prefetch_shards(reader: Reader, order: Order, step: int, places: np.ndarray) -> None:
+def _prefetch_shards(reader: Reader, order: Order, step: int, indices: np.ndarray) -> None:
     """Download, from a worker, the remote shards that the batch half a shuffle block later reads."""
     if not reader.cached or get_worker_info() is None:
         return
     shards = sum(len(source.count) for source in order.sources)
     steps_per_block = order.steps_per_epoch * order.shuffle_shards * order.shard_groups * len(order.sources) / shards
-    later = order.batch(step + max(1, int(steps_per_block / 2))).part(places)
+    later = order.batch(step + max(1, int(steps_per_block / 2))).part(indices)
     with suppress(queue.Full):
         _fetcher(reader, os.getpid()).put_nowait(later.samples)
 

@@ -143,20 +143,20 @@ def plan_reading(
     Raises:
         UserError: The batch does not divide by ranks, micro-batches and shard groups.
     """
-    places = {
+    indices = {
         (micro, rank): rank_slice(order.batch_size, micro, micros, rank, world_size, order.shard_groups)
         for micro in range(micros)
         for rank in range(world_size)
     }
     total = sum(source.weight for source in order.sources)
     sources = [_summarize(order, s, m, s.weight / total) for s, m in zip(order.sources, manifests, strict=True)]
-    batches = min(MAX_BATCHES, max(1, int(order.steps_per_epoch)), math.ceil(_MAX_MICROS / len(places)))
-    padding, padding_grouped = _padding(order, manifests, list(places.values()), groups, max_seconds, batches)
+    batches = min(MAX_BATCHES, max(1, int(order.steps_per_epoch)), math.ceil(_MAX_MICROS / len(indices)))
+    padding, padding_grouped = _padding(order, manifests, list(indices.values()), groups, max_seconds, batches)
     steps = min(MAX_BATCHES, math.ceil(max(source.steps for source in sources)))
     ranks = max(1, world_size // nodes)
     shard_group = order.batch_size // order.shard_groups
     groups_per_node = len(
-        np.unique(np.concatenate([at for (_, rank), at in places.items() if rank < ranks]) // shard_group)
+        np.unique(np.concatenate([at for (_, rank), at in indices.items() if rank < ranks]) // shard_group)
     )
     return ReadingPlan(
         sources=tuple(sources),
@@ -174,7 +174,7 @@ def plan_reading(
         batches=batches,
         seconds=max_seconds,
         steps=steps,
-        readers=_readers(order, manifests, places, steps, micros, workers),
+        readers=_readers(order, manifests, indices, steps, micros, workers),
     )
 
 
@@ -236,14 +236,14 @@ def _summarize(order: Order, source: Source, m: Manifest, share: float) -> Sourc
 def _padding(
     order: Order,
     manifests: Sequence[Manifest],
-    places: Sequence[np.ndarray],
+    indices: Sequence[np.ndarray],
     groups: int,
     max_seconds: float,
     batches: int,
 ) -> tuple[float, float]:
     """Return padding as a share of the padded speech, over batches spread over an epoch: ungrouped and in groups."""
     duration = np.concatenate([m.duration for m in manifests])
-    rows = np.stack(places)
+    rows = np.stack(indices)
     speech = ungrouped = grouped = 0.0
     for step in np.linspace(0, max(0.0, order.steps_per_epoch - 1), batches).astype(int).tolist():
         seconds = np.minimum(duration[order.batch(step).captions], max_seconds).astype(np.float64)[rows]
@@ -256,7 +256,7 @@ def _padding(
 def _readers(
     order: Order,
     manifests: Sequence[Manifest],
-    places: dict[tuple[int, int], np.ndarray],
+    indices: dict[tuple[int, int], np.ndarray],
     steps: int,
     micros: int,
     workers: int,
@@ -270,9 +270,9 @@ def _readers(
     read: dict[tuple[int, int], set[int]] = {}
     for step in range(steps):
         shards = np.searchsorted(start, order.batch(step).samples, side="right") - 1
-        for (micro, rank), own_places in places.items():
+        for (micro, rank), own_indices in indices.items():
             worker = (step * micros + micro) % max(1, workers)
-            read.setdefault((rank, worker), set()).update(shards[own_places].tolist())
+            read.setdefault((rank, worker), set()).update(shards[own_indices].tolist())
     return {reader: tuple(names[n] for n in sorted(read[reader])) for reader in sorted(read)}
 
 

@@ -40,9 +40,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Share:
-    """Number of places that one source fills in a shard group's part of each batch, exact for any number of steps.
+    """Number of pairs that one source has in a shard group's part of each batch, exact for any number of steps.
 
-    The sources divide the interval from 0 to the number of places; this one has the part from `low` to `high`. Rounding
+    The sources divide the interval from 0 to the number of pairs; this one has the part from `low` to `high`. Rounding
     the ends down, rather than the lengths, fills every batch, and the number of pictures drawn before any step differs
     from the source's weight by less than one.
     """
@@ -93,10 +93,10 @@ class EpochStream:
 
     def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return sample numbers and caption rows that a step draws, each int64 [n]."""
-        epochs, places = np.divmod(np.arange(self.share.drawn(step), self.share.drawn(step + 1)), self.pictures)
-        samples = np.empty(len(places), np.int64)
+        epochs, positions = np.divmod(np.arange(self.share.drawn(step), self.share.drawn(step + 1)), self.pictures)
+        samples = np.empty(len(positions), np.int64)
         for epoch in np.unique(epochs):
-            samples[epochs == epoch] = self._samples(int(epoch), places[epochs == epoch])
+            samples[epochs == epoch] = self._samples(int(epoch), positions[epochs == epoch])
         return samples, self._captions(samples, epochs)
 
     def replacement(self, step: int, number: int, attempt: int) -> tuple[int, int]:
@@ -115,33 +115,33 @@ class EpochStream:
         first, count = rows[local], rows[local + 1] - rows[local]
         return self.source.first_row + first + (_scramble(samples, self.seed) + epochs) % count
 
-    def _samples(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Return the sample numbers at places of an epoch, int64 [n].
+    def _samples(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Return the sample numbers at positions of an epoch, int64 [n].
 
         The first batch of an epoch may begin with the last `tail` pictures of the previous epoch; these are moved
-        behind it. Only the first `share.maximum` places change; the end of an epoch does not depend on its beginning.
+        behind it. Only the first `share.maximum` positions change: the end of an epoch does not depend on its start.
         """
-        samples = self._shuffled(epoch, places)
-        early = places < self.share.maximum
+        samples = self._shuffled(epoch, positions)
+        early = positions < self.share.maximum
         if epoch and early.any():
             begin = epoch * self.pictures
             tail = begin - self.share.drawn(self.share.step_at(begin))
             first = self._shuffled(epoch, np.arange(self.share.maximum))
             repeated = np.isin(first, self._shuffled(epoch - 1, np.arange(self.pictures - tail, self.pictures)))
-            samples[early] = np.concatenate([first[~repeated], first[repeated]])[places[early]]
+            samples[early] = np.concatenate([first[~repeated], first[repeated]])[positions[early]]
         return samples
 
-    def _shuffled(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Return the sample numbers at places of an epoch before any are moved, int64 [n]."""
+    def _shuffled(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Return the sample numbers at positions of an epoch before any are moved, int64 [n]."""
         _, edges = self._cached(epoch, 0, self._shuffle_shards)
-        samples, blocks = np.empty(len(places), np.int64), np.searchsorted(edges, places, side="right")
+        samples, blocks = np.empty(len(positions), np.int64), np.searchsorted(edges, positions, side="right")
         for block in np.unique(blocks):
             here = blocks == block
-            samples[here] = self._cached(epoch, int(block), self._shuffle_block)[places[here] - edges[block - 1]]
+            samples[here] = self._cached(epoch, int(block), self._shuffle_block)[positions[here] - edges[block - 1]]
         return samples
 
     def _shuffle_shards(self, epoch: int, _: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shuffled shards of an epoch, and the first place of each shuffle block and of the next epoch."""
+        """Return the shuffled shards of an epoch, and where each shuffle block and the next epoch begin."""
         shards = self._permutation(epoch, 0, len(self.source.count))
         sizes = np.add.reduceat(self.source.count[shards], np.arange(0, len(shards), self.shuffle_shards))
         return shards, np.concatenate([[0], np.cumsum(sizes)])

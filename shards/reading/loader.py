@@ -1,6 +1,6 @@
 """Batches from worker processes, in order whatever the number of workers.
 
-A worker makes complete micro-batches. The batches are a function of the order and of this rank's places alone, so that
+A worker makes complete micro-batches. The batches are a function of the order and of this rank's indices alone, so that
 a restart with another number of ranks or workers reads the same bytes.
 """
 
@@ -179,8 +179,8 @@ def _worker_death_error(worker: BaseProcess) -> UserError:
 def _small_cache_warning(dataset: MicroBatches) -> str | None:
     """Warn if the cache cannot hold two shuffle blocks of every source and shard group that this rank reads."""
     reader, order = dataset.reader, dataset.order
-    places = rank_slice(order.batch_size, 0, dataset.micros, dataset.rank, dataset.world_size, order.shard_groups)
-    shard_groups = len(np.unique(places // (order.batch_size // order.shard_groups)))
+    indices = rank_slice(order.batch_size, 0, dataset.micros, dataset.rank, dataset.world_size, order.shard_groups)
+    shard_groups = len(np.unique(indices // (order.batch_size // order.shard_groups)))
     shards = order.shuffle_shards * shard_groups * len(order.sources)
     need = 2 * shards * reader.largest_shard
     if not reader.cached or reader.cache is None or reader.cache.bound >= need:

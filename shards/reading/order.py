@@ -1,4 +1,4 @@
-"""The order of samples: the picture and caption at each place of each global batch, as a pure function of the step.
+"""The order of samples: the pictures and captions of each global batch, as a pure function of the step.
 
     source        shards of a split                0 1 2 3 4 5 6 7
     shard group   balanced part of the shards      0 2 4 6     1 3 5 7
@@ -6,7 +6,7 @@
     stream        epoch 0, epoch 1, ...            each batch draws in proportion to the weight of the source
 
     batch t       sources x and y, 3 : 1           x x y x x x y x   x x y x x x y x       two shard groups
-    rank r        the places that `rank_slice` returns
+    rank r        the indices that `rank_slice` returns
 
 The order does not depend on the number of ranks or workers, so global batch t is the same on any cluster. The position
 of each source at step t is computed in constant time, so that resuming there costs the same as starting at 0. The
@@ -33,10 +33,10 @@ class Selection(NamedTuple):
 
     samples: np.ndarray  # int64 [n], sample numbers over all data sets, distinct within a global batch
     captions: np.ndarray  # int64 [n], caption rows over all data sets
-    positions: np.ndarray  # int64 [n], `step * batch_size + place`: unique in the run, used to seed random crops
+    positions: np.ndarray  # int64 [n], `step * batch_size + index`: unique in the run, used to seed random crops
 
     def part(self, index: Any) -> "Selection":
-        """Select places by a slice, a mask or an array of their numbers."""
+        """Select by a slice, a mask or an array of indices."""
         return Selection(*(column[index] for column in self))
 
 
@@ -57,11 +57,11 @@ class Order:
             batch_size: Pairs in a global batch.
             seed: Seed of the run.
             shuffle_shards: Shards in a shuffle block.
-            shard_groups: Number of disjoint shard groups G: group g fills places g * B / G to (g + 1) * B / G.
+            shard_groups: Number of disjoint shard groups G: group g has indices g * B / G to (g + 1) * B / G.
 
         Raises:
             UserError: The shard groups do not divide the batch or outnumber the shards of a source; a weight is not a
-                positive number or gives less than one place of a shard group's part of the batch; or a shard group has
+                positive number or gives less than one pair of a shard group's part of the batch; or a shard group has
                 fewer pictures of a source than two batches draw.
         """
         if batch_size % shard_groups:
@@ -72,8 +72,8 @@ class Order:
             )
         self.sources, self.batch_size, self.seed = tuple(sources), batch_size, seed
         self.shuffle_shards, self.shard_groups = shuffle_shards, shard_groups
-        self._places = batch_size // shard_groups  # of a shard group in a batch
-        self._shares = _shares(self.sources, self._places)
+        self._group_size = batch_size // shard_groups  # pairs
+        self._shares = _shares(self.sources, self._group_size)
         self._streams = [
             [
                 EpochStream(part, share, seed, shuffle_shards, (k, shard_group))
@@ -96,7 +96,7 @@ class Order:
 
     def batch(self, step: int) -> Selection:
         """Return global batch number `step`, at a cost that depends neither on `step` nor on the number of samples."""
-        samples, captions = np.empty((2, self.shard_groups, self._places), np.int64)
+        samples, captions = np.empty((2, self.shard_groups, self._group_size), np.int64)
         layout = self._source_layout(step)
         for k, streams in enumerate(self._streams):
             for shard_group, stream in enumerate(streams):
@@ -104,44 +104,45 @@ class Order:
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
         return Selection(samples.ravel(), captions.ravel(), positions)
 
-    def replacement(self, step: int, place: int, attempt: int) -> tuple[int, int]:
-        """Return the picture and caption that replace an unreadable picture at a place of a batch.
+    def replacement(self, step: int, index: int, attempt: int) -> tuple[int, int]:
+        """Return the picture and caption that replace an unreadable picture of a batch.
 
         The candidates are the pictures of the same source and shard group that are not in the batch, in the order in
         which they follow it in its epoch (if an epoch ends within the batch, the new one), continued at the beginning
-        of that epoch. Of the n places of this source and shard group in the batch, place i takes candidate i at the
+        of that epoch. Of the n pairs of this source and shard group in the batch, pair i takes candidate i at the
         first attempt, n + i at the second, and so on, cyclically. As long as there are n candidates per attempt (at
-        least for the first), all places and attempts take different pictures: ranks that replace pictures at
-        different places never choose the same one.
+        least for the first), all pairs and attempts take different pictures: ranks that replace pictures at
+        different indices never choose the same one.
 
         Args:
             step: Number of the global batch.
-            place: Place in it, from 0.
+            index: Index in it, from 0.
             attempt: From 1.
 
         Returns:
-            Sample number and caption row. The picture also keeps its regular place in the epoch.
+            Sample number and caption row. The picture also keeps its regular position in the epoch.
         """
-        shard_group, local_place = divmod(place, self._places)
+        shard_group, local_index = divmod(index, self._group_size)
         layout = self._source_layout(step)
-        k = int(layout[local_place])
-        number = int(np.count_nonzero(layout[:local_place] == k))
+        k = int(layout[local_index])
+        number = int(np.count_nonzero(layout[:local_index] == k))
         return self._streams[k][shard_group].replacement(step, number, attempt)
 
     def _source_layout(self, step: int) -> np.ndarray:
-        """Return the source at each place of a shard group, int64 [places]; evenly spread, so any part is a mixture."""
+        """Return the source of each pair of a shard group, int64 [pairs]; evenly spread, so any part is a mixture."""
         drawn = [share.drawn(step + 1) - share.drawn(step) for share in self._shares]
         spread = np.concatenate([(np.arange(n) + 0.5) / n for n in drawn if n])
         return np.repeat(np.arange(len(drawn)), drawn)[np.argsort(spread, kind="stable")]
 
     def _check(self, stream: EpochStream) -> None:
-        """Raise an error if the smallest shard group of a source has too few pictures or places."""
+        """Raise an error if the smallest shard group of a source has too few pictures or pairs."""
         group = "" if self.shard_groups == 1 else f"shard group {stream.stream[1]} of "
         name = f"{group}{stream.source.name}"
         if stream.share.mean < 1:
             raise UserError(
                 f"{name} has {float(stream.share.mean):.2g} places in a batch: give it more weight or set "
-                f"--training.batch_size to {math.ceil(self._places / stream.share.mean) * self.shard_groups} or more"
+                f"--training.batch_size to {math.ceil(self._group_size / stream.share.mean) * self.shard_groups} or "
+                "more"
             )
         if stream.pictures < 2 * stream.share.maximum:
             more = "give it more pictures" if len(self.sources) == 1 else "give it more pictures or less weight"
@@ -155,10 +156,10 @@ class Order:
     def _largest_batch_size(self) -> int:
         """Return the largest smaller batch size for which there are enough pictures; 0: there is none."""
         pictures = [min(stream.pictures for stream in streams) for streams in self._streams]
-        for places in range(self._places - 1, 0, -1):
-            shares = zip(_shares(self.sources, places), pictures, strict=True)
+        for size in range(self._group_size - 1, 0, -1):
+            shares = zip(_shares(self.sources, size), pictures, strict=True)
             if all(share.mean >= 1 and 2 * share.maximum <= n for share, n in shares):
-                return places * self.shard_groups
+                return size * self.shard_groups
         return 0
 
 
@@ -169,20 +170,20 @@ def source_of(manifest: Manifest, split: str, first_sample: int = 0, first_row: 
         UserError: There is no such split, or a picture of it has no caption.
     """
     if split not in manifest.splits:
-        raise UserError(f"no split {split!r} in {manifest.place}: it has {', '.join(manifest.splits)}")
+        raise UserError(f"no split {split!r} in {manifest.location}: it has {', '.join(manifest.splits)}")
     number, first = manifest.splits.index(split), manifest.first_caption
     without_caption = np.flatnonzero(first[1:] == first[:-1])
     without_caption = without_caption[manifest.split[without_caption] == number]
     if len(without_caption):  # it would be paired with the next picture's caption
         key = manifest.key[without_caption[0]].decode(errors="backslashreplace")
         raise UserError(
-            f"sample {key} of split {split} of {manifest.place} has no caption "
+            f"sample {key} of split {split} of {manifest.location} has no caption "
             f"({len(without_caption):,} such samples): make the shards again"
         )
     edges = np.searchsorted(manifest.shard, np.arange(len(manifest.shards) + 1, dtype=manifest.shard.dtype))
     nonempty = np.flatnonzero(np.diff(edges))
     shards = nonempty[manifest.split[edges[nonempty]] == number]
-    name = f"split {split} of {manifest.place}"
+    name = f"split {split} of {manifest.location}"
     return Source(edges[shards], np.diff(edges)[shards], first, first_sample, first_row, weight, name)
 
 
@@ -211,7 +212,7 @@ def order_of(
 def rank_slice(
     batch_size: int, micro: int, micros: int, rank: int, world_size: int, shard_groups: int = 1
 ) -> np.ndarray:
-    """Return the places of a global batch that `rank` takes in micro-batch `micro` of `micros`, int64 [n].
+    """Return the indices in a global batch that `rank` takes in micro-batch `micro` of `micros`, int64 [n].
 
     A micro-batch has an equal part of every shard group, and ranks are contiguous in it. If the number of ranks divides
     the number of shard groups, each rank reads complete shard groups. With one shard group, micro-batches and ranks are
@@ -229,13 +230,13 @@ def rank_slice(
     return group_parts[:, micro].reshape(world_size, -1)[rank]
 
 
-def _shares(sources: Sequence[Source], places: int) -> list[Share]:
-    """Divide the places of a shard group by weight."""
+def _shares(sources: Sequence[Source], size: int) -> list[Share]:
+    """Divide the pairs of a shard group by weight."""
     for source in sources:
         if not 0 < source.weight < math.inf:
             raise UserError(f"the weight of {source.name} is {source.weight}: set it to a positive number")
     ends = list(accumulate((Fraction(str(source.weight)) for source in sources), initial=Fraction(0)))
-    return [Share(places * low / ends[-1], places * high / ends[-1]) for low, high in pairwise(ends)]
+    return [Share(size * low / ends[-1], size * high / ends[-1]) for low, high in pairwise(ends)]
 
 
 def _assign_shards(source: Source, shard_groups: int) -> list[Source]:

@@ -143,7 +143,7 @@ class Reader:
         """Return the key of a sample and the path or URL of its shard, for messages."""
         part, local = self._find(self._first_sample, sample)
         m = self.manifests[part]
-        return m.key[local].decode(errors="replace"), f"{m.place}/{m.shards[int(m.shard[local])].name}"
+        return m.key[local].decode(errors="replace"), f"{m.location}/{m.shards[int(m.shard[local])].name}"
 
     def prefetch(self, samples: np.ndarray) -> None:
         """Download the remote shards of samples int64 [n] into the cache; raises the errors of `picture`."""
@@ -191,7 +191,7 @@ class Reader:
         return opened
 
     def _open_shard(self, part: int, info: ShardInfo) -> "_Shard":
-        name, remote = f"{self.manifests[part].place}/{info.name}", self._remotes[part]
+        name, remote = f"{self.manifests[part].location}/{info.name}", self._remotes[part]
         if remote is None:
             return _LocalShard(_open_local(name, info), name)
         descriptor = self.cache.open(remote, info) if self.cache else None

@@ -141,8 +141,8 @@ def _index_tar(options: IndexOptions, path: Path, progress: Progress) -> _Indexe
     Raises:
         UserError: It does not fit, or changed meanwhile.
     """
-    before, place = os.stat(path), os.path.abspath(path)
-    tar = group(place, list_tar(place, options.layout.is_text), options.layout)
+    before, location = os.stat(path), os.path.abspath(path)
+    tar = group(location, list_tar(location, options.layout.is_text), options.layout)
     split = _split(tar, options)
     shard = ShardRecord(path.name, split or DEFAULT_SPLIT, "", "", bytes=before.st_size, sha256=file_sha256(path))
     checker, shown = _Checker(shard, options.skip_bad), 0
@@ -166,10 +166,10 @@ def _split(tar: StockTar, options: IndexOptions) -> str | None:
     Raises:
         UserError: No pattern matches the tar, or its samples are of several splits.
     """
-    split = split_of(tar.place, options.splits)
+    split = split_of(tar.location, options.splits)
     if options.splits:
         if split is None:
-            raise UserError(f"{tar.place}: no --split pattern matches it")
+            raise UserError(f"{tar.location}: no --split pattern matches it")
         return split
     named: dict[str | None, str] = {}  # split in the JSON -> first key
     for sample in tar.samples:
@@ -178,7 +178,7 @@ def _split(tar: StockTar, options: IndexOptions) -> str | None:
     if len(named) > 1:
         some = " and ".join(f"{key} of {name or 'no split'}" for name, key in list(named.items())[:2])
         raise UserError(
-            f"{tar.place} has samples of several splits ({some}), which an index cannot hold: write shards by "
+            f"{tar.location} has samples of several splits ({some}), which an index cannot hold: write shards by "
             "make_shards.py webdataset, or name one by --split NAME=PATTERN"
         )
     return next(iter(named), None) or split
@@ -226,7 +226,7 @@ class _Checker:
         if len(sample.pictures) != 1 or not sample.audio:
             what = f"{len(sample.pictures)} pictures" if len(sample.pictures) != 1 else "no audio"
             raise BadRecord(f"has {what}: a sample needs one picture and its captions")
-        own, (description, place) = _json(sample), _description(sample)
+        own, (description, span) = _json(sample), _description(sample)
         split, image_id = optional_text(own, "split"), optional_text(own, "image_id") or sample.key
         if split is not None and not manifest.SPLIT.fullmatch(split):
             raise BadRecord(f"split is {split!r}, expected a name of letters, digits, _ and - only")
@@ -234,7 +234,7 @@ class _Checker:
         if problem := problem_of_picture(picture, True, STOCK_PICTURES):
             raise BadRecord(f"{sample.pictures[0].name}: {problem}")
         record = SampleRecord(sample.key, image_id, optional_text(own, "twin"), [], [])
-        record.members += [place, (sample.pictures[0].offset, sample.pictures[0].size)]
+        record.members += [span, (sample.pictures[0].offset, sample.pictures[0].size)]
         captions, warnings, audio = caption_metadata(description, sample.key, len(sample.audio)), [], b""
         for number, (member, caption) in enumerate(zip(sample.audio.values(), captions, strict=True)):
             data = _read(member)
@@ -254,7 +254,7 @@ class _Checker:
 
 
 def _description(sample: StockSample) -> tuple[bytes, tuple[int, int]]:
-    """Return the member that describes the captions, JSON or text, and its place; empty if there is none."""
+    """Return the member that describes the captions, JSON or text, and its offset and size; empty if there is none."""
     for contents, members in ((sample.json, sample.json_members), (sample.texts, sample.text_members)):
         part = "" if "" in contents else next(iter(sample.audio)) if len(sample.audio) == 1 else ""
         if part in contents:

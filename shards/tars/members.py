@@ -68,31 +68,31 @@ class _DamagedTar(Exception):
     """The tar cannot be parsed beyond this point."""
 
 
-def list_tar(place: str, is_text: Callable[[str], bool] = lambda name: False) -> TarListing:
+def list_tar(location: str, is_text: Callable[[str], bool] = lambda name: False) -> TarListing:
     """List the members of a tar.
 
     Args:
-        place: Absolute path, or URL.
+        location: Absolute path, or URL.
         is_text: Whether the content of a member with this name is read too; those of more than 1 MiB are not.
 
     Raises:
         UserError: The tar is missing or cannot be opened.
         TransientError: The network does not respond.
     """
-    if is_url(place):
-        folder, _, name = place.rpartition("/")
+    if is_url(location):
+        folder, _, name = location.rpartition("/")
 
         def scan(system: Any, path: str) -> TarListing:
             with system.open(path, "rb", block_size=BLOCK) as file:
-                return _list(file, place, file.seek(0, os.SEEK_END), is_text)
+                return _list(file, location, file.seek(0, os.SEEK_END), is_text)
 
         return _remote(folder).with_retries(name, scan)
-    path = Path(place)
+    path = Path(location)
     try:
         if not path.is_file():  # opening a pipe would block
             raise UserError(f"{path} {'is not a regular file' if path.exists() else 'is missing'}")
         with open(path, "rb") as file:
-            return _list(file, place, os.fstat(file.fileno()).st_size, is_text)
+            return _list(file, location, os.fstat(file.fileno()).st_size, is_text)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -102,14 +102,14 @@ def _remote(folder: str) -> Remote:
     return Remote(folder)
 
 
-def _list(file: IO[bytes], place: str, size: int, is_text: Callable[[str], bool]) -> TarListing:
+def _list(file: IO[bytes], location: str, size: int, is_text: Callable[[str], bool]) -> TarListing:
     listing = TarListing()
     try:
         for name, offset, length in _regular_files(file, size):
             if is_text(name) and length <= MAX_TEXT:
                 file.seek(offset)
                 listing.texts[len(listing.members)] = file.read(length)
-            listing.members.append(TarMember(place, name, offset, length, size))
+            listing.members.append(TarMember(location, name, offset, length, size))
     except _DamagedTar as damage:
         listing.problem = str(damage)
     return listing

@@ -36,7 +36,7 @@ _HINT = "--root is a folder of tars, or their names: data/train-{000..009}.tar, 
 class Layout:
     """What the members of a sample are, by what follows the key in their names: `jpg` is KEY.jpg, KEY.0.jpg, ...
 
-    Where several fit one place, the first counts, as in `webdataset`.
+    Where several fit one part, the first counts, as in `webdataset`.
     """
 
     image: tuple[str, ...] = tuple(IMAGE.split(";"))
@@ -71,7 +71,7 @@ class StockSample:
 class StockTar:
     """The samples of one tar, and what does not fit: pairs of a key ("" if unknown) and a reason."""
 
-    place: str
+    location: str
     samples: list[StockSample]
     problems: list[tuple[str, str]]
     ignored: set[str]  # endings of members that the layout does not name
@@ -128,11 +128,11 @@ def find_tars(roots: Sequence[str]) -> list[str]:
         Absolute paths and URLs.
 
     Raises:
-        UserError: Nothing is found, or a place is not one that is read.
+        UserError: Nothing is found, or a location is not one that is read.
     """
     tars: dict[str, None] = {}
     for root in roots:
-        found = [tar for place in _expand_braces(root) for tar in _expand(place)]
+        found = [tar for location in _expand_braces(root) for tar in _expand(location)]
         if not found:
             given = is_url(root) or glob.has_magic(root) or "{" in root or os.path.exists(root)
             problem = f"no tar in {root}" if given else f"{root}: no such folder, or no access to it (--root)"
@@ -141,28 +141,28 @@ def find_tars(roots: Sequence[str]) -> list[str]:
     return list(tars)
 
 
-def _expand_braces(place: str) -> list[str]:
-    if re.match(r"pipe:|[\w+]*::", place):
-        raise UserError(f"{place}: only files and plain URLs are read, no commands and no chains: {_HINT}")
-    if not is_url(place) and os.path.exists(place):
-        return [place]
+def _expand_braces(location: str) -> list[str]:
+    if re.match(r"pipe:|[\w+]*::", location):
+        raise UserError(f"{location}: only files and plain URLs are read, no commands and no chains: {_HINT}")
+    if not is_url(location) and os.path.exists(location):
+        return [location]
     import braceexpand
 
     try:
-        return list(braceexpand.braceexpand(place))
+        return list(braceexpand.braceexpand(location))
     except ValueError as error:
-        raise UserError(f"{place}: {error}: {_HINT}") from None
+        raise UserError(f"{location}: {error}: {_HINT}") from None
 
 
-def _expand(place: str) -> list[str]:
-    if is_url(place):
-        return _expand_url(place)
-    if os.path.isdir(place):
-        found = [str(path) for path in Path(place).rglob("*.tar")]
-    elif os.path.exists(place):
-        found = [place]
+def _expand(location: str) -> list[str]:
+    if is_url(location):
+        return _expand_url(location)
+    if os.path.isdir(location):
+        found = [str(path) for path in Path(location).rglob("*.tar")]
+    elif os.path.exists(location):
+        found = [location]
     else:
-        found = glob.glob(place, recursive=True) if glob.has_magic(place) else []
+        found = glob.glob(location, recursive=True) if glob.has_magic(location) else []
     return [os.path.abspath(tar) for tar in sorted(found, key=natural_order)]
 
 
@@ -184,11 +184,11 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), part) if part.isdigit() else (0, 0, part) for part in parts]
 
 
-def split_of(place: str, patterns: Sequence[str]) -> str | None:
+def split_of(location: str, patterns: Sequence[str]) -> str | None:
     """Return the split of a tar: of the first pattern that its path or name matches, else of a word in its path.
 
     Args:
-        place: Path or URL.
+        location: Path or URL.
         patterns: NAME=PATTERN, in the order of the command line.
 
     Returns:
@@ -197,36 +197,36 @@ def split_of(place: str, patterns: Sequence[str]) -> str | None:
     """
     for name, _, pattern in (one.partition("=") for one in patterns):
         for one in _expand_braces(pattern):
-            if fnmatch.fnmatch(place, one) or fnmatch.fnmatch(place, f"*/{one}"):
+            if fnmatch.fnmatch(location, one) or fnmatch.fnmatch(location, f"*/{one}"):
                 return name
     if patterns:
         return None
-    *_, folder, name = ["", *place.lower().split("/")]
+    *_, folder, name = ["", *location.lower().split("/")]
     in_name = [word for word in re.split(r"[^a-z]+", name) if word in _SPLIT_WORDS]
     in_folder = [word for word in (folder.rstrip("0123456789"),) if word in _SPLIT_WORDS]
     return next(reversed(in_folder + in_name), None)
 
 
-def read_tars(places: Sequence[str], layout: Layout, jobs: int) -> Iterator[StockTar]:
+def read_tars(locations: Sequence[str], layout: Layout, jobs: int) -> Iterator[StockTar]:
     """List tars in parallel and group their members, and yield them in the order given.
 
     Raises:
         UserError: A tar is missing or cannot be opened.
     """
-    with progress_bar(len(places), "tars", "listing") as progress:
+    with progress_bar(len(locations), "tars", "listing") as progress:
         task = partial(_list_task, layout)
-        listings = dict(run_tasks(task, {place: place for place in places}, jobs, progress))
-    for place in places:
-        yield group(place, listings.pop(place), layout)
+        listings = dict(run_tasks(task, {location: location for location in locations}, jobs, progress))
+    for location in locations:
+        yield group(location, listings.pop(location), layout)
 
 
-def _list_task(layout: Layout, place: str, progress: Progress) -> TarListing:
-    listing = list_tar(place, layout.is_text)
+def _list_task(layout: Layout, location: str, progress: Progress) -> TarListing:
+    listing = list_tar(location, layout.is_text)
     progress(1)
     return listing
 
 
-def group(place: str, listing: TarListing, layout: Layout) -> StockTar:
+def group(location: str, listing: TarListing, layout: Layout) -> StockTar:
     """Group the members of a tar to samples by `webdataset.tariterators.group_by_keys`."""
     from webdataset.tariterators import base_plus_ext, group_by_keys
 
@@ -238,7 +238,7 @@ def group(place: str, listing: TarListing, layout: Layout) -> StockTar:
         return True
 
     known = [number for number, member in enumerate(listing.members) if layout.is_known(member.name)]
-    files = ({"fname": listing.members[n].name, "data": n, "__url__": place} for n in known)
+    files = ({"fname": listing.members[n].name, "data": n, "__url__": location} for n in known)
     samples, seen = [], set()
     for members in group_by_keys(files, handler=note):
         key = members.pop("__key__")
@@ -251,20 +251,20 @@ def group(place: str, listing: TarListing, layout: Layout) -> StockTar:
     if listing.problem:
         problems.append(("", listing.problem))
     ignored = {_ending(member.name) for member in listing.members if not layout.is_known(member.name)}
-    return StockTar(place, samples, problems, ignored)
+    return StockTar(location, samples, problems, ignored)
 
 
 def _sample(key: str, members: dict[str, int], listing: TarListing, layout: Layout) -> StockSample:
     sample = StockSample(key)
     pictures = _chosen(members, layout.image)
     sample.pictures = [listing.members[number] for number in pictures.values()]
-    sample.audio = {place: listing.members[number] for place, number in _chosen(members, layout.audio).items()}
+    sample.audio = {part: listing.members[number] for part, number in _chosen(members, layout.audio).items()}
     for endings, contents, found in (
         (layout.text, sample.texts, sample.text_members),
         (layout.json, sample.json, sample.json_members),
     ):
-        for place, number in _chosen(members, endings).items():
-            contents[place], found[place] = listing.texts.get(number), listing.members[number]
+        for part, number in _chosen(members, endings).items():
+            contents[part], found[part] = listing.texts.get(number), listing.members[number]
     return sample
 
 
@@ -273,9 +273,9 @@ def _chosen(members: dict[str, int], endings: Sequence[str]) -> dict[str, int]:
     chosen: dict[str, tuple[int, int]] = {}
     for suffix, number in members.items():
         if match := _match(suffix, endings):
-            place, rank = match
-            chosen[place] = min(chosen.get(place, (rank, number)), (rank, number))
-    return {place: chosen[place][1] for place in sorted(chosen, key=natural_order)}
+            part, rank = match
+            chosen[part] = min(chosen.get(part, (rank, number)), (rank, number))
+    return {part: chosen[part][1] for part in sorted(chosen, key=natural_order)}
 
 
 def _match(suffix: str, endings: Sequence[str]) -> tuple[str, int] | None:

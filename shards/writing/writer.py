@@ -290,8 +290,8 @@ def _make_shard(folder: Path, plan: PlannedShard, progress: Progress) -> bool:
 
 
 def _source(path: Path | StoredFile, stamps: Mapping[Path | StoredFile, tuple[int, int]]) -> SourceFile:
-    place = path.container if isinstance(path, StoredFile) else os.path.abspath(path)
-    return SourceFile(place, *stamps[path], crc32(path))
+    location = path.container if isinstance(path, StoredFile) else os.path.abspath(path)
+    return SourceFile(location, *stamps[path], crc32(path))
 
 
 def _write_sample(tar: tarfile.TarFile, file: IO[bytes], item: Item, form: Format, shard: ShardRecord) -> None:

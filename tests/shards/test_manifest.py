@@ -248,7 +248,7 @@ def test_remote_manifest(tmp_path):
     for name in (manifest.MANIFEST, manifest.INDEX):
         memory.pipe_file(f"/bucket/set/{name}", (tmp_path / name).read_bytes())
     loaded = load("memory://bucket/set/")
-    assert (loaded.url, loaded.place, loaded.hash) == ("memory://bucket/set",) * 2 + (made.hash,)
+    assert (loaded.url, loaded.location, loaded.hash) == ("memory://bucket/set",) * 2 + (made.hash,)
     assert loaded.audio_bytes.tolist() == columns()["audio_bytes"]
     by_file = load(f"file://{tmp_path}")
     assert (by_file.url, by_file.hash) == (f"file://{tmp_path}", made.hash)

@@ -290,7 +290,7 @@ class TextBaseline:
         retrieval = rank_by_text(embedded, self._images, self.source, self.manifest, self.split)
         limit = "" if self.limit is None else f"-limit-{self.limit}"
         report = retrieval.report | {
-            "shards": self.manifest.place,
+            "shards": self.manifest.location,
             "checkpoint": f"{name}-{Path(self.folder).resolve().name}{limit}",
             "step": None,
             "run": str(self.run),

@@ -227,7 +227,7 @@ class Source:
             return torch.from_numpy(decode())
         except UserError as error:
             key = self.manifest.key[sample].decode()
-            raise UserError(f"sample {key} of {self.manifest.place}: {error}; make the shards again") from error
+            raise UserError(f"sample {key} of {self.manifest.location}: {error}; make the shards again") from error
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def evaluate_split(
     for fuse, retrieval in zip(chosen, retrievals, strict=True):
         settings = replace(config, evaluation=replace(config.evaluation, fuse=fuse))
         source = {
-            "shards": manifest.place,
+            "shards": manifest.location,
             "checkpoint": checkpoint.name,
             "step": checkpoint.step,
             "run": checkpoint.run,

@@ -184,5 +184,5 @@ def _is_training_data(trained: Config, config: Config, manifest: "Manifest") -> 
     checksums = None if trained.data.mixture else trained_data(Path(config.run))
     if checksums is not None:
         return manifest.hash in checksums
-    locations = (trained.data.shards, manifest.place)
+    locations = (trained.data.shards, manifest.location)
     return len({place if "://" in place else str(Path(place).resolve()) for place in locations}) == 1

@@ -171,25 +171,25 @@ def _manifests(run: Path, config: "Config") -> "list[Manifest]":
     from shards.manifest import load
 
     trained, manifests = trained_data(run), []
-    for place in config.data.mixture or {config.data.shards: 1.0}:
+    for location in config.data.mixture or {config.data.shards: 1.0}:
         try:
-            manifest = load(place)
+            manifest = load(location)
         except UserError as error:
             logger.warning("%s: left out of the model card", error)
             continue
         if trained is None or manifest.hash in trained:
             manifests.append(manifest)
         else:
-            logger.warning("%s is not what %s was trained on: left out of the model card", place, run)
+            logger.warning("%s is not what %s was trained on: left out of the model card", location, run)
     return manifests
 
 
 def _data_name(recall: Mapping[str, Any], config: "Config | None", data: "list[Manifest]") -> str:
     """Corpus of the evaluated shards, or the name of their folder; empty: unknown."""
-    place = str(recall.get("shards", ""))
-    if config and len(data) == 1 and place == config.data.shards:
+    location = str(recall.get("shards", ""))
+    if config and len(data) == 1 and location == config.data.shards:
         return data[0].corpus
-    return place.rstrip("/").rpartition("/")[2]
+    return location.rstrip("/").rpartition("/")[2]
 
 
 def _trunks(config: "Config | None") -> list[str]:

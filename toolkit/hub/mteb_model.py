@@ -151,11 +151,11 @@ class SpeechImageCrossEncoder:
             for captions in _chunks(list(pairs), size):
                 waves = _decode_rows(sides["audio"], captions, "audio", self.encoder.processor)
                 for group in groups("audio", waves, self.encoder.processor.sampling_rate):
-                    speech = self.encoder.encode("audio", [waves[place] for place in group])
-                    found = [(place, row) for place, each in enumerate(group) for row in pairs[captions[each]]]
+                    speech = self.encoder.encode("audio", [waves[number] for number in group])
+                    found = [(number, row) for number, each in enumerate(group) for row in pairs[captions[each]]]
                     for part in _chunks(found, size):
-                        places, rows = (torch.tensor(each) for each in zip(*part, strict=True))
-                        scores[rows] = self._score(speech, places, images, image_of[rows])
+                        numbers, rows = (torch.tensor(each) for each in zip(*part, strict=True))
+                        scores[rows] = self._score(speech, numbers, images, image_of[rows])
                         progress(len(part))
         return scores.numpy()
 
@@ -168,14 +168,14 @@ class SpeechImageCrossEncoder:
             for rows in _chunks(unique, size)
         ]
         kept = [torch.cat([getattr(part, key).cpu() for part in parts]) for key in ("embedding", "tokens", "mask")]
-        place = {row: number for number, row in enumerate(unique)}
-        return Encoded(*kept), torch.tensor([place[row] for row in first])
+        position = {row: number for number, row in enumerate(unique)}
+        return Encoded(*kept), torch.tensor([position[row] for row in first])
 
     @torch.inference_mode()
-    def _score(self, speech: Encoded, places: Tensor, images: Encoded, rows: Tensor) -> Tensor:
+    def _score(self, speech: Encoded, numbers: Tensor, images: Encoded, rows: Tensor) -> Tensor:
         """Score pairs of a caption of the batch and an image: float32 [M] on the CPU."""
         device, chosen = self.encoder.device, images[rows]
-        left = speech[places.to(device)]
+        left = speech[numbers.to(device)]
         right = Encoded(chosen.embedding.to(device), chosen.tokens.to(device), chosen.mask.to(device))
         logits = self.encoder.model.match(left, right)[:, 1].float().cpu()
         cosines = (left.embedding * right.embedding).sum(dim=1).float().cpu()

@@ -117,13 +117,13 @@ class Approximate:
             scores.append(torch.from_numpy(np.asarray(self.embeddings[start:stop])).float() @ query)
             rows.append(np.array(self.rows[start:stop]))
             release(self.embeddings, start, stop)
-        places = torch.from_numpy(np.concatenate(rows))
-        if int(places.min()) < 0 or int(places.max()) >= len(self.rows):
+        candidates = torch.from_numpy(np.concatenate(rows))
+        if int(candidates.min()) < 0 or int(candidates.max()) >= len(self.rows):
             raise UserError(f"{self.folder} is damaged (rows outside of the index): remove it, or pass --exact")
-        places, order_of_rows = places.sort()  # of equal scores the lower row is first
+        candidates, order_of_rows = candidates.sort()  # of equal scores the lower row is first
         values = torch.cat(scores).nan_to_num_(nan=-torch.inf)[order_of_rows]
         best = values.sort(descending=True, stable=True).indices[:k]
-        return values[best], places[best]
+        return values[best], candidates[best]
 
 
 def open_approximate(index: Index) -> Approximate | None:

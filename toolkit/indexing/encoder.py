@@ -55,11 +55,11 @@ class Encoder:
         processor = SpeechImageProcessor.from_pretrained(folder)
         model = load_model(folder).eval()
         try:
-            place = torch.device(name)
-            model.to(place)
+            target = torch.device(name)
+            model.to(target)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-        return cls(model, processor, place)
+        return cls(model, processor, target)
 
     @torch.inference_mode()
     def encode(self, modality: Modality, inputs: Sequence[Tensor]) -> Encoded:

@@ -43,11 +43,11 @@ def write_embeddings(index: Index, out: Path, names: Sequence[str] | None = None
     Returns:
         The files.
     """
-    rows = {index.item(row).name: row for row in range(len(index))}
-    order = [name for name in dict.fromkeys(names if names is not None else rows) if name in rows]
-    places = np.array([rows[name] for name in order], dtype=np.int64)
+    row_of = {index.item(row).name: row for row in range(len(index))}
+    order = [name for name in dict.fromkeys(names if names is not None else row_of) if name in row_of]
+    rows = np.array([row_of[name] for name in order], dtype=np.int64)
     if out.suffix == ".parquet":
-        _write_parquet(out, order, index.embeddings[places])
+        _write_parquet(out, order, index.embeddings[rows])
         return [out]
     column = io.StringIO(newline="")
     csv.writer(column, lineterminator="\n").writerows([["name"], *([name] for name in order)])
@@ -58,7 +58,7 @@ def write_embeddings(index: Index, out: Path, names: Sequence[str] | None = None
         form = {"descr": "<f4", "fortran_order": False, "shape": (len(order), index.head.dim)}
         np.lib.format.write_array_header_1_0(file, form)
         for start in range(0, len(order), _ROWS):
-            file.write(np.asarray(index.embeddings[places[start : start + _ROWS]], "<f4").tobytes())
+            file.write(np.asarray(index.embeddings[rows[start : start + _ROWS]], "<f4").tobytes())
     return [out, beside]
 
 

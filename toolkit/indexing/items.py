@@ -166,7 +166,7 @@ class ShardSource:
     """The images or the audio files of one split of shards.
 
     Args:
-        place: Folder or URL of the shards.
+        location: Folder or URL of the shards.
         split: Name of the split.
         modality: Which members are listed.
         hash: Expected identity of the shards; None: any.
@@ -175,11 +175,11 @@ class ShardSource:
         UserError: There are no such shards.
     """
 
-    def __init__(self, place: str, split: str, modality: Modality, hash: str | None = None) -> None:
-        self.manifest: Manifest = load(place)
+    def __init__(self, location: str, split: str, modality: Modality, hash: str | None = None) -> None:
+        self.manifest: Manifest = load(location)
         if hash not in (None, self.manifest.hash):
-            raise UserError(f"{place} holds other shards than those that were indexed: update the index")
-        self.place, self.split, self.modality = place, split, modality
+            raise UserError(f"{location} holds other shards than those that were indexed: update the index")
+        self.location, self.split, self.modality = location, split, modality
         self.unlisted: list[str] = []
         self.reader = Reader(self.manifest)
         self.numbers: dict[str, int] = {}  # name -> sample or caption row
@@ -191,8 +191,8 @@ class ShardSource:
                 self.numbers |= {f"{key}.{n}": row for n, row in enumerate(self.manifest.captions(sample))}
 
     def describe(self) -> dict[str, str]:
-        """Return kind, place, split and identity of the shards."""
-        return {"kind": "shards", "place": self.place, "split": self.split, "hash": self.manifest.hash}
+        """Return kind, location, split and identity of the shards."""
+        return {"kind": "shards", "place": self.location, "split": self.split, "hash": self.manifest.hash}
 
     def items(self) -> list[Item]:
         """List the members."""
@@ -223,7 +223,7 @@ class ShardSource:
 
     def path(self, name: str) -> str:
         """Return the shards and the name in them."""
-        return f"{self.place}:{name}"
+        return f"{self.location}:{name}"
 
     def is_current(self, item: Item) -> bool:
         """Whether there is such a sample; shards never change, and their identity has been checked."""

@@ -113,8 +113,8 @@ class Searcher:
             raise UserError(problem)
         scores, rows = self.find(queries.embedding.float().cpu(), max(top, rerank))
         found = []
-        for number, (cosines, places) in enumerate(zip(scores.tolist(), rows.tolist(), strict=True)):
-            hits = [self._hit(row, cosine) for row, cosine in zip(places, cosines, strict=True)]
+        for number, (cosines, best) in enumerate(zip(scores.tolist(), rows.tolist(), strict=True)):
+            hits = [self._hit(row, cosine) for row, cosine in zip(best, cosines, strict=True)]
             reranked = self._rerank(queries[number : number + 1], hits[:rerank]) if rerank else []
             found.append([*reranked, *hits[rerank:]][:top])
         return found

@@ -85,20 +85,20 @@ def plan(folder: Path, source: Source, model: Path) -> tuple[Head, Changes, list
     check_model(head, checksum, folder)
     there, here = head.source | {"hash": ""}, description | {"hash": ""}
     if (head.modality, there) != (source.modality, here):
-        was, now = (f"{kind} {place}" for kind, place in (_shown(head.modality, there), _shown(source.modality, here)))
+        was, now = (" ".join(_shown(*one)) for one in ((head.modality, there), (source.modality, here)))
         raise UserError(f"{folder} is an index of {was}, not of {now}: give another folder as --out")
     items = source.items()
     if not items:
-        place = description.get("place", "the list")
-        raise UserError(f"no {UNITS[source.modality]} in {place}: check the folder and the endings of the names")
+        location = description.get("place", "the list")
+        raise UserError(f"no {UNITS[source.modality]} in {location}: check the folder and the endings of the names")
     indexed = Index.open(folder).items() if (folder / HEAD).exists() else []
     head = replace(head, source=description, model_folder=str(model.resolve()))
     return head, compare(indexed, items, source.unlisted), items
 
 
 def _shown(modality: str, source: dict[str, str]) -> tuple[str, str]:
-    place = source.get("place", "files")
-    return UNITS[modality], f"{place}, split {source['split']}" if "split" in source else place
+    location = source.get("place", "files")
+    return UNITS[modality], f"{location}, split {source['split']}" if "split" in source else location
 
 
 def check_model(head: Head, checksum: str, folder: Path) -> None:

@@ -140,9 +140,9 @@ def commit(index: Index, journal: Journal, kept: Sequence[Item]) -> Head:
         for start in range(0, len(items), _ROWS):
             chunk = items[start : start + _ROWS]
             block = np.empty((len(chunk), head.dim), head.dtype)
-            for place, item in enumerate(chunk):
+            for number, item in enumerate(chunk):
                 row = journal.rows.get(item)
-                block[place] = index.embeddings[old[item]] if row is None else pending[row]
+                block[number] = index.embeddings[old[item]] if row is None else pending[row]
             file.write(block.tobytes())
     with atomic_write(folder / head.items_name) as file:
         file.writelines(map(format_item, items))

@@ -123,7 +123,7 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
         if captions and split:
             if not SPLIT.fullmatch(split):
                 raise UserError(f"split {split!r}: expected letters, digits, _ and -: give --split NAME")
-            items.append(Item(image_id, split, picture.value, tuple(captions), place=picture.place))
+            items.append(Item(image_id, split, picture.value, tuple(captions), where=picture.where))
     for count, what in ((silent, "have no caption"), (unlisted, "are in no --split-list")):
         if count:
             logger.warning("hf-pairs: %s pictures %s and are left out", f"{count:,}", what)
@@ -152,7 +152,7 @@ class _Stored:
     value: ParquetValue
     path: str  # that the data set names, "" if none
     row: dict[str, Any]
-    place: str
+    where: str
 
 
 class _Pairs:
@@ -166,7 +166,7 @@ class _Pairs:
         self.bad = bad
         self.pictures: dict[str, _Stored] = {}
         self.recordings: dict[str, _Stored] = {}
-        self._relevance: list[tuple[str, str, str, str]] = []  # query, document, split, place
+        self._relevance: list[tuple[str, str, str, str]] = []  # query, document, split, where
         self._captions: dict[str, dict[Caption, str]] = {}  # by picture: captions and their splits
 
     def add_file(self, path: Path) -> None:
@@ -190,12 +190,12 @@ class _Pairs:
             if not found and not self.bad.dropped:
                 raise UserError(f"{root} has no .parquet file with rows and the columns {columns}: {_HINT}")
         paired: dict[str, str] = {}
-        for query, document, split, place in self._relevance:
+        for query, document, split, where in self._relevance:
             image_id, utterance = (query, document) if query in self.pictures else (document, query)
             if image_id not in self.pictures or utterance not in self.recordings:
-                self.bad.add(place, f"no picture and recording have the ids {query} and {document}")
+                self.bad.add(where, f"no picture and recording have the ids {query} and {document}")
             elif paired.setdefault(utterance, image_id) != image_id:
-                self.bad.add(place, f"recording {utterance} is relevant to {paired[utterance]} too")
+                self.bad.add(where, f"recording {utterance} is relevant to {paired[utterance]} too")
             else:
                 self._add_caption(image_id, utterance, split)
 
@@ -208,9 +208,9 @@ class _Pairs:
         try:
             text, speaker, language = (optional_text(stored.row, name) for name in _DESCRIPTIONS)
         except BadRecord as reason:
-            self.bad.add(stored.place, reason)
+            self.bad.add(stored.where, reason)
             return
-        caption = Caption(utterance, stored.value, text, speaker, stored.place, language)
+        caption = Caption(utterance, stored.value, text, speaker, stored.where, language)
         self._captions.setdefault(image_id, {}).setdefault(caption, split)
 
     def _add_values(self, path: Path, file: Any, column: str, known: dict[str, _Stored]) -> None:
@@ -219,35 +219,35 @@ class _Pairs:
         has_path = field.num_fields and field.get_field_index("path") >= 0
         size = path.stat().st_size
         for group, number, row in _rows(path, file, [*names, *([f"{column}.path"] if has_path else [])]):
-            place = f"{path} row {number}"
+            where = f"{path} row {number}"
             own = row.pop(column, None)
             try:
                 identity = _text_id(row, next(name for name in _IDS if name in row))
             except BadRecord as reason:
-                self.bad.add(place, reason, what="picture" if column == "image" else "caption")
+                self.bad.add(where, reason, what="picture" if column == "image" else "caption")
                 continue
             if identity in known:
-                self.bad.add(place, f"id {identity} is repeated: first at {known[identity].place}")
+                self.bad.add(where, f"id {identity} is repeated: first at {known[identity].where}")
                 continue
             name = f"{column} {identity}"
             within = number - sum(file.metadata.row_group(n).num_rows for n in range(group))
             value = ParquetValue(
                 os.path.abspath(path), name, group, within, f"{column}.bytes" if has_path else column, 0, size
             )
-            known[identity] = _Stored(value, str((own or {}).get("path") or ""), row, place)
+            known[identity] = _Stored(value, str((own or {}).get("path") or ""), row, where)
 
     def _add_relevance(self, path: Path, file: Any) -> None:
         split = re.sub(r"-\d+-of-\d+$", "", path.stem)
         scored = "score" in file.schema_arrow.names
         for _, number, row in _rows(path, file, [*_RELEVANCE, *(["score"] if scored else [])]):
-            place = f"{path} row {number}"
+            where = f"{path} row {number}"
             try:
                 query, document = (_text_id(row, name) for name in _RELEVANCE)
                 score = row.get("score", 1)
                 if (isinstance(score, float) or integer(row | {"score": score}, "score")) and score > 0:
-                    self._relevance.append((query, document, split, place))
+                    self._relevance.append((query, document, split, where))
             except BadRecord as reason:
-                self.bad.add(place, reason)
+                self.bad.add(where, reason)
 
 
 def _rows(path: Path, file: Any, columns: list[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this corpus."""
     parser.add_argument(
-        "--root", type=_place, nargs="+", required=True, metavar="TARS", help="tars, folders, patterns or URLs"
+        "--root", type=_location, nargs="+", required=True, metavar="TARS", help="tars, folders, patterns or URLs"
     )
     add_layout(parser)
     for key, what in (
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _place(text: str) -> str:
+def _location(text: str) -> str:
     return text if is_url(text) or text.startswith("pipe:") else os.path.abspath(text)
 
 
@@ -76,12 +76,12 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
     Raises:
         UserError: A tar is missing, or none has a sample.
     """
-    places = find_tars(options.root)
-    tars = list(read_tars(places, layout_of(options), getattr(options, "jobs", 1)))
+    locations = find_tars(options.root)
+    tars = list(read_tars(locations, layout_of(options), getattr(options, "jobs", 1)))
     repeated = _has_repeated_keys(tars)
     reader = _SampleReader(options, bad)
     for tar in tars:
-        stem = tar.place.rpartition("/")[2].removesuffix(".tar")
+        stem = tar.location.rpartition("/")[2].removesuffix(".tar")
         reader.add_tar(tar, f"{stem}/" if repeated else "")
     ignored = describe_ignored(tars)
     if not reader.items and not bad.dropped:
@@ -108,7 +108,7 @@ def _has_repeated_keys(tars: Iterable[StockTar]) -> bool:
 class _Picture:
     member: TarMember
     captions: list[Caption]
-    place: str
+    where: str
 
 
 class _SampleReader:
@@ -130,9 +130,9 @@ class _SampleReader:
 
     def add_tar(self, tar: StockTar, prefix: str) -> None:
         """Add the samples of a tar; `prefix` makes its keys unique."""
-        split, unnamed = split_of(tar.place, self.options.split), False
+        split, unnamed = split_of(tar.location, self.options.split), False
         for sample in tar.samples:
-            place = f"{tar.place}: {sample.key}"
+            where = f"{tar.location}: {sample.key}"
             try:
                 record = self._record(sample)
                 own = optional_text(record, self.options.split_key)
@@ -140,25 +140,25 @@ class _SampleReader:
                 if name is None and self.options.split:
                     raise BadRecord("no --split pattern matches its tar")
                 unnamed |= name is None
-                self._add(sample, record, name or DEFAULT_SPLIT, f"{prefix}{sample.key}", place)
+                self._add(sample, record, name or DEFAULT_SPLIT, f"{prefix}{sample.key}", where)
             except (BadRecord, ValueError) as error:
-                self.bad.add(place, error, what="picture", split=split or "-", captions=len(sample.audio))
+                self.bad.add(where, error, what="picture", split=split or "-", captions=len(sample.audio))
         for key, reason in tar.problems:
-            self.bad.add(f"{tar.place}: {key}" if key else tar.place, reason, what="picture", split=split or "-")
+            self.bad.add(f"{tar.location}: {key}" if key else tar.location, reason, what="picture", split=split or "-")
         if unnamed:
-            self.unnamed.append(tar.place)
+            self.unnamed.append(tar.location)
 
     def joined(self) -> list[Item]:
         """Return the items, in the order of their first samples."""
         return [
-            Item(image_id, split, one.member, tuple(one.captions), place=one.place)
+            Item(image_id, split, one.member, tuple(one.captions), where=one.where)
             for (image_id, split), one in self.items.items()
         ]
 
     def _record(self, sample: StockSample) -> dict[str, Any]:
         return as_object(parse_object(sample.json[""], parse_json)) if "" in sample.json else {}
 
-    def _add(self, sample: StockSample, record: dict[str, Any], split: str, name: str, place: str) -> None:
+    def _add(self, sample: StockSample, record: dict[str, Any], split: str, name: str, where: str) -> None:
         if not SPLIT.fullmatch(split):
             raise BadRecord(f"split is {split!r}, expected a name of letters, digits, _ and - only")
         if len(sample.pictures) != 1:
@@ -170,13 +170,13 @@ class _SampleReader:
             if member.size > MAX_SOURCE:
                 raise BadRecord(f"{member.name} has {member.size:,} bytes, the limit is {MAX_SOURCE:,}")
         image_id = _number_as_text(record, self.options.image_id_key) or name
-        captions = self._captions(sample, record, name, place)
-        picture = self.items.setdefault((image_id, split), _Picture(sample.pictures[0], [], place))
+        captions = self._captions(sample, record, name, where)
+        picture = self.items.setdefault((image_id, split), _Picture(sample.pictures[0], [], where))
         if picture.member.size != sample.pictures[0].size:
-            raise BadRecord(f"its picture differs from the one at {picture.place}, and both have image id {image_id}")
+            raise BadRecord(f"its picture differs from the one at {picture.where}, and both have image id {image_id}")
         picture.captions += captions
 
-    def _captions(self, sample: StockSample, record: dict[str, Any], name: str, place: str) -> list[Caption]:
+    def _captions(self, sample: StockSample, record: dict[str, Any], name: str, where: str) -> list[Caption]:
         details = _details(record, len(sample.audio), self.options.text_key)
         lines = _lines(sample)
         captions = []
@@ -188,7 +188,7 @@ class _SampleReader:
             speaker = _number_as_text(own, self.options.speaker_key)
             utterance = optional_text(own, "utterance") or (f"{name}.{part}" if part else name)
             language = optional_text(own, self.options.language_key)
-            captions.append(Caption(utterance, member, lines[number] or text, speaker, place, language))
+            captions.append(Caption(utterance, member, lines[number] or text, speaker, where, language))
         return captions
 
 

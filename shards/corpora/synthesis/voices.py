@@ -33,10 +33,10 @@ class Voices:
     def draw(self, chance: random.Random) -> str:
         """Draw a voice; without shares, one number is drawn from the stream."""
         if self.shares:
-            place = chance.random()
+            drawn = chance.random()
             for name, share in self.shares:
-                place -= share
-                if place < 0:
+                drawn -= share
+                if drawn < 0:
                     return name
             if not self.names:  # the shares add up to 1 but for rounding
                 return self.shares[-1][0]

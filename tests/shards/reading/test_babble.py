@@ -90,15 +90,15 @@ def test_another_epoch_and_another_seed_augment_differently(manifest: Manifest) 
 @pytest.mark.parametrize("shard_groups", [1, 2])
 def test_voices_are_of_the_next_batch_and_of_the_same_shard_group(manifest: Manifest, shard_groups: int) -> None:
     reader, order = Reader(manifest), order_for(manifest, shard_groups=shard_groups)
-    babble, places = Babble(reader, order, 10**6), 8 // shard_groups
+    babble, size = Babble(reader, order, 10**6), 8 // shard_groups
     for position in range(24):
-        step, place = divmod(position, 8)
-        following, group = order.batch(step + 1), place // places
-        rows = slice(group * places, (group + 1) * places)
+        step, index = divmod(position, 8)
+        following, group = order.batch(step + 1), index // size
+        rows = slice(group * size, (group + 1) * size)
         allowed = [decode_audio(reader.audio(row)).tobytes() for row in following.captions[rows].tolist()]
         own = int(following.samples[rows][0])  # as if it were in the next batch too, as where an epoch ends
         voices = babble.voices(position, own, np.random.default_rng(position), 99)
-        assert len(voices) == places - 1
+        assert len(voices) == size - 1
         assert {voice.tobytes() for voice in voices} == set(allowed[1:])
         few = babble.voices(position, own, np.random.default_rng(position), 2)
         assert [voice.tobytes() for voice in few] == [voice.tobytes() for voice in voices[:2]]

@@ -112,14 +112,14 @@ def test_mixtures_and_shard_groups_hold_the_right_bytes(
 ) -> None:
     both = (manifest, noise(tmp_path / "more", captions=2, first=500))
     order, reader = order_for(*both, shard_groups=shard_groups), Reader(*both)
-    places = {
-        place: None
+    indices = {
+        index: None
         for micro in range(micros)
         for rank in range(world_size)
-        for place in rank_slice(8, micro, micros, rank, world_size, shard_groups).tolist()
+        for index in rank_slice(8, micro, micros, rank, world_size, shard_groups).tolist()
     }
     for step, parts in enumerate(batches(manifest, range(8), world_size, micros, order=order, reader=reader)):
-        chosen = order.batch(step).part(list(places))
+        chosen = order.batch(step).part(list(indices))
         ids, pictures, waves = joined(parts)
         assert ids == chosen.samples.tolist()
         for n, sample in enumerate(ids):
@@ -274,11 +274,11 @@ def test_a_bad_sample_is_replaced_as_the_order_says_and_counted(
 ) -> None:
     order, bad = order_for(manifest), 9
     spoil(manifest, bad)
-    step, place = next((t, b.tolist().index(bad)) for t in range(9) if bad in (b := order.batch(t).samples))
+    step, index = next((t, b.tolist().index(bad)) for t in range(9) if bad in (b := order.batch(t).samples))
     (batch,) = batches(manifest, range(step, step + 1))[0]
-    assert int(batch.ids[place]) == order.replacement(step, place, 1)[0]
+    assert int(batch.ids[index]) == order.replacement(step, index, 1)[0]
     (bad_sample,) = batch.bad_samples
-    assert (bad_sample.sample, bad_sample.step, bad_sample.row) == ("p9", step, place)
+    assert (bad_sample.sample, bad_sample.step, bad_sample.row) == ("p9", step, index)
     assert bad_sample.shard == str(manifest.folder / "train-000001.tar")
     assert caplog.messages == [f"replaced unreadable {bad_sample}"]
     moved = batch.to(torch.device("cpu"))
@@ -296,10 +296,10 @@ def test_the_same_bad_samples_are_allowed_in_every_epoch(manifest: Manifest) -> 
 
 
 def test_a_bad_sample_that_comes_again_in_a_batch_counts_once(manifest: Manifest) -> None:
-    """A batch of 8 of 20 pictures leaves 12 to replace them with: places 0 and 4 try the same three of these."""
+    """A batch of 8 of 20 pictures leaves 12 to replace them with: indices 0 and 4 try the same three of these."""
     few = noise(manifest.folder / "few", pictures=20)
     order = order_for(few)
-    good = {order.replacement(0, place, 2)[0] for place in range(4)}
+    good = {order.replacement(0, index, 2)[0] for index in range(4)}
     for sample in set(range(20)) - good:
         spoil(few, sample)
     (batch,) = batches(few, range(1), order=order, reader=Reader(few), max_bad_samples=16)[0]

@@ -25,7 +25,7 @@ REJECTED = [HealthCheck.filter_too_much]  # of drawn mixtures many do not fit th
 @st.composite
 def orders(draw: st.DrawFn, sources: int = 3) -> Order:
     """Orders small enough to be run for some epochs, with batches smaller and larger than an epoch."""
-    groups, places = draw(st.integers(1, 3)), draw(st.integers(1, 8))
+    groups, size = draw(st.integers(1, 3)), draw(st.integers(1, 8))
     some = st.tuples(
         st.lists(st.integers(1, 12), min_size=groups, max_size=3 * groups),
         st.integers(1, 3),
@@ -33,7 +33,7 @@ def orders(draw: st.DrawFn, sources: int = 3) -> Order:
     )
     mixed = mix(draw(st.lists(some, min_size=1, max_size=sources)))
     try:
-        return Order(mixed, places * groups, draw(st.integers(0, 2**70)), draw(st.integers(1, 6)), groups)
+        return Order(mixed, size * groups, draw(st.integers(0, 2**70)), draw(st.integers(1, 6)), groups)
     except UserError:
         reject()
 
@@ -44,7 +44,7 @@ class Run:
 
     source: int
     shard_group: int
-    places: np.ndarray  # bool [steps, places of the batch]
+    of_source: np.ndarray  # bool [steps, batch]
     samples: np.ndarray  # int64 [n], of EPOCHS complete epochs or more
     captions: np.ndarray
     pictures: int  # different ones
@@ -107,7 +107,7 @@ def test_no_picture_twice_in_a_batch(order: Order) -> None:
     for step in range(steps_of(order)):
         batch = order.batch(step)
         assert len(set(batch.samples.tolist())) == order.batch_size, f"batch {step} holds a picture twice"
-        assert batch.positions.tolist() == [step * order.batch_size + place for place in range(order.batch_size)]
+        assert batch.positions.tolist() == [step * order.batch_size + index for index in range(order.batch_size)]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=REJECTED)
@@ -152,16 +152,16 @@ def test_ranks_and_micro_batches_together_are_the_batch(world: int, micros: int,
     size = int(np.lcm(shard_groups, world)) * micros * times
     order = Order([same_shards(3 * size + 35, 5)], size, seed=5, shuffle_shards=2, shard_groups=shard_groups)
     whole = order.batch(3)
-    places = [rank_slice(size, m, micros, r, world, shard_groups) for m in range(micros) for r in range(world)]
-    assert {len(part) for part in places} == {size // (micros * world)}, "ranks have unequal parts"
-    joined = np.concatenate(places)
+    indices = [rank_slice(size, m, micros, r, world, shard_groups) for m in range(micros) for r in range(world)]
+    assert {len(part) for part in indices} == {size // (micros * world)}, "ranks have unequal parts"
+    joined = np.concatenate(indices)
     for column, part in zip(whole, whole.part(joined), strict=True):
         np.testing.assert_array_equal(part[np.argsort(joined)], column)
     if shard_groups == 1:
         np.testing.assert_array_equal(joined, np.arange(size))
     if shard_groups % world == 0:
         for rank in range(world):
-            mine = {int(p) // (size // shard_groups) for m in range(micros) for p in places[m * world + rank]}
+            mine = {int(p) // (size // shard_groups) for m in range(micros) for p in indices[m * world + rank]}
             each = shard_groups // world
             assert mine == set(range(rank * each, (rank + 1) * each)), "a rank does not read complete shard groups"
 
@@ -172,7 +172,7 @@ def test_a_mixture_keeps_its_shares_at_every_step(order: Order) -> None:
     weights = [Fraction(str(source.weight)) for source in order.sources]
     for run in runs_of(order):
         share = order.batch_size // order.shard_groups * weights[run.source] / sum(weights)
-        for step, drawn in enumerate(np.cumsum(run.places.sum(axis=1)).tolist(), start=1):
+        for step, drawn in enumerate(np.cumsum(run.of_source.sum(axis=1)).tolist(), start=1):
             assert abs(drawn - step * share) < 1, f"source {run.source} has {drawn} of {float(step * share)} pictures"
 
 
@@ -203,28 +203,28 @@ def test_any_part_of_a_batch_is_a_mixture() -> None:
 @given(orders(), st.data())
 def test_replacements_put_no_picture_into_a_batch_twice(order: Order, data: st.DataObject) -> None:
     for run in runs_of(order):
-        ends = np.cumsum(run.places.sum(axis=1))
+        ends = np.cumsum(run.of_source.sum(axis=1))
         across = [int(np.searchsorted(ends, e * run.pictures, side="right")) for e in range(1, EPOCHS)]
         step = data.draw(st.sampled_from(across) | st.integers(0, across[-1] - 1))
-        places = np.flatnonzero(run.places[step]).tolist()
-        assume(places)
-        whole = run.pictures // len(places) - 1
+        indices = np.flatnonzero(run.of_source[step]).tolist()
+        assume(indices)
+        whole = run.pictures // len(indices) - 1
         assert whole >= 1, "there is no picture for the first attempt"
-        named = [order.replacement(step, place, attempt) for attempt in range(1, whole + 3) for place in places]
+        named = [order.replacement(step, index, attempt) for attempt in range(1, whole + 3) for index in indices]
         epoch = (ends[step] - 1) // run.pictures
         passed = zip(run.epochs(run.samples)[epoch], run.epochs(run.captions)[epoch], strict=True)
         assert set(named) <= set(passed), "not a picture and its caption of this source, shard group and epoch"
         assert not {sample for sample, _ in named} & set(order.batch(step).samples), "a replacement is in the batch"
-        different = [sample for sample, _ in named[: whole * len(places)]]
-        assert len(set(different)) == len(different), "two places or attempts have the same replacement"
+        different = [sample for sample, _ in named[: whole * len(indices)]]
+        assert len(set(different)) == len(different), "two indices or attempts have the same replacement"
 
 
 def test_replacements_follow_the_batch() -> None:
     order = Order([same_shards(80, 10)], 8, seed=1, shuffle_shards=2)
     later = [order.batch(step).samples.tolist() for step in range(10)]
-    assert [order.replacement(3, place, 1)[0] for place in range(8)] == later[4]
-    assert [order.replacement(3, place, 2)[0] for place in range(8)] == later[5]
-    assert [order.replacement(8, place, 2)[0] for place in range(8)] == later[0], "not the beginning of the epoch"
+    assert [order.replacement(3, index, 1)[0] for index in range(8)] == later[4]
+    assert [order.replacement(3, index, 2)[0] for index in range(8)] == later[5]
+    assert [order.replacement(8, index, 2)[0] for index in range(8)] == later[0], "not the beginning of the epoch"
 
 
 def test_a_shuffle_block_keeps_reads_local_and_mixes_all_its_shards() -> None:

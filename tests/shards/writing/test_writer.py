@@ -266,7 +266,7 @@ def test_failing_synthesis_is_no_bad_file(tmp_path):
 
 
 def test_a_shard_does_not_depend_on_where_the_corpus_names_its_samples():
-    moved = [replace(item, place="t.csv line 9") for item in ITEMS]
+    moved = [replace(item, where="t.csv line 9") for item in ITEMS]
     assert plan_shards(moved, "tiny", Format(), {}).plan == plan_shards(ITEMS, "tiny", Format(), {}).plan
 
 

@@ -161,7 +161,7 @@ class Suite:
         rows, owners = self._voices
         others = rows[owners != self.samples[self.source.owner[index]]]
         if not len(others):
-            raise UserError(f"babble: split {self.split} of {self.manifest.place} has no captions of other pictures")
+            raise UserError(f"babble: split {self.split} of {self.manifest.location} has no captions of other pictures")
 
         def voices(generator: np.random.Generator) -> list[np.ndarray]:
             chosen = generator.choice(others, min(_VOICES, len(others)), replace=False)

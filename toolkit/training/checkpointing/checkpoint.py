@@ -52,7 +52,7 @@ from toolkit.training.checkpointing.progress import (
     find_checkpoints,
     read_marker,
 )
-from toolkit.training.checkpointing.queues import load_shared, load_token_queue, place_in, shared_state, token_file
+from toolkit.training.checkpointing.queues import index_in, load_shared, load_token_queue, shared_state, token_file
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
 from toolkit.training.zero.fragments import Fragment
@@ -138,7 +138,7 @@ class Checkpoints:
             local_fragments = [*fragments(engine), *(teacher.local_fragments() if teacher else ())]
         tensors = {_fragments(self.rank): {k: v for each in local_fragments for k, v in tensor_names(each).items()}}
         if token_queue:
-            tensors[token_file(self.rank)] = token_queue.state(place_in(token_queue, self.rank, self.world_size))
+            tensors[token_file(self.rank)] = token_queue.state(index_in(token_queue, self.rank, self.world_size))
         if self.rank == 0:
             tensors[SHARED] = shared_state(engine.module, queue)
         copies = {name: self._copies.copy(name, values) for name, values in tensors.items() if values}

@@ -45,8 +45,8 @@ def token_file(rank: int) -> str:
     return f"tokens-{rank:05d}.safetensors"
 
 
-def place_in(queue: TokenQueue, rank: int, world_size: int) -> int:
-    """Return a rank's place in a token queue: 0 in a queue of this rank's pairs only."""
+def index_in(queue: TokenQueue, rank: int, world_size: int) -> int:
+    """Return a rank's index in a token queue: 0 in a queue of this rank's pairs only."""
     return rank if queue.world_size == world_size else 0
 
 
@@ -65,7 +65,7 @@ def load_token_queue(saved: Saved, queue: TokenQueue, rank: int, world_size: int
         if not names:
             return "it has none"
         queue.load(
-            [safe_open(saved.folder / name, "pt").get_slice for name in names], place_in(queue, rank, world_size)
+            [safe_open(saved.folder / name, "pt").get_slice for name in names], index_in(queue, rank, world_size)
         )
     except (ValueError, SafetensorError) as error:
         return " ".join(str(error).split())

@@ -212,8 +212,8 @@ def _patch_embedding(encoder: ImageEncoder, patches: int) -> float:
     if not isinstance(stem, ConvolutionalStem):
         return 2.0 * patches * config.hidden_size * 3 * config.patch_size**2
     convolutions = [module for module in stem if isinstance(module, nn.Conv2d)]
-    places = [patches * 4**above for above in reversed(range(len(convolutions)))]
-    return sum(2.0 * count * module.weight.numel() for count, module in zip(places, convolutions, strict=True))
+    counts = [patches * 4**above for above in reversed(range(len(convolutions)))]
+    return sum(2.0 * count * module.weight.numel() for count, module in zip(counts, convolutions, strict=True))
 
 
 def fusion_flops(encoder: FusionEncoder, queries: Any, context: Any) -> Any:

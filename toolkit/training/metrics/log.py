@@ -232,7 +232,7 @@ class MetricsLogger:
                 self.file.write("\n")
 
     def _memory_by_rank(self) -> list[float]:
-        """Peak memory of this rank in GB, of its GPU or else of the host, at its place in a list of zeros."""
+        """Peak memory of this rank in GB, of its GPU or else of the host, at its index in a list of zeros."""
         own = [0.0] * self.world_size
         if self.device.type == "cuda":
             own[self.rank] = torch.cuda.max_memory_allocated(self.device) / 1e9

@@ -77,7 +77,7 @@ def replay(run: Path, mode: str | None = None, dry_run: bool = False) -> Replaye
     """Write the log of a run, its configuration and its final recall as one wandb run.
 
     Its ID follows from that of the run. A further replay online continues it with the steps that it does not have; one
-    offline takes the place of the last.
+    offline replaces the last.
 
     Args:
         run: The run folder.
@@ -142,7 +142,7 @@ def _write(run: Path, folder: Path, planned: Replayed, stored: dict[str, Any]) -
             project=planned.project,
             name=run.resolve().name,
             id=planned.id,
-            # Offline it is complete: when it is synced again, its lines have to take the places of the former ones.
+            # Offline it is complete: when it is synced again, its lines have to replace the former ones.
             resume="allow" if planned.mode == "online" else None,
             mode=planned.mode,  # type: ignore[arg-type]
             dir=str(folder.resolve()),

@@ -86,8 +86,8 @@ def _rate_scales(learner: nn.Module, training: Training) -> dict[int, float]:
     if training.trunk_lr is None and training.layer_decay == 1:
         return {}
     top = (training.trunk_lr or training.lr) / training.lr
-    places = {id: place for m in learner.modules() if isinstance(m, PartlyFrozen) for id, place in m.depths().items()}
-    return {number: top * training.layer_decay ** (total - depth) for number, (depth, total) in places.items()}
+    depths = {id: depth for m in learner.modules() if isinstance(m, PartlyFrozen) for id, depth in m.depths().items()}
+    return {number: top * training.layer_decay ** (total - depth) for number, (depth, total) in depths.items()}
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float, scales: dict[int, float]) -> list[dict[str, Any]]:
