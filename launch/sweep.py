@@ -13,14 +13,13 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 from shards.errors import UserError
-from toolkit.config.load import current_keys, nearest
+from toolkit.config.load import apply_values, current_keys, nearest
 from toolkit.config.schema import Config
-from toolkit.config.values import describe, typed
 from toolkit.config.yaml_files import parse_value, read_yaml
 
 _SECTIONS = ("name", "base", "list", "grid")
@@ -107,12 +106,11 @@ def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
     """Return nested sections as dotted keys; free mappings are kept."""
     if not isinstance(tree, dict):
         raise UserError(f"{where}expected a mapping from keys to values, not {tree!r}")
-    sections = set(_sections(Config()))
     tree = tree if prefix else current_keys(tree, where)
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key in sections and isinstance(value, dict):
+        if isinstance(value, dict) and is_dataclass(_look_up(Config(), key)):
             flat |= _flat(value, where, f"{key}.")
         else:
             flat[key] = value
@@ -131,41 +129,21 @@ def _points(grid: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
 
 
 def _checked(overrides: dict[str, Any], where: str) -> dict[str, Any]:
-    """Convert each value to its key's type."""
-    return {key: _value(key, value, where) for key, value in overrides.items()}
+    """Return the values as the configuration reads them."""
+    for key in overrides:
+        if key == "run" or key.startswith("launch."):
+            raise UserError(f"{where}{key}: all members are one job array with one folder: set it on the command line")
+    config = Config()
+    apply_values(config, overrides, where)
+    return {key: _look_up(config, key) for key in overrides}
 
 
-def _value(key: str, value: Any, where: str) -> Any:
-    if key == "run" or key.startswith("launch."):
-        raise UserError(f"{where}{key}: all members are one job array with one folder: set it on the command line")
-    kinds = dict(_kinds(Config()))
-    if key in kinds:
-        try:
-            return typed(value, kinds[key])
-        except TypeError:
-            raise UserError(f"{where}{key} is {value!r}; expected {describe(kinds[key])}") from None
-    if any(key.startswith(f"{free}.") and (get_origin(kind) or kind) is dict for free, kind in kinds.items()):
-        return value
-    raise UserError(f"{where}{key}: unknown key; did you mean {nearest(key, kinds)}?")
-
-
-def _kinds(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every key of the configuration with its type."""
-    kinds = get_type_hints(type(section))
-    for each in fields(section):
-        value = getattr(section, each.name)
-        if is_dataclass(value):
-            yield from _kinds(value, f"{prefix}{each.name}.")
-        else:
-            yield f"{prefix}{each.name}", kinds[each.name]
-
-
-def _sections(section: Any, prefix: str = "") -> Iterator[str]:
-    for each in fields(section):
-        value = getattr(section, each.name)
-        if is_dataclass(value):
-            yield f"{prefix}{each.name}"
-            yield from _sections(value, f"{prefix}{each.name}.")
+def _look_up(config: Config, key: str) -> Any:
+    """Return the section or value of a dotted key, which may lead into a free mapping; None if there is none."""
+    found: Any = config
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, dict) else getattr(found, name, None)
+    return found
 
 
 def _label(

@@ -77,7 +77,7 @@ def test_a_pattern_of_names(tmp_path):
     [
         ("grid: {training.learning_rate: [1]}", "grid: training.learning_rate: unknown key; did you mean training."),
         ("grid: {training: {stepz: [1]}}", "training.stepz: unknown key; did you mean training.steps?"),
-        ("grid: {training.steps: [many]}", "training.steps is 'many'; expected int"),
+        ("grid: {training.steps: [many]}", "training.steps is 'many' (str); expected int"),
         ("grid: {training.steps: 3}", "training.steps is 3; expected a list of values"),
         ("grid: {training.steps: []}", "expected a list of values"),
         ("grdi: {training.steps: [3]}", "grdi: unknown key; did you mean grid?"),

@@ -161,7 +161,7 @@ def _apply_file(config: Config, path: Path, derived: tuple[Path, ...] = ()) -> N
         if parent in (path, *derived):
             raise UserError(f"{path}: base {base} leads back to the file itself")
         _apply_file(config, parent, (*derived, path))
-    _apply(config, values, "", f"{path}: ")
+    apply_values(config, values, f"{path}: ")
 
 
 def _override(config: Config, key: str, text: str) -> None:
@@ -171,7 +171,7 @@ def _override(config: Config, key: str, text: str) -> None:
         section = getattr(section, names.pop(0))
     kind = get_type_hints(type(section)).get(names[0]) if names else None
     value = _parse_word(text, kind, f"--{key} {format_value(text)}")
-    _apply(config, current_keys({key: value}, "--"), "", "--")
+    apply_values(config, current_keys({key: value}, "--"), "--")
 
 
 def current_keys(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -210,8 +210,18 @@ def _parse_word(text: str, kind: Any, where: str) -> Any:
     return text if kind == str | None and value is not None else value
 
 
-def _apply(section: Any, values: dict[str, Any], prefix: str, where: str) -> None:
-    """Check and set values of a section and its subsections, given as nested mappings or as keys with dots."""
+def apply_values(section: Any, values: dict[str, Any], where: str, prefix: str = "") -> None:
+    """Check and set values of a section and its subsections.
+
+    Args:
+        section: The configuration, or a section of it; updated in place.
+        values: Nested mappings, or values by keys with dots.
+        where: Prefix of error messages.
+        prefix: Key of the section with a dot; empty for the configuration.
+
+    Raises:
+        UserError: A key is unknown, or a value has the wrong type.
+    """
     kinds = get_type_hints(type(section))
     for full_name, value in values.items():
         name, *inner_names = str(full_name).split(".")
@@ -225,7 +235,7 @@ def _apply(section: Any, values: dict[str, Any], prefix: str, where: str) -> Non
             if not isinstance(value, dict):
                 inside = ", ".join(field.name for field in fields(current))
                 raise UserError(f"{where}{key} is {format_value(value)}; expected a section with keys of: {inside}")
-            _apply(current, value, f"{key}.", where)
+            apply_values(current, value, where, f"{key}.")
             continue
         try:
             setattr(section, name, merged(current, typed(value, kinds[name])))
