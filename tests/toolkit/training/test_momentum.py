@@ -156,7 +156,7 @@ def drift(rank: int, world_size: int) -> list[float]:
     model = tiny_model()
     model.speech.train = model.image.train = "none"  # fewer parameters, of both heads: faster
     engine, teacher = driven(rank, world_size, (2, "bf16", "none"), model, 0.995, 1e-3)
-    masters = [cut.master for cut in teacher._cuts]
+    masters = [each.master for each in teacher._partitions]
     exact, naive, halfway = (
         [m.clone().to(to) for m in masters] for to in (torch.float64, torch.bfloat16, torch.float32)
     )
