@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from toolkit.distributed import RowExchange
 from toolkit.model.outputs import Encoded
 from toolkit.objectives.matching import draw_negatives
-from toolkit.training.metrics.spans import spanned
+from toolkit.training.metrics.spans import span
 from toolkit.training.queue import ContrastiveKeys, TokenQueue
 
 _IMAGE, _SPEECH = 0, 1  # the two batches of the row exchange
@@ -22,7 +22,7 @@ class HardNegatives:
         valid: bool [2, B], False where there was no candidate; first of pictures, then of utterances.
     """
 
-    @spanned("SIM")
+    @span("SIM")
     def __init__(
         self,
         speech: Encoded,

@@ -25,7 +25,7 @@ from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.objectives.denoising import add_noise, denoising_loss
 from toolkit.objectives.matching import matching_accuracy, matching_loss
 from toolkit.training.hard_negatives import HardNegatives, stack
-from toolkit.training.metrics.spans import span, spanned
+from toolkit.training.metrics.spans import span
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import ContrastiveKeys, EmbeddingQueue, TokenQueue
 from toolkit.training.step_randomness import StepRandomness
@@ -155,7 +155,7 @@ class Learner(nn.Module):
         with span("teacher"):
             return (*student, *teacher(*features))
 
-    @spanned("gather of keys")
+    @span("gather of keys")
     def gather_keys(self, speech: Tensor, image: Tensor, ids: Tensor, differentiable: bool) -> ContrastiveKeys:
         """Gather the keys of all ranks: one collective for both modalities and the identities."""
         embeddings, integers = gather_packed([speech, image], [ids], self.rank, self.world_size, differentiable)
@@ -177,7 +177,7 @@ class Learner(nn.Module):
         ranks = (0, 1) if local else (self.rank, self.world_size)
         return HardNegatives(speech, image, candidates, ids, temperature, uniforms, token_queue, *ranks)
 
-    @spanned("SIC")
+    @span("SIC")
     def contrast(
         self,
         speech: Tensor,
@@ -203,7 +203,7 @@ class Learner(nn.Module):
             own.image,
         )
 
-    @spanned("SIM")
+    @span("SIM")
     def match(
         self, speech: Encoded, image: Encoded, negatives: HardNegatives, measure_controls: bool
     ) -> dict[str, Tensor]:
@@ -225,7 +225,7 @@ class Learner(nn.Module):
         positive, negative_image, negative_speech = self.model.match(speech, image).chunk(3)
         return positive, negative_image, negative_speech
 
-    @spanned("CMD")
+    @span("CMD")
     def denoise(
         self,
         speech: Encoded,
