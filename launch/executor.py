@@ -196,13 +196,17 @@ def slurm_parameters(spec: JobSpec, folder: Path, code: Path) -> dict[str, Any]:
 def setup_lines(profile: Profile, folder: Path, code: Path) -> list[str]:
     """Return the batch script's lines before srun: the profile's, the environment, and the requeue logic."""
     return [
-        *profile.setup,
-        *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.env.items()),
+        *environment_lines(profile),
         f"unset {' '.join(_SRUN_VARIABLES)}",
         "export PYTHONSAFEPATH=1",  # else python -m imports from the working directory first
         f"export PYTHONPATH={shlex.quote(str(code))}" + '"${PYTHONPATH:+:$PYTHONPATH}"',
         *requeue.setup_lines(folder, sys.executable, code),
     ]
+
+
+def environment_lines(profile: Profile) -> list[str]:
+    """Return a batch script's lines of a profile: its `setup`, and its `env`."""
+    return [*profile.setup, *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.env.items())]
 
 
 def _python(spec: JobSpec) -> str:

@@ -82,8 +82,8 @@ def read_profile(path: Path) -> Profile:
             valid = sorted({*kinds, *FILLED})
             near = nearest(str(key), valid)
             raise UserError(f"{where}: unknown key; did you mean {near}? (there are {', '.join(valid)})")
-        elif key in _SECTIONS and isinstance(value, dict):
-            values[key] = _SECTIONS[key](value, where)
+        elif key in ("sbatch", "env") and isinstance(value, dict):
+            values[key] = (read_options if key == "sbatch" else _read_env)(value, where)
         elif value is not None:  # without a value, a list or section is empty
             values[key] = _checked(value, kinds[key], where)
     check_srun(values.get("srun", []), f"{path}: srun")
@@ -157,9 +157,6 @@ def _with_gpus(launch: dict[str, Any], sbatch: dict[str, Any], path: Path) -> di
     if of_key is not None:
         raise UserError(f"{path}: gpus_per_node and an option of sbatch both request GPUs: keep one")
     return {**launch, "gpus_per_node": int(of_sbatch) if of_sbatch.isdecimal() else of_sbatch}
-
-
-_SECTIONS = {"sbatch": read_options, "env": _read_env}  # sections with further rules
 
 
 def _checked(value: Any, kind: Any, where: str) -> Any:

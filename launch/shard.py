@@ -13,7 +13,6 @@ import sys
 import time
 from argparse import BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +30,6 @@ _MAX_PARTS = 10_000
 _POLL_INTERVAL = 2.0  # seconds between queries of the queue
 _FILE_DELAY = 15.0  # seconds that a shared disk may take to show the last files of a job that has ended
 _TAIL_LINES = 20  # lines of a failed part's log that are shown
-
-
-@dataclass(frozen=True)
-class Scripts:
-    """Batch scripts of the parts and the merge, and the folder of their logs and exit codes."""
-
-    parts: str
-    merge: str
-    folder: Path
-    count: int
-
-    def log(self, job: str) -> Path:
-        """Return the output file of a part, by its number, or of "merge"."""
-        return self.folder / f"{job}.log"
-
-    def code(self, job: str) -> int | None:
-        """Return the exit code of a part or of "merge"; None before its end."""
-        try:
-            return int((self.folder / f"{job}.exit").read_text())
-        except (OSError, ValueError):
-            return None
 
 
 def build_parser() -> Parser:
@@ -105,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dry_run:
         code = subprocess.run([*make_shards, *words, "--dry-run"]).returncode
         if cluster == "slurm" and code == 0:
-            print(_scripts_text(scripts(options, words, parsed, log_root(out) / "TIME", ROOT)))
+            parts, merge = scripts(options, words, parsed, log_root(out) / "TIME", ROOT)
+            print(f"\nthe parts:\n\n{parts}\nthe merge, once all have succeeded:\n\n{merge}")
         sys.exit(code)
     if (out / "manifest.json").exists():  # finished, or other shards: make_shards reports it
         sys.exit(subprocess.run([*make_shards, *words]).returncode)
@@ -159,35 +138,34 @@ def on_slurm(options: Namespace, words: Sequence[str], parsed: Namespace) -> int
     from launch.submit import new_folder
 
     root = log_root(parsed.out)
-    code = snapshot(root)
-    made = scripts(options, words, parsed, new_folder(root), code)
-    files = {name: made.folder / f"{name}.sh" for name in ("parts", "merge")}
-    for name, file in files.items():
-        file.write_text(getattr(made, name), encoding="utf-8")
-    parts = submit_script(files["parts"])
+    code, folder = snapshot(root), new_folder(root)
+    files = folder / "parts.sh", folder / "merge.sh"
+    for file, text in zip(files, scripts(options, words, parsed, folder, code), strict=True):
+        file.write_text(text, encoding="utf-8")
+    parts = submit_script(files[0])
     try:
-        merge = submit_script(files["merge"], [f"--dependency=afterok:{parts}"])
+        merge = submit_script(files[1], [f"--dependency=afterok:{parts}"])
     except UserError:
         cancel_jobs([parts])
         raise
-    logger.info("jobs %s (%d parts) and %s (merge), logs %s", parts, made.count, merge, made.folder)
+    logger.info("jobs %s (%d parts) and %s (merge), logs %s", parts, options.parts, merge, folder)
     if not options.follow:
         return 0
     try:
-        return follow(made, parts, merge)
+        return follow(folder, options.parts, parts, merge)
     except KeyboardInterrupt:
         logger.warning("the jobs are still running; scancel %s %s ends them", parts, merge)
         raise
 
 
-def scripts(options: Namespace, words: Sequence[str], parsed: Namespace, folder: Path, code: Path) -> Scripts:
-    """Return the two batch scripts.
+def scripts(options: Namespace, words: Sequence[str], parsed: Namespace, folder: Path, code: Path) -> tuple[str, str]:
+    """Return the batch scripts of the parts and of the merge.
 
     Args:
         options: Options of this command.
         words: Options for make_shards.
         parsed: The same, parsed.
-        folder: Folder of the logs.
+        folder: Folder of the logs and exit codes.
         code: Folder of the packages that the nodes run.
     """
     from launch.slurm.sbatch_options import directive, merge_options
@@ -197,10 +175,6 @@ def scripts(options: Namespace, words: Sequence[str], parsed: Namespace, folder:
     common = {"job-name": f"shards-{parsed.out.name}", "open-mode": "append", "requeue": True}
     requested, setup, python = _resources(options)
     command = f"{python} -u {shlex.quote(str(code / 'toolkit' / 'make_shards.py'))}"
-    array = {"array": f"1-{options.parts}{limit}", "cpus-per-task": jobs, "output": f"{folder}/%a.log"}
-    part = f'{shlex.join([*words, "--jobs", str(jobs)])} --part "$SLURM_ARRAY_TASK_ID/{options.parts}"'
-    last = {"kill-on-invalid-dep": "yes", "output": f"{folder}/merge.log"}
-    merge = f"merge --out {shlex.quote(str(parsed.out))}"
 
     def script(head: dict[str, Any], job: str, arguments: str) -> str:
         mark = f'{shlex.quote(str(folder))}/"{job}".exit'
@@ -208,71 +182,82 @@ def scripts(options: Namespace, words: Sequence[str], parsed: Namespace, folder:
         flags = [directive(name, value) for name, value in merge_options({**common, **head}, requested).items()]
         return "\n".join(["#!/bin/bash", *flags, *setup, *body])
 
-    return Scripts(script(array, "$SLURM_ARRAY_TASK_ID", part), script(last, "merge", merge), folder, options.parts)
+    array = {"array": f"1-{options.parts}{limit}", "cpus-per-task": jobs, "output": f"{folder}/%a.log"}
+    part = f'{shlex.join([*words, "--jobs", str(jobs)])} --part "$SLURM_ARRAY_TASK_ID/{options.parts}"'
+    last = {"kill-on-invalid-dep": "yes", "output": f"{folder}/merge.log"}
+    merge = f"merge --out {shlex.quote(str(parsed.out))}"
+    return script(array, "$SLURM_ARRAY_TASK_ID", part), script(last, "merge", merge)
 
 
 def _resources(options: Namespace) -> tuple[dict[str, Any], list[str], str]:
     """Return options of sbatch for both jobs, the lines before their command, and their python."""
-    from launch.executor import minutes
+    from launch.executor import environment_lines, minutes
     from launch.profiles import apply_profile, find_profile
     from launch.slurm.sbatch_options import with_gpus
     from toolkit.config.schema import Config, Launch
 
-    names = ("profile", "partition", "account", "qos", "constraint", "time")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    names = ("partition", "account", "qos", "constraint", "time")
+    given = {name: value for name in (*names, "profile") if (value := getattr(options, name)) is not None}
     launch = Launch(**given)
     profile = find_profile(launch)
     launch = apply_profile(Config(launch=launch), profile, [f"launch.{name}" for name in given]).launch
-    limit = _DEFAULT_TIME if launch.time == Launch().time and "time" not in given else launch.time
-    requested = {name: getattr(launch, name) for name in names[1:-1]} | {"time": minutes(limit)}
-    requested |= with_gpus(profile.sbatch, None, 1)  # no GPUs
+    if launch.time == Launch().time and "time" not in given:
+        launch.time = _DEFAULT_TIME
+    requested = {name: value for name in names if (value := getattr(launch, name)) is not None}
+    requested |= {"time": minutes(launch.time), **with_gpus(profile.sbatch, None, 1)}  # no GPUs
     python = shlex.quote(sys.executable)
-    if (
-        profile.container or not profile.contained
-    ):  # a container of srun's, which these scripts do not call, is for ranks alone
+    if profile.container or not profile.contained:  # these scripts do not call srun, nor the container of its options
         python = profile.python or ("python" if profile.container else python)
-    return (
-        {name: value for name, value in requested.items() if value is not None},
-        [*profile.setup, *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.env.items())],
-        f"{profile.container} {python}" if profile.container else python,
-    )
+    return requested, environment_lines(profile), f"{profile.container} {python}" if profile.container else python
 
 
-def follow(made: Scripts, parts: str, merge: str) -> int:
+def follow(folder: Path, count: int, parts: str, merge: str) -> int:
     """Log how many parts are written until the merge has ended.
+
+    Args:
+        folder: Folder of the logs and exit codes.
+        count: Number of parts.
+        parts: Number of the job array.
+        merge: Number of the last job.
 
     Returns:
         0, or the exit code of the first that failed.
     """
     from launch.slurm.client import find_jobs
 
-    names = [str(number) for number in range(1, made.count + 1)]
+    names = [str(number) for number in range(1, count + 1)]
     shown, gone_at = "", None
     while True:
         jobs = find_jobs([*(f"{parts}_{name}" for name in names), merge])
-        codes = {name: made.code(name) for name in [*names, "merge"]}
+        codes = {name: _exit_code(folder / f"{name}.exit") for name in [*names, "merge"]}
         done, failed = sum(codes[name] == 0 for name in names), [name for name in codes if codes[name]]
-        line = f"{done} of {made.count} parts written" + (f", failed: {', '.join(failed)}" if failed else "")
+        line = f"{done} of {count} parts written" + (f", failed: {', '.join(failed)}" if failed else "")
         if line != shown:
             logger.info("%s", line)
             shown = line
         if codes["merge"] == 0:
-            print(made.log("merge").read_text(errors="replace"), end="")
+            print((folder / "merge.log").read_text(errors="replace"), end="")
             return 0
         alive = not jobs or any(each.alive for each in jobs.values())
         gone_at = None if alive else gone_at or time.monotonic()
         if gone_at is not None and (failed or time.monotonic() - gone_at > _FILE_DELAY):
-            return _report_failure(made, codes)
+            job = failed[0] if failed else next(name for name, code in codes.items() if code is None)
+            return _report_failure(folder / f"{job}.log", codes[job])
         time.sleep(_POLL_INTERVAL)
 
 
-def _report_failure(made: Scripts, codes: dict[str, int | None]) -> int:
-    """Log why the shards are not complete: the end of the first failed job's log; return its exit code."""
-    job = next((name for name, code in codes.items() if code), None)
-    job = job or next(name for name, code in codes.items() if code is None)
-    log, code = made.log(job), codes[job]
+def _exit_code(path: Path) -> int | None:
+    """Return the exit code that a job's script has written; None before its end."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _report_failure(log: Path, code: int | None) -> int:
+    """Log why a part or the merge failed, with the end of its log; return its exit code."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    name = "the merge" if job == "merge" else f"part {job}"
+    name = "the merge" if log.stem == "merge" else f"part {log.stem}"
     errors = [line for line in lines if line.startswith("error: ")]
     if code == ExitCode.USER_ERROR and errors:
         logger.error("%s", errors[-1].removeprefix("error: "))
@@ -286,10 +271,6 @@ def _report_failure(made: Scripts, codes: dict[str, int | None]) -> int:
 def log_root(out: Path) -> Path:
     """Return the folder for logs and code, beside that of the shards."""
     return out.resolve().with_name(f"{out.name}.logs")
-
-
-def _scripts_text(made: Scripts) -> str:
-    return f"\nthe parts:\n\n{made.parts}\nthe merge, once all have succeeded:\n\n{made.merge}"
 
 
 if __name__ == "__main__":

@@ -86,10 +86,6 @@ def _write(target: Path, contents: dict[str, bytes]) -> None:
 
 
 def _write_origin(path: Path, root: Path) -> None:
-    origin = {
-        "root": str(root),
-        "time": time.time(),
-        "git": git_state(root, *PACKAGES),
-    }
+    origin = {"root": str(root), "time": time.time(), "git": git_state(root, *PACKAGES)}
     with atomic_write(path) as file:
         file.write(json.dumps(origin, indent=1).encode())

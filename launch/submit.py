@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     run_checks(jobs)
     if cluster == "slurm":
         check_script(script(jobs[0], Path(config.run), len(jobs)), only_hopeless=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if cluster == "debug":
         sys.exit(debug(jobs))
     code = snapshot(Path(config.run))
@@ -192,12 +191,6 @@ def run_one(spec: JobSpec, command: list[str], code: Path, member: bool = False)
 def run_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Path) -> int:
     """Run all members on this machine, one after another, even if some fail; then print the table.
 
-    Args:
-        jobs: Members.
-        run: Folder of the grid.
-        command: Arguments of the command.
-        code: Snapshot that all members run.
-
     Returns:
         0, or 1 if a member failed.
     """
@@ -212,7 +205,8 @@ def run_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Path)
 def submit_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Path) -> int:
     """Submit a SLURM job array; every member has a run folder, the array's files are in the grid's log folder.
 
-    Arguments and exit code are those of `run_grid`; 0 if the job is not followed.
+    Returns:
+        0, or 1 if the job is followed and a member failed.
     """
     folder = new_folder(run / "logs")
     files = [_write_config(job) for job in jobs]
@@ -328,10 +322,6 @@ def _record(
         code=str(code),
         **more,  # type: ignore[arg-type]
     )
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _free_port() -> int:

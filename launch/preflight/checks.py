@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +60,8 @@ def job_checks(spec: JobSpec) -> list[Check]:
     if spec.cluster == "slurm":
         launch = config.launch
         checks.append(Check("partition", lambda: check_partition(spec)))
-        checks += [_exists(kind, name) for kind, name in (("account", launch.account), ("qos", launch.qos)) if name]
+        names = {"account": launch.account, "qos": launch.qos}
+        checks += [Check(kind, partial(check_exists, kind, name)) for kind, name in names.items() if name]
         checks.append(Check("limits", lambda: check_limits(spec)))
     return checks
 
@@ -302,7 +304,3 @@ def check_script(script: str, only_hopeless: bool = False) -> str:
         return answer
     reason = f" now: {answer}; it may once {', '.join(nodes)} can be used again" if nodes else f": {answer}"
     raise UserError(f"SLURM would not run the job{reason}")
-
-
-def _exists(kind: str, name: str) -> Check:
-    return Check(kind, lambda: check_exists(kind, name))

@@ -135,9 +135,9 @@ def _default_account() -> str:
 
 def _associations(account: str, partition: str) -> Iterator[tuple[Limits, str]]:
     """Yield limits and default QOS of the user with an account, of the account, and of those above it."""
-    user = getpass.getuser()
+    user, cluster = getpass.getuser(), (client.slurm_config() or {}).get("ClusterName", "")
     for _ in range(_MAX_DEPTH):
-        rows = client.accounting_rows("association", _ASSOCIATION, f"where account={account}", f"cluster={_cluster()}")
+        rows = client.accounting_rows("association", _ASSOCIATION, f"where account={account}", f"cluster={cluster}")
         own = [row for row in rows if row["user"] == user and row["partition"] in ("", partition)]
         for row in sorted(own, key=lambda row: row["partition"] == "")[:1]:
             yield _limits(f"user {user} with account {account}", row), row["defaultqos"]
@@ -147,10 +147,6 @@ def _associations(account: str, partition: str) -> Iterator[tuple[Limits, str]]:
         account = above[0]["parentname"] if above else ""
         if not account:
             return
-
-
-def _cluster() -> str:
-    return (client.slurm_config() or {}).get("ClusterName", "")
 
 
 def _partition_limits(partition: dict[str, str], nodes: int, time: str) -> Iterator[tuple[str, str]]:

@@ -306,16 +306,8 @@ def _causes_without_progress(folder: Path, restart: int) -> list[str] | None:
 
 
 def _write_end(folder: Path, restart: int, code: int | None, decision: RestartDecision, requeued: bool) -> None:
-    record = {
-        "restart": restart,
-        "ended": time.time(),
-        "code": code,
-        "requeued": requeued,
-        "why": decision.why,
-        "cause": decision.cause,
-        "step": newest_step(folder),
-    }
-    _append(folder, record)
+    record = {"restart": restart, "ended": time.time(), "code": code, "requeued": requeued}
+    _append(folder, {**record, "why": decision.why, "cause": decision.cause, "step": newest_step(folder)})
 
 
 def _append(folder: Path, record: dict[str, Any]) -> None:

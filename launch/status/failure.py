@@ -112,7 +112,7 @@ def first_failure(
                 failures.append((True, math.inf, rank))
         elif status["exit"]:
             failures.append((status["exit"] in (ExitCode.PEER_LOST, ExitCode.REQUEUE), status["time"], rank))
-        elif status["exit"] is None and lost(status["pid"]) and _exit(folder, rank) is None:
+        elif status["exit"] is None and lost(status["pid"]) and exit_codes(folder, ranks, restart)[rank] is None:
             failures.append((False, 0.0, rank))
         elif status["exit"] is None and gone:
             failures.append((False, math.inf, rank))
@@ -162,11 +162,6 @@ def _statuses(folder: Path, ranks: int) -> Iterator[tuple[int, dict[str, Any]]]:
         status = Status(folder, rank).read()
         if status is not None:
             yield rank, status
-
-
-def _exit(folder: Path, rank: int) -> int | None:
-    status = Status(folder, rank).read()
-    return None if status is None else status["exit"]
 
 
 def _restart(status: dict[str, Any]) -> int:

@@ -16,8 +16,6 @@ from launch.slurm.client import queue_state
 from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 from shards.errors import ExitCode
 
-__all__ = ["Controller", "Local", "Log", "Running", "Slurm", "first_failure", "follow"]
-
 logger = logging.getLogger(__name__)
 
 _FILE_DELAY = 15.0  # seconds that a shared disk may take to show the last files of a job that has ended
@@ -89,7 +87,10 @@ class Local:
 
 @dataclass(frozen=True)
 class Controller:
-    """A local job's controller, found by its process ID; a later process with the same ID is recognized."""
+    """A local job's controller, found by its process ID; a later process with the same ID is recognized.
+
+    Not for a job that was just submitted: a process that begins has no command line for a moment.
+    """
 
     job_id: str
     folder: Path
@@ -156,7 +157,8 @@ def follow(job: Running, folder: Path, ranks: int, logs: Path | None = None) -> 
             log.show(to_the_end=True)
             return 0
         gone_at = None if alive else gone_at or time.monotonic()
-        gone = ended_for_good(attempts) or (gone_at is not None and _files_complete(gone_at, job))
+        files_complete = gone_at is not None and (isinstance(job, Local) or time.monotonic() - gone_at > _FILE_DELAY)
+        gone = files_complete or ended_for_good(attempts)
         failed = first_failure(folder, job.id, ranks, job.lost, gone, restart, logs)
         if failed is not None and (gone or isinstance(job, Local)):
             if isinstance(job, Local):
@@ -209,10 +211,6 @@ class Log:
             if not line.startswith("submitit "):
                 sys.stdout.write(line)
         sys.stdout.flush()
-
-
-def _files_complete(gone_at: float, job: Running) -> bool:
-    return isinstance(job, Local) or time.monotonic() - gone_at > _FILE_DELAY
 
 
 def _report_failure(failure: Failure, attempts: list[Attempt]) -> int:

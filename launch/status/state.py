@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,8 +305,3 @@ def _eta(records: list[dict[str, Any]], steps: int | None) -> float | None:
         return None
     first, last = recent[0], recent[-1]
     return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"]) * (steps - last["step"])
-
-
-def age(moment: float) -> float:
-    """Return the seconds since a file's time."""
-    return max(0.0, time.time() - moment)

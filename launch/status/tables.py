@@ -1,10 +1,11 @@
 """Tables of runs: their states, and the results of a sweep."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.status.state import RunState, age
+from launch.status.state import RunState
 
 _WAYS = ("speech_to_image", "image_to_speech")
 
@@ -16,21 +17,10 @@ def status_table(states: Sequence[RunState]) -> str:
     for state in states:
         job = state.recorded.submission.id if state.recorded else ""
         split = "" if state.recall is None else f"{_split(state)} {state.recall:.1f}"
-        last_log = "" if state.last_log is None else f"{duration(age(state.last_log))} ago"
+        last_log = "" if state.last_log is None else f"{duration(max(0.0, time.time() - state.last_log))} ago"
         left = "" if state.eta is None else duration(state.eta)
-        rows.append(
-            [
-                str(state.run),
-                job,
-                _state_text(state),
-                _step(state),
-                left,
-                str(state.restarts),
-                split,
-                last_log,
-                str(state.log or ""),
-            ]
-        )
+        row = [state.run, job, _state_text(state), _step(state), left, state.restarts, split, last_log, state.log or ""]
+        rows.append([str(each) for each in row])
     return "\n".join([_columns([head, *rows]), *_failures(states)])
 
 

@@ -16,7 +16,8 @@ from launch.executor import JobSpec
 from launch.job import Job, Status
 from launch.profiles import Profile
 from launch.snapshot import ROOT, snapshot
-from launch.status.follow import Log, first_failure
+from launch.status.failure import first_failure
+from launch.status.follow import Log
 from launch.submit import _rank_job, expand_short_options, main, submit, watch
 from shards.errors import UserError
 from toolkit.config.schema import Config
