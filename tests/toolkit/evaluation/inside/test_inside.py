@@ -24,7 +24,7 @@ from toolkit.evaluation.inside.denoising import RATIOS, denoising_curves
 from toolkit.evaluation.inside.measure import HARDEST, InsideLook
 from toolkit.evaluation.inside.overlays import attention_in, draw_attention, overlay, spans_of
 from toolkit.evaluation.inside.page import write_page
-from toolkit.evaluation.inside.similarity import rank_histogram
+from toolkit.evaluation.inside.similarity import FOUND, rank_histogram
 from toolkit.evaluation.inside.words import Word
 from toolkit.evaluation.recall import RankCounts, Ranking
 from toolkit.model.outputs import Encoded
@@ -208,3 +208,13 @@ def test_command_writes_a_page_with_audio_that_loads_nothing(run, folder, capsys
     page = (result.folder / "inside.html").read_text()
     assert "image tokens: cosine loss" in page
     assert "Not drawn: &lt;none&gt;" in page
+    assert "wrong pairs</span>" in " ".join(page.split()), "a distribution has no last value"
+    far = [one for one in result.hardest["speech_to_image"] if one["rank"] > FOUND]
+    assert any(one["rank"] > FOUND + 1 for one in far), (
+        "as the sixth one shown it would have the right number by chance"
+    )
+    assert all(f'alt="found as number {one["rank"]}, correct"' in page for one in far)
+    (result.folder / "inside.html").unlink()
+    (result.folder / "inside.html").mkdir()
+    with pytest.raises(UserError, match=r"inside\.html cannot be written"):
+        write_page(result, Reader(load(folder)))
