@@ -182,12 +182,7 @@ class SizeEstimate:
 
 
 def size_table(splits: Sequence[SizeEstimate], encoded: int) -> str:
-    """Format the estimates as a table.
-
-    Args:
-        splits: The splits in order of writing.
-        encoded: Number of samples that were encoded for the estimates.
-    """
+    """Format the estimates, from a number of encoded samples, as a table."""
     rows = list(splits)
     if len(rows) > 1:
         rows.append(SizeEstimate("all", *(sum(getattr(one, name) for one in splits) for name in _SUMMED)))

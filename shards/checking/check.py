@@ -104,7 +104,8 @@ def check_folder(folder: Path, decode: int | None = 200, jobs: int = 1, show_pro
     digests = gather_digests(findings[shard.name].digests for shard in manifest.shards)
     for lines, more in zip((result.problems, result.warnings), find_duplicates(manifest, digests), strict=True):
         lines += more
-    _compare_manifest(result)
+    if problem := stored_problem(folder):
+        result.problems.append(Finding(MANIFEST, problem))
     _compare_report(result, manifest)
     _compare_sources(result, manifest)
     _add_report_warnings(result)
@@ -170,12 +171,6 @@ def _add(result: CheckResult, name: str, findings: ShardFindings) -> None:
     result.warnings += [Finding(name, line) for line in findings.warnings]
     result.pictures += findings.pictures
     result.audio_files += findings.audio_files
-
-
-def _compare_manifest(result: CheckResult) -> None:
-    """Check that the manifest, which `load` accepts, is also unchanged to the byte."""
-    if problem := stored_problem(result.folder):
-        result.problems.append(Finding(MANIFEST, problem))
 
 
 def _compare_report(result: CheckResult, m: Manifest) -> None:

@@ -88,12 +88,7 @@ def task_of(m: Manifest, shard: int, decode: np.ndarray) -> ShardTask:
 
 
 def check_shard(task: ShardTask, progress: Progress) -> ShardFindings:
-    """Read a shard once, sequentially; memory is bounded by its largest member, of at most 64 MiB.
-
-    Args:
-        task: The shard and its samples in the index.
-        progress: Called with the number of samples done since the last call.
-    """
+    """Read a shard once, sequentially; memory is bounded by its largest member, of at most 64 MiB."""
     findings = ShardFindings(Digests(len(task.samples), sum(len(sample.durations) for sample in task.samples)))
     try:
         status = task.path.stat()
@@ -270,12 +265,9 @@ def _problem_of_meta(meta: Any, sample: IndexedSample, split: str) -> str | None
 
 
 def problem_of_picture(data: bytes, decode: bool, formats: tuple[str, ...] = ("JPEG",)) -> str | None:
-    """Check a picture's header, and optionally decode it; a decompression bomb is rejected by its header.
+    """Check a picture's header against Pillow's names of the allowed formats, and optionally decode the picture.
 
-    Args:
-        data: The encoded bytes.
-        decode: Whether to decode it.
-        formats: Pillow's names of the formats that are allowed.
+    A decompression bomb is rejected by its header.
     """
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:

@@ -38,13 +38,7 @@ class Section:
 def write_page(
     path: Path, result: CheckResult, advice: Sequence[str] = (), further: Callable[[Manifest], Section] | None = None
 ) -> None:
-    """Write the page atomically.
-
-    Args:
-        path: The file to write.
-        result: The result of `check_folder`.
-        advice: Lines shown at the end of the summary.
-        further: Makes a further section, before the samples.
+    """Write the page atomically, with `advice` below the summary and the section of `further` before the samples.
 
     Raises:
         UserError: The file cannot be written.

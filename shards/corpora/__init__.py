@@ -1,7 +1,8 @@
 """The corpora that make_shards reads: one module each, imported on demand.
 
-A module has `add_arguments(parser)`, which adds the options of its corpus, and `read(options, bad) -> list[Item]`; its
-docstring shows the layout on disk. `load` reads a corpus, locates its files and checks it for duplicates.
+A module has `add_arguments(parser)` for its options and `read(options, bad) -> list[Item]`, which adds the records that
+cannot be used to `bad`. Its docstring shows the layout on disk. `load` reads a corpus, locates its files and checks it
+for duplicates.
 """
 
 import argparse

@@ -45,7 +45,8 @@ class FileFinder:
             return Path(near)
         # A folder that cannot be listed but entered, or a file system that ignores case.
         near = near or self._nearest(folder, name, fold=True)
-        return path if (near is not None or self._unlisted(folder)) and os.path.isfile(path) else None
+        unlisted = listing is None and os.access(folder or ".", os.X_OK)
+        return path if (near is not None or unlisted) and os.path.isfile(path) else None
 
     def why_missing(self, path: Path) -> tuple[str, str]:
         """Explain why `find` does not find a path.
@@ -74,11 +75,7 @@ class FileFinder:
         return "is missing", "complete the corpus"
 
     def identity(self, path: Path) -> str:
-        """Return a string that is equal for all paths to one file, with links followed.
-
-        Args:
-            path: A result of `find`.
-        """
+        """Return a string that is equal for all results of `find` that are one file, with links followed."""
         folder, name = os.path.split(path)
         if folder not in self._real:
             self._real[folder] = os.path.realpath(folder)
@@ -111,9 +108,6 @@ class FileFinder:
             except (OSError, ValueError):  # ValueError: a name with a zero byte
                 self._listings[folder] = None
         return self._listings[folder]
-
-    def _unlisted(self, folder: str) -> bool:
-        return self._listing(folder) is None and os.access(folder or ".", os.X_OK)
 
     def _nearest(self, folder: str, name: str, fold: bool) -> str | None:
         """Return the path of the only entry whose name is equal up to Unicode form and, with `fold`, up to case."""

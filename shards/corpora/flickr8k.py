@@ -43,10 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
     """Return the pictures of the official splits that have audio, in the order of the split lists.
 
-    Args:
-        options: What `add_arguments` added.
-        bad: Collects the lines that cannot be used.
-
     Raises:
         UserError: A file is missing, or none of its entries matches the other files.
     """
@@ -78,12 +74,6 @@ def _text_file(root: Path, *names: str) -> Path:
 
 def _warn_empty(split: str, path: Path, names: list[str], with_audio: Collection[str]) -> None:
     """Warn that a split is empty, as happens with a subset of the corpus.
-
-    Args:
-        split: Name of the split.
-        path: The split's list.
-        names: Entries of the list.
-        with_audio: Pictures that have audio files.
 
     Raises:
         UserError: The list has entries, but none looks like the name of a picture with audio.
@@ -160,10 +150,6 @@ def picture_name(name: str) -> str:
 
 def read_texts(path: Path, bad: BadRecords) -> dict[tuple[str, str], str]:
     """Read the written captions: lines of "X.jpg#0<TAB>the caption", or Kaggle's table of image and caption.
-
-    Args:
-        path: The file.
-        bad: Collects lines of neither form, and captions with two different texts.
 
     Returns:
         Texts by picture and caption number.

@@ -41,10 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
     """Return the pictures in the order of the files; the captions of a picture in a split form one sample.
 
-    Args:
-        options: What `add_arguments` added.
-        bad: Collects the records that cannot be used.
-
     Raises:
         UserError: A file is missing or malformed.
     """

@@ -15,12 +15,7 @@ class BadRecord(Exception):
 
 
 class BadRecords:
-    """Collects the bad records of a corpus: they end the run, or with `--skip-bad` are dropped and reported.
-
-    Attributes:
-        skip: Whether bad records are dropped.
-        dropped: Bad records so far.
-    """
+    """Collects the bad records of a corpus: they end the run, or with `--skip-bad` are dropped and reported."""
 
     def __init__(self, skip: bool) -> None:
         self.skip = skip
@@ -53,9 +48,6 @@ class BadRecords:
 
     def raise_if_any(self, hint: str = "--skip-bad drops and reports such records") -> None:
         """Raise an error if there are bad records, unless they are to be skipped.
-
-        Args:
-            hint: How to fix or skip them, for the message.
 
         Raises:
             UserError: There are bad records; the message names the first and counts the others.
@@ -104,6 +96,12 @@ def required_text(record: dict[str, Any], key: str) -> str:
     if not value or value.isspace():
         raise BadRecord(f"{key} is empty")
     return value
+
+
+def text_or_integer(record: dict[str, Any], key: str) -> str | None:
+    """Return a field that is text, an integer (as text), null or absent; raises as `optional_text` does."""
+    value = record.get(key)
+    return str(value) if type(value) is int else optional_text(record, key)
 
 
 def file_name(record: dict[str, Any], key: str) -> str:

@@ -8,6 +8,7 @@ several captions, or one picture under several names, may be intended within a s
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -50,13 +51,7 @@ _Key = Callable[[_Use], str | None]
 
 
 class RepeatFinder:
-    """Removes duplicates from a corpus.
-
-    Args:
-        bad: Collects what is removed.
-        files: Resolves paths to the same file.
-        share_pictures: Splits that may share pictures.
-    """
+    """Removes duplicates from a corpus."""
 
     def __init__(self, bad: BadRecords, files: FileFinder, share_pictures: Collection[str] = ()) -> None:
         self._bad = bad
@@ -66,18 +61,13 @@ class RepeatFinder:
         self._shared_audio: list[str] = []
 
     def without_repeats(self, items: Sequence[Item]) -> list[Item]:
-        """Find repeated pictures, audio files, utterances and image ids.
+        """Drop repeated pictures, audio files, utterances and image ids.
 
-        Args:
-            items: The corpus. Files are compared by path, with links followed, and up to `MAX_COMPARED` of them also by
-                content.
-
-        Returns:
-            The items without duplicates.
+        Files are compared by path, with links followed, and up to `MAX_COMPARED` of them also by content.
         """
         several = len({item.split for item in items}) > 1
         if several:
-            items = self._remove_groups(items, _pictures, self._identity, self._note_shared_picture)
+            items = self._remove_groups(items, _pictures, self._identity, partial(self._note_leak, pictures=True))
             items = self._remove_copies(items, _pictures)
         items = self._remove_groups(items, _captions, self._identity, self._note_repeated_audio)
         if several:
@@ -103,7 +93,7 @@ class RepeatFinder:
         items: Sequence[Item],
         uses: Callable[[Iterable[Item]], Iterator[_Use]],
         key: _Key,
-        note: Callable[[list[_Use]], None],
+        note: Callable[[list[_Use]], object],
     ) -> Sequence[Item]:
         """Apply `note` to every group of uses with the same key, and remove what it noted."""
         for group in _groups(items, uses, key):
@@ -115,7 +105,7 @@ class RepeatFinder:
         files = [use for use in uses(items) if use.path]
         if len(files) <= MAX_COMPARED:
             for group in _copies(files):
-                self._note_leak(group, "a copy of it", uses is _pictures)
+                self._note_leak(group, "a copy of it", pictures=uses is _pictures)
         return self._remaining(items)
 
     def _remaining(self, items: Sequence[Item]) -> Sequence[Item]:
@@ -145,7 +135,7 @@ class RepeatFinder:
             captions=lost,
         )
 
-    def _note_leak(self, group: list[_Use], other: str, pictures: bool) -> list[_Use]:
+    def _note_leak(self, group: list[_Use], other: str = "and", *, pictures: bool) -> list[_Use]:
         """Note the uses outside the split that is kept, and return the others."""
         kept = next((use for use in group if use.item.split != _TRAIN), group[0])
         rest = []
@@ -160,12 +150,9 @@ class RepeatFinder:
             self._note(use, reason)
         return rest
 
-    def _note_shared_picture(self, group: list[_Use]) -> None:
-        self._note_leak(group, "and", pictures=True)
-
     def _note_repeated_audio(self, group: list[_Use]) -> None:
         seen: dict[tuple[int, str | None], _Use] = {}
-        for use in self._note_leak(group, "and", pictures=False):
+        for use in self._note_leak(group, pictures=False):
             first = seen.setdefault((id(use.item), _utterance(use)), use)
             if first is not use:
                 self._note(use, f"the same picture and audio file as at {first.where}")

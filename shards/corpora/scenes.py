@@ -105,10 +105,6 @@ def read(options: argparse.Namespace, bad: BadRecords | None = None) -> list[Ite
 
     Picture n of a split does not depend on the number of pictures.
 
-    Args:
-        options: What `add_arguments` added.
-        bad: Unused, since there are no records to read.
-
     Raises:
         UserError: An option is out of range, a voice is unknown, or a synthesizer is not installed.
     """

@@ -49,10 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
     """Return the pictures in the order of the two files: train and dev, or train, dev and test with `--karpathy`.
 
-    Args:
-        options: What `add_arguments` added.
-        bad: Collects the records that cannot be used.
-
     Raises:
         UserError: A file is missing or malformed.
     """

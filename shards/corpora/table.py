@@ -22,7 +22,7 @@ from typing import Any
 
 from shards.corpora import add_root, existing
 from shards.corpora.item import Caption, Item
-from shards.corpora.records import BadRecord, BadRecords, as_object, file_name, optional_text
+from shards.corpora.records import BadRecord, BadRecords, as_object, file_name, optional_text, text_or_integer
 from shards.corpora.text_files import parse_json, read_text
 from shards.errors import UserError
 from shards.files import listed
@@ -51,10 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
     """Return the pictures in the order of their first rows; a picture in two splits is an item of each.
 
-    Args:
-        options: What `add_arguments` added.
-        bad: Collects the rows that cannot be used.
-
     Raises:
         UserError: There is no table, or required columns are missing.
     """
@@ -64,8 +60,8 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
     for number, row in rows:
         try:
             picture, audio = _path(row, "image"), _path(row, "audio")
-            split, text, speaker = _split(row), _word(row, "text"), _word(_with_number_as_text(row), "speaker")
-            language = _word(row, "language")
+            split, text, language = _split(row), _word(row, "text"), _word(row, "language")
+            speaker = _word({"speaker": text_or_integer(row, "speaker")}, "speaker")
         except BadRecord as reason:
             bad.add(f"{table} line {number}", reason)
             continue
@@ -109,25 +105,12 @@ def _split(row: dict[str, Any]) -> str:
     return split
 
 
-def _with_number_as_text(row: dict[str, Any]) -> dict[str, Any]:
-    """Convert a numeric speaker to text, as in CSV."""
-    return row | {"speaker": str(row["speaker"])} if type(row.get("speaker")) is int else row
-
-
 class Rows:
-    """Iterates over line number and known columns of every well-formed row.
-
-    Args:
-        table: The file.
-        bad: Collects the malformed rows.
-
-    Attributes:
-        ignored: Names of unknown columns.
-    """
+    """Iterates over line number and known columns of every well-formed row."""
 
     def __init__(self, table: Path, bad: BadRecords) -> None:
         self.table, self.bad = table, bad
-        self.ignored: set[str] = set()
+        self.ignored: set[str] = set()  # names of unknown columns
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Iterate over the rows that are not blank.

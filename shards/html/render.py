@@ -18,12 +18,7 @@ _HERE = Path(__file__).parent
 
 
 def write_html(path: Path, template: Path, **values: Any) -> None:
-    """Render a page and write it atomically.
-
-    Args:
-        path: The file to write.
-        template: The page's template; it may include what is in its folder and in this one.
-        values: Variables of the template.
+    """Render a page and write it atomically; its template may include what is in its folder and in this one.
 
     Raises:
         OSError: The file cannot be written.

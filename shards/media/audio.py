@@ -167,13 +167,6 @@ def _blocks(file: Any, name: str, max_seconds: float) -> Iterator[np.ndarray]:
 def _check_complete(file: Any, total: int, content: Content, span: Span, name: str) -> None:
     """Check that a file has all samples that its container declares.
 
-    Args:
-        file: The file, decoded to its end.
-        total: Number of frames decoded.
-        content: The file's bytes.
-        span: The stream that was decoded, in a file with several.
-        name: The file's name, for messages.
-
     Raises:
         UserError: The file is truncated or has no samples.
     """

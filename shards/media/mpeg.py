@@ -25,12 +25,7 @@ _JOINED = 8  # consecutive frames after the declared ones that count as another 
 
 
 def find_spans(content: Content, at: int) -> list[Span]:
-    """Find the streams that were concatenated, each with the fraction of its frames that is present.
-
-    Args:
-        content: The file.
-        at: End of the file's tags.
-    """
+    """Find the streams that were concatenated behind the tags, each with the fraction of its frames that is present."""
     spans: list[Span] = []
     start, first = 0, _find_frame(content, at, at + _NEAR)
     while first >= 0:

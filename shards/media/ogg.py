@@ -16,11 +16,7 @@ _REPAIR = "fetch the file again, or rewrite it if no more is available, e.g. ffm
 
 
 def find_spans(content: Content, at: int) -> list[Span]:
-    """Find the chained streams of a file; multiplexed streams form one span.
-
-    Args:
-        content: The file.
-        at: Index of the first page.
+    """Find the chained streams from the page at `at` on; multiplexed streams form one span.
 
     Raises:
         DamagedAudioError: A page is missing or damaged, also the last one of a stream.

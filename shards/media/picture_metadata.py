@@ -63,10 +63,7 @@ def _tags(block: bytes) -> Image.Exif:
 
 
 def without_metadata(data: bytes) -> tuple[bytes, bytes | None] | None:
-    """Remove from a file everything that Pillow does not need for the pixels.
-
-    Args:
-        data: A JPEG, PNG, WebP or TIFF file.
+    """Remove from a JPEG, PNG, WebP or TIFF file everything that Pillow does not need for the pixels.
 
     Returns:
         The file without metadata, and its EXIF block if it had one (a TIFF file keeps its orientation); None for other

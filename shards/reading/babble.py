@@ -25,13 +25,7 @@ class Babble:
     _last: tuple[int, Selection] | None = field(default=None, repr=False)
 
     def voices(self, position: int, sample: int, generator: np.random.Generator, count: int) -> list[np.ndarray]:
-        """Return up to `count` utterances of other pictures.
-
-        Args:
-            position: Position of the sample in the training data.
-            sample: Its number.
-            generator: Chooses the utterances.
-            count: Number of utterances.
+        """Return up to `count` utterances of other pictures than `sample`, drawn for a position in the training data.
 
         Returns:
             Arrays of float32 [n], n > 0. An unreadable utterance is left out.

@@ -114,11 +114,6 @@ class Order:
         least for the first), all pairs and attempts take different pictures: ranks that replace pictures at
         different indices never choose the same one.
 
-        Args:
-            step: Number of the global batch.
-            index: Index in it, from 0.
-            attempt: From 1.
-
         Returns:
             Sample number and caption row. The picture also keeps its regular position in the epoch.
         """

@@ -70,13 +70,6 @@ class _IndexedTar:
 def index_folder(folder: Path, name: str, options: IndexOptions, jobs: int = 1, restart: bool = False) -> Report:
     """Write the manifest of a folder of tars; it appears when all tars have been read and decoded once.
 
-    Args:
-        folder: A folder of tars.
-        name: Name of the data set in the manifest.
-        options: How the tars are indexed.
-        jobs: Number of processes.
-        restart: Replace an index made earlier.
-
     Raises:
         UserError: A sample or a tar does not fit, there are duplicates, or the folder has shards of make_shards.
     """
@@ -84,7 +77,7 @@ def index_folder(folder: Path, name: str, options: IndexOptions, jobs: int = 1, 
     total = sum(path.stat().st_size for path in paths.values()) // _MB + len(paths)
     with progress_bar(total, "MB", "indexing") as progress:
         tars = dict(run_tasks(partial(_index_tar, options), paths, jobs, progress))
-    ordered = sorted(tars.values(), key=_order)
+    ordered = sorted(tars.values(), key=lambda one: (split_order(one.record.split), natural_order(one.record.name)))
     used = [one for one in ordered if one.record.samples]
     gathered = gather(one.record for one in ordered)
     if not used:
@@ -101,17 +94,10 @@ def index_folder(folder: Path, name: str, options: IndexOptions, jobs: int = 1, 
     made = manifest.Manifest(folder, name, "", tuple(gathered.shards), tuple(gathered.splits), **columns)
     _check_duplicates(made, [one.digests for one in used])
     report = gathered.report.save(folder)
-    arguments = {"corpus": manifest.INDEXED, "split": list(options.splits), **_layout_values(options.layout)}
+    layout = {name: list(endings) for name, endings in vars(options.layout).items()}
+    arguments = {"corpus": manifest.INDEXED, "split": list(options.splits), **layout}
     manifest.save(folder, name, gathered.shards, gathered.splits, columns, arguments, report)
     return gathered.report
-
-
-def _order(tar: _IndexedTar) -> Any:
-    return split_order(tar.record.split), natural_order(tar.record.name)
-
-
-def _layout_values(layout: Layout) -> dict[str, list[str]]:
-    return {name: list(getattr(layout, name)) for name in ("image", "audio", "text", "json")}
 
 
 def _tars(folder: Path, restart: bool) -> dict[str, Path]:
@@ -189,15 +175,7 @@ def _json(sample: StockSample) -> dict[str, Any]:
 
 
 class _Checker:
-    """Collects the samples of a tar that fit.
-
-    Args:
-        shard: The record to fill.
-        skip_bad: Whether other samples are left out, rather than end the run.
-
-    Attributes:
-        digests: Digests of what is indexed.
-    """
+    """Collects the samples of a tar that fit."""
 
     def __init__(self, shard: ShardRecord, skip_bad: bool) -> None:
         self.shard, self.skip_bad, self.digests = shard, skip_bad, Digests(0, 0)

@@ -119,10 +119,7 @@ def layout_of(options: argparse.Namespace) -> Layout:
 
 
 def find_tars(roots: Sequence[str]) -> list[str]:
-    """Expand folders, patterns, braces and URLs to tars, in natural order and each once.
-
-    Args:
-        roots: A folder is searched with its subfolders.
+    """Expand folders with their subfolders, patterns, braces and URLs to tars, in natural order and each once.
 
     Returns:
         Absolute paths and URLs.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.errors import UserError
-from shards.files import sync_folder
+from shards.files import sync
 from shards.manifest import INDEX, MANIFEST, load
 from shards.report import REPORT
 from shards.writing.shard_record import WritingPlan, load_plan
@@ -124,7 +124,7 @@ class _Claim:
             if restart:
                 # First and durably, since a folder with a manifest counts as finished.
                 (self.folder / MANIFEST).unlink(missing_ok=True)
-                sync_folder(self.folder)
+                sync(self.folder)
                 _remove_all(self.folder)
             if plan:
                 self._store_plan(plan, bool(running))

@@ -109,11 +109,7 @@ class ShardRecord:
 def load_record(notes: Path, name: str, lists: str, skip_bad: bool) -> ShardRecord | None:
     """Read the record of a shard; None unless it is finished as planned and its tar has the recorded size.
 
-    Args:
-        notes: Folder of the records, inside the folder of the shards.
-        name: Name of the tar.
-        lists: Current digest of the samples' description; see `lists_digest`.
-        skip_bad: Whether to accept a shard from which input was dropped.
+    With `skip_bad`, a shard from which input was dropped is accepted.
     """
     try:
         stored = json.loads((notes / f"{name}.json").read_bytes())

@@ -161,13 +161,7 @@ def _first_changed_content(paths: Sequence[Path | StoredFile | str], crc: Sequen
 
 
 def compare_lists(then: Sequence[ListFile], now: Sequence[ListFile], complete: bool = True) -> list[str]:
-    """Return changes of the lists of a corpus, which may have moved.
-
-    Args:
-        then: The lists as they were recorded.
-        now: The lists as they were read now.
-        complete: Whether all lists were read; if not, lists missing from `now` are not reported.
-    """
+    """Return changes of the lists of a corpus, which may have moved; unless `complete`, `now` may lack some."""
     old, new = _by_name(then), _by_name(now)
     lines = []
     for name, one in new.items():
@@ -189,13 +183,7 @@ def _by_name(lists: Sequence[ListFile]) -> dict[tuple[str, int], ListFile]:
 
 
 def compare(recorded: Sources, lists: Sequence[ListFile], items: Sequence[Item]) -> Differences:
-    """Compare a corpus with its record of when the shards were made.
-
-    Args:
-        recorded: The sources of the shards.
-        lists: The lists as they were read now.
-        items: The current samples of the corpus.
-    """
+    """Compare a corpus with its record of when the shards were made."""
     changed = compare_lists(recorded.lists, lists)
     counts = {"picture": len(items) - recorded.pictures}
     counts["caption"] = sum(len(item.captions) for item in items) - recorded.captions

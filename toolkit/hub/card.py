@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
+from shards.files import read_object
 from toolkit.run_folder import PROGRESS, load_run, trained_data
 
 if TYPE_CHECKING:
@@ -59,13 +60,7 @@ def write_card(folder: Path, name: str) -> None:
 
 
 def model_card(export: Path, run: Path | None, name: str, license_id: str | None = None) -> "ModelCard":
-    """Describe an exported model.
-
-    Args:
-        export: The exported folder.
-        run: Its run folder, for results, training and data; None: none of these.
-        name: Name of the model: its hub id, or that of the run.
-        license_id: License of the model, as the hub names it; None: not stated.
+    """Describe an exported model; without a run folder the card has no results, training and data.
 
     Returns:
         The card; `str` of it is the content of README.md.
@@ -75,7 +70,7 @@ def model_card(export: Path, run: Path | None, name: str, license_id: str | None
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    model, config = _read(export / "config.json"), _config(run)
+    model, config = read_object(export / "config.json"), _config(run)
     if not isinstance(model.get("embed_dim"), int):
         raise UserError(f"{export / 'config.json'} is missing or damaged: pass a folder that training exported")
     recall = _recall(export, run)
@@ -91,7 +86,7 @@ def model_card(export: Path, run: Path | None, name: str, license_id: str | None
         model_name=name if results else None,
         tags=_TAGS,
     )
-    environment = _read(run / "environment.json") if run else {}
+    environment = read_object(run / "environment.json") if run else {}
     sections = [
         f"# {name}\n\nEmbeds spoken captions and images in one space of {model['embed_dim']} dimensions, so that a "
         "recording finds its image\nand an image its recordings, without text in between.\n",
@@ -107,12 +102,6 @@ def model_card(export: Path, run: Path | None, name: str, license_id: str | None
 
 def current_card(export: Path, run: Path | None, name: str, license_id: str | None = None) -> str:
     """Return the card of a folder: its README.md if the user edited it, else a new one with the license of the old.
-
-    Args:
-        export: The exported folder.
-        run: Its run folder; None: it is not in one.
-        name: Name of the model.
-        license_id: License of the model; None: that of the card in the folder, if any.
 
     Raises:
         UserError: The card in the folder, or config.json, cannot be parsed, or a license is given for the user's card.
@@ -136,15 +125,6 @@ def current_card(export: Path, run: Path | None, name: str, license_id: str | No
     return text
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if there is none."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
@@ -159,8 +139,8 @@ def _config(run: Path | None) -> "Config | None":
 
 def _recall(export: Path, run: Path | None) -> dict[str, Any]:
     """Read the run's final results, if they are those of this export."""
-    recall = _read(run / "recall.json") if run else {}
-    if recall and recall.get("step") != _read(export / PROGRESS).get("step"):
+    recall = read_object(run / "recall.json") if run else {}
+    if recall and recall.get("step") != read_object(export / PROGRESS).get("step"):
         logger.warning("%s/recall.json is of another step than %s: left out of the model card", run, export)
         return {}
     return recall
@@ -285,7 +265,7 @@ def _data_rows(manifest: "Manifest", config: "Config | None") -> Iterable[tuple[
 
 
 def _training_rows(export: Path, config: "Config | None", environment: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    yield "steps", _read(export / PROGRESS).get("step")
+    yield "steps", read_object(export / PROGRESS).get("step")
     if config:
         losses = config.objectives
         weights = {"SIC": losses.contrastive.weight, "SIM": losses.matching.weight, "CMD": losses.denoising.weight}

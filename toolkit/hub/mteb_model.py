@@ -183,15 +183,7 @@ class SpeechImageCrossEncoder:
 
 
 def describe(encoder: Encoder, folder: Path, name: str, training_datasets: set[str], loader: type) -> ModelMeta:
-    """Return what mteb stores of a model; what is unknown is None.
-
-    Args:
-        encoder: The model.
-        folder: Where it was loaded from.
-        name: "organization/name".
-        training_datasets: Tasks of mteb whose data it was trained on.
-        loader: `SpeechImageEncoder` or `SpeechImageCrossEncoder`.
-    """
+    """Return what mteb stores of a model; what is unknown is None."""
     parameters = list(encoder.model.parameters())
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return ModelMeta(

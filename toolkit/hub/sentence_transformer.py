@@ -33,12 +33,7 @@ _HUB_OPTIONS = {  # of sentence-transformers: of transformers
 
 
 class SpeechImageModule(InputModule):
-    """Embeds recordings and images, also mixed in one list.
-
-    Args:
-        model: The model.
-        processor: Its preprocessing.
-    """
+    """Embeds recordings and images, also mixed in one list."""
 
     def __init__(self, model: SpeechImageModel, processor: SpeechImageProcessor) -> None:
         super().__init__()

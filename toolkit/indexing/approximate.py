@@ -14,7 +14,6 @@ faiss file that may come from anywhere is not safe (faiss issue 5400). Scores ar
 import json
 import logging
 import math
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from shards.files import sync_folder
+from shards.files import sync
 from shards.progress import progress_bar
 from toolkit.indexing.nearest import nearest
 from toolkit.indexing.store import Index, open_array, release
@@ -177,12 +176,7 @@ def refresh(index: Index, least: int = FROM) -> Measured | None:
 
 
 def build(index: Index, folder: Path) -> Measured:
-    """Group the embeddings, and measure how many lists have to be read.
-
-    Args:
-        index: The index, of at least one item.
-        folder: The folder to make; it appears when it is complete.
-    """
+    """Group the embeddings of an index, and measure how many lists have to be read."""
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -199,10 +193,10 @@ def build(index: Index, folder: Path) -> Measured:
     measured = _measure(Approximate(temporary, index), index)
     _write_head(temporary, measured)
     for path in temporary.iterdir():
-        _sync(path)
-    sync_folder(temporary)
+        sync(path)
+    sync(temporary)
     temporary.rename(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     return measured
 
 
@@ -250,11 +244,3 @@ def _measure(approximate: Approximate, index: Index) -> Measured:
 
 def _write_head(folder: Path, measured: Measured) -> None:
     (folder / _HEAD).write_text(json.dumps({"format": FORMAT, **asdict(measured)}) + "\n")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,7 +23,7 @@ from typing import Any
 
 from shards.corpora import add_root, existing
 from shards.corpora.item import Caption, Item
-from shards.corpora.records import BadRecord, BadRecords, integer, optional_text
+from shards.corpora.records import BadRecord, BadRecords, integer, optional_text, text_or_integer
 from shards.corpora.text_files import read_text
 from shards.errors import UserError
 from shards.manifest import SPLIT
@@ -98,22 +98,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
     """Return the pictures in the order of the files, with their captions in the order of the qrels.
 
-    Args:
-        options: What `add_arguments` added.
-        bad: Collects the rows that cannot be used.
-
     Raises:
         UserError: There is no parquet file, or no file with one of the roles.
     """
     existing(options.root, ".", hint=_HINT)
     pairs = _Pairs(bad)
-    for path in sorted(path for path in options.root.rglob("*.parquet") if not _is_hidden(path, options.root)):
-        pairs.add_file(path)
+    for path in sorted(options.root.rglob("*.parquet")):
+        if not any(part.startswith(".") for part in path.relative_to(options.root).parts):
+            pairs.add_file(path)
     pairs.check(options.root)
     lists = _split_lists(options)
     items, silent, unlisted = [], 0, 0
     for image_id, picture in pairs.pictures.items():
-        captions = pairs.captions_of(image_id)
+        captions = pairs.captions.get(image_id, {})
         split = options.split or next(iter(captions.values()), "")
         if lists:
             names = (image_id, os.path.basename(picture.path), Path(picture.path).stem)
@@ -128,10 +125,6 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
         if count:
             logger.warning("hf-pairs: %s pictures %s and are left out", f"{count:,}", what)
     return items
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _split_lists(options: argparse.Namespace) -> dict[str, str]:
@@ -156,18 +149,14 @@ class _Stored:
 
 
 class _Pairs:
-    """Pictures, recordings and their relevance, from the files of a data set.
-
-    Args:
-        bad: Collects the rows that cannot be used.
-    """
+    """Pictures, recordings and their relevance, from the files of a data set."""
 
     def __init__(self, bad: BadRecords) -> None:
         self.bad = bad
         self.pictures: dict[str, _Stored] = {}
         self.recordings: dict[str, _Stored] = {}
         self._relevance: list[tuple[str, str, str, str]] = []  # query, document, split, where
-        self._captions: dict[str, dict[Caption, str]] = {}  # by picture: captions and their splits
+        self.captions: dict[str, dict[Caption, str]] = {}  # by picture: captions and their splits
 
     def add_file(self, path: Path) -> None:
         """Read ids, descriptions and relevance of a file; pictures and recordings stay on the disk."""
@@ -199,10 +188,6 @@ class _Pairs:
             else:
                 self._add_caption(image_id, utterance, split)
 
-    def captions_of(self, image_id: str) -> dict[Caption, str]:
-        """Return the captions of a picture, and the split of each."""
-        return self._captions.get(image_id, {})
-
     def _add_caption(self, image_id: str, utterance: str, split: str) -> None:
         stored = self.recordings[utterance]
         try:
@@ -211,7 +196,7 @@ class _Pairs:
             self.bad.add(stored.where, reason)
             return
         caption = Caption(utterance, stored.value, text, speaker, stored.where, language)
-        self._captions.setdefault(image_id, {}).setdefault(caption, split)
+        self.captions.setdefault(image_id, {}).setdefault(caption, split)
 
     def _add_values(self, path: Path, file: Any, column: str, known: dict[str, _Stored]) -> None:
         names = [name for name in (*_IDS, *_DESCRIPTIONS) if name in file.schema_arrow.names]
@@ -264,10 +249,6 @@ def _rows(path: Path, file: Any, columns: list[str]) -> Iterator[tuple[int, int,
 
 
 def _text_id(row: dict[str, Any], name: str) -> str:
-    value = row.get(name)
-    if type(value) is int:
-        return str(value)
-    text = optional_text(row, name)
-    if not text:
+    if not (text := text_or_integer(row, name)):
         raise BadRecord(f"{name} is empty")
     return text

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shards.corpora.item import Caption, Item
-from shards.corpora.records import BadRecord, BadRecords, as_object, described, optional_text
+from shards.corpora.records import BadRecord, BadRecords, as_object, optional_text, text_or_integer
 from shards.corpora.text_files import parse_json
 from shards.errors import UserError
 from shards.manifest import SPLIT
@@ -69,10 +69,6 @@ def _location(text: str) -> str:
 def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
     """Return the pictures in the order of the tars; a picture in two splits is an item of each.
 
-    Args:
-        options: What `add_arguments` added.
-        bad: Collects the samples that cannot be used.
-
     Raises:
         UserError: A tar is missing, or none has a sample.
     """
@@ -112,21 +108,12 @@ class _Picture:
 
 
 class _SampleReader:
-    """Makes items of samples.
-
-    Args:
-        options: What `add_arguments` added.
-        bad: Collects the samples that cannot be used.
-
-    Attributes:
-        items: Pictures by image id and split.
-        unnamed: Tars whose samples are in the default split as nothing says another.
-    """
+    """Makes items of samples."""
 
     def __init__(self, options: argparse.Namespace, bad: BadRecords) -> None:
         self.options, self.bad = options, bad
-        self.items: dict[tuple[str, str], _Picture] = {}
-        self.unnamed: list[str] = []
+        self.items: dict[tuple[str, str], _Picture] = {}  # by image id and split
+        self.unnamed: list[str] = []  # tars with samples in the default split, as nothing says another
 
     def add_tar(self, tar: StockTar, prefix: str) -> None:
         """Add the samples of a tar; `prefix` makes its keys unique."""
@@ -169,7 +156,7 @@ class _SampleReader:
         for member in (sample.pictures[0], *sample.audio.values()):
             if member.size > MAX_SOURCE:
                 raise BadRecord(f"{member.name} has {member.size:,} bytes, the limit is {MAX_SOURCE:,}")
-        image_id = _number_as_text(record, self.options.image_id_key) or name
+        image_id = text_or_integer(record, self.options.image_id_key) or name
         captions = self._captions(sample, record, name, where)
         picture = self.items.setdefault((image_id, split), _Picture(sample.pictures[0], [], where))
         if picture.member.size != sample.pictures[0].size:
@@ -185,7 +172,7 @@ class _SampleReader:
             if part and part in sample.json:
                 own = own | as_object(parse_object(sample.json[part], parse_json))
             text = optional_text(own, self.options.text_key)
-            speaker = _number_as_text(own, self.options.speaker_key)
+            speaker = text_or_integer(own, self.options.speaker_key)
             utterance = optional_text(own, "utterance") or (f"{name}.{part}" if part else name)
             language = optional_text(own, self.options.language_key)
             captions.append(Caption(utterance, member, lines[number] or text, speaker, where, language))
@@ -218,10 +205,3 @@ def _lines(sample: StockSample) -> list[str | None]:
             raise BadRecord(f"its text has {len(each)} lines for {len(sample.audio)} captions")
         lines = [line or one.strip() or None for line, one in zip(lines, each, strict=True)]
     return lines
-
-
-def _number_as_text(record: dict[str, Any], key: str) -> str | None:
-    value = record.get(key)
-    if isinstance(value, bool | list | dict | float):
-        raise BadRecord(f"{key} is {described(value)}, expected text")
-    return str(value) if isinstance(value, int) else optional_text(record, key)

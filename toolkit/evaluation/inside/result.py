@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.files import sync_folder
+from shards.files import sync
 
 FOLDER, FILE = "inside", "inside.json"
 FORMAT = 1
@@ -131,7 +131,7 @@ def save_inside(folder: Path, values: Mapping[str, Any], images: Mapping[str, by
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     finally:
@@ -140,14 +140,18 @@ def save_inside(folder: Path, values: Mapping[str, Any], images: Mapping[str, by
     return read_inside(folder)
 
 
+def describe_gap(result: Inside) -> str:
+    """Describe the modality gap in a line."""
+    centroids, right, wrong = (f"{result.gap[name]:.3f}" for name in ("centroids", "right", "wrong"))
+    return f"Modality gap: centroids {centroids} apart; mean cosine of right pairs {right}, of wrong pairs {wrong}"
+
+
 def format_inside(result: Inside) -> str:
     """Format modality gap and denoising curves as a table."""
-    gap = result.gap
     lines = [
         f"{result.corpus} {result.split}, checkpoint {result.checkpoint}: {result.pictures:,} pictures, "
         f"{result.captions:,} spoken captions",
-        f"modality gap: centroids {gap['centroids']:.3f} apart; mean cosine of right pairs {gap['right']:.3f}, of "
-        f"wrong pairs {gap['wrong']:.3f}",
+        describe_gap(result),
     ]
     if "reason" in result.denoising:
         return "\n".join([*lines, f"denoising: {result.denoising['reason']}"])

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.errors import UserError
-from shards.files import atomic_write, sync_folder
+from shards.files import atomic_write, sync
 from toolkit.config.schema import Config
 from toolkit.rank_sync import run_on_all_ranks, run_on_rank_zero
 from toolkit.run_folder import fingerprint
@@ -285,7 +285,7 @@ class Checkpoints:
         if target.exists():
             target.rename(self.folder / f".{target.name}-{uuid.uuid4().hex[:8]}")
         pending.folder.rename(target)
-        sync_folder(self.folder)
+        sync(self.folder)
         self._damaged.discard(target)
         self._remove_old(self.folder / _name(pending.marker["best_step"]))
 

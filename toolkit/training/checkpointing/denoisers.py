@@ -27,12 +27,6 @@ class _Weights(Fragment):
 def load_denoisers(run: Path, config: Config, model: SpeechImageModel, step: int | None) -> dict[str, nn.Module]:
     """Load the denoisers that were trained with an exported model.
 
-    Args:
-        run: The run folder.
-        config: The run's configuration.
-        model: The exported model, which determines the denoisers' sizes.
-        step: Its training step.
-
     Returns:
         Denoisers with float32 weights in evaluation mode, on the CPU, by the modality that they rebuild.
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shards.files import read_object
 from shards.writing.writer import Format
 from toolkit.config.schema import Config
 from toolkit.hub.card import write_card, write_modules
@@ -136,14 +137,8 @@ class Exports:
 
 def exported_config(run: Path) -> dict[str, Any] | None:
     """Read the config.json of a run's export; None: there is none so far."""
-    for name in ("last", "best"):
-        try:
-            values = json.loads((run / "export" / name / "config.json").read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(values, dict):
-            return values
-    return None
+    found = (read_object(run / "export" / name / "config.json") for name in ("last", "best"))
+    return next(filter(None, found), None)
 
 
 def _set_dtype(path: Path, name: str) -> None:

@@ -37,12 +37,7 @@ class FileInfo:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileInfo:
-    """Write a safetensors file and sync it to the disk, without a second copy of the tensors.
-
-    Args:
-        path: The file.
-        tensors: By name; on the CPU, contiguous.
-        metadata: Metadata of the header.
+    """Write contiguous tensors of the CPU as a safetensors file and sync it to the disk, without a second copy of them.
 
     Raises:
         OSError: The file cannot be written, e.g. the disk is full; a part of it may be left.
@@ -99,11 +94,7 @@ class CheckpointReader:
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        """Prepare to read.
-
-        Args:
-            paths: The files in the order in which they are opened.
-        """
+        """Prepare to read; the files are opened in this order."""
         self._paths = list(paths)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}  # (name, part): start, stop, slice

@@ -16,11 +16,7 @@ class NonFiniteDetector:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        """Register forward hooks on modules and all their submodules.
-
-        Args:
-            modules: By a prefix of their submodules' names, which may be empty.
-        """
+        """Register forward hooks on all submodules of modules, given by a prefix of the submodules' names."""
         self._checks: list[tuple[str, Tensor]] = []
         for prefix, module in modules.items():
             for name, part in module.named_modules():

@@ -65,25 +65,14 @@ class FlopCounter:
     """Counts micro-batches, on the host; about a quarter of a millisecond each."""
 
     def __init__(self, learner: Learner, config: Config, world_size: int) -> None:
-        """Read the sizes.
-
-        Args:
-            learner: The module that is trained.
-            config: Configuration of the run.
-            world_size: Number of ranks: keys and negatives come from all.
-        """
+        """Read the sizes; keys and negatives come from all ranks."""
         self.learner, self.objectives = learner, config.objectives
         micro_batches = config.training.accumulation if config.training.grad_cache else 1
         batch_keys = world_size * micro_batch(config, world_size) * micro_batches
         self.num_keys = batch_keys + config.objectives.contrastive.queue
 
     def count(self, batch: Batch, coarse: bool = False) -> BatchStats:
-        """Count a micro-batch of this rank.
-
-        Args:
-            batch: The micro-batch.
-            coarse: It trains SIC alone.
-        """
+        """Count a micro-batch of this rank; a coarse one trains SIC alone."""
         width = batch.waveforms.shape[1]
         host_lengths = batch.host_lengths or (width,) * len(batch.ids)
         lengths = np.array(host_lengths, dtype=np.int64)

@@ -64,13 +64,7 @@ class MetricsLogger:
         self.wandb = open_wandb(config.wandb, run, progress) if rank == 0 else None
 
     def start(self, learner: nn.Module, pictures: int, manifests: Sequence[Manifest]) -> None:
-        """Log the size of the run, and save the environment beside the configuration.
-
-        Args:
-            learner: The module that is trained.
-            pictures: Number of training pictures.
-            manifests: The data sets that are trained on.
-        """
+        """Log the size of the run, and save the environment beside the configuration."""
         c = self.config
         trained = sum(_size(p) for p in learner.parameters() if p.requires_grad)
         total = sum(_size(p) for p in learner.parameters())
@@ -172,14 +166,7 @@ class MetricsLogger:
         self.interval_begin = now
 
     def recall(self, progress: Progress, recall: dict[str, Any], best: bool, examples: str | None = None) -> None:
-        """Write an evaluation on dev, and the report with it.
-
-        Args:
-            progress: Progress of the run.
-            recall: Report of the evaluation.
-            best: It is the best so far.
-            examples: Name of the file beside the log with examples of retrieved pictures.
-        """
+        """Write an evaluation on dev, and the report with it."""
         self._write({"step": progress.step, "dev": recall} | ({"examples": examples} if examples else {}))
         self.dev = _mean_recall(recall)
         self._report()

@@ -136,16 +136,7 @@ def profile_training(
     data: tuple[list[Manifest], Order] | None = None,
     deepspeed_settings: dict[str, Any] | None = None,
 ) -> Profile:
-    """Time and trace some steps; every rank calls this.
-
-    Args:
-        config: Configuration of the run.
-        rank: This process.
-        world_size: Number of processes.
-        device: Where this process computes.
-        steps: Number of timed steps.
-        data: As the trainer takes it.
-        deepspeed_settings: As the trainer takes them.
+    """Time and trace some steps; every rank calls this, with arguments as the trainer takes them.
 
     Returns:
         The profile, the same on all ranks.

@@ -17,11 +17,7 @@ _CLOSING = 20.0  # seconds to upload the rest if the training has ended without 
 
 
 def main(descriptor: int) -> None:
-    """Serve rank 0 until it finishes the run or exits.
-
-    Args:
-        descriptor: File descriptor of the socket.
-    """
+    """Serve rank 0 over a socket until it finishes the run or exits."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # sent to all processes of a job; the training handles them
     connection = socket.socket(fileno=descriptor)

@@ -6,7 +6,6 @@ since each counts its lines from the first. The log of the run folder has all th
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.files import read_records
+from shards.files import read_object, read_records
 from shards.progress import progress_bar
 from toolkit.config.load import SAVED
 from toolkit.config.schema import Wandb
@@ -146,7 +145,7 @@ def _write(run: Path, folder: Path, planned: Replayed, stored: dict[str, Any]) -
             resume="allow" if planned.mode == "online" else None,
             mode=planned.mode,  # type: ignore[arg-type]
             dir=str(folder.resolve()),
-            config={**stored, "environment": _json(run / ENVIRONMENT), "starts": planned.history.starts},
+            config={**stored, "environment": read_object(run / ENVIRONMENT), "starts": planned.history.starts},
             settings=settings,
         )
         opened.define_metric("step")
@@ -155,7 +154,7 @@ def _write(run: Path, folder: Path, planned: Replayed, stored: dict[str, Any]) -
             for step, values in planned.history.rows:
                 opened.log(values, step=step)  # wandb passes over steps that it has
                 progress(1)
-        opened.summary.update(flat(_json(run / RECALL), "final/"))
+        opened.summary.update(flat(read_object(run / RECALL), "final/"))
         opened.finish()
         wandb.teardown()
 
@@ -170,11 +169,3 @@ def _wandb_errors() -> Iterator[None]:
     except Exception as error:  # each of its parts has its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"wandb failed: {reason}; --mode offline needs no server") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else {}
-    return {}

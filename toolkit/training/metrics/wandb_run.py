@@ -54,10 +54,6 @@ def check_wandb(settings: config.Wandb, run: Path) -> None:
 
     A resumed run is not ended by a missing key: it continues offline.
 
-    Args:
-        settings: The configured mode.
-        run: The run folder.
-
     Raises:
         UserError: There is no key, or one of a wrong form, and the run has no checkpoint yet.
     """
@@ -73,11 +69,6 @@ def open_wandb(settings: config.Wandb, run: Path, progress: Progress) -> "WandbR
 
     All restarts share one ID. It is stored in the checkpoints, for a run that is continued in another folder, and in
     the run folder, for a run that is killed before its first checkpoint.
-
-    Args:
-        settings: Mode and project.
-        run: The run folder.
-        progress: Progress of the loaded checkpoint; its ID is set.
 
     Returns:
         The wandb run; None: wandb is disabled.
@@ -105,12 +96,7 @@ class WandbRun:
     """Rank 0's handle of the wandb run: no method raises, and only `finish` takes time, which is bounded."""
 
     def __init__(self, options: dict[str, Any], mode: str) -> None:
-        """Start to open the wandb run.
-
-        Args:
-            options: Options of `wandb.init`, and "tracker".
-            mode: online, offline, or local.
-        """
+        """Start to open the wandb run, with options of `wandb.init` and "tracker"."""
         self._tracker = options.get("tracker", "wandb")
         self._options, self._mode = options, mode
         self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # None: finish
@@ -170,11 +156,7 @@ class WandbRun:
             pass
 
     def _write(self, mode: str, reason: str) -> None:
-        """Write the kept records and the queued ones, until the run is finished.
-
-        Args:
-            mode: online, offline, or local.
-            reason: Why it is not the configured mode.
+        """Write the kept and the queued records, until the run is finished; `reason`: why not as configured.
 
         Raises:
             RuntimeError, OSError, EOFError: As in `_Process.request`.
@@ -201,12 +183,7 @@ class WandbRun:
         self._process.request(b'{"finish": true}', 24 * 3600)  # `finish` has a timeout
 
     def _drop_empty(self, folder: Path, age: float = 0.0) -> None:
-        """Remove a part without records, killed before its first was written: `wandb sync` would fail on it.
-
-        Args:
-            folder: Folder of the part.
-            age: Least seconds since the last write.
-        """
+        """Remove a part without records that was last written `age` seconds ago: `wandb sync` would fail on it."""
         with contextlib.suppress(OSError):
             state = (folder / f"run-{self._options['id']}.wandb").stat()
             if state.st_size <= _HEADER and time.time() - state.st_mtime >= age:

@@ -23,13 +23,6 @@ def make_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap the learner with AdamW at the configured ZeRO stage and precision.
 
-    Args:
-        learner: The module that is trained.
-        config: Configuration of the run.
-        world_size: Number of ranks.
-        device: Where this process computes.
-        settings: Result of `deepspeed_config`; default: computed here.
-
     Raises:
         UserError: The `deepspeed` section holds an unknown key, or the batch does not divide.
     """

@@ -20,13 +20,7 @@ class ExactTemperature:
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, temperature: Temperature, world_size: int) -> None:
-        """Find the value; at ZeRO 1 to 3 one of the ranks has it.
-
-        Args:
-            engine: Engine of a module that contains the model.
-            temperature: Temperature of the model.
-            world_size: Number of ranks.
-        """
+        """Find the value; at ZeRO 1 to 3 one of the ranks has it."""
         self.temperature = temperature
         parameter = temperature.log_temperature
         self.needed = parameter.dtype != torch.float32
