@@ -133,6 +133,11 @@ def test_an_accounting_that_says_nothing_refuses_nothing(slurm, answer):
     assert checks.check_exists("account", "speech") == "not checked: no accounting"
 
 
+@pytest.mark.parametrize("name", ["speech", "SPEECH", "Speech,root"])
+def test_accounts_are_compared_without_case(slurm, name):
+    assert checks.check_exists("account", name) == f"{name} in SLURM's accounting"
+
+
 USABLE = "idle mixed allocated completing planned powered_down powering_up idle~ mixed# mixed- allocated+ idle%"
 AWAY = "down down* drained draining drained* unknown idle* maint reserved fail failing idle$ mixed@ inval blocked"
 

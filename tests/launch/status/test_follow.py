@@ -204,21 +204,41 @@ def test_a_job_that_comes_back_into_the_queue_is_not_given_up(tmp_path, monkeypa
     assert followed(tmp_path, story, ranks=1)[0] == 0
 
 
-def test_a_log_that_was_begun_anew(tmp_path, capsys):
-    log = Log(tmp_path / "log")
-    log.path.write_text("a long line of before\n")
-    log.show()
-    log.path.write_text("after\n")
-    log.show()
-    assert capsys.readouterr().out == "a long line of before\nafter\n"
+def test_a_log_is_printed_line_by_line(tmp_path, capsys):
+    log, shown = Log(tmp_path / "log"), []
+
+    def show(text, **options):
+        with log.path.open("a") as file:
+            file.write(text)
+        log.show(**options)
+        shown.append(capsys.readouterr().out)
+
+    log.show()  # there is no file yet
+    show("one\nsubmitit INFO (now) - noise\ntw")
+    show("o\nthree")
+    show("", to_the_end=True)
+    log.path.write_text("")  # it is rewritten, from its start
+    show("after\n")
+    assert shown == ["one\n", "two\n", "three", "after\n"]
 
 
-def test_those_that_only_noticed_come_after_the_one_that_failed(tmp_path):
+def test_the_rank_that_failed_first(tmp_path):
+    alive = {1: False}
+
+    def failed(ranks=3, gone=False, restart=0):
+        return first_failure(tmp_path, "5", ranks, lambda pid: not alive[pid], gone, restart)
+
+    assert failed() is None
+    assert failed(gone=True) == 0
     for number, (code, when) in enumerate([(ExitCode.PEER_LOST, 1.0), (75, 2.0), (1, 3.0), (1, 4.0)]):
         rank(tmp_path, number, code, when=when)
-    assert first_failure(tmp_path, "5", 4, lambda pid: False, False) == 2
-    assert first_failure(tmp_path, "5", 2, lambda pid: False, False) == 0
-    assert first_failure(tmp_path, "5", 4, lambda pid: False, False, restart=1) is None
+    assert failed(4) == 2, "those that only noticed come after it"
+    assert failed(2) == 0
+    assert failed(4, restart=1) is None
+    rank(tmp_path, 1)  # whose process died without a code
+    assert failed(4) == 1
+    alive[1] = True
+    assert failed(4) == 2
 
 
 @pytest.mark.parametrize("noise", [0, 30])
