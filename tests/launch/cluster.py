@@ -1,4 +1,4 @@
-"""SLURM's commands as far as a submission needs them, for tests without SLURM: scripts that say what SLURM said."""
+"""Stubs of SLURM's commands for tests without SLURM: scripts with recorded output."""
 
 import os
 import textwrap
@@ -71,7 +71,7 @@ SCRIPTS = {
 def fake_slurm(folder: Path, cluster: str = "nowhere", enforce: str = "none") -> dict[str, str]:
     """Write the commands; returns the environment in which they are found.
 
-    What was submitted or tested lies in the folder as `submitted` and `tested`.
+    The scripts that were submitted and tested are in the folder as `submitted` and `tested`.
     """
     folder.mkdir()
     (folder / "partitions").write_text(PARTITIONS)

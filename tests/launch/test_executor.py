@@ -1,4 +1,4 @@
-"""Where a job runs, and what is asked of it there."""
+"""Where a job runs, and its resources."""
 
 import os
 import shlex
@@ -79,26 +79,26 @@ def test_slurm_that_is_installed_but_not_set_up_or_not_answering(monkeypatch, tm
 
 
 @pytest.mark.parametrize(
-    ("launch", "said"),
+    ("launch", "message"),
     [
         (Launch(cluster="local", nodes=3), "--launch.nodes 3 needs SLURM"),
         (Launch(cluster="debug", nodes=2), "--launch.nodes 2 needs SLURM"),
         (Launch(cluster="debug", ranks_per_node=2), "--cluster debug is one process"),
     ],
 )
-def test_more_than_there_is_room_for(launch, said):
-    with pytest.raises(UserError, match=said):
+def test_too_many_nodes_or_ranks(launch, message):
+    with pytest.raises(UserError, match=message):
         choose_cluster(launch)
 
 
-def asked(profile=None, **launch):
+def job_spec(profile=None, **launch):
     config = Config(run="runs/x", launch=replace(Launch(), **launch))
     return JobSpec("slurm", config, profile or Profile(), 2)
 
 
 def test_signal_comes_well_before_a_short_limit(tmp_path):
     def signal(**launch):
-        return slurm_parameters(asked(**launch), tmp_path, tmp_path)["slurm_signal_delay_s"]
+        return slurm_parameters(job_spec(**launch), tmp_path, tmp_path)["slurm_signal_delay_s"]
 
     assert signal() == 300
     assert signal(signal=60) == 60
@@ -106,7 +106,7 @@ def test_signal_comes_well_before_a_short_limit(tmp_path):
     assert signal(time="1", signal=20) == 20
 
 
-def test_setup_lines_are_a_sound_script(tmp_path):
+def test_setup_lines_run_in_bash(tmp_path):
     """Run by bash, with paths and values that need quoting."""
     folder = tmp_path / "a folder"
     profile = Profile(setup=["export FROM_SETUP=$HOME"], env={"VALUE": "a b $HOME", "NUMBER": 3})
@@ -120,12 +120,12 @@ def test_setup_lines_are_a_sound_script(tmp_path):
     assert done.stdout.splitlines()[0] == str(folder), "an empty entry would be the working directory"
 
 
-def test_members_of_an_array_get_what_the_most_demanding_needs():
-    jobs = [asked(), asked(), asked()]
+def test_members_of_an_array_have_the_same_cores():
+    jobs = [job_spec(), job_spec(), job_spec()]
     for job, workers in zip(jobs, (1, 7, 2), strict=True):
         job.config.data.workers = workers
     assert [job.config.launch.cpus_per_rank for job in same_resources(jobs)] == [9, 9, 9]
-    assert same_resources([asked(cpus_per_rank=4), asked()])[0].config.launch.cpus_per_rank == 4
+    assert same_resources([job_spec(cpus_per_rank=4), job_spec()])[0].config.launch.cpus_per_rank == 4
 
 
 OUTSIDE = {"HOME": "/h", "SLURM_CONF": "/etc/x", "SLURM_CLUSTERS": "big", "SBATCH_ACCOUNT": "mine", "SLURMFOO": "no"}
@@ -142,7 +142,7 @@ OUTSIDE = {"HOME": "/h", "SLURM_CONF": "/etc/x", "SLURM_CLUSTERS": "big", "SBATC
     ],
     ids=["login", "job", "job number unset", "leftovers", "mpi"],
 )
-def test_a_job_takes_nothing_along_of_the_one_it_was_submitted_in(inside):
+def test_variables_of_an_enclosing_job_are_removed(inside):
     environment = OUTSIDE | inside
     leave_job(environment)
     assert environment == OUTSIDE
@@ -166,7 +166,7 @@ def test_cores_of_an_allocation(environment, cores):
 
 @pytest.mark.parametrize("name", ["SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SBATCH_EXPORT", "SLURM_LABELIO"])
 @pytest.mark.parametrize("way", ["inherited", "setup", "env"])
-def test_what_would_keep_the_environment_from_the_ranks_does_not_reach_srun(tmp_path, name, way):
+def test_variables_that_hide_the_environment_do_not_reach_srun(tmp_path, name, way):
     profile = Profile(setup=[f"export {name}=NONE"] * (way == "setup"), env={name: "NONE"} if way == "env" else {})
     lines = [
         line for line in setup_lines(profile, tmp_path, tmp_path) if "requeue.py" not in line and "trap" not in line
@@ -189,7 +189,7 @@ def test_what_would_keep_the_environment_from_the_ranks_does_not_reach_srun(tmp_
 )
 def test_which_python_the_ranks_run(tmp_path, monkeypatch, profile, before):
     monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", classmethod(lambda cls: 2))
-    made = executor(asked(profile), tmp_path, tmp_path)._executor
+    made = executor(job_spec(profile), tmp_path, tmp_path)._executor
     script = made._make_submission_file_text(made._submitit_command_str, "x")
     assert f"{before} -u {tmp_path}/launch/node.py -u -m submitit.core._submit {tmp_path}\n" in script
     assert f"\n{sys.executable} {tmp_path}/launch/slurm/requeue.py" in script, (

@@ -41,14 +41,14 @@ def environment(monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for name in [*SLURM, *LOCAL, "SLURM_RESTART_COUNT", "OMP_NUM_THREADS", "RANK"]:
         os.environ.pop(name, None)
-    heard = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT]
-    handlers = {number: signal.getsignal(number) for number in heard}
+    numbers = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def test_place_on_slurm(tmp_path):
+def test_rank_environment_on_slurm(tmp_path):
     os.environ.update(SLURM)
     assert Job("", str(tmp_path)).rank_environment() == {
         "RANK": "5",
@@ -71,7 +71,7 @@ def test_each_start_has_a_port_of_its_own(tmp_path):
     assert all(20000 <= port < 30000 for port in ports)
 
 
-def test_place_on_this_machine(tmp_path, monkeypatch):
+def test_rank_environment_on_this_machine(tmp_path, monkeypatch):
     os.environ.update(LOCAL)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     place = Job("", str(tmp_path), port=4242).rank_environment()
@@ -140,7 +140,7 @@ def test_status(tmp_path, monkeypatch, capsys, error, code, logged):
     assert bool(shown) == bool(logged)
 
 
-def test_a_rank_begins_where_the_command_was_given(tmp_path, monkeypatch, capsys):
+def test_a_rank_runs_in_the_directory_of_the_command(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.chdir(tmp_path)  # and is brought back
     monkeypatch.setattr("launch.job.train_and_evaluate", lambda config: seen.append(os.getcwd()))

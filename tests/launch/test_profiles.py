@@ -1,4 +1,4 @@
-"""Profiles: found, read, and laid under what the user says."""
+"""Profiles: chosen, read, and applied below the user's own values."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "profiles"
 
 
-def test_the_shipped_ones_are_read_and_the_example_has_every_key():
+def test_shipped_profiles_are_read_and_the_example_has_every_key():
     for path in PROFILES.glob("*.yaml"):
         assert read_profile(path).match == [], "a profile that is shipped fits no cluster by itself"
     text = (PROFILES / "example.yaml").read_text()
@@ -32,18 +32,18 @@ def test_the_shipped_ones_are_read_and_the_example_has_every_key():
 
 
 @pytest.mark.parametrize("pattern", ["testbed", "TEST*", "login?.bigmachine.example.org", "login1"])
-def test_found_by_cluster_or_host(folder, pattern):
+def test_matched_by_cluster_or_host(folder, pattern):
     (folder / "one.yaml").write_text(f'match: ["other", "{pattern}"]\npartition: gpu\n')
     (folder / "two.yaml").write_text("match: [elsewhere]\n")
     assert find_profile(Launch()).launch == {"partition": "gpu"}
 
 
-def test_none_fits(folder):
+def test_no_profile_matches(folder):
     (folder / "two.yaml").write_text("match: [elsewhere]\n")
     assert find_profile(Launch()) == Profile()
 
 
-def test_asked_for_by_name_or_file(folder, tmp_path):
+def test_chosen_by_name_or_file(folder, tmp_path):
     (folder / "mine.yaml").write_text("time: 30\n")
     (tmp_path / "file.yaml").write_text("srun: [--label]\n")
     assert find_profile(Launch(profile="mine")).launch == {"time": "30"}
@@ -51,7 +51,7 @@ def test_asked_for_by_name_or_file(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("partitoin: gpu", "one.yaml: partitoin: unknown key; did you mean partition"),
         ("launch: {nodes: 3}", "launch: unknown key"),
@@ -60,11 +60,11 @@ def test_asked_for_by_name_or_file(folder, tmp_path):
         ("- partition", "one.yaml"),
     ],
 )
-def test_mistakes_are_one_line(folder, text, said):
+def test_errors_are_one_line(folder, text, message):
     (folder / "one.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
         find_profile(Launch(profile="one"))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -82,7 +82,7 @@ def test_the_command_line_wins_over_the_profile_and_that_over_defaults():
     config = Config(launch=replace(Launch(), time="20"))
     filled = apply_profile(config, profile, ())
     assert (filled.launch.partition, filled.launch.nodes) == ("gpu", 2)
-    assert filled.launch.time == "20", "the configuration file said so"
+    assert filled.launch.time == "20", "the value of the configuration file is kept"
     assert filled.data.cache == "/scratch"
     given = apply_profile(config, profile, {"launch.nodes", "launch.partition", "data.cache"})
     assert (given.launch.partition, given.launch.nodes, given.data.cache) == (None, 1, None)

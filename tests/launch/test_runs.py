@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Saving(Job):
-    """Waits to be asked to stop, takes a moment to save, and leaves as a training does."""
+    """Waits for a signal, takes a moment to save, and leaves as a training does."""
 
     def work(self):
         Path(self.folder, f"began{os.environ['RANK']}").touch()
@@ -87,7 +87,7 @@ def state_of(run):
     return run_states([run])[0]
 
 
-def stands(run):
+def state_and_reason(run):
     state = state_of(run)
     return state.state, state.reason
 
@@ -176,25 +176,25 @@ def test_a_job_of_another_machine(tmp_path):
 def test_from_the_folder_alone(tmp_path):
     """The states of a job in turn, without SLURM."""
     folder = record(tmp_path)
-    assert stands(tmp_path) == ("waiting", FROM_FILES)
+    assert state_and_reason(tmp_path) == ("waiting", FROM_FILES)
     attempt(folder, restart=0, began=1.0, hosts=["n1"])
     rank(folder)
-    assert stands(tmp_path) == ("running", FROM_FILES)
+    assert state_and_reason(tmp_path) == ("running", FROM_FILES)
     rank(folder, 75)
-    attempt(folder, restart=0, ended=2.0, code=75, requeued=True, why="asked to stop: restarting", cause="saved")
-    assert stands(tmp_path) == ("waiting", "asked to stop: restarting")
+    attempt(folder, restart=0, ended=2.0, code=75, requeued=True, why="stopped by a signal: restarting", cause="saved")
+    assert state_and_reason(tmp_path) == ("waiting", "stopped by a signal: restarting")
     attempt(folder, restart=1, began=3.0, hosts=["n1"])
     rank(folder, restart=1)
-    assert stands(tmp_path) == ("running", FROM_FILES)
+    assert state_and_reason(tmp_path) == ("running", FROM_FILES)
     assert state_of(tmp_path).restarts == 1
     rank(folder, 1, restart=1)
     attempt(folder, restart=1, ended=4.0, code=1, requeued=False, why="a rank failed", cause="failed")
-    assert stands(tmp_path) == ("failed", "rank 0 failed with exit code 1")
+    assert state_and_reason(tmp_path) == ("failed", "rank 0 failed with exit code 1")
     rank(folder, 75, restart=1)
     attempt(folder, restart=1, ended=4.0, code=75, requeued=False, why="cancelled: no restart", cause="cancelled")
-    assert stands(tmp_path) == ("cancelled", "cancelled: no restart")
+    assert state_and_reason(tmp_path) == ("cancelled", "cancelled: no restart")
     rank(folder, 0, restart=1)
-    assert stands(tmp_path) == ("done", "")
+    assert state_and_reason(tmp_path) == ("done", "")
 
 
 def test_two_jobs_of_one_run_are_refused(tmp_path, monkeypatch):
@@ -210,26 +210,26 @@ def test_two_jobs_of_one_run_are_refused(tmp_path, monkeypatch):
 
 
 def test_cancel_of_a_sweep_reaches_a_member_that_was_submitted_again(tmp_path, monkeypatch, capsys):
-    asked = tmp_path / "asked"
+    cancelled = tmp_path / "cancelled"
     grid = tmp_path / "grid"
     answers = 'echo "17_0|RUNNING|None"; echo "30|PENDING|None"'
-    fake(tmp_path, monkeypatch, squeue=answers, sacct="exit 1", scancel=f'echo "$@" > {asked}')
+    fake(tmp_path, monkeypatch, squeue=answers, sacct="exit 1", scancel=f'echo "$@" > {cancelled}')
     members = {str(n): str(record(grid / name, job="17", index=str(n))) for n, name in enumerate("abc")}
     rank(record(grid / "b", job="17", index="1"), 0)
     record(grid / "c", name="2", job="30", time=time.time() + 9)
     record(grid, members=members)
     runs.main(["cancel", str(grid)])
-    assert asked.read_text().split() == ["17_0", "30"]
+    assert cancelled.read_text().split() == ["17_0", "30"]
     assert "job 17_0, 30 is being cancelled" in capsys.readouterr().out
 
 
-def test_cancel_where_slurm_is_not(tmp_path):
+def test_cancel_without_slurm(tmp_path):
     record(tmp_path)
     with pytest.raises(UserError, match="no scancel here: cancel it where SLURM is"):
         runs.main(["cancel", str(tmp_path)])
 
 
-def test_what_slurm_says_comes_first(tmp_path, monkeypatch):
+def test_the_state_in_slurm_comes_first(tmp_path, monkeypatch):
     answers = 'echo "17|PENDING|Resources"; echo "18|RUNNING|None"; echo "19_2|PENDING|JobArrayTaskLimit"'
     fake(
         tmp_path,
@@ -246,7 +246,7 @@ def test_what_slurm_says_comes_first(tmp_path, monkeypatch):
     assert states[4].reason == "out_of_memory"
 
 
-def test_a_slurm_that_does_not_answer_tells_nothing(tmp_path, monkeypatch):
+def test_no_answer_from_slurm(tmp_path, monkeypatch):
     fake(tmp_path, monkeypatch, squeue="echo 'Unable to contact slurm controller' >&2; exit 1")
     assert find_jobs({"17"}) == {}
     fake(tmp_path, monkeypatch, squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
@@ -352,7 +352,7 @@ def test_resume_gives_the_recorded_command(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["status", "none"], "none: no such folder"),
         (["status", "empty"], "empty is not a run folder and contains none"),
@@ -363,12 +363,12 @@ def test_resume_gives_the_recorded_command(tmp_path, monkeypatch):
         (["stauts"], "invalid choice: 'stauts'"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, said):
+def test_errors_are_one_line(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as raised:
         runs.main(arguments)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

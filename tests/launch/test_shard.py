@@ -60,19 +60,19 @@ def main(*arguments):
     return ended.value.code
 
 
-def test_here_the_parts_come_one_after_another(tmp_path, corpus, capfd):
+def test_on_this_machine_parts_are_written_one_after_another(tmp_path, corpus, capfd):
     out = tmp_path / "out"
     assert main(*words(corpus, out, "--cluster", "local")) == 0
-    told = capfd.readouterr().out
-    assert "part 1/2" in told
-    assert "part 2/2" in told
+    output = capfd.readouterr().out
+    assert "part 1/2" in output
+    assert "part 2/2" in output
     assert load(out).corpus == "table"
     assert sum(each.samples for each in load(out).shards) == 10
     assert main(*words(corpus, out, "--cluster", "local")) == 0
     assert "finished already" in capfd.readouterr().out
 
 
-def test_a_part_that_fails_ends_it(tmp_path, corpus, capfd):
+def test_a_failed_part_ends_the_command(tmp_path, corpus, capfd):
     broken = corpus.with_name("broken.csv")
     broken.write_text(corpus.read_text().replace("\n3.png", "\nnone.png"))
     assert main(*words(broken, tmp_path / "out", "--cluster", "local")) == 2
@@ -83,10 +83,10 @@ def test_a_part_that_fails_ends_it(tmp_path, corpus, capfd):
 def test_an_array_and_the_merge_that_waits_for_it(tmp_path, corpus, slurm, capfd):
     out = tmp_path / "out"
     assert main(*words(corpus, out, "--array", "1", "--partition", "cpu", "--time", "2:00:00")) == 0
-    told = capfd.readouterr().out
-    assert "jobs 40 (2 parts) and 41 (merge)" in told
-    assert "2 of 2 parts written" in told
-    assert "nothing dropped" in told, "the report of the merge is shown"
+    output = capfd.readouterr().out
+    assert "jobs 40 (2 parts) and 41 (merge)" in output
+    assert "2 of 2 parts written" in output
+    assert "nothing dropped" in output, "the report of the merge is shown"
     assert sum(each.samples for each in load(out).shards) == 10
     [parts] = (tmp_path / "out.logs").glob("*/parts.sh")
     script = parts.read_text()
@@ -149,15 +149,15 @@ def test_both_scripts_have_the_options_of_the_profile(tmp_path, corpus, slurm, c
 
 def test_a_dry_run_writes_nothing(tmp_path, corpus, slurm, capfd):
     assert main(*words(corpus, tmp_path / "out", "--dry-run")) == 0
-    told = capfd.readouterr().out
-    assert "nothing is written" in told
-    assert "#SBATCH --array=1-2\n" in told
-    assert "make_shards.py merge --out" in told
+    output = capfd.readouterr().out
+    assert "nothing is written" in output
+    assert "#SBATCH --array=1-2\n" in output
+    assert "make_shards.py merge --out" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin"]
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--parts", "0"], "--parts 0: expected 1 to"),
         (["--part", "1/2"], "--part is for make_shards.py alone: give --parts N"),
@@ -167,9 +167,9 @@ def test_a_dry_run_writes_nothing(tmp_path, corpus, slurm, capfd):
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, corpus, slurm, more, said):
+def test_errors_are_one_line(tmp_path, corpus, slurm, more, message):
     with pytest.raises(UserError) as raised:
         shard.main(words(corpus, tmp_path / "out", *more))
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The copy of the code: whole, named by its content, and not what lies in the working directory."""
+"""The copy of the code: complete, named by its content, and imported before the working directory."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_a_copy_that_was_changed_is_refused(source, tmp_path):
         snapshot(tmp_path / "run", source)
 
 
-def test_a_copy_is_whole_or_not_there(source, tmp_path, monkeypatch):
+def test_a_copy_is_complete_or_absent(source, tmp_path, monkeypatch):
     def full(path, content):
         if path.name == "values.yaml":
             raise OSError(28, "No space left on device")
@@ -66,7 +66,7 @@ def test_a_copy_is_whole_or_not_there(source, tmp_path, monkeypatch):
     assert read_code(snapshot(tmp_path / "run", source)) == read_code(source)
 
 
-def test_where_it_came_from_is_written_beside_it(tmp_path):
+def test_the_origin_is_written_beside_the_copy(tmp_path):
     copy = snapshot(tmp_path / "run")
     origin = copy.with_suffix(".json").read_text()
     assert str(ROOT) in origin
@@ -77,7 +77,7 @@ def test_where_it_came_from_is_written_beside_it(tmp_path):
     assert done.stdout.strip() == head, "the run's environment.json names the commit of the copy"
 
 
-def test_the_repository_is_looked_at_and_left_alone(source, tmp_path):
+def test_the_repository_is_not_changed(source, tmp_path):
     git = ["git", "-C", str(source), "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *words], check=True)
@@ -89,7 +89,7 @@ def test_the_repository_is_looked_at_and_left_alone(source, tmp_path):
 
 
 def test_ranks_import_the_copy_and_not_the_working_directory(tmp_path):
-    """submitit starts `python -m`, which would look in the working directory first."""
+    """submitit starts `python -m`, which would import from the working directory first."""
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "launch").mkdir(parents=True)
     (elsewhere / "launch" / "__init__.py").write_text("raise SystemExit('the working directory was imported')")

@@ -67,9 +67,9 @@ class Hanging(Waiting):
 def launch(kind, folder):
     from launch.submit import _free_port
 
-    asked = JobSpec("local", Config(run=str(folder)), Profile(), 2)
+    spec = JobSpec("local", Config(run=str(folder)), Profile(), 2)
     work = kind(str(folder / "none.yaml"), str(folder), _free_port())
-    (job,) = submit(asked, [work], folder, snapshot(folder))
+    (job,) = submit(spec, [work], folder, snapshot(folder))
     return job, watch(job, folder, 2)
 
 
@@ -140,14 +140,14 @@ def run(*arguments, **environment):
     ],
     ids=["salloc", "left in part", "outside"],
 )
-def test_ranks_here_keep_to_the_allocation_and_know_nothing_else_of_it(tmp_path, monkeypatch, inside, cores):
+def test_local_ranks_use_the_cores_of_the_allocation_alone(tmp_path, monkeypatch, inside, cores):
     monkeypatch.setattr(os, "environ", {**os.environ, **inside, "SLURM_CONF": "/etc/x"})
     for name in ("run_checks", "signal.signal"):
         monkeypatch.setattr(f"launch.submit.{name}", lambda *_: None)
     seen = []
 
-    def run_one(asked, *_, **__):
-        cores_of_ranks = _rank_job(asked, tmp_path / "config.yaml").cores
+    def run_one(spec, *_, **__):
+        cores_of_ranks = _rank_job(spec, tmp_path / "config.yaml").cores
         seen.append((cores_of_ranks, {name for name in os.environ if name.startswith(("SLURM_", "PMI"))}))
         return 0
 
@@ -158,7 +158,7 @@ def test_ranks_here_keep_to_the_allocation_and_know_nothing_else_of_it(tmp_path,
     assert seen == [(cores, {"SLURM_CONF"})]
 
 
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
+def test_errors_are_one_line_and_leave_nothing(tmp_path):
     cases = {
         ("--data.shards", tmp_path / "none", "--data.make", "[]"): "no shards in",
         ("--nodes", "3", "--cluster", "local"): "--launch.nodes 3 needs SLURM",
@@ -174,7 +174,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_slurm_that_is_not_there(tmp_path):
+def test_missing_slurm(tmp_path):
     ended = run("--cluster", "slurm", "--run", tmp_path / "run", PATH=str(tmp_path))
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: --launch.cluster slurm: sbatch, srun, squeue, scontrol not found here"), (

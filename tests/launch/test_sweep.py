@@ -55,7 +55,7 @@ def test_sweeps_of_the_command_line():
     assert (config.training.betas, config.data.train) == ([0.8, 0.9], "dev")
 
 
-def test_keys_with_the_same_last_word_are_told_apart():
+def test_keys_with_the_same_last_word_have_longer_names():
     members = expand({"model.speech.pool": ["mean"], "model.image.pool": ["class", "grid"]})
     assert [member.name for member in members] == [
         "speech.pool-mean_image.pool-class",
@@ -73,7 +73,7 @@ def test_a_pattern_of_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("grid: {training.learning_rate: [1]}", "grid: training.learning_rate: unknown key; did you mean training."),
         ("grid: {training: {stepz: [1]}}", "training.stepz: unknown key; did you mean training.steps?"),
@@ -93,9 +93,9 @@ def test_a_pattern_of_names(tmp_path):
         ("grid: [1]", "grid: expected a mapping"),
     ],
 )
-def test_mistakes_are_one_line_that_names_the_file(tmp_path, text, said):
+def test_errors_are_one_line_that_names_the_file(tmp_path, text, message):
     path = write(tmp_path, text)
-    with pytest.raises(UserError, match=re.escape(said)) as raised:
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
         expand(path)
     assert str(raised.value).startswith(f"{path}: ")
     assert "\n" not in str(raised.value)

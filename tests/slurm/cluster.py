@@ -84,7 +84,7 @@ class Cluster:
             self.run("scontrol", "update", f"NodeName={name}", "State=RESUME", expect=None)
 
     def state(self, job: str) -> str:
-        """What accounting says of a job."""
+        """State of a job in the accounting."""
         shown = self.run("sacct", "-X", "--noheader", "--parsable2", "--jobs", job, "--format=State").stdout
         return shown.split()[0] if shown.strip() else ""  # of "CANCELLED by 0" the first word
 
@@ -102,7 +102,7 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-# A traced process that has stopped goes on only when its tracer says so.
+# A traced process that has stopped continues only when its tracer lets it.
 FREEZE = """
 import ctypes, os, sys, time
 if ctypes.CDLL(None, use_errno=True).ptrace(16, int(sys.argv[1]), None, None):  # PTRACE_ATTACH
@@ -150,12 +150,12 @@ class Training:
         def steps() -> list[int]:
             return [each["step"] for each in self.records() if "loss" in each and each["time"] > now]
 
-        wait_for(lambda: len(steps()) >= more, self.told)
+        wait_for(lambda: len(steps()) >= more, self.report)
         return steps()[-1]
 
     def wait_restart(self, number: int) -> dict[str, Any]:
         """Wait for an attempt to begin; give what is known of the one before."""
-        wait_for(lambda: self.attempts() and self.attempts()[-1]["restart"] >= number, self.told)
+        wait_for(lambda: self.attempts() and self.attempts()[-1]["restart"] >= number, self.report)
         return self.attempts()[number - 1]
 
     def wait_end(self) -> str:
@@ -166,7 +166,7 @@ class Training:
             queued = self.cluster.run("squeue", "--noheader", "--jobs", self.job, expect=None).stdout.strip()
             return not queued and self.cluster.state(self.job) not in active
 
-        wait_for(ended, self.told, 2 * PATIENCE)
+        wait_for(ended, self.report, 2 * PATIENCE)
         return self.cluster.state(self.job)
 
     def signal(self, number: str, rank: int, host: str) -> None:
@@ -175,7 +175,7 @@ class Training:
 
     @contextlib.contextmanager
     def frozen(self, rank: int, host: str) -> Iterator[None]:
-        """Hold a rank where it stands: like one that is stuck in the kernel, only SIGKILL reaches it."""
+        """Stop a rank: as for one that is stuck in the kernel, only SIGKILL reaches it."""
         command = [str(self.cluster.folder / "bin" / "node"), "run", host, sys.executable, "-c", FREEZE]
         with subprocess.Popen([*command, str(self.pid(rank))], stdout=subprocess.PIPE, text=True) as tracer:
             assert tracer.stdout is not None
@@ -191,11 +191,11 @@ class Training:
         assert status is not None
         return status["pid"]
 
-    def told(self) -> str:
+    def report(self) -> str:
         """Everything that helps to see what went wrong."""
-        return "\n".join(self._told())
+        return "\n".join(self._report())
 
-    def _told(self) -> Iterator[str]:
+    def _report(self) -> Iterator[str]:
         yield self.cluster.run("squeue", expect=None).stdout + self.cluster.run("sinfo", expect=None).stdout
         yield from map(json.dumps, self.attempts())
         for log in sorted(self.logs.glob("*_log.*")):

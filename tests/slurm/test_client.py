@@ -1,6 +1,6 @@
-"""Each question that the launcher puts to SLURM, answered by the real one, whose accounts, QOS and limits are set here.
+"""Every query of the launcher on a real SLURM, with accounts, QOS and limits that are set here.
 
-The stand-in of tests/launch answers the same questions in the same form.
+The stubs of tests/launch answer in the same form.
 """
 
 import json
@@ -88,20 +88,20 @@ def real(accounts: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return accounts
 
 
-def asked(ranks: int = 1, **launch: object) -> JobSpec:
+def job_spec(ranks: int = 1, **launch: object) -> JobSpec:
     given = {"time": "10", "cpus_per_rank": 1, **launch}
     return JobSpec("slurm", Config(launch=Launch(**given)), Profile(), ranks)  # type: ignore[arg-type]
 
 
 def submit(*arguments: str) -> str:
-    """Submit a job that does nothing, without a look at what it asks for."""
+    """Submit a job that does nothing, without checks."""
     command = ["sbatch", *arguments, "--output=/dev/null", "--wrap=true"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return job_number(done.stdout)
 
 
-def test_slurm_is_there_and_says_what_it_enforces(real: Cluster) -> None:
+def test_the_configuration_of_slurm(real: Cluster) -> None:
     config = slurm_config()
     assert config is not None
     assert config["ClusterName"] == "testbed"
@@ -136,7 +136,7 @@ def test_sbatch_compares_names_the_same_way(real: Cluster, option: str, taken: b
             checks.check_script(script, only_hopeless)
 
 
-# What is asked for, what is said of it, and the reason for which SLURM itself would let the job wait for ever.
+# Requested resources, the reason for which SLURM itself would let the job wait forever, and the message.
 ABOVE = [
     ({"qos": "short", "time": "2:00:00"}, "QOSMaxWallDurationPerJobLimit",
      "QOS short limits a job to 01:00:00, --time is 2:00:00"),
@@ -174,33 +174,33 @@ WITHIN = [
 
 
 def options(launch: dict[str, object]) -> list[str]:
-    """What sbatch is asked for."""
+    """The same as options of sbatch."""
     names = {"ranks": "ntasks-per-node", "gpus_per_node": "gpus-per-node"}
     words = [f"--{names.get(name, name)}={value}" for name, value in launch.items()]
     return words + ["--time=10"] * ("time" not in launch)
 
 
-@pytest.mark.parametrize(("launch", "reason", "said"), ABOVE)
-def test_above_a_limit(real: Cluster, launch: dict[str, object], reason: str, said: str) -> None:
-    job = asked(**launch)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("launch", "reason", "message"), ABOVE)
+def test_above_a_limit(real: Cluster, launch: dict[str, object], reason: str, message: str) -> None:
+    job = job_spec(**launch)  # type: ignore[arg-type]
     with pytest.raises(UserError) as caught:
-        look(job)
-    assert said in str(caught.value)
+        check(job)
+    assert message in str(caught.value)
     number = submit(*options(launch))
     try:
-        told = wait_for(lambda: waits(number), lambda: real.run("squeue").stdout, 60)
-        assert told == reason
+        output = wait_for(lambda: waits(number), lambda: real.run("squeue").stdout, 60)
+        assert output == reason
     finally:
         real.run("scancel", number)
 
 
-def look(job: JobSpec) -> str:
+def check(job: JobSpec) -> str:
     checks.check_partition(job)
     return checks.check_limits(job)
 
 
 def waits(job: str) -> str:
-    """Why a job waits, once SLURM has looked at it."""
+    """Why a job waits, once SLURM has scheduled."""
     found = find_jobs([job])[job]
     assert found.state in ("PENDING", ""), f"SLURM runs it: {found}"
     return found.reason if found.reason not in ("", "Priority", "Resources") else ""
@@ -208,7 +208,7 @@ def waits(job: str) -> str:
 
 @pytest.mark.parametrize("launch", WITHIN)
 def test_within_all_limits(real: Cluster, launch: dict[str, object]) -> None:
-    assert look(asked(**launch)) == "within those of QOS, user and account"  # type: ignore[arg-type]
+    assert check(job_spec(**launch)) == "within those of QOS, user and account"  # type: ignore[arg-type]
     number = submit(*options(launch))
     wait_for(lambda: real.state(number) == "COMPLETED", lambda: real.run("squeue").stdout, 60)
 
@@ -216,7 +216,7 @@ def test_within_all_limits(real: Cluster, launch: dict[str, object]) -> None:
 @pytest.mark.parametrize("name", ["drained", "inactive", "nosuch"])
 def test_partitions_that_take_no_job(real: Cluster, name: str) -> None:
     with pytest.raises(UserError, match=r"partition drained is DRAIN|partition inactive is INACTIVE|no such partition"):
-        checks.check_partition(asked(partition=name))
+        checks.check_partition(job_spec(partition=name))
     with pytest.raises(UserError, match=r"Required partition not available|[Ii]nvalid partition"):
         checks.check_script(f"#!/bin/bash\n#SBATCH --partition={name}\ntrue\n")
 
@@ -224,7 +224,7 @@ def test_partitions_that_take_no_job(real: Cluster, name: str) -> None:
 @pytest.mark.parametrize(
     "option", ["--constraint=nosuch", "--gpus-per-node=3", "--gpus-per-node=h100:1", "--cpus-per-task=3"]
 )
-def test_what_no_node_has(real: Cluster, option: str) -> None:
+def test_resources_that_no_node_has(real: Cluster, option: str) -> None:
     with pytest.raises(
         UserError, match=r"SLURM would not run the job: .*(Requested node configuration|Invalid feature)"
     ):
@@ -234,11 +234,11 @@ def test_what_no_node_has(real: Cluster, option: str) -> None:
 @pytest.mark.parametrize(
     "option", ["--constraint=a100&ib", "--gpus-per-node=2", "--gpus-per-node=a100:2", "--gres=gpu:a100:2"]
 )
-def test_what_a_node_has(real: Cluster, option: str) -> None:
+def test_resources_that_a_node_has(real: Cluster, option: str) -> None:
     assert "to start at" in checks.check_script(f"#!/bin/bash\n#SBATCH '{option}'\ntrue\n", only_hopeless=True)
 
 
-def test_nodes_that_are_away_for_now(real: Cluster) -> None:
+def test_unavailable_nodes(real: Cluster) -> None:
     """sbatch --test-only calls a job on them impossible, and sbatch takes it."""
     assert limits.unavailable_nodes([]) == limits.unavailable_nodes(["low,high"]) == []
     script = f"#!/bin/bash\n#SBATCH --nodes={NODES}\n#SBATCH --output=/dev/null\ntrue\n"
@@ -369,11 +369,11 @@ def shape(question: str, answer: subprocess.CompletedProcess[str]) -> tuple[int,
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_the_stand_in_answers_in_the_same_form(
+def test_the_stub_answers_in_the_same_form(
     real: Cluster, tmp_path: Path, question: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = subprocess.run(question.split(" "), capture_output=True, text=True)
-    for name, value in fake_slurm(tmp_path / "stand-in", "testbed").items():
+    for name, value in fake_slurm(tmp_path / "stubs", "testbed").items():
         monkeypatch.setenv(name, value)
     code, form = shape(question, ours)
     its_code, its_form = shape(question, subprocess.run(question.split(" "), capture_output=True, text=True))
@@ -385,19 +385,19 @@ def test_the_stand_in_answers_in_the_same_form(
     assert form or "999999" in question
 
 
-def test_the_stand_in_submits_in_the_same_words(real: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stub_submits_in_the_same_words(real: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/bash\n#SBATCH --output=/dev/null\n#SBATCH --begin=now+1hour\ntrue\n")
 
     def words() -> list[str]:
-        told = [checks.check_script(script.read_text())]
-        told.append(subprocess.run(["sbatch", script], capture_output=True, text=True).stdout)
-        return [re.sub(r"\d+|node[\[\]\d,-]+", "N", re.sub(r"\S+T\d\S+", "TIME", each)) for each in told]
+        output = [checks.check_script(script.read_text())]
+        output.append(subprocess.run(["sbatch", script], capture_output=True, text=True).stdout)
+        return [re.sub(r"\d+|node[\[\]\d,-]+", "N", re.sub(r"\S+T\d\S+", "TIME", each)) for each in output]
 
     ours, since = words(), time.time()
     job = query(["squeue", "--noheader", "--format=%A"]) or []
     real.run("scancel", *job)
-    for name, value in fake_slurm(tmp_path / "stand-in").items():
+    for name, value in fake_slurm(tmp_path / "stubs").items():
         monkeypatch.setenv(name, value)
     assert words() == ours
     assert time.time() - since < 60

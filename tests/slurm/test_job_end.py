@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(600)]
 def test_four_nodes_train_and_evaluate(quiet: Cluster, config, tmp_path) -> None:
     arguments = ("--nodes", 4, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--training.batch_size", 16)
     training = quiet.submit(config, tmp_path / "run", *arguments, "--training.steps", 4, "--time", 20)
-    assert training.wait_end() == "COMPLETED", training.told()
+    assert training.wait_end() == "COMPLETED", training.report()
     statuses = [json.loads((training.logs / f"rank{rank}.json").read_text()) for rank in range(8)]
     assert [each["exit"] for each in statuses] == 8 * [0]
     hosts = training.hosts()
@@ -24,7 +24,7 @@ def test_four_nodes_train_and_evaluate(quiet: Cluster, config, tmp_path) -> None
     assert "8 ranks" in (training.logs / f"{training.job}_0_log.out").read_text()
 
 
-def test_a_cancelled_job_has_saved_and_stays_away(quiet: Cluster, config, tmp_path) -> None:
+def test_a_cancelled_job_saves_and_is_not_restarted(quiet: Cluster, config, tmp_path) -> None:
     arguments = ("--nodes", 1, "--ranks-per-node", 1, "--cpus-per-rank", 2, "--training.log_every", 1)
     long = ("--training.steps", 5000, "--training.save_every", 5000, "--evaluation.every", 0, "--time", 20)
     training = quiet.submit(config, tmp_path / "run", *arguments, *long)
@@ -38,8 +38,8 @@ def test_a_cancelled_job_has_saved_and_stays_away(quiet: Cluster, config, tmp_pa
     assert [each["restart"] for each in training.attempts()] == [0]
 
 
-def test_ranks_that_hang_at_the_time_limit_are_started_again(quiet: Cluster, config, tmp_path) -> None:
-    """They hear none of its signals. The script that asks for the requeue waits for them, and has to outlive them."""
+def test_ranks_that_hang_at_the_time_limit_are_restarted(quiet: Cluster, config, tmp_path) -> None:
+    """Signals do not reach them. The script that requeues the job waits for them, and has to outlive them."""
     arguments = ("--nodes", 1, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--training.log_every", 1)
     long = ("--training.steps", 5000, "--training.save_every", 10, "--evaluation.every", 0, "--time", 20)
     training = quiet.submit(config, tmp_path / "run", *arguments, *long)
@@ -60,20 +60,20 @@ def test_an_error_ends_the_job(quiet: Cluster, config, tmp_path) -> None:
     run = tmp_path / "run"
     (run / "log.jsonl").mkdir(parents=True)
     training = quiet.submit(config, run, "--nodes", 2, "--ranks-per-node", 1, "--cpus-per-rank", 2, "--time", 20)
-    assert training.wait_end() == "FAILED", training.told()
+    assert training.wait_end() == "FAILED", training.report()
     [ended] = training.attempts()
-    assert (ended["cause"], ended["requeued"]) == ("failed", False), training.told()
+    assert (ended["cause"], ended["requeued"]) == ("failed", False), training.report()
     assert 1 in [json.loads((training.logs / f"rank{rank}.json").read_text())["exit"] for rank in range(2)]
 
 
-def test_ranks_that_die_at_once_are_not_started_for_ever(quiet: Cluster, config, tmp_path) -> None:
+def test_ranks_that_die_at_once_are_not_restarted_forever(quiet: Cluster, config, tmp_path) -> None:
     arguments = ("--nodes", 1, "--ranks-per-node", 1, "--cpus-per-rank", 2, "--training.steps", 5000, "--time", 20)
     training = quiet.submit(
         config, tmp_path / "run", *arguments, "--evaluation.every", 0, "--training.save_every", 5000
     )
     for restart in range(4):
         training.wait_restart(restart)
-        wait_for(lambda: (Status(training.logs, 0).read() or {}).get("restart") == restart, training.told)  # noqa: B023
+        wait_for(lambda: (Status(training.logs, 0).read() or {}).get("restart") == restart, training.report)  # noqa: B023
         training.signal("KILL", 0, training.hosts()[0])
     assert training.wait_end() == "FAILED"
     assert [each["cause"] for each in training.attempts()] == 4 * ["killed"]

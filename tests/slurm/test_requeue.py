@@ -45,10 +45,10 @@ def undisturbed(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPat
 
 def check_complete(training: Training, undisturbed: dict[int, float], causes: list[str]) -> None:
     """The run is complete, began again for these causes, and every step has the loss that it should have."""
-    assert training.wait_end() == "COMPLETED", training.told()
+    assert training.wait_end() == "COMPLETED", training.report()
     attempts = training.attempts()
     assert [each["restart"] for each in attempts] == list(range(len(causes) + 1))
-    assert [each["cause"] for each in attempts] == [*causes, "done"], training.told()
+    assert [each["cause"] for each in attempts] == [*causes, "done"], training.report()
     assert [each["requeued"] for each in attempts] == [*(True for _ in causes), False]
     taken = training.losses()
     assert sorted(taken) == sorted(undisturbed) == list(range(1, STEPS + 1))
@@ -64,7 +64,7 @@ def test_one_run_with_every_failure(cluster: Cluster, config, undisturbed, tmp_p
 
     def begins_again(cause: str) -> None:
         causes.append(cause)
-        assert training.wait_restart(len(causes))["cause"] == cause, training.told()
+        assert training.wait_restart(len(causes))["cause"] == cause, training.report()
 
     training.wait_step()
     # A job of the higher partition takes both nodes.
@@ -78,7 +78,7 @@ def test_one_run_with_every_failure(cluster: Cluster, config, undisturbed, tmp_p
     begins_again("slurm")
 
     # The controller crashes and comes back: the ranks notice nothing. It crashes again, and a rank dies meanwhile:
-    # whoever asks for the requeue has to wait for it.
+    # the requeue has to wait for it.
     training.wait_step()
     cluster.controller("kill")
     training.wait_step()
@@ -91,7 +91,7 @@ def test_one_run_with_every_failure(cluster: Cluster, config, undisturbed, tmp_p
     cluster.controller("start")
     begins_again("killed")
 
-    # A power cut of the node whose batch script could have asked for the requeue.
+    # A power cut of the node whose batch script could have requeued the job.
     training.wait_step()
     lost = training.hosts()[0]
     cluster.node("off", lost)
@@ -99,7 +99,7 @@ def test_one_run_with_every_failure(cluster: Cluster, config, undisturbed, tmp_p
     cluster.node("on", lost)
     assert lost not in training.hosts()
 
-    # The same cable pulled: the ranks there live on without the others.
+    # The same cable pulled: the ranks there run on without the others.
     training.wait_step()
     cut = training.hosts()[1]
     cluster.node("cut", cut)
@@ -119,26 +119,26 @@ def test_one_run_with_every_failure(cluster: Cluster, config, undisturbed, tmp_p
     check_complete(training, undisturbed(), causes)
 
 
-def test_a_ghost_cannot_write(quiet: Cluster, config, undisturbed, tmp_path) -> None:
+def test_ranks_of_an_earlier_attempt_cannot_write(quiet: Cluster, config, undisturbed, tmp_path) -> None:
     one_node = ("--nodes", 1, "--ranks-per-node", 2, "--cpus-per-rank", 1)
     training = quiet.submit(config, tmp_path / "run", *one_node, *EACH_STEP, "--time", 60, "--partition", "low")
     training.wait_step(12)
     [host] = training.hosts()
-    ghosts = [training.pid(rank) for rank in range(2)]
+    stale = [training.pid(rank) for rank in range(2)]
     quiet.node("kill-slurmd", host)
-    for ghost in ghosts:  # they stand still while the job begins again elsewhere
-        quiet.node("run", host, "kill", "-STOP", ghost)
+    for pid in stale:  # they stand still while the job begins again elsewhere
+        quiet.node("run", host, "kill", "-STOP", pid)
 
     assert training.wait_restart(1)["cause"] == "slurm"
     assert host not in training.hosts()
     training.wait_step()
-    for ghost in ghosts:
-        quiet.node("run", host, "kill", "-CONT", ghost)
+    for pid in stale:
+        quiet.node("run", host, "kill", "-CONT", pid)
 
     def gone() -> bool:
         return not quiet.node("run", host, "pgrep", "-f", "submitit", expect=None).strip()
 
-    wait_for(gone, training.told)
+    wait_for(gone, training.report)
     quiet.node("start-slurmd", host)
     check_complete(training, undisturbed(), ["slurm"])
     assert all(json.loads((training.logs / f"rank{rank}.json").read_text())["restart"] == 1 for rank in range(2))

@@ -1,4 +1,4 @@
-"""Sweeps, sharding and the companions of runs on a real SLURM."""
+"""Sweeps, sharding, and the commands of launch/runs.py on a real SLURM."""
 
 import json
 import subprocess
@@ -17,12 +17,12 @@ pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 ONE_RANK = ("--nodes", 1, "--ranks-per-node", 1, "--cpus-per-rank", 1, "--time", 20)
 
 
-def companion(cluster: Cluster, *words: object, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
+def runs(cluster: Cluster, *words: object, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
     return cluster.run(sys.executable, ROOT / "launch" / "runs.py", *words, expect=expect)
 
 
 def state_of(cluster: Cluster, run: Path) -> dict:
-    [values] = json.loads(companion(cluster, "status", run, "--json").stdout)
+    [values] = json.loads(runs(cluster, "status", run, "--json").stdout)
     return values
 
 
@@ -30,18 +30,18 @@ def test_a_sweep_is_followed_to_its_table(quiet: Cluster, config, tmp_path) -> N
     """The second member's learning rate passes every check and makes its numbers infinite: it fails where it runs."""
     grid = tmp_path / "grid.yaml"
     base = "training.steps: 4, training.warmup_steps: 0, training.max_skipped_in_a_row: 2, evaluation.every: 0"
-    grid.write_text(f"base: {{{base}}}\nlist: [{{name: well, seed: 1}}, {{name: unwell, training.lr: 1.0e+30}}]\n")
+    grid.write_text(f"base: {{{base}}}\nlist: [{{name: finite, seed: 1}}, {{name: infinite, training.lr: 1.0e+30}}]\n")
     folder = tmp_path / "sweep"
     command = [sys.executable, ROOT / "launch" / "submit.py", "--config", config, "--run", folder, "--grid", grid]
     quiet.run(*command, "--cluster", "slurm", "--no-follow", "--array", 1, *ONE_RANK)
-    told = companion(quiet, "follow", folder, expect=1).stdout
-    rows = json.loads(companion(quiet, "table", folder, "--json").stdout)
+    output = runs(quiet, "follow", folder, expect=1).stdout
+    rows = json.loads(runs(quiet, "table", folder, "--json").stdout)
     assert [(row["member"], row["state"], row["split"]) for row in rows] == [
-        ("well", "done", "test"), ("unwell", "failed", None),
-    ], told  # fmt: skip
-    assert told.index("\nwell: done\n") < told.index("\nunwell: running\n"), "one at a time"
-    assert "2 members: 1 done, 1 failed" in told
-    assert "loss or gradient not finite" in told
+        ("finite", "done", "test"), ("infinite", "failed", None),
+    ], output  # fmt: skip
+    assert output.index("\nfinite: done\n") < output.index("\ninfinite: running\n"), "one at a time"
+    assert "2 members: 1 done, 1 failed" in output
+    assert "loss or gradient not finite" in output
 
 
 def test_status_follow_cancel_and_resume(quiet: Cluster, config, tmp_path) -> None:
@@ -53,40 +53,40 @@ def test_status_follow_cancel_and_resume(quiet: Cluster, config, tmp_path) -> No
     assert (values["state"], values["job"], values["steps"], values["restarts"]) == ("running", training.job, 3000, 0)
     assert values["step"] >= step
     assert values["seconds_left"] > 0
-    refused = companion(quiet, "resume", run, expect=2)
+    refused = runs(quiet, "resume", run, expect=2)
     assert f"job {training.job} is running" in refused.stderr
 
     followed: list[subprocess.CompletedProcess[str]] = []
-    follower = threading.Thread(target=lambda: followed.append(companion(quiet, "follow", run, expect=None)))
+    follower = threading.Thread(target=lambda: followed.append(runs(quiet, "follow", run, expect=None)))
     follower.start()
     quiet.run("scontrol", "requeue", training.job)
     training.wait_restart(1)
     training.wait_step()
     assert state_of(quiet, run)["restarts"] == 1
-    companion(quiet, "cancel", run)
+    runs(quiet, "cancel", run)
     follower.join(120)
-    [told] = followed
-    assert f"job {training.job}: restart 1" in told.stdout
-    assert told.returncode == 75, told.stdout + told.stderr
-    assert "stopped by a signal, and saved" in told.stderr
+    [output] = followed
+    assert f"job {training.job}: restart 1" in output.stdout
+    assert output.returncode == 75, output.stdout + output.stderr
+    assert "stopped by a signal, and saved" in output.stderr
     assert training.wait_end().startswith("CANCELLED")
     values = state_of(quiet, run)
     assert values["state"] == "cancelled"
 
-    # The folder alone tells the same.
+    # The same from the folder alone.
     alone = subprocess.run(
         [sys.executable, ROOT / "launch" / "runs.py", "status", run, "--json"],
         capture_output=True, text=True, env={"PATH": "/nowhere"},
     )  # fmt: skip
     assert json.loads(alone.stdout)[0]["state"] == "cancelled"
 
-    companion(quiet, "resume", run)
+    runs(quiet, "resume", run)
     [again] = [Training(quiet, run, each, json.loads((each / "submission.json").read_text())["job"])
                for each in (run / "logs").iterdir() if each != training.logs]  # fmt: skip
     assert again.job != training.job
     assert again.wait_step(2) > values["step"]
     assert state_of(quiet, run)["restarts"] == 2
-    companion(quiet, "cancel", run)
+    runs(quiet, "cancel", run)
     again.wait_end()
 
 
@@ -94,12 +94,12 @@ def test_an_error_is_shown_with_its_traceback(quiet: Cluster, config, tmp_path) 
     run = tmp_path / "run"
     (run / "log.jsonl").mkdir(parents=True)  # an exception on the node
     training = quiet.submit(config, run, *ONE_RANK)
-    told = companion(quiet, "follow", run, expect=1)
-    assert "Traceback (most recent call last):" in told.stderr
-    assert "IsADirectoryError" in told.stderr
-    assert "error: rank 0 failed with exit code 1; the complete log is" in told.stderr
+    output = runs(quiet, "follow", run, expect=1)
+    assert "Traceback (most recent call last):" in output.stderr
+    assert "IsADirectoryError" in output.stderr
+    assert "error: rank 0 failed with exit code 1; the complete log is" in output.stderr
     training.wait_end()
-    shown = companion(quiet, "status", run).stdout
+    shown = runs(quiet, "status", run).stdout
     assert "rank 0 failed with exit code 1" in shown
     assert "    IsADirectoryError" in shown
 
@@ -108,9 +108,9 @@ def test_a_corpus_sharded_by_an_array_and_merged(quiet: Cluster, tmp_path) -> No
     table = write_table(tmp_path / "corpus", pictures=20)
     out = tmp_path / "shards"
     words = ["table", "--root", table, "--out", out, "--jobs", 1, "--samples-per-shard", 2, "--parts", 4]
-    told = quiet.run(sys.executable, ROOT / "launch" / "shard.py", *words, "--time", 5, "--array", 3).stdout
-    assert "4 of 4 parts written" in told
-    assert "nothing dropped" in told
+    output = quiet.run(sys.executable, ROOT / "launch" / "shard.py", *words, "--time", 5, "--array", 3).stdout
+    assert "4 of 4 parts written" in output
+    assert "nothing dropped" in output
     assert sum(shard.samples for shard in load(out).shards) == 20
     again = quiet.run(sys.executable, ROOT / "launch" / "shard.py", *words).stdout
     assert "finished already" in again

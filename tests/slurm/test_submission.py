@@ -1,4 +1,4 @@
-"""What SLURM itself makes of a submission: the dry run's word, the job that waits, a sweep that ran."""
+"""Submissions to a real SLURM: the job is that of the dry run, refusals, and a sweep."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from tests.slurm.cluster import Cluster, wait_for
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(600)]
 SUBMIT = (sys.executable, ROOT / "launch" / "submit.py")
-ASKED = ("--nodes", "4", "--ranks-per-node", "2", "--cpus-per-rank", "1", "--partition", "low", "--time", "1:30:00",
-         "--name", "asked", "--training.batch_size", "8")  # fmt: skip
+REQUESTED = ("--nodes", "4", "--ranks-per-node", "2", "--cpus-per-rank", "1", "--partition", "low", "--time", "1:30:00",
+         "--name", "requested", "--training.batch_size", "8")  # fmt: skip
 
 
 def test_the_job_is_what_the_dry_run_showed(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     profile = tmp_path / "held.yaml"
     profile.write_text("sbatch: {hold: true}\n")
-    command = (*SUBMIT, "--config", config, "--run", tmp_path / "run", "--profile", profile, *ASKED)
+    command = (*SUBMIT, "--config", config, "--run", tmp_path / "run", "--profile", profile, *REQUESTED)
     shown = cluster.run(*command, "--dry-run").stdout
     assert re.search(r"ok +sbatch --test-only: Job \d+ to start at", shown), shown
     assert "FAILED" not in shown
@@ -30,10 +30,10 @@ def test_the_job_is_what_the_dry_run_showed(cluster: Cluster, config: Path, tmp_
     assert last is not None
     job = last.submission.job
     try:
-        told = cluster.run("scontrol", "--oneliner", "show", "job", job).stdout
-        job_of = dict(re.findall(r"(\S+?)=(\S*)", told))
+        output = cluster.run("scontrol", "--oneliner", "show", "job", job).stdout
+        job_of = dict(re.findall(r"(\S+?)=(\S*)", output))
         expected = {
-            "JobState": "PENDING", "JobName": "asked", "Partition": "low", "NumNodes": "4-4", "NumTasks": "8",
+            "JobState": "PENDING", "JobName": "requested", "Partition": "low", "NumNodes": "4-4", "NumTasks": "8",
             "CPUs/Task": "1", "TimeLimit": "01:30:00", "Requeue": "1", "WorkDir": str(ROOT),
             "StdOut": f"{last.folder}/{job}_0_log.out",
         }  # fmt: skip
@@ -45,9 +45,9 @@ def test_the_job_is_what_the_dry_run_showed(cluster: Cluster, config: Path, tmp_
     assert written.strip() == script.replace("/logs/TIME", f"/logs/{last.folder.name}").strip()
 
 
-def test_what_slurm_would_refuse_is_said_in_one_line(quiet: Cluster, config: Path, tmp_path: Path) -> None:
+def test_refusals_of_slurm_are_one_line(quiet: Cluster, config: Path, tmp_path: Path) -> None:
     command = (*SUBMIT, "--config", config, "--run", tmp_path / "run", "--ranks-per-node", "1", "--name", "refused")
-    for wrong, said in (
+    for wrong, message in (
         (("--partition", "nosuch"), "--partition nosuch: SLURM has no such partition; there are high, low"),
         (("--nodes", "50", "--training.batch_size", "50"), "allows at most 8 nodes a job"),
         (("--account", "nobody"), "--account nobody: SLURM has no such"),
@@ -60,7 +60,7 @@ def test_what_slurm_would_refuse_is_said_in_one_line(quiet: Cluster, config: Pat
         (("--constraint", "nosuch"), "Invalid feature specification"),
     ):
         done = quiet.run(*command, *wrong, "--no-follow", expect=2)
-        assert said in done.stderr
+        assert message in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
     shown = quiet.run(*command, "--cpus-per-rank", "400", "--dry-run", expect=2).stdout
     assert re.search(r"FAILED +sbatch --test-only: SLURM would not run the job", shown), shown
@@ -68,7 +68,7 @@ def test_what_slurm_would_refuse_is_said_in_one_line(quiet: Cluster, config: Pat
 
 
 def test_a_sweep_of_six_two_at_a_time_of_which_one_fails(quiet: Cluster, config: Path, tmp_path: Path) -> None:
-    """In a container, too: a stand-in that sets a variable before it runs its command, as no runtime is at hand."""
+    """In a container, too: a command that sets a variable before it runs its command, as no runtime is at hand."""
     profile = tmp_path / "contained.yaml"
     profile.write_text(f"container: env CONTAINED=yes\npython: {sys.executable}\nsetup: [export FROM_SETUP=yes]\n")
     grid = "{list: [{name: broken, model.speech.config: {no_such_value: 1}}, {name: a}, {name: b, seed: 1}, {name: c, "

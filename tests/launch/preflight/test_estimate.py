@@ -29,7 +29,7 @@ def built(config):
 
 def variants():
     base = Config(model=tiny_model())
-    yield "whole", base
+    yield "all trained", base
     for train in ("none", "1", "2"):
         config = Config(model=tiny_model())
         config.model.speech.train = config.model.image.train = train
@@ -152,7 +152,7 @@ def test_memory_by_stage():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_token_queue_takes_what_is_counted(precision):
+def test_the_bytes_of_the_token_queue(precision):
     config = Config(model=tiny_model())
     config.data.image_size, config.data.max_seconds, config.training.precision = 32, 0.8, precision
     config.training.batch_size, config.objectives.matching.queue = 8, 20  # two micro-batches of 8

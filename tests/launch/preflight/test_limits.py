@@ -1,4 +1,4 @@
-"""Limits of partitions and accounting, told by stand-ins for SLURM's commands; tests/slurm asks the real ones."""
+"""Limits of partitions and accounting, from stubs of SLURM's commands; tests/slurm has the real ones."""
 
 import getpass
 
@@ -43,7 +43,7 @@ PartitionName=limited Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=UP T
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A cluster that enforces the limits above; the folder of its stand-ins."""
+    """A cluster that enforces the limits above; the folder of its stubs."""
     for name, value in fake_slurm(tmp_path / "slurm", "testbed", "associations,limits,qos").items():
         monkeypatch.setenv(name, value)
     folder = tmp_path / "slurm"
@@ -54,17 +54,17 @@ def slurm(tmp_path, monkeypatch):
     return folder
 
 
-def asked(ranks=1, **launch):
+def job_spec(ranks=1, **launch):
     return JobSpec("slurm", Config(launch=Launch(**{"time": "10", "cpus_per_rank": 1, **launch})), Profile(), ranks)
 
 
-def look(**launch):
-    checks.check_partition(asked(**launch))
-    return checks.check_limits(asked(**launch))
+def check(**launch):
+    checks.check_partition(job_spec(**launch))
+    return checks.check_limits(job_spec(**launch))
 
 
 @pytest.mark.parametrize(
-    ("launch", "said"),
+    ("launch", "message"),
     [
         ({"qos": "short", "time": "61"}, "QOS short limits a job to 01:00:00, --time is 61"),
         ({"qos": "SHORT", "nodes": 3}, "QOS SHORT limits a job to node=2, this job requests 3: set --nodes"),
@@ -86,13 +86,13 @@ def look(**launch):
         ({"partition": "short,limited", "time": "61"}, "QOS part limits a job to 00:10:00"),
     ],
 )
-def test_above_a_limit(slurm, launch, said):
+def test_above_a_limit(slurm, launch, message):
     if launch.get("partition") == "short,limited":
         longer = PARTITIONS.replace("MaxTime=01:00:00", "MaxTime=2:00:00").replace("QoS=N/A", "QoS=part")
         (slurm / "partitions").write_text(longer)
     with pytest.raises(UserError) as caught:
-        look(**launch)
-    assert said in str(caught.value)
+        check(**launch)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -114,21 +114,21 @@ def test_above_a_limit(slurm, launch, said):
     ],
 )
 def test_within_all_limits(slurm, launch):
-    assert look(**launch) == "within those of QOS, user and account"
+    assert check(**launch) == "within those of QOS, user and account"
 
 
 @pytest.mark.parametrize("enforce", ["none", "associations", "associations,qos", ""])
 def test_limits_that_are_not_enforced(slurm, monkeypatch, enforce):
     monkeypatch.setenv("STUB_ENFORCE", enforce)
-    assert look(qos="short", nodes=3) == "SLURM enforces none"
+    assert check(qos="short", nodes=3) == "SLURM enforces none"
 
 
 @pytest.mark.parametrize(
     "answer", ["exit 1", "echo 'sacctmgr: error: Connection refused' >&2; exit 1", "echo", "echo '|'"]
 )
-def test_an_accounting_that_says_nothing_refuses_nothing(slurm, answer):
+def test_without_accounting_nothing_is_refused(slurm, answer):
     (slurm / "sacctmgr").write_text(f"#!/bin/bash\n{answer}\n")
-    assert look(qos="short", nodes=3, account="speech") == "within those of QOS, user and account"
+    assert check(qos="short", nodes=3, account="speech") == "within those of QOS, user and account"
     assert limits.names("account") == limits.names("qos") == []
     assert checks.check_exists("account", "speech") == "not checked: no accounting"
 
@@ -143,13 +143,13 @@ AWAY = "down down* drained draining drained* unknown idle* maint reserved fail f
 
 
 @pytest.mark.parametrize("state", [*USABLE.split(), *AWAY.split()])
-def test_nodes_that_no_job_can_have_for_now(slurm, state):
+def test_unavailable_nodes(slurm, state):
     sinfo = f"#!/bin/bash\necho 'node1|low*|idle'; echo 'node2|low*|{state}'; echo 'node2|big|{state}'\n"
     (slurm / "sinfo").write_text(sinfo)
     assert limits.unavailable_nodes([]) == limits.unavailable_nodes(["big,low"]) == ["node2"] * (state in AWAY.split())
 
 
-def test_a_job_that_waits_for_nodes_is_taken(slurm):
+def test_a_job_that_waits_for_nodes_is_accepted(slurm):
     script = "#!/bin/bash\n#SBATCH --partition=low\n"
     refusal = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
     (slurm / "sbatch").write_text(f"#!/bin/bash\n{refusal}\n")

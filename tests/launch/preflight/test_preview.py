@@ -1,4 +1,4 @@
-"""Submissions to SLURM and their dry runs, through the real command; SLURM's own commands are stand-ins here."""
+"""Submissions to SLURM and their dry runs, through the real command; SLURM's commands are stubs."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.test_whole_way import write_config, write_table
 from toolkit.config.schema import Config, Launch
 
 GOLDEN = Path(__file__).parent / "golden"
-ASKED = ("--nodes", "2", "--ranks-per-node", "2", "--gpus-per-node", "2", "--partition", "low", "--time", "10:00",
+REQUESTED = ("--nodes", "2", "--ranks-per-node", "2", "--gpus-per-node", "2", "--partition", "low", "--time", "10:00",
          "--account", "speech", "--qos", "normal", "--constraint", "a100&ib", "--cpus-per-rank", "3",
          "--name", "a name")  # fmt: skip
 
@@ -40,7 +40,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """A run folder, and a function that runs the command where SLURM's stand-ins are."""
+    """A run folder, and a function that runs the command with stubs of SLURM's."""
     environment = {**os.environ, **fake_slurm(tmp_path / "slurm")}
 
     def run(*arguments, code=0):
@@ -71,18 +71,18 @@ def neutral(script, folder):
 
 @pytest.mark.parametrize(("name", "more"), [("job", ()), ("array", ("--sweep", "seed=0,1,2", "--array", "2"))])
 def test_the_script_is_the_recorded_one_and_the_one_that_is_submitted(slurm, config, tmp_path, name, more):
-    shown = slurm("--config", config, *ASKED, *more, "--dry-run").stdout
+    shown = slurm("--config", config, *REQUESTED, *more, "--dry-run").stdout
     script = neutral(script_of(shown), tmp_path)
     golden = GOLDEN / f"{name}.sh"
     assert script == golden.read_text().rstrip("\n"), f"if this is meant, write it to {golden}:\n{script}"
     assert neutral((tmp_path / "slurm" / "tested").read_text(), tmp_path) == script
     assert not (tmp_path / "run").exists(), "a dry run leaves nothing"
-    slurm("--config", config, *ASKED, *more, "--no-follow")
+    slurm("--config", config, *REQUESTED, *more, "--no-follow")
     assert neutral((tmp_path / "slurm" / "submitted").read_text(), tmp_path) == script
 
 
-def test_the_dry_run_says_what_matters(slurm, config, tmp_path):
-    shown = slurm("--config", config, *ASKED, "--dry-run").stdout
+def test_the_dry_run_shows_resources_sizes_and_checks(slurm, config, tmp_path):
+    shown = slurm("--config", config, *REQUESTED, "--dry-run").stdout
     for line in (
         "nodes: 2 x 2 = 4 ranks, 2 GPUs a node",
         "requested: partition low, account speech, qos normal, constraint a100&ib, time 10:00",
@@ -98,7 +98,7 @@ def test_the_dry_run_says_what_matters(slurm, config, tmp_path):
     assert re.search(r"disk: up to \S+ MB \(4 checkpoints", shown)
 
 
-def test_a_dry_run_names_everything_that_is_wrong(slurm, config):
+def test_a_dry_run_lists_all_failed_checks(slurm, config):
     wrong = ("--nodes", "3", "--partition", "short", "--account", "nobody", "--training.batch_size", "4")
     shown = slurm("--config", config, "--ranks-per-node", "1", *wrong, "--dry-run", code=2).stdout
     failed = [line for line in shown.splitlines() if line.startswith("  FAILED")]
@@ -107,7 +107,7 @@ def test_a_dry_run_names_everything_that_is_wrong(slurm, config):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (("--partition", "shrot"), "--partition shrot: SLURM has no such partition; there are broken, low, short"),
         (("--partition", "broken"), "partition broken is DOWN"),
@@ -126,9 +126,9 @@ def test_a_dry_run_names_everything_that_is_wrong(slurm, config):
         (("--sweep", "seed=0,x"), "seed"),
     ],
 )
-def test_a_mistake_fails_before_anything_is_submitted(slurm, config, tmp_path, wrong, said):
+def test_an_error_comes_before_the_submission(slurm, config, tmp_path, wrong, message):
     ended = slurm("--config", config, *wrong, code=2)
-    assert said in ended.stderr
+    assert message in ended.stderr
     assert ended.stderr.startswith("error: ")
     assert ended.stderr.count("\n") == 1, ended.stderr
     assert not (tmp_path / "run").exists()
@@ -141,7 +141,7 @@ def test_a_mistake_fails_before_anything_is_submitted(slurm, config, tmp_path, w
     ('sbatch: {gres: "gpu:a100:4"}', "gres=gpu:a100:4"),
     ("sbatch: {G: 4}", "gpus=4"),
 ])  # fmt: skip
-def test_a_rank_for_each_gpu_however_it_is_asked_for(slurm, config, tmp_path, text, option):
+def test_a_rank_for_each_gpu_however_it_is_requested(slurm, config, tmp_path, text, option):
     profile = tmp_path / "gpus.yaml"
     profile.write_text(text)
     command = ("--config", config, "--training.batch_size", "4", "--profile", profile, "--dry-run")
@@ -158,7 +158,7 @@ def test_a_rank_for_each_gpu_however_it_is_asked_for(slurm, config, tmp_path, te
     assert "FAILED  GPUs: 8 ranks a node cannot share 4 GPUs" in more
 
 
-def test_gpus_of_the_whole_job_are_those_of_a_node_only_where_there_is_one(slurm, config, tmp_path):
+def test_the_gpus_option_is_refused_for_several_nodes(slurm, config, tmp_path):
     profile = tmp_path / "gpus.yaml"
     profile.write_text("sbatch: {gpus: 4}")
     ended = slurm("--config", config, "--profile", profile, "--nodes", "2", "--no-follow", code=2)
@@ -183,23 +183,23 @@ def test_an_answer_without_a_number(slurm, config, tmp_path):
     )
 
 
-def test_deepspeed_looks_at_its_own_section(slurm, config, tmp_path):
+def test_deepspeed_validates_its_section(slurm, config, tmp_path):
     ended = slurm("--config", config, "--deepspeed.zero_optimisation.stage", "2", code=2)
     assert ended.stderr.startswith("error: deepspeed.zero_optimisation: unknown key"), ended.stderr
     assert not (tmp_path / "slurm" / "submitted").exists()
 
 
-def test_shards_of_another_size_are_noticed(slurm, config, tmp_path):
+def test_shards_of_another_size_are_reported(slurm, config, tmp_path):
     shards = Path(re.search(r"shards: (\S+)", config.read_text())[1])
     victim = next(shards.glob("train-*.tar"))
-    whole = victim.read_bytes()
+    content = victim.read_bytes()
     try:
-        victim.write_bytes(whole[:-512])
-        assert f"{victim.name} has {len(whole) - 512:,} bytes, not " in slurm("--config", config, code=2).stderr
+        victim.write_bytes(content[:-512])
+        assert f"{victim.name} has {len(content) - 512:,} bytes, not " in slurm("--config", config, code=2).stderr
         victim.unlink()
         assert "No such file or directory, though the manifest lists it" in slurm("--config", config, code=2).stderr
     finally:
-        victim.write_bytes(whole)
+        victim.write_bytes(content)
 
 
 def test_a_full_disk_and_a_folder_that_cannot_be_written(config, tmp_path, monkeypatch):
@@ -216,21 +216,21 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(config, tmp_path, monke
         check_folder(there, 2)
 
 
-def test_any_of_several_partitions_will_do(tmp_path, monkeypatch):
+def test_one_of_several_partitions_is_enough(tmp_path, monkeypatch):
     for name, value in fake_slurm(tmp_path / "slurm").items():
         monkeypatch.setenv(name, value)
 
-    def look(**launch):
+    def check(**launch):
         return check_partition(JobSpec("slurm", Config(launch=Launch(**launch)), Profile(), 2))
 
-    assert look(partition="broken,low").startswith("low is up")
-    assert look().startswith("low is up"), "the default one"
+    assert check(partition="broken,low").startswith("low is up")
+    assert check().startswith("low is up"), "the default one"
     (tmp_path / "slurm" / "partitions").write_text("PartitionName=only Default=NO State=UP\n")
     with pytest.raises(UserError, match="no default partition: set --partition to one of only"):
-        look()
+        check()
 
 
-def test_a_submission_is_recorded_light_and_quick(config, tmp_path):
+def test_a_submission_is_recorded_without_heavy_imports(config, tmp_path):
     """In one process, to see what it imports; its processor time, since the machine may have other work."""
     code = textwrap.dedent("""
         import sys, time
@@ -259,27 +259,27 @@ def test_a_submission_is_recorded_light_and_quick(config, tmp_path):
 
 
 def test_a_grid_is_one_array_with_a_folder_for_each_member(slurm, config, tmp_path):
-    told = slurm("--config", config, "--sweep", "seed=3,4", "--array", "1", "--nodes", "2", "--no-follow").stdout
-    assert "job 7 (slurm): 2 members, 1 at a time, 4 ranks each" in told
-    whole = newest(tmp_path / "run")
-    members = json.loads((whole.folder / "members.json").read_text())
-    assert members == whole.submission.members
+    output = slurm("--config", config, "--sweep", "seed=3,4", "--array", "1", "--nodes", "2", "--no-follow").stdout
+    assert "job 7 (slurm): 2 members, 1 at a time, 4 ranks each" in output
+    array = newest(tmp_path / "run")
+    members = json.loads((array.folder / "members.json").read_text())
+    assert members == array.submission.members
     for index, seed in (("0", 3), ("1", 4)):
         own = Path(members[index])
         assert f"seed: {seed}\n" in (own / "config.yaml").read_text()
         record = newest(own.parent.parent).submission
-        assert (record.job, record.index, record.logs) == ("7", index, str(whole.folder))
-        assert record.code == whole.submission.code
-    assert len(list(whole.folder.glob("7_*_submitted.pkl"))) == 2
+        assert (record.job, record.index, record.logs) == ("7", index, str(array.folder))
+        assert record.code == array.submission.code
+    assert len(list(array.folder.glob("7_*_submitted.pkl"))) == 2
 
 
-def test_a_member_that_does_not_fit_stops_the_whole_grid(slurm, config, tmp_path):
+def test_an_invalid_member_stops_the_grid(slurm, config, tmp_path):
     ended = slurm("--config", config, "--sweep", "training.batch_size=4,6", "--nodes", "2", code=2)
     assert "--training.batch_size 6 is not divisible" in ended.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_what_members_have_in_common_is_looked_at_once(slurm, config, tmp_path):
+def test_checks_that_members_share_run_once(slurm, config, tmp_path):
     shown = slurm("--config", config, "--sweep", "seed=3,4,5", "--qos", "normal", "--nodes", "2", "--dry-run").stdout
     checks = re.findall(r"^  (?:ok     |FAILED ) (?:seed\d: )?([^:]+):", shown, re.MULTILINE)
     counts = {name: checks.count(name) for name in checks}
@@ -298,7 +298,7 @@ def test_a_second_job_of_the_run_is_refused(slurm, config, tmp_path):
     assert re.search(r"FAILED +earlier jobs: .*job 7 is waiting", slurm("--config", config, "--dry-run", code=2).stdout)
 
 
-def test_the_profile_of_the_cluster_is_taken(slurm, config, tmp_path):
+def test_the_profile_is_applied(slurm, config, tmp_path):
     profile = tmp_path / "mine.yaml"
     profile.write_text(
         "partition: short\ntime: 30\nsetup: [module load cuda]\nenv: {A: b}\nscratch: $TMPDIR\nsbatch: {mem: 3G}"
@@ -313,12 +313,12 @@ def test_the_profile_of_the_cluster_is_taken(slurm, config, tmp_path):
 def test_members_run_one_after_another_on_this_machine(config, tmp_path, monkeypatch, capsys):
     ran = []
 
-    def run_one(asked, command, code, member):
+    def run_one(spec, command, code, member):
         assert member, "resume has to know it"
-        assert asked.config.launch.follow, "the next one waits for this"
-        ran.append((Path(asked.config.run).name, code))
-        Path(asked.config.run).mkdir()
-        (Path(asked.config.run) / "config.yaml").touch()
+        assert spec.config.launch.follow, "the next one waits for this"
+        ran.append((Path(spec.config.run).name, code))
+        Path(spec.config.run).mkdir()
+        (Path(spec.config.run) / "config.yaml").touch()
         return 3 if len(ran) == 1 else 0
 
     monkeypatch.setattr(submit, "run_one", run_one)
@@ -330,7 +330,7 @@ def test_members_run_one_after_another_on_this_machine(config, tmp_path, monkeyp
     assert ran[0][1] == ran[1][1]
 
 
-def test_debug_is_this_process_and_no_job(config, tmp_path, monkeypatch):
+def test_debug_runs_in_this_process(config, tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(submit, "train_and_evaluate", lambda file: trained.append((os.getpid(), file)))
     with pytest.raises(SystemExit) as end:

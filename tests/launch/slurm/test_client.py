@@ -1,4 +1,4 @@
-"""What SLURM's commands say, as far as no SLURM is needed for it; tests/slurm asks the real one."""
+"""Parsing of the output of SLURM's commands; tests/slurm runs the real ones."""
 
 import pytest
 
@@ -20,14 +20,14 @@ ANSWERS = [
 @pytest.mark.parametrize("greeting", GREETINGS)
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("after", ["", "\n", "\nEstimated cost: 40 credits for job 77\n"])
-def test_the_number_among_what_a_site_adds(greeting, answer, after):
+def test_the_job_number_beside_greetings(greeting, answer, after):
     text = f"{greeting}{answer}{after}"
     assert job_number(text) == "123"
     assert job_number(text.replace("\n", "\r\n").encode()) == "123"
 
 
 @pytest.mark.parametrize("answer", ["", "queued", "your job 12 waits", "Submitted batch job", "Submitted batch job x"])
-def test_no_number(answer):
+def test_no_job_number(answer):
     with pytest.raises(UserError, match="names no job; if squeue --me shows it, end it with scancel") as caught:
         job_number(answer)
     assert "\n" not in str(caught.value)

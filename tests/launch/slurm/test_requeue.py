@@ -1,4 +1,4 @@
-"""What a batch script does between attempts, against a stand-in for scontrol; tests/slurm has the real one."""
+"""Requeue logic of the batch script with a stub of scontrol; tests/slurm has the real one."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ ENDING = SlurmJobState("COMPLETING", "None", 0)
         (0, [0, 0], RUNNING, [], "done", False),
         (75, [75, 75], RUNNING, [], "saved", True),
         (137, [75, None], RUNNING, None, "saved", True),  # the slower one was ended by --kill-on-bad-exit
-        (137, [75, None], RUNNING, ["saved"], "killed", True),  # and here none had saved: the other was asked by srun
+        (137, [75, None], RUNNING, ["saved"], "killed", True),  # and here none had saved: the other was stopped by srun
         (137, [75, None], RUNNING, 3 * ["killed"], "killed", False),
         (75, [75], RUNNING, 19 * ["saved"], "saved", True),
         (75, [75], RUNNING, 20 * ["saved"], "saved", False),
@@ -67,7 +67,7 @@ def test_restart_decision(code, exits, seen, idle, cause, requeue):
     ("code", "exits", "seen", "cause"),
     [
         (143, [], RUNNING, "failed"),  # srun ended the others, and its code is theirs
-        (143, [75], RUNNING, "failed"),  # another began, and heard srun's TERM
+        (143, [75], RUNNING, "failed"),  # another began, and received srun's TERM
         (143, [None, ExitCode.PEER_LOST], RUNNING, "failed"),
         (2, [2], RUNNING, "mistake"),  # of a rank that began: it knows more
         (143, [], ENDING, "cancelled"),
@@ -82,12 +82,12 @@ def test_restart_decision_where_a_rank_failed_before_it_began(code, exits, seen,
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """A stand-in: answers what `shown` holds and notes what it is asked."""
+    """A stub that prints the file `shown` and records its calls."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "shown").write_text("JobId=7 JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1")
     (tools / "scontrol").write_text(
-        f'#!/bin/sh\nif [ "$2" = hostnames ]; then echo node3; echo node4; exit; fi\necho "$@" >> {tools}/asked\n'
+        f'#!/bin/sh\nif [ "$2" = hostnames ]; then echo node3; echo node4; exit; fi\necho "$@" >> {tools}/calls\n'
         f"if [ -e {tools}/away ]; then rm {tools}/away; echo 'Unable to contact slurm controller' >&2; exit 1; fi\n"
         f'if [ -e {tools}/refuse ] && [ "$1" = requeue ]; then echo Access denied >&2; exit 1; fi\ncat {tools}/shown\n'
     )
@@ -119,7 +119,7 @@ def test_attempts_are_recorded(tmp_path, scontrol):
     (folder.parent.parent / "checkpoints" / ".step-00000050-x").mkdir()
     Status(folder, 0).write(75)
     end(folder, 75, environment())
-    assert (scontrol / "asked").read_text().splitlines() == ["--oneliner show job 7", "requeue 7"]
+    assert (scontrol / "calls").read_text().splitlines() == ["--oneliner show job 7", "requeue 7"]
     begin(folder, environment(1))  # and no end: a power cut
     begin(folder, environment(2))
     end(folder, 0, environment(2))
@@ -142,7 +142,7 @@ srun: Force Terminated StepId=7.0
 
 
 @pytest.mark.parametrize(
-    ("told", "codes"),
+    ("messages", "codes"),
     [
         ("srun: error: node1: task 1: Exited with exit code 1\n" + TERMINATED, {1: 1}),
         ("noise\nsrun: error: node[1-2]: tasks 0-1,3: Exited with exit code 127\n", {0: 127, 1: 127, 3: 127}),
@@ -154,12 +154,12 @@ srun: Force Terminated StepId=7.0
         ("srun: error: Node failure on node2\nsrun: Job step aborted: Waiting up to 32 seconds\n", {}),
     ],
 )  # fmt: skip
-def test_exit_codes_in_the_messages_of_srun(told, codes):
-    assert srun_exits(told) == codes
+def test_exit_codes_in_the_messages_of_srun(messages, codes):
+    assert srun_exits(messages) == codes
 
 
 @pytest.mark.parametrize(
-    ("told", "rank", "logged", "why"),
+    ("messages", "rank", "logged", "why"),
     [
         ("task 1: Exited with exit code 1", 1, TRACEBACK, "ended with exit code 1 before it began to train: "
          "ModuleNotFoundError: No module named 'x'"),
@@ -172,9 +172,7 @@ def test_exit_codes_in_the_messages_of_srun(told, codes):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("others", [{}, {1: 75, 0: None}], ids=["none began", "others began"])
-def test_a_rank_that_fails_before_it_begins_is_no_reason_to_start_again(
-    tmp_path, scontrol, told, rank, logged, why, others
-):
+def test_a_rank_that_fails_before_it_begins_is_not_restarted(tmp_path, scontrol, messages, rank, logged, why, others):
     folder = logs(tmp_path)
     begin(folder, environment())
     for other, code in others.items():
@@ -183,7 +181,7 @@ def test_a_rank_that_fails_before_it_begins_is_no_reason_to_start_again(
     with (folder / f"7_{rank}_log.err").open("a") as file:
         file.write(logged)
     with (folder / "7_0_log.err").open("a") as file:
-        file.write(f"srun: error: node3: {told}\n{TERMINATED}")
+        file.write(f"srun: error: node3: {messages}\n{TERMINATED}")
     end(folder, 143, environment())
     [only] = read(folder)
     assert (only["cause"], only["requeued"]) == ("failed", False)
@@ -205,20 +203,21 @@ def test_an_earlier_attempt_is_not_reported_again(tmp_path, scontrol):
     assert not (folder / "rank1.json").exists()
 
 
-def test_a_rank_that_began_is_judged_by_its_status(tmp_path, scontrol, monkeypatch):
+def test_the_status_of_a_rank_that_began_decides(tmp_path, scontrol, monkeypatch):
     folder = logs(tmp_path)
     begin(folder, environment())
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     for rank, code in {0: ExitCode.PEER_LOST, 1: None}.items():
         Status(folder, rank).write(code)
-    told = f"task 0: Exited with exit code {ExitCode.PEER_LOST}\nsrun: error: node3: task 1: Exited with exit code 1\n"
-    (folder / "7_0_log.err").write_text(f"srun: error: node3: {told}")
+    codes = {0: ExitCode.PEER_LOST, 1: 1}
+    lines = [f"srun: error: node3: task {rank}: Exited with exit code {code}\n" for rank, code in codes.items()]
+    (folder / "7_0_log.err").write_text("".join(lines))
     end(folder, 143, environment())
     assert read(folder)[-1]["requeued"] is True
     assert Status(folder, 1).read()["exit"] is None
 
 
-def test_an_srun_that_cannot_begin_is_reported_in_its_words(tmp_path, scontrol):
+def test_the_error_of_an_srun_that_cannot_begin_is_recorded(tmp_path, scontrol):
     folder = logs(tmp_path)
     begin(folder, environment())
     (folder / "7_0_log.err").write_text("srun: error: Unable to create step for job 7: Invalid account\n")
@@ -228,18 +227,18 @@ def test_an_srun_that_cannot_begin_is_reported_in_its_words(tmp_path, scontrol):
     assert only["why"].startswith("no rank began, srun ended with exit code 1: srun: error: Unable to create step")
 
 
-def test_deaths_without_progress_come_to_an_end(tmp_path, scontrol):
+def test_restarts_without_a_new_checkpoint_are_limited(tmp_path, scontrol):
     folder = logs(tmp_path)
-    asked = []
+    requeues = []
     for restart in range(8):
         begin(folder, environment(restart))
         if restart == 1:
             checkpoint(folder, 10)
-        before = (scontrol / "asked").read_text().count("requeue") if (scontrol / "asked").exists() else 0
+        before = (scontrol / "calls").read_text().count("requeue") if (scontrol / "calls").exists() else 0
         end(folder, 137, environment(restart))
-        asked.append((scontrol / "asked").read_text().count("requeue") - before)
+        requeues.append((scontrol / "calls").read_text().count("requeue") - before)
     # The first did not get far, the second saved; after it three more are tried.
-    assert asked[:6] == [1, 1, 1, 1, 1, 0]
+    assert requeues[:6] == [1, 1, 1, 1, 1, 0]
 
 
 def test_the_status_of_an_earlier_attempt_is_ignored(tmp_path, scontrol, monkeypatch):
@@ -252,17 +251,17 @@ def test_the_status_of_an_earlier_attempt_is_ignored(tmp_path, scontrol, monkeyp
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     Status(folder, 0).write(75)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    Status(folder, 0).write(1)  # a ghost
+    Status(folder, 0).write(1)  # a rank of an earlier attempt
     status = Status(folder, 0).read()
     assert (status["exit"], status["restart"]) == (75, 1)
 
 
-def test_a_controller_that_is_away_is_waited_for(tmp_path, scontrol):
+def test_an_unreachable_controller_is_waited_for(tmp_path, scontrol):
     folder = logs(tmp_path)
     begin(folder, environment())
     (scontrol / "away").touch()
     end(folder, 137, environment())
-    assert (scontrol / "asked").read_text().splitlines()[-1] == "requeue 7"
+    assert (scontrol / "calls").read_text().splitlines()[-1] == "requeue 7"
 
 
 def test_a_refused_requeue_is_recorded(tmp_path, scontrol):
@@ -284,7 +283,7 @@ def test_a_member_of_a_job_array(tmp_path, scontrol):
     assert member_folder(folder, environment()) == folder
     begin(own, array)
     end(own, 75, array)
-    assert (scontrol / "asked").read_text().splitlines()[-1] == "requeue 5_3"
+    assert (scontrol / "calls").read_text().splitlines()[-1] == "requeue 5_3"
 
 
 @pytest.mark.parametrize("code", [0, 75])
@@ -323,7 +322,7 @@ def test_the_guard_ends_srun_before_slurm_ends_the_script(tmp_path, scontrol):
         while not (scontrol / "begun").exists():
             time.sleep(0.05)
         [guard] = [int(pid) for pid in pids_of("guard", str(bash.pid))]
-        time.sleep(0.5)  # it looks for KillWait first
+        time.sleep(0.5)  # it reads KillWait first
         for pid in (bash.pid, guard):  # as SLURM does: all that the batch script has begun, its own end still to come
             os.kill(pid, signal.SIGTERM)
         assert bash.wait(20) == 137

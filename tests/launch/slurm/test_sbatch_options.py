@@ -59,7 +59,7 @@ def test_values(value, line, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ('{"a b": 1}', "'a b' is not an option of sbatch"),
         ('{"a;b": 1}', "is not an option of sbatch"),
@@ -81,8 +81,8 @@ def test_values(value, line, tmp_path):
         ("[exclusive]", "sbatch is ['exclusive']; expected mapping"),
     ],
 )
-def test_what_is_no_option(section, said, tmp_path):
-    assert said in refused(f"sbatch: {section}", tmp_path)
+def test_invalid_options(section, message, tmp_path):
+    assert message in refused(f"sbatch: {section}", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_options_of_the_launcher_are_refused_with_what_to_do(names, key, tmp_pat
         ("{no-requeue: true, requeue: null}", {"no-requeue": True}),
     ],
 )
-def test_requeue_is_said_once(section, expected, tmp_path):
+def test_requeue_is_given_once(section, expected, tmp_path):
     assert merge_options({"requeue": True}, read(f"sbatch: {section}", tmp_path).sbatch) == expected
 
 
@@ -160,7 +160,7 @@ def test_requeue_is_said_once(section, expected, tmp_path):
         ("{exclusive: true}", None, {"exclusive": True}),
     ],
 )
-def test_gpus_asked_for_as_options_are_those_of_the_ranks(section, gpus, option, tmp_path):
+def test_gpus_requested_by_options_count_the_ranks(section, gpus, option, tmp_path):
     profile = read(f"sbatch: {section}", tmp_path)
     assert profile.launch.get("gpus_per_node") == gpus
     assert with_gpus(profile.sbatch, gpus, 1) == option
@@ -182,12 +182,12 @@ def test_gpus_asked_for_as_options_are_those_of_the_ranks(section, gpus, option,
         ({"gpus": "8"}, 0, 1, {}),
     ],
 )
-def test_another_number_of_gpus_is_asked_for_in_the_profiles_way(options, gpus, nodes, expected):
+def test_another_number_of_gpus_is_requested_by_the_profiles_option(options, gpus, nodes, expected):
     assert with_gpus(options, gpus, nodes) == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('sbatch: {gres: "gpu:a:1,gpu:b:2"}', "several types of GPU"),
         ('sbatch: {gpus: "a:1,b:2"}', "several types of GPU"),
@@ -216,8 +216,8 @@ def test_another_number_of_gpus_is_asked_for_in_the_profiles_way(options, gpus, 
         ("gpus_per_node: [4]", "gpus_per_node is [4]; expected"),
     ],
 )
-def test_gpus_that_cannot_be_those_of_the_ranks(text, said, tmp_path):
-    assert said in refused(text, tmp_path)
+def test_invalid_requests_of_gpus(text, message, tmp_path):
+    assert message in refused(text, tmp_path)
 
 
 def test_bindings_and_arguments_that_change_nothing():
@@ -246,12 +246,12 @@ def test_the_environment_is_text(text, env, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["E F", "1A", "A-B", "A.B", "A=B", "", "Ä", "A;rm", "A$(B)"])
-def test_names_that_no_variable_has(name, tmp_path):
+def test_invalid_names_of_variables(name, tmp_path):
     assert f"env: {name!r} is not a variable name" in refused(f'env: {{"{name}": 1}}', tmp_path)
 
 
 @pytest.mark.parametrize("value", ["[a]", "{a: b}", '"a\\0b"'])
-def test_values_that_no_variable_has(value, tmp_path):
+def test_invalid_values_of_variables(value, tmp_path):
     assert "env.A is " in refused(f"env: {{A: {value}}}", tmp_path)
 
 

@@ -25,7 +25,7 @@ class QueuedJob(Slurm):
 def rank(folder, number, code=None, restart=0, when=1.0):
     status = {"pid": 1, "exit": code, "time": when, "restart": restart}
     (folder / "rank.tmp").write_text(json.dumps(status))
-    (folder / "rank.tmp").replace(folder / f"rank{number}.json")  # whole or not there, as a rank writes it
+    (folder / "rank.tmp").replace(folder / f"rank{number}.json")  # atomic, as a rank writes it
 
 
 def attempt(folder, **values):
@@ -51,7 +51,7 @@ def followed(folder, story, ranks=2, logs=None):
 
 
 def pause():
-    time.sleep(0.4)  # a few looks
+    time.sleep(0.4)  # a few polls
 
 
 def test_a_job_that_starts_again_is_followed_to_its_end(tmp_path, capsys):
@@ -80,7 +80,7 @@ def test_a_job_that_starts_again_is_followed_to_its_end(tmp_path, capsys):
     )
 
 
-def test_the_end_for_good_is_told_with_the_traceback(tmp_path, capsys):
+def test_a_final_failure_is_shown_with_its_traceback(tmp_path, capsys):
     logs = tmp_path / "logs"
     logs.mkdir()
 
@@ -102,7 +102,7 @@ def test_the_end_for_good_is_told_with_the_traceback(tmp_path, capsys):
     assert err.splitlines()[-1] == f"error: rank 1 failed with exit code 1; the complete log is {logs / '5_1_log.err'}"
 
 
-def test_a_mistake_on_the_node_is_one_line(tmp_path, capsys):
+def test_a_user_error_on_the_node_is_one_line(tmp_path, capsys):
     def story(job, codes):
         rank(tmp_path, 0, 2)
         output(tmp_path, "submitit noise\nerror: mend it\n", kind="err")
@@ -156,7 +156,7 @@ slurmstepd-node1: error: *** STEP 5.0 ON node1 CANCELLED AT 2026-01-01T00:00:00 
         ("", None, "rank 0 was killed, or ran out of memory or time"),
     ],
 )  # fmt: skip
-def test_a_rank_that_could_not_begin_is_told_by_its_log(tmp_path, capsys, monkeypatch, text, code, how):
+def test_a_rank_that_could_not_begin_is_explained_by_its_log(tmp_path, capsys, monkeypatch, text, code, how):
     monkeypatch.setattr("launch.status.follow._FILE_DELAY", 0.2)
 
     def story(job, codes):
@@ -173,7 +173,7 @@ def test_a_rank_that_could_not_begin_is_told_by_its_log(tmp_path, capsys, monkey
     assert err[1:-1] == text.splitlines()
 
 
-def test_a_squeue_that_is_away_at_first_tells_nothing(tmp_path, monkeypatch, capsys):
+def test_a_squeue_that_does_not_answer(tmp_path, monkeypatch, capsys):
     """Not even that the job is gone: no answer, then the job, then no answer, then no job."""
     answers = [None, "RUNNING node1", None, ""]
     monkeypatch.setattr("launch.status.follow.queue_state", lambda job: answers.pop(0))
@@ -232,7 +232,7 @@ def test_the_rank_that_failed_first(tmp_path):
     assert failed(gone=True) == 0
     for number, (code, when) in enumerate([(ExitCode.PEER_LOST, 1.0), (75, 2.0), (1, 3.0), (1, 4.0)]):
         rank(tmp_path, number, code, when=when)
-    assert failed(4) == 2, "those that only noticed come after it"
+    assert failed(4) == 2, "ranks that lost their connection come after it"
     assert failed(2) == 0
     assert failed(4, restart=1) is None
     rank(tmp_path, 1)  # whose process died without a code

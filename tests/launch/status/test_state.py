@@ -10,7 +10,7 @@ from launch.status.tables import status_table
 LIMIT = "a rank was killed or hung; 3 restarts in a row wrote no new checkpoint: no restart"
 
 
-def test_a_limit_of_restarts_stands_beside_the_exit_code() -> None:
+def test_a_limit_of_restarts_is_shown_beside_the_exit_code() -> None:
     failure = Failure(3, 70, [], Path("rank3.log"))
     last = Attempt(2, ended=1.0, code=70, why=LIMIT, cause="killed")
     state, reason, _ = _ended_state([last], None, failure)
@@ -19,7 +19,7 @@ def test_a_limit_of_restarts_stands_beside_the_exit_code() -> None:
     assert _ended_state([plain], None, failure)[1] == failure.how
 
 
-def test_the_table_says_why_a_run_stopped() -> None:
+def test_the_table_shows_why_a_run_stopped() -> None:
     why = "stopped by a signal; 20 restarts in a row wrote no new checkpoint: no restart"
     state = RunState(Path("runs/a"), None, "stopped", why, 5, 10, None, None, 20, None, None, None)
     assert f"stopped ({why})" in status_table([state])
