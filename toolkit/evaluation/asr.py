@@ -304,6 +304,6 @@ class TextBaseline:
                 "resize": "crop",
             },
             "time": round(time.time(), 3),
-            "baseline": {"text": name, "clip": self.folder, "word_error_rate": error_rate},
+            "baseline": {"text": name, "clip": self.folder, "word_error_rate": error_rate, "limit": self.limit},
         }
         return save_result(self.run / RESULTS, report, rank_columns(retrieval, self.manifest))

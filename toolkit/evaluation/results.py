@@ -80,6 +80,11 @@ class Result:
         """The measured stages: coarse, and reranked if there was re-ranking."""
         return [stage for stage in STAGES if self.report.get(stage)]
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is a baseline, which is stored beside the results of a model; see `toolkit.evaluation.asr`."""
+        return bool(self.report.get("baseline"))
+
     def ranks(self, direction: str, stage: str | None = None) -> Ranks:
         """Read the ranks of the queries.
 
@@ -234,7 +239,8 @@ def format_results(results: Iterable[Result]) -> str:
             figures = [f"{value:.1f}" for direction in DIRECTIONS for value in recall[direction].values()]
             interval = result.report.get("intervals", {}).get(stage, {}).get("mean_R@1")
             bounds = f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else ""
-            name = (result.run, data, f"{result.checkpoint}{step}", describe_protocol(result.protocol, stage))
+            checkpoint = f"baseline {result.checkpoint}" if result.is_baseline else f"{result.checkpoint}{step}"
+            name = (result.run, data, checkpoint, describe_protocol(result.protocol, stage))
             rows.append((*name, *figures, f"{recall['mean_R@1']:.1f}", bounds))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

@@ -9,18 +9,20 @@ from markupsafe import Markup
 from shards.errors import UserError
 from shards.html.chart import line_chart
 from shards.html.render import data_url, write_html
-from toolkit.evaluation.results import describe_protocol
+from toolkit.evaluation.results import Result, describe_protocol
 from toolkit.reporting.ablation import GAIN_COLUMNS, RECALL_COLUMNS, Ablation
 from toolkit.reporting.curves import CHARTS, curves_of
 from toolkit.reporting.examples import read_examples
 from toolkit.reporting.figures import RECALL_HEAD, checkpoint_text, get, number, recall_cells, stage_name
 from toolkit.reporting.groups import groups_section
+from toolkit.reporting.inside import inside_section
 from toolkit.reporting.published import Published, published_results
 from toolkit.reporting.robustness import robustness_section
 from toolkit.reporting.runs import Evaluation, Group, Run, differences
 
 _GALLERIES = 4  # runs of which examples are shown
 _MAX_PICTURE = 2 << 20  # bytes
+BASELINE_HEAD = ["run", "text", "text-image model", "word errors, %", *RECALL_HEAD]
 _CONTENTS = {
     "results": "Results",
     "ablation": "Configurations over seeds",
@@ -28,6 +30,7 @@ _CONTENTS = {
     "configurations": "Differences",
     "robustness": "Robustness",
     "groups": "Groups",
+    "inside": "Inside",
     "gallery": "Retrieved",
 }
 # Title and key of the charts in which several runs are shown over one another.
@@ -72,6 +75,7 @@ def write_comparison(path: Path, groups: Sequence[Group], ablations: Sequence[Ab
             differences={"head": head, "rows": rows},
             robustness=robustness_section(runs),
             groups=groups_section(runs),
+            inside=inside_section(runs),
             gallery=_gallery(groups),
         )
     except OSError as error:
@@ -89,21 +93,35 @@ def _run_row(run: Run, group: Group) -> list[str]:
 
 
 def _results(runs: Sequence[Run]) -> dict[str, Any]:
-    """Tables of all evaluations, one for each test set, with the published results on it."""
+    """Tables of all evaluations, one for each test set, with the published results on it, and tables of baselines."""
     by_data: dict[str, list[tuple[Run, Evaluation]]] = {}
+    baselines: dict[str, list[list[str]]] = {}
     for run in runs:
         for evaluation in run.evaluations:
             by_data.setdefault(evaluation.data, []).append((run, evaluation))
+        for data, result in run.baselines:
+            baselines.setdefault(data, []).append(_baseline_row(run, result))
     notes = []
-    if len(by_data) > 1:
+    if len({**by_data, **baselines}) > 1:
         notes.append("These tables are of different test data: figures of one do not compare with those of another.")
     without = [run for run in runs if not any(one.result for one in run.evaluations)]
     if without:
         names = ", ".join(run.name for run in without)
         command = f"python toolkit/evaluate.py --run {without[0].folder}"
         notes.append(f"Without stored results, and so without intervals and tests: {names}. Made by: {command}")
-    groups = [_results_table(data, found) for data, found in by_data.items()]
-    return {"head": ["run", "checkpoint", "ranking", *RECALL_HEAD], "groups": groups, "notes": notes}
+    groups = [
+        {**_results_table(data, by_data.get(data, [])), "baselines": baselines.get(data, [])}
+        for data in {**by_data, **baselines}
+    ]
+    head = ["run", "checkpoint", "ranking", *RECALL_HEAD]
+    return {"head": head, "baseline_head": BASELINE_HEAD, "groups": groups, "notes": notes}
+
+
+def _baseline_row(run: Run, result: Result) -> list[str]:
+    baseline, folder = result.report["baseline"], str(get(result.report, "baseline", "clip"))
+    text, rate = get(baseline, "text"), number(get(baseline, "word_error_rate"))
+    cells = recall_cells(result.report["coarse"], get(result.report, "intervals", "coarse"))
+    return [run.name, str(text), Path(folder).name, rate, *cells]
 
 
 def _results_table(data: str, found: Sequence[tuple[Run, Evaluation]]) -> dict[str, Any]:
@@ -115,9 +133,9 @@ def _results_table(data: str, found: Sequence[tuple[Run, Evaluation]]) -> dict[s
             cells = recall_cells(report[stage], get(report, "intervals", stage))
             rows.append([run.name, checkpoint_text(report), ranking, *cells])
     measured = len(rows)
-    first = found[0][1]
+    first = found[0][1] if found else None
     notes: list[str] = []
-    if first.result:
+    if first and first.result:
         published = published_results(first.result.corpus, first.result.split, first.report.get("pictures"))
         rows += [[one.name, "published", "", *recall_cells(one.recall)] for one in published]
         notes = [f"Published, not measured here ({source})." for source in dict.fromkeys(map(_source, published))]

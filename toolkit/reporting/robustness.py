@@ -1,10 +1,12 @@
 """Robustness of runs: recall over the strength of each perturbation, and a table of all conditions."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from shards.html.chart import bar_chart, line_chart
+from toolkit.evaluation.perturbations.kinds import KINDS
 from toolkit.evaluation.robustness import CLEAN, Condition, Robustness, describe_augmentation, load_robustness
 from toolkit.reporting.runs import Run
 
@@ -71,15 +73,20 @@ def _curves(kind: str, levels: Sequence[Condition], results: _Results) -> Any:
         (result,) = results.values()
         ways = {"speech to image": "speech_to_image", "image to speech": "image_to_speech"}
         curves = {name: _by_level(result, kind, way) for name, way in ways.items()}
-    return line_chart(title, curves, unit)
+    # In groups of their own: the legend names no value of the largest level, which may be the mildest.
+    return line_chart(title, curves, unit, groups={name: name for name in curves})
 
 
 def _by_level(result: Robustness, kind: str, figure: str) -> dict[float, float]:
-    found = {}
-    for one in result.conditions:
-        if one.kind == kind and one.level is not None:
-            found[float(one.level)] = one.mean if figure == "mean" else getattr(one, figure)["R@1"]
-    return found
+    """Return a figure by level, with that of clean where the kind has a level at which nothing changes."""
+    measured = [(one.level, one) for one in result.conditions if one.kind == kind and one.level is not None]
+    if measured and result.clean and kind in KINDS:
+        measured.append((KINDS[kind].clean, result.clean))
+    return {
+        float(level): one.mean if figure == "mean" else getattr(one, figure)["R@1"]
+        for level, one in measured
+        if math.isfinite(level)
+    }
 
 
 def _mean(result: Robustness, like: Condition) -> float | None:

@@ -20,10 +20,12 @@ _NOT_RUNS = (
     "checkpoints",
     "code",
     "export",
+    "inside",
     "logs",
     "profile",
     "results",
     "robustness",
+    "transcripts",
     "wandb",
 )  # below a run or grid
 _NOT_COMPARED = ("run", "seed", "launch.", "wandb.")  # prefixes of keys that do not make configurations different
@@ -49,13 +51,23 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A run and what is known of it."""
+    """A run and what is known of it.
+
+    Attributes:
+        folder: The run folder.
+        name: Its name, unique among the runs.
+        config: Its configuration.
+        records: Of its log.
+        evaluations: Of its model.
+        baselines: By the name of the test data, results that are stored beside the model's own, of `analyze.py text`.
+    """
 
     folder: Path
     name: str
     config: Config
     records: list[dict[str, Any]]
     evaluations: list[Evaluation]
+    baselines: list[tuple[str, Result]]
 
     @property
     def final(self) -> Evaluation | None:
@@ -82,7 +94,10 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for folder, name in zip(found, names, strict=True):
         unique = name if names.count(name) == 1 else f"{folder.resolve().parent.name}/{name}"
-        runs.append(Run(folder, unique, load_run(folder), read_log(folder), _evaluations(folder)))
+        results = load_results(folder)
+        own = [result for result in results if not result.is_baseline]
+        baselines = [(_data_name(result), result) for result in results if result.is_baseline]
+        runs.append(Run(folder, unique, load_run(folder), read_log(folder), _evaluations(folder, own), baselines))
     return runs
 
 
@@ -119,10 +134,9 @@ def _submitted(grid: Path) -> dict[str, int]:
     return {}
 
 
-def _evaluations(run: Path) -> list[Evaluation]:
+def _evaluations(run: Path, results: Sequence[Result]) -> list[Evaluation]:
     """Return the stored results; the final one without ranks where it is older than they are."""
     final = read_json(run / FINAL)
-    results = load_results(run)
     same = [result for result in results if final is not None and _is_same(result, final)]
     evaluations = [
         Evaluation(result.report, _data_name(result), any(result is one for one in same[-1:]), result)
@@ -142,7 +156,9 @@ def _is_same(result: Result, final: dict[str, Any]) -> bool:
 
 
 def _data_name(result: Result) -> str:
-    return f"{result.corpus} {result.split}, shards {result.manifest[:8]}"
+    limit = get(result.report, "baseline", "limit")
+    part = "" if limit is None else f", {limit} of its images"
+    return f"{result.corpus} {result.split}, shards {result.manifest[:8]}{part}"
 
 
 def _unrecorded_data(report: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from shards.media.audio import SAMPLE_RATE, encode_audio
 from toolkit.config.schema import Config
+from toolkit.evaluation.inside.result import save_inside
 from toolkit.evaluation.results import save_result
 from toolkit.run_folder import to_yaml
 
@@ -68,6 +69,29 @@ def write_result(
     report |= sizes | identity | {"protocol": _PROTOCOL, "time": 1.0, "shards": "data"} | more
     save_result(run / "results", report, columns)
     return report
+
+
+def write_baseline(run: Path, **more: Any) -> None:
+    """Write a result of `analyze.py text`."""
+    baseline = {"text": "asr-tiny", "clip": "/models/some-clip", "word_error_rate": 12.34}
+    write_result(run, 7, **{"checkpoint": "asr-tiny-some-clip", "step": None, "baseline": baseline} | more)
+
+
+def write_inside(run: Path, **more: Any) -> None:
+    """Write a result of `analyze.py inside`, without its page."""
+    curve = {name: [0.5, 0.75] for name in ("noised", "right", "other", "none")} | {"ratio": [0.0, 1.0]}
+    identity = {"run": str(run), "shards": "data", "corpus": "scenes", "split": "test", "manifest": "a" * 64}
+    identity |= {"checkpoint": "best", "step": 5, "model": "c" * 64, "protocol": _PROTOCOL, "pictures": PICTURES}
+    values: dict[str, Any] = {
+        "captions": PICTURES * CAPTIONS,
+        "gap": {"centroids": 0.625, "right": 0.25, "wrong": 0.125},
+        "similarity": {"edges": [-1.0, 0.0, 1.0], "right": [1.0, 3.0], "wrong": [9.0, 2.0]},
+        "ranks": {"speech_to_image": {"edges": [1, 2, 6], "counts": [40, 20]}},
+        "hardest": {},
+        "attention": {"reason": "none"},
+        "denoising": {"image": {"loss": "cosine", **curve}},
+    }
+    save_inside(run / "inside/one", identity | values | more, {})
 
 
 def write_examples(run: Path, **query: Any) -> None:

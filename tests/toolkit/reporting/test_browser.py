@@ -8,10 +8,14 @@ import pytest
 from shards.checking.check import check_folder
 from shards.checking.page import write_page
 from tests.shards.checking import damage
+from tests.toolkit import test_analyze
+from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.reporting.browser import CHROMIUM, look
-from tests.toolkit.reporting.run_folders import write_run
-from toolkit import report
+from tests.toolkit.reporting.run_folders import write_baseline, write_inside, write_run
+from toolkit import analyze, report
 from toolkit.reporting.run_report import write_report
+
+folder, run = test_retrieve.folder, test_analyze.run
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 WIDTHS = pytest.mark.parametrize(("width", "dark"), [(1300, False), (400, True)])
@@ -29,8 +33,19 @@ def assert_sound(seen: dict[str, Any], pictures: int, audio: int) -> None:
 @WIDTHS
 def test_the_report_of_several_runs(tmp_path: Path, width: int, dark: bool) -> None:
     runs = [write_run(tmp_path / "whole"), write_run(tmp_path / "less", denoising=0.0)]
+    write_baseline(runs[0])
+    write_inside(runs[1])
     report.main([*map(str, runs), "--out", str(tmp_path / "page.html")])
     assert_sound(look(tmp_path / "page.html", width, dark, tmp_path), 6, 2)
+
+
+def test_the_page_of_analyze_inside(run: Path) -> None:
+    """Eight captions with attention, eight hardest captions, and six pictures with three captions each."""
+    analyze.main(["inside", "--run", str(run), "--limit", "6"])
+    (page,) = run.glob("inside/*/inside.html")
+    seen = look(page, 400, False, run)
+    assert_sound(seen, len(seen["pictures"]), 8 + 8 + 3 * 6)
+    assert len(seen["pictures"]) >= 8 + 8 * 5 + 6
 
 
 def test_the_report_of_a_run(tmp_path: Path) -> None:

@@ -7,7 +7,14 @@ import pytest
 
 from shards.errors import UserError
 from tests.html_page import Page
-from tests.toolkit.reporting.run_folders import PICTURES, write_examples, write_result, write_run
+from tests.toolkit.reporting.run_folders import (
+    PICTURES,
+    write_baseline,
+    write_examples,
+    write_inside,
+    write_result,
+    write_run,
+)
 from toolkit import report
 from toolkit.evaluation.robustness import Condition, Robustness, save_robustness
 from toolkit.reporting import published
@@ -27,9 +34,10 @@ def write_robustness(run: Path, **more: object) -> None:
         modality, unit = (None, "") if level is None else ("speech", "dB")
         return Condition(kind, modality, level, unit, None, ways, ways, mean)
 
-    conditions = (condition("clean", None, 57.5), condition("white", 20.0, 43.25), condition("white", 0.0, 11.5))
+    measured = (condition("clean", None, 57.5), condition("white", 20.0, 43.25), condition("white", 0.0, 11.5))
     protocol = {"limit": None, "seed": 0, "max_seconds": 60.0, "image_size": 32, "resize": "crop"}
-    values = {
+    values: dict[str, object] = {
+        "conditions": measured,
         "corpus": "scenes",
         "split": "test",
         "manifest": "a" * 64,
@@ -38,9 +46,7 @@ def write_robustness(run: Path, **more: object) -> None:
         "model": "c" * 64,
     }
     sizes = {"pictures": PICTURES, "captions": 2 * PICTURES, "augmentation": {"babble": 0.5}}
-    result = Robustness(
-        path=Path(), run=str(run), shards="data", protocol=protocol, conditions=conditions, **values | sizes | more
-    )  # type: ignore[arg-type]
+    result = Robustness(path=Path(), run=str(run), shards="data", protocol=protocol, **values | sizes | more)  # type: ignore[arg-type]
     save_robustness(Robustness(**{**vars(result), "path": run / "robustness/one.json"}))
 
 
@@ -101,6 +107,60 @@ def test_published_figures_are_complete_and_plausible() -> None:
     assert means["CLIP ViT-L/14 on written captions"] is None
 
 
+def test_baselines_by_text_are_no_results_of_the_model(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    alone = page_of(run).words
+    assert "Baselines by text" not in alone
+    write_baseline(run)
+    words = page_of(run).words
+    own, baselines = words.split("Baselines by text")
+    for cell in ("asr-tiny", "some-clip", "12.3"):
+        assert cell in baselines
+        assert cell not in own
+    assert own == alone[: len(own)], "the model's own results have changed"
+    assert baselines.index("asr-tiny") < baselines.index("Configurations over seeds")
+    assert baselines[baselines.index("Configurations over seeds") :] in alone, "a baseline is in another section"
+    write_baseline(run, checkpoint="limited", baseline={"text": "oracle-text", "clip": "c", "limit": 9})
+    whole, part = page_of(run).words.split("scenes test, shards aaaaaaaa, 9 of its images")
+    assert "asr-tiny" in whole
+    assert "oracle-text" not in whole
+    assert "oracle-text" in part
+    for result in (run / "results").glob("*best*"):
+        result.unlink()
+    assert "Without stored results, and so without intervals and tests: run" in page_of(run).words
+
+
+def test_what_is_inside_is_shown_with_the_place_of_its_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "analyze.py inside --run" in page_of(run).words
+    write_inside(run)
+    page = page_of(run)
+    for words in ("centroids 0.625 apart", "image tokens: cosine loss", str(run / "inside/one/inside.html")):
+        assert words in page.words
+    charts = {str(attributes.get("aria-label")) for tag, attributes in page.tags if tag == "svg"}
+    assert {"pairs by cosine, percent", "image tokens: cosine loss"} < charts
+    write_inside(run, denoising={"reason": "no checkpoint"})
+    assert "Denoising was not measured: no checkpoint" in page_of(run).words
+    for damaged in ({"gap": {}}, {"similarity": {"edges": [0]}}, {"denoising": {"image": 5}}, {"ranks": [3]}):
+        write_inside(run, **damaged)
+        with pytest.raises(UserError, match=r"inside\.json is damaged \(.*\): repeat analyze\.py inside"):
+            page_of(run)
+
+
+def test_curves_of_robustness_have_the_clean_level(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    ways = {"R@1": 40.0, "R@5": 90.0, "R@10": 95.0}
+    clean = Condition("clean", None, None, "", None, ways | {"R@1": 80.0}, ways | {"R@1": 90.0}, 85.0)
+    slow, fast = (Condition("speed", "speech", level, "x", None, ways, ways, 40.0) for level in (0.7, 1.3))
+    white = [Condition("white", "speech", level, "dB", None, ways, ways, 40.0) for level in (0.0, 20.0)]
+    write_robustness(run, conditions=(clean, slow, fast, *white))
+    titles = page_of(run).words
+    assert "speech to image, x 1: 80" in titles
+    assert "image to speech, x 1: 90" in titles
+    assert "speech to image, dB 20: 40" in titles
+    assert "dB inf" not in titles, "no ratio is clean"
+
+
 def test_different_test_data_are_named(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "one"), write_run(tmp_path / "other", denoising=0.0, data="b" * 64)]
     words = page_of(*runs).words
@@ -127,6 +187,8 @@ def test_nothing_is_loaded_or_run_whatever_the_files_hold(tmp_path: Path) -> Non
     groups = {EVIL: {EVIL: {"captions": EVIL, "speech_to_image": {"R@1": 5.0}}}, "odd": [1], "x": {"y": EVIL}}
     run = write_run(tmp_path / "a<b>&", corpus=EVIL, checkpoint=EVIL, groups=groups, intervals={"coarse": EVIL})
     write_robustness(run, corpus=EVIL, augmentation={EVIL: 0.5})
+    write_baseline(run, data="b" * 64, baseline={"text": EVIL, "clip": EVIL, "word_error_rate": EVIL}, pictures=EVIL)
+    write_inside(run, corpus=EVIL, checkpoint=EVIL, denoising={"reason": EVIL})
     record = {"step": 9, "loss": 1e999, EVIL: 1.0, "event": EVIL, "examples": "../secret.json"}
     with (run / "log.jsonl").open("a") as file:
         file.write(json.dumps(record) + '\n{"step": 1' + "0" * 400 + ', "loss": 1' + "0" * 400 + "}\n[]\n")

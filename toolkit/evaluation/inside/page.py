@@ -10,7 +10,7 @@ from shards.errors import UserError
 from shards.html.chart import bar_chart, line_chart
 from shards.html.render import data_url, write_html
 from shards.reading.reader import Reader
-from toolkit.evaluation.inside.result import Inside
+from toolkit.evaluation.inside.result import Inside, describe_gap
 
 PAGE = "inside.html"
 _AUDIO = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
@@ -37,7 +37,7 @@ def write_page(result: Inside, reader: Reader) -> Path:
     values = {
         "title": f"Inside {result.run}",
         "subtitle": f"{result.corpus} {result.split}: {size}; checkpoint {result.checkpoint}{step}",
-        "gap": result.gap,
+        "gap": describe_gap(result),
         "charts": distribution_charts(result),
         "denoising": denoising_charts(result),
         "denoising_reason": result.denoising.get("reason"),

@@ -203,7 +203,7 @@ def compare_results(first: Result, second: Result, seed: int = 0) -> list[Differ
 
 
 def matching_results(first: Sequence[Result], second: Sequence[Result]) -> list[tuple[Result, Result]]:
-    """Pairs of results with the same test data, checkpoint name and protocol, the newest of each.
+    """Pairs of results with the same test data, checkpoint name and protocol, the newest of each; no baselines.
 
     Raises:
         UserError: There is no such pair.
@@ -212,10 +212,11 @@ def matching_results(first: Sequence[Result], second: Sequence[Result]) -> list[
     def key(result: Result) -> str:
         return json.dumps([result.manifest, result.split, result.checkpoint, result.protocol], sort_keys=True)
 
-    newest = [{key(result): result for result in results} for results in (first, second)]  # results are oldest first
+    own = [[result for result in results if not result.is_baseline] for results in (first, second)]
+    newest = [{key(result): result for result in results} for results in own]  # results are oldest first
     if pairs := [(one, newest[1][name]) for name, one in newest[0].items() if name in newest[1]]:
         return pairs
-    data = [sorted({f"{one.corpus} {one.split} {one.manifest[:8]}" for one in results}) for results in (first, second)]
+    data = [sorted({f"{one.corpus} {one.split} {one.manifest[:8]}" for one in results}) for results in own]
     if not set(data[0]) & set(data[1]):
         names = [", ".join(each) or "nothing" for each in data]
         raise UserError(f"different test data: evaluated were {names[0]} in the first, {names[1]} in the second")

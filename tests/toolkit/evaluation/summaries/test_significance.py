@@ -1,6 +1,5 @@
 """Intervals and tests against loops over pictures, and against what they are for: coverage and exchangeability."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 
 from shards.errors import UserError
 from tests.toolkit.evaluation.made_results import made, ranks
+from toolkit.evaluation.results import format_results
 from toolkit.evaluation.summaries import significance
 from toolkit.evaluation.summaries.significance import compare, compare_results, intervals, matching_results
 
@@ -125,4 +125,7 @@ def test_results_are_paired_by_data_checkpoint_and_protocol(tmp_path):
         matching_results([other], [older])
     with pytest.raises(UserError, match=r"different test data: .* in the first, .* in the second"):
         matching_results([older], [replace(older, manifest="0" * 64)])
-    json.dumps(older.report)
+    baseline = made(tmp_path / "d", 5, seed=0, baseline={"text": "oracle-text"})
+    with pytest.raises(UserError, match=r"toy test abababab in the first, nothing in the second"):
+        matching_results([older], [baseline])
+    assert "baseline best" in format_results([baseline])
