@@ -90,6 +90,10 @@ class Recorded:
         """Return the file of a rank's output ("out") or errors ("err")."""
         return self.logs / f"{self.submission.id}_{rank}_log.{kind}"
 
+    def result(self, rank: int) -> Path:
+        """Return the file in which submitit records the result of a rank that did not exit by itself."""
+        return self.logs / f"{self.submission.id}_{rank}_result.pkl"
+
 
 def submissions(run: Path) -> list[Recorded]:
     """Return the submissions of a run or grid, oldest first, without unreadable ones."""

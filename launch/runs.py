@@ -147,7 +147,7 @@ def follow(run: Path) -> int:
     recorded = _recorded(run)
     if recorded.submission.members:
         return _follow_members(run)
-    return follow_job(_job(recorded), recorded.folder, recorded.submission.ranks, recorded.logs)
+    return follow_job(_job(recorded), recorded)
 
 
 def _follow_members(grid: Path) -> int:

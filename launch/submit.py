@@ -29,7 +29,7 @@ from launch.job import Job, train_and_evaluate
 from launch.preflight.checks import check_script, data_checks, distinct, job_checks
 from launch.preflight.preview import preview, script, to_be_made
 from launch.profiles import Profile, apply_profile, find_profile
-from launch.record import MEMBERS, Submission
+from launch.record import MEMBERS, Recorded, Submission
 from launch.snapshot import ROOT, snapshot
 from launch.status.follow import Local, Running, Slurm, follow
 from launch.status.state import check_idle
@@ -183,9 +183,10 @@ def run_one(spec: JobSpec, command: list[str], code: Path, member: bool = False)
     file = _write_config(spec)
     folder = file.parent
     (job,) = submit(spec, [_rank_job(spec, file)], folder, code)
-    _record(spec, job.id, command, code, member=member).write(folder)
+    submission = _record(spec, job.id, command, code, member=member)
+    submission.write(folder)
     logger.info("job %s (%s): %d ranks, run %s, logs %s", job.id, spec.cluster, spec.ranks, spec.config.run, folder)
-    return watch(job, folder, spec.ranks) if spec.config.launch.follow else 0
+    return watch(job, Recorded(folder, submission)) if spec.config.launch.follow else 0
 
 
 def run_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Path) -> int:
@@ -262,10 +263,10 @@ def submit(spec: JobSpec, work: Sequence[Job], folder: Path, code: Path) -> list
     return [Slurm(str(job.job_id)) for job in jobs]
 
 
-def watch(job: Running, folder: Path, ranks: int) -> int:
+def watch(job: Running, recorded: Recorded) -> int:
     """Follow a job; an interrupt ends a job of this machine, but not one on a cluster."""
     try:
-        return follow(job, folder, ranks)
+        return follow(job, recorded)
     except KeyboardInterrupt:
         if isinstance(job, Local):
             signal.signal(signal.SIGINT, signal.SIG_IGN)

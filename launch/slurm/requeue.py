@@ -34,7 +34,7 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
 from launch.job import Status, restart_count
 from launch.record import ATTEMPTS, MEMBERS, Attempt, read_attempts
 from launch.slurm.client import SlurmJobState, host_names, job_state, kill_wait, requeue_job
-from launch.status.failure import failure_of, last_line
+from launch.status.failure import Failure, last_line, last_lines
 from shards.errors import ExitCode
 from shards.logs import setup_logging
 
@@ -263,15 +263,17 @@ def _record_failed_starts(
     except OSError as error:
         logger.warning("%s: a rank's status was not written: %s", folder, error.strerror)
     if not_begun:
-        return failure_of(folder, job_id(environment), min(not_begun), restart, logs).how
+        rank = min(not_begun)
+        log = _error_log(logs, environment, rank)
+        return Failure(rank, not_begun[rank], last_lines(log), log, began=False).how
     if not begun and _is_error(code):
         return f"no rank began, srun ended with exit code {code}: {last_line(errors.splitlines())}".removesuffix(": ")
     return None
 
 
-def _error_log(logs: Path, environment: Mapping[str, str]) -> Path:
-    """Return the file of the batch script's errors, and so of srun's: rank 0 writes there as well."""
-    return logs / f"{job_id(environment)}_0_log.err"
+def _error_log(logs: Path, environment: Mapping[str, str], rank: int = 0) -> Path:
+    """Return the file of a rank's errors; that of rank 0 has the batch script's, and so srun's, as well."""
+    return logs / f"{job_id(environment)}_{rank}_log.err"
 
 
 def _errors(folder: Path, restart: int, log: Path) -> str:

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.job import Status
+from launch.record import Attempt, Recorded
 from shards.errors import ExitCode
 
 _TAIL_LINES = 20  # lines of a failed rank's log that are shown
@@ -63,67 +64,53 @@ class Failure:
         return f"rank {self.rank} ended{code} before it began to train" + (f": {why}" if why else "")
 
 
-def current_restart(folder: Path, ranks: int, begun: int = 0) -> int:
-    """Return the restart count of the newest attempt: of the ranks' status files, or `begun`."""
-    return max([begun, *(_restart(status) for _, status in _statuses(folder, ranks))])
+def current_restart(recorded: Recorded, attempts: Sequence[Attempt]) -> int:
+    """Return the restart count of the newest attempt that is recorded, or that a rank has begun."""
+    return max([0, *(each.restart for each in attempts), *map(_restart, _statuses(recorded).values())])
 
 
-def exit_codes(folder: Path, ranks: int, restart: int) -> list[int | None]:
+def exit_codes(recorded: Recorded, restart: int) -> list[int | None]:
     """Return the exit code of each rank of an attempt; None while it runs, or if it recorded none."""
-    codes: list[int | None] = [None] * ranks
-    for rank, status in _statuses(folder, ranks):
-        if _restart(status) == restart:
-            codes[rank] = status["exit"]
-    return codes
+    statuses = {rank: status for rank, status in _statuses(recorded).items() if _restart(status) == restart}
+    return [statuses[rank]["exit"] if rank in statuses else None for rank in range(recorded.submission.ranks)]
 
 
-def first_failure(
-    folder: Path,
-    job_id: str,
-    ranks: int,
-    lost: Callable[[int], bool],
-    gone: bool,
-    restart: int = 0,
-    logs: Path | None = None,
-) -> int | None:
+def first_failure(recorded: Recorded, lost: Callable[[int], bool], gone: bool, restart: int = 0) -> int | None:
     """Return the rank that failed first; None if none failed.
 
     A rank that was killed records no exit code, and the others notice only afterwards: it comes before them. Ranks that
     were stopped by a signal, or whose connection broke, come after one with another error.
 
     Args:
-        folder: Folder of the ranks' status files.
-        job_id: Job number in submitit's file names.
-        ranks: Number of ranks.
+        recorded: Submission of the job.
         lost: Returns whether this process has died.
         gone: Whether the job has ended.
         restart: Restart count of the attempt; files of other attempts are ignored.
-        logs: Folder of submitit's files, if that is another one.
     """
     failures: list[tuple[bool, float, int]] = []
-    statuses = dict(_statuses(folder, ranks))
-    for rank in range(ranks):
+    statuses = _statuses(recorded)
+    for rank in range(recorded.submission.ranks):
         status = statuses.get(rank)
         if status is None or _restart(status) != restart:
             # It failed to start, and submitit recorded why. Or no node ever ran it.
-            if status is None and ((logs or folder) / f"{job_id}_{rank}_result.pkl").exists():
+            if status is None and recorded.result(rank).exists():
                 failures.append((False, 0.0, rank))
             elif gone:
                 failures.append((True, math.inf, rank))
         elif status["exit"]:
             failures.append((status["exit"] in (ExitCode.PEER_LOST, ExitCode.REQUEUE), status["time"], rank))
-        elif status["exit"] is None and lost(status["pid"]) and exit_codes(folder, ranks, restart)[rank] is None:
+        elif status["exit"] is None and lost(status["pid"]) and exit_codes(recorded, restart)[rank] is None:
             failures.append((False, 0.0, rank))
         elif status["exit"] is None and gone:
             failures.append((False, math.inf, rank))
     return min(failures)[2] if failures else None
 
 
-def failure_of(folder: Path, job_id: str, rank: int, restart: int = 0, logs: Path | None = None) -> Failure:
+def failure_of(recorded: Recorded, rank: int, restart: int = 0) -> Failure:
     """Read how a rank failed; arguments as of `first_failure`."""
-    status = Status(folder, rank).read()
+    status = Status(recorded.folder, rank).read()
     code = status["exit"] if status and _restart(status) == restart else None
-    log = (logs or folder) / f"{job_id}_{rank}_log.err"
+    log = recorded.log(rank, "err")
     lines = last_lines(log)
     began = status.get("began", True) if status else not lines
     return Failure(rank, code, lines, log, began)
@@ -157,11 +144,10 @@ def last_line(lines: Sequence[str]) -> str:
     return next((line for line in reversed(lines) if line.strip() and not _STEP.match(line)), "")
 
 
-def _statuses(folder: Path, ranks: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    for rank in range(ranks):
-        status = Status(folder, rank).read()
-        if status is not None:
-            yield rank, status
+def _statuses(recorded: Recorded) -> dict[int, dict[str, Any]]:
+    """Return what the ranks wrote last, without those that wrote nothing."""
+    statuses = {rank: Status(recorded.folder, rank).read() for rank in range(recorded.submission.ranks)}
+    return {rank: status for rank, status in statuses.items() if status is not None}
 
 
 def _restart(status: dict[str, Any]) -> int:

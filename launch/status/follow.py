@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launch.job import Status
-from launch.record import Attempt, ended_for_good, read_attempts
+from launch.record import Attempt, Recorded, ended_for_good, read_attempts
 from launch.slurm.client import queue_state
 from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 from shards.errors import ExitCode
@@ -129,7 +129,7 @@ class Slurm:
         return False
 
 
-def follow(job: Running, folder: Path, ranks: int, logs: Path | None = None) -> int:
+def follow(job: Running, recorded: Recorded) -> int:
     """Print rank 0's log as it grows, and the job's restarts, until the job ends for good.
 
     When a rank of a job of this machine fails, the others are ended. On SLURM srun does that, and the job may be
@@ -137,34 +137,31 @@ def follow(job: Running, folder: Path, ranks: int, logs: Path | None = None) -> 
 
     Args:
         job: The submitted job.
-        folder: Folder of the ranks' status files.
-        ranks: Number of ranks.
-        logs: Folder of the ranks' logs, if that is another one.
+        recorded: Its submission.
 
     Returns:
         0 if every rank succeeded, else the `ExitCode` of a user error or of a saved run, else the exit code of the rank
         that failed first.
     """
-    logs = logs or folder
-    log, printer, gone_at = Log(logs / f"{job.id}_0_log.out"), AttemptPrinter(job.id), None
+    log, printer, gone_at = Log(recorded.log(0)), AttemptPrinter(job.id), None
     while True:
         alive = job.alive()  # queried before the log is read, which is complete once the job has ended
         log.show()
-        attempts = read_attempts(folder)
+        attempts = read_attempts(recorded.folder)
         printer.show(attempts)
-        restart = current_restart(folder, ranks, attempts[-1].restart if attempts else 0)
-        if all(code == 0 for code in exit_codes(folder, ranks, restart)):
+        restart = current_restart(recorded, attempts)
+        if all(code == 0 for code in exit_codes(recorded, restart)):
             log.show(to_the_end=True)
             return 0
         gone_at = None if alive else gone_at or time.monotonic()
         files_complete = gone_at is not None and (isinstance(job, Local) or time.monotonic() - gone_at > _FILE_DELAY)
         gone = files_complete or ended_for_good(attempts)
-        failed = first_failure(folder, job.id, ranks, job.lost, gone, restart, logs)
+        failed = first_failure(recorded, job.lost, gone, restart)
         if failed is not None and (gone or isinstance(job, Local)):
             if isinstance(job, Local):
                 job.end()
             log.show(to_the_end=True)
-            return _report_failure(failure_of(folder, job.id, failed, restart, logs), attempts)
+            return _report_failure(failure_of(recorded, failed, restart), attempts)
         time.sleep(_POLL_INTERVAL)
 
 

@@ -187,11 +187,9 @@ def _run_state(run: Path, recorded: Recorded | None, jobs: dict[str, SlurmJob]) 
 
 def _job_state(recorded: Recorded, job: SlurmJob | None) -> tuple[str, str, Failure | None]:
     """Return state, reason and failure of a submission's job."""
-    folder, submission = recorded.folder, recorded.submission
-    attempts = read_attempts(folder)
-    restart = current_restart(folder, submission.ranks, attempts[-1].restart if attempts else 0)
-    codes = exit_codes(folder, submission.ranks, restart)
-    if all(code == 0 for code in codes):
+    attempts = read_attempts(recorded.folder)
+    restart = current_restart(recorded, attempts)
+    if all(code == 0 for code in exit_codes(recorded, restart)):
         return "done", "", None
     if job and job.alive:
         restarting = attempts[-1].why if attempts and attempts[-1].requeued and job.state == "PENDING" else ""
@@ -200,8 +198,8 @@ def _job_state(recorded: Recorded, job: SlurmJob | None) -> tuple[str, str, Fail
     if _runs_here(recorded):
         return "running", "", None
     gone = job is not None or _is_here(recorded) or ended_for_good(attempts)
-    rank = first_failure(folder, submission.id, submission.ranks, lambda pid: False, gone, restart, recorded.logs)
-    failure = None if rank is None else failure_of(folder, submission.id, rank, restart, recorded.logs)
+    rank = first_failure(recorded, lambda pid: False, gone, restart)
+    failure = None if rank is None else failure_of(recorded, rank, restart)
     if gone:
         return _ended_state(attempts, job, failure)
     return _state_from_folder(recorded, attempts, failure)

@@ -14,6 +14,7 @@ import pytest
 from launch.executor import JobSpec
 from launch.job import Job, Status
 from launch.profiles import Profile
+from launch.record import Recorded, Submission
 from launch.snapshot import ROOT, snapshot
 from launch.submit import _rank_job, expand_short_options, main, submit, watch
 from shards.errors import UserError
@@ -70,7 +71,7 @@ def launch(kind, folder):
     spec = JobSpec("local", Config(run=str(folder)), Profile(), 2)
     work = kind(str(folder / "none.yaml"), str(folder), _free_port())
     (job,) = submit(spec, [work], folder, snapshot(folder))
-    return job, watch(job, folder, 2)
+    return watch(job, Recorded(folder, Submission(job.id, "local", str(folder), 1, 2, [])))
 
 
 def processes(folder):
@@ -80,7 +81,7 @@ def processes(folder):
 
 
 def test_two_ranks_meet(tmp_path, capfd):
-    _, code = launch(Sum, tmp_path)
+    code = launch(Sum, tmp_path)
     out, err = capfd.readouterr()
     assert (code, err) == (0, ""), err
     assert out == "sum 3 over 2 ranks\n"
@@ -96,7 +97,7 @@ def test_two_ranks_meet(tmp_path, capfd):
 )
 def test_failing_rank_ends_the_others(tmp_path, capfd, kind, code, shown):
     start = time.monotonic()
-    _, status = launch(kind, tmp_path)
+    status = launch(kind, tmp_path)
     err = capfd.readouterr().err
     assert status == code, err
     assert shown in err

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.job import Status
-from launch.record import read_attempts
+from launch.record import Recorded, Submission, read_attempts
 from launch.slurm.requeue import SlurmJobState, begin, decide, end, member_folder, newest_step, setup_lines, srun_exits
 from launch.status.failure import failure_of, first_failure
 from shards.errors import ExitCode
@@ -186,9 +186,9 @@ def test_a_rank_that_fails_before_it_begins_is_not_restarted(tmp_path, scontrol,
     [only] = read(folder)
     assert (only["cause"], only["requeued"]) == ("failed", False)
     assert only["why"] == f"rank {rank} {why}: no restart"
-    failed = first_failure(folder, "7", 4, lambda pid: False, True)
-    assert failed == rank
-    assert failure_of(folder, "7", failed).how == f"rank {rank} {why}"
+    recorded = Recorded(folder, Submission("7", "slurm", "run", 2, 4, []))
+    assert first_failure(recorded, lambda pid: False, True) == rank
+    assert failure_of(recorded, rank).how == f"rank {rank} {why}"
 
 
 def test_an_earlier_attempt_is_not_reported_again(tmp_path, scontrol):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from launch.job import Status
-from launch.record import ATTEMPTS
+from launch.record import ATTEMPTS, Recorded, Submission
 from launch.status.failure import failure_of, first_failure, last_lines
 from launch.status.follow import Log, Slurm, follow
 from shards.errors import ExitCode
@@ -20,6 +20,10 @@ class QueuedJob(Slurm):
 
     def alive(self):
         return self.in_queue
+
+
+def recorded(folder, ranks, logs=None):
+    return Recorded(folder, Submission("5", "slurm", "run", 1, ranks, [], logs=str(logs or "")))
 
 
 def rank(folder, number, code=None, restart=0, when=1.0):
@@ -42,7 +46,8 @@ def followed(folder, story, ranks=2, logs=None):
     """Follow a job while `story` writes what it leaves; the exit code and the job."""
     job = QueuedJob("5")
     codes = []
-    thread = threading.Thread(target=lambda: codes.append(follow(job, folder, ranks, logs)), daemon=True)
+    of_job = recorded(folder, ranks, logs)
+    thread = threading.Thread(target=lambda: codes.append(follow(job, of_job)), daemon=True)
     thread.start()
     story(job, lambda: codes)
     thread.join(30)
@@ -226,7 +231,7 @@ def test_the_rank_that_failed_first(tmp_path):
     alive = {1: False}
 
     def failed(ranks=3, gone=False, restart=0):
-        return first_failure(tmp_path, "5", ranks, lambda pid: not alive[pid], gone, restart)
+        return first_failure(recorded(tmp_path, ranks), lambda pid: not alive[pid], gone, restart)
 
     assert failed() is None
     assert failed(gone=True) == 0
@@ -258,4 +263,4 @@ def test_the_end_of_a_log_without_one(tmp_path):
     log.write_text("".join(f"{number}\n" for number in range(100_000)))
     assert last_lines(log) == [str(number) for number in range(99_980, 100_000)]
     assert last_lines(tmp_path / "none") == []
-    assert failure_of(tmp_path, "5", 3).how == "rank 3 was killed, or ran out of memory or time"
+    assert failure_of(recorded(tmp_path, 4), 3).how == "rank 3 was killed, or ran out of memory or time"
