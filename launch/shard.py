@@ -29,7 +29,6 @@ _DEFAULT_JOBS = 4  # processes and cores of a part on a cluster
 _MAX_PARTS = 10_000
 _POLL_INTERVAL = 2.0  # seconds between queries of the queue
 _FILE_DELAY = 15.0  # seconds that a shared disk may take to show the last files of a job that has ended
-_TAIL_LINES = 20  # lines of a failed part's log that are shown
 
 
 def build_parser() -> Parser:
@@ -256,14 +255,15 @@ def _exit_code(path: Path) -> int | None:
 
 def _report_failure(log: Path, code: int | None) -> int:
     """Log why a part or the merge failed, with the end of its log; return its exit code."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    from launch.status.failure import Failure, last_lines
+
+    failure = Failure(0, code, last_lines(log), log)
+    if failure.user_error:
+        logger.error("%s", failure.user_error.removeprefix("error: "))
+        return ExitCode.USER_ERROR
     name = "the merge" if log.stem == "merge" else f"part {log.stem}"
-    errors = [line for line in lines if line.startswith("error: ")]
-    if code == ExitCode.USER_ERROR and errors:
-        logger.error("%s", errors[-1].removeprefix("error: "))
-        return code
     how = "was killed or never started" if code is None else f"failed with exit code {code}"
-    print("\n".join(lines[-_TAIL_LINES:]), file=sys.stderr)
+    print("\n".join(failure.lines), file=sys.stderr)
     logger.error("%s %s; the same command continues; its log is %s", name, how, log)
     return code or ExitCode.ERROR
 
