@@ -13,18 +13,19 @@ import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.record import Recorded, newest
+from launch.slurm.client import cancel_jobs
+from launch.status.follow import Controller, Local, Slurm
+from launch.status.follow import follow as follow_job
+from launch.status.state import ENDED, RunState, find_runs, run_states
+from launch.status.tables import result_table, result_values, status_table, status_values
 from shards.errors import Parser, UserError, run_main
 from shards.logs import add_log_level, setup_logging
-
-if TYPE_CHECKING:
-    from launch.record import Recorded
-    from launch.status.follow import Local, Slurm
-    from launch.status.state import RunState
+from toolkit.config.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def status(folders: Sequence[Path], as_json: bool = False) -> None:
     """Print the states of runs."""
-    from launch.status.state import find_runs, run_states
-    from launch.status.tables import status_table, status_values
-
     runs = list(dict.fromkeys(run for folder in folders for run in find_runs(folder)))
     states = run_states(runs)
     print(json.dumps([status_values(state) for state in states], indent=1) if as_json else status_table(states))
@@ -92,8 +90,6 @@ def status(folders: Sequence[Path], as_json: bool = False) -> None:
 
 def table(grid: Path, as_json: bool = False) -> None:
     """Print the results of a sweep so far."""
-    from launch.status.tables import result_table, result_values
-
     states = member_states(grid)
     if as_json:
         print(json.dumps([result_values(state, grid) for state in states], indent=1))
@@ -120,15 +116,12 @@ def wandb(run: Path, mode: str | None = None, dry_run: bool = False) -> None:
         print(f"to upload it: wandb sync {done.folder}")
 
 
-def member_states(grid: Path) -> "list[RunState]":
+def member_states(grid: Path) -> list[RunState]:
     """Return the states of a sweep's members, in its order; of another folder, of the runs in it.
 
     Raises:
         UserError: The folder has no runs.
     """
-    from launch.record import newest
-    from launch.status.state import find_runs, run_states
-
     last = newest(grid)
     if last and last.submission.members:
         members = last.submission.members
@@ -142,8 +135,6 @@ def follow(run: Path) -> int:
     Returns:
         Exit code of the run; of a sweep 0, or 1 if a member failed.
     """
-    from launch.status.follow import follow as follow_job
-
     recorded = _recorded(run)
     if recorded.submission.members:
         return _follow_members(run)
@@ -151,9 +142,6 @@ def follow(run: Path) -> int:
 
 
 def _follow_members(grid: Path) -> int:
-    from launch.status.state import ENDED
-    from launch.status.tables import result_table
-
     shown: dict[Path, str] = {}
     while True:
         states = member_states(grid)
@@ -174,10 +162,6 @@ def cancel(run: Path) -> None:
     Raises:
         UserError: Nothing runs, or it cannot be cancelled from this machine.
     """
-    from launch.slurm.client import cancel_jobs
-    from launch.status.follow import Local
-    from launch.status.state import ENDED
-
     recorded = _recorded(run)
     job = _job(recorded)
     if isinstance(job, Local):
@@ -198,7 +182,7 @@ def cancel(run: Path) -> None:
     logger.info("%s: job %s is being cancelled; the ranks save first", run, ", ".join(ids))
 
 
-def _cancel_here(run: Path, recorded: "Recorded", job: "Local") -> None:
+def _cancel_here(run: Path, recorded: Recorded, job: Local) -> None:
     """Signal the ranks of this machine to save and exit; kill them after a timeout."""
     if not job.alive():
         raise UserError(f"{run}: job {job.id} has ended already")
@@ -238,8 +222,6 @@ def _member_command(config: Path) -> list[str]:
 
     The launch section is given as options, so that no profile fills it in again.
     """
-    from toolkit.config.yaml_files import read_yaml
-
     launch = read_yaml(config).get("launch") or {}
     words = [
         f"--launch.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in launch.items()
@@ -247,23 +229,19 @@ def _member_command(config: Path) -> list[str]:
     return ["--config", str(config), *words]
 
 
-def _recorded(run: Path) -> "Recorded":
-    from launch.record import newest
-
+def _recorded(run: Path) -> Recorded:
     last = newest(run)
     if last is None:
         raise UserError(f"{run}: no submission is recorded there (no logs/*/submission.json)")
     return last
 
 
-def _job(recorded: "Recorded") -> "Local | Slurm":
+def _job(recorded: Recorded) -> Local | Slurm:
     """Return a recorded job as one that can be followed and cancelled.
 
     Raises:
         UserError: It belongs to another machine.
     """
-    from launch.status.follow import Controller, Local, Slurm
-
     submission = recorded.submission
     if submission.cluster == "slurm":
         return Slurm(submission.id)

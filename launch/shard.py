@@ -19,8 +19,16 @@ from typing import Any
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.executor import choose_cluster, environment_lines, leave_job, minutes
+from launch.profiles import apply_profile, find_profile
+from launch.slurm.client import cancel_jobs, find_jobs, submit_script
+from launch.slurm.sbatch_options import directive, merge_options, with_gpus
+from launch.snapshot import ROOT, snapshot
+from launch.status.failure import Failure, last_lines
+from launch.submit import new_folder
 from shards.errors import ExitCode, Parser, UserError, run_main
 from shards.logs import add_log_level, setup_logging
+from toolkit.config.schema import Config, Launch
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: An option is invalid, or the cluster is not usable.
         SystemExit: With 0 once the shards are written, else the exit code of the part that failed first.
     """
-    from launch.executor import choose_cluster, leave_job
-    from launch.snapshot import ROOT
-    from toolkit.config.schema import Launch
-
     options, words = build_parser().parse_known_args(arguments)
     setup_logging(options.log_level)
     if not 1 <= options.parts <= _MAX_PARTS:
@@ -99,7 +103,7 @@ def check_words(words: Sequence[str]) -> Namespace:
     Raises:
         UserError: One is invalid, or contradicts --parts.
     """
-    from toolkit.make_shards import build_parser as parser_of_make_shards
+    from toolkit.make_shards import build_parser as parser_of_make_shards  # numpy, which slows --help down
 
     parsed = parser_of_make_shards().parse_args(words)
     if parsed.corpus == "merge":
@@ -132,10 +136,6 @@ def on_slurm(options: Namespace, words: Sequence[str], parsed: Namespace) -> int
     Raises:
         UserError: SLURM refuses a job.
     """
-    from launch.slurm.client import cancel_jobs, submit_script
-    from launch.snapshot import snapshot
-    from launch.submit import new_folder
-
     root = log_root(parsed.out)
     code, folder = snapshot(root), new_folder(root)
     files = folder / "parts.sh", folder / "merge.sh"
@@ -167,8 +167,6 @@ def scripts(options: Namespace, words: Sequence[str], parsed: Namespace, folder:
         folder: Folder of the logs and exit codes.
         code: Folder of the packages that the nodes run.
     """
-    from launch.slurm.sbatch_options import directive, merge_options
-
     jobs = parsed.jobs if any(word.partition("=")[0] == "--jobs" for word in words) else _DEFAULT_JOBS
     limit = f"%{options.array}" if options.array else ""
     common = {"job-name": f"shards-{parsed.out.name}", "open-mode": "append", "requeue": True}
@@ -190,11 +188,6 @@ def scripts(options: Namespace, words: Sequence[str], parsed: Namespace, folder:
 
 def _resources(options: Namespace) -> tuple[dict[str, Any], list[str], str]:
     """Return options of sbatch for both jobs, the lines before their command, and their python."""
-    from launch.executor import environment_lines, minutes
-    from launch.profiles import apply_profile, find_profile
-    from launch.slurm.sbatch_options import with_gpus
-    from toolkit.config.schema import Config, Launch
-
     names = ("partition", "account", "qos", "constraint", "time")
     given = {name: value for name in (*names, "profile") if (value := getattr(options, name)) is not None}
     launch = Launch(**given)
@@ -222,8 +215,6 @@ def follow(folder: Path, count: int, parts: str, merge: str) -> int:
     Returns:
         0, or the exit code of the first that failed.
     """
-    from launch.slurm.client import find_jobs
-
     names = [str(number) for number in range(1, count + 1)]
     shown, gone_at = "", None
     while True:
@@ -255,8 +246,6 @@ def _exit_code(path: Path) -> int | None:
 
 def _report_failure(log: Path, code: int | None) -> int:
     """Log why a part or the merge failed, with the end of its log; return its exit code."""
-    from launch.status.failure import Failure, last_lines
-
     failure = Failure(0, code, last_lines(log), log)
     if failure.user_error:
         logger.error("%s", failure.user_error.removeprefix("error: "))

@@ -16,6 +16,7 @@ from pathlib import Path
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch import runs
 from launch.executor import (
     JobSpec,
     allocated_cores,
@@ -33,6 +34,7 @@ from launch.record import MEMBERS, Recorded, Submission
 from launch.snapshot import ROOT, snapshot
 from launch.status.follow import Local, Running, Slurm, follow
 from launch.status.state import check_idle
+from launch.sweep import expand
 from shards.errors import ExitCode, UserError, run_main
 from toolkit.config.load import Parser, parse
 from toolkit.config.schema import Config
@@ -123,8 +125,6 @@ def members(config: Config, options: argparse.Namespace, words: list[str]) -> li
     """
     if not (options.grid or options.sweep):
         return [config]
-    from launch.sweep import expand
-
     name, configs = config.launch.name or Path(config.run).name, []
     for member in expand(options.grid or {}, options.sweep):
         names = [f"--run={Path(config.run) / member.name}", f"--launch.name={name}"]
@@ -195,11 +195,9 @@ def run_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Path)
     Returns:
         0, or 1 if a member failed.
     """
-    from launch.runs import table
-
     waiting = [replace(job, config=replace(job.config, launch=replace(job.config.launch, follow=True))) for job in jobs]
     codes = [run_one(job, command, code, member=True) for job in waiting]
-    table(run)
+    runs.table(run)
     return int(any(codes))
 
 
@@ -224,10 +222,8 @@ def submit_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Pa
     if not jobs[0].config.launch.follow:
         logger.info("results so far: python launch/runs.py table %s", run)
         return 0
-    from launch.runs import follow as follow_members
-
     try:
-        return follow_members(run)
+        return runs.follow(run)
     except KeyboardInterrupt:
         logger.warning("job %s is still running; scancel %s ends it", array, array)
         raise

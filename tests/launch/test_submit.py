@@ -194,8 +194,8 @@ def test_make_shards_failure_passes_on(tmp_path):
     ("module", "call", "heavy"),
     [
         ("submit", "", "torch transformers deepspeed submitit numpy"),
-        ("runs", "module.build_parser().format_help()", "torch numpy yaml submitit toolkit"),
-        ("shard", "module.build_parser().format_help()", "torch numpy yaml submitit toolkit"),
+        ("runs", "module.build_parser().format_help()", "torch numpy submitit"),
+        ("shard", "module.build_parser().format_help()", "torch numpy submitit"),
         ("slurm.requeue", "", "torch numpy yaml submitit"),
     ],
 )
