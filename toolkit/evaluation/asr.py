@@ -10,7 +10,8 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +21,11 @@ from urllib.parse import quote
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from shards.errors import UserError
-from shards.files import read_records
+from shards.files import read_object, read_records
 from shards.manifest import Manifest
 from shards.media.audio import SAMPLE_RATE
 from shards.media.picture import MAX_STORED_PIXELS
@@ -36,12 +38,14 @@ from toolkit.evaluation.recall import summarize_recall
 from toolkit.evaluation.results import FOLDER as RESULTS
 from toolkit.evaluation.results import Result, save_result
 from toolkit.evaluation.retrieve import Retrieval
+from toolkit.model.trunk import quiet
 
 if TYPE_CHECKING:
     from PIL import Image
 
 POCKETSPHINX = "pocketsphinx"
 _BATCH, _CANDIDATES = 64, 10
+_WHISPER_SECONDS = 30  # of its input
 
 Recognizer = Callable[[np.ndarray], str]  # from float32 [n] at 16 kHz to text
 
@@ -73,14 +77,23 @@ def load_recognizer(name: str, device: torch.device) -> Recognizer:
             return hypothesis.hypstr if hypothesis else ""
 
         return recognize
-    _check_folder("--recognizer", name)
     from transformers import pipeline
 
-    try:
-        speech_to_text: Any = pipeline("automatic-speech-recognition", model=name, device=device)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"--recognizer {name}: not a model of speech recognition: {_line(error)}") from None
-    return lambda wave: str(speech_to_text({"raw": wave, "sampling_rate": SAMPLE_RATE})["text"]).strip()
+    with _loading("--recognizer", name, "a model of speech recognition"):
+        speech_to_text: Any = pipeline(
+            "automatic-speech-recognition", model=name, device=device, trust_remote_code=False
+        )
+        saved_as = speech_to_text.model.config.architectures
+        if saved_as and type(speech_to_text.model).__name__ not in saved_as:
+            raise ValueError(f"{saved_as[0]} has no head for it")
+
+    def transcribe_one(wave: np.ndarray) -> str:
+        # Whisper transcribes more than 30 s in parts, which it tells apart by its timestamps.
+        parts = speech_to_text.type == "seq2seq_whisper" and len(wave) > _WHISPER_SECONDS * SAMPLE_RATE
+        options = {"return_timestamps": True} if parts else {}
+        return str(speech_to_text({"raw": wave, "sampling_rate": SAMPLE_RATE}, **options)["text"]).strip()
+
+    return transcribe_one
 
 
 @dataclass(frozen=True)
@@ -106,17 +119,18 @@ class TextImageModel:
         Raises:
             UserError: There is no such folder, or it holds no such model.
         """
-        _check_folder("--clip", folder)
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        try:
-            model = AutoModel.from_pretrained(folder).eval().to(device)
-            tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+        with _loading("--clip", folder, "a text-image model such as CLIP"):
+            safe: dict[str, Any] = {"trust_remote_code": False}
+            model, loaded = AutoModel.from_pretrained(folder, output_loading_info=True, **safe)
             if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
                 raise ValueError(f"{type(model).__name__} embeds no texts and images")
-            return cls(model, tokenizer, processor, int(model.config.vision_config.image_size))
-        except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-            raise UserError(f"--clip {folder}: not a text-image model: {_line(error)}") from None
+            if loaded["missing_keys"]:
+                raise ValueError(f"{len(loaded['missing_keys'])} weights are missing")
+            tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+            processor = AutoImageProcessor.from_pretrained(folder, **safe)
+            return cls(model.eval().to(device), tokenizer, processor, int(model.config.vision_config.image_size))
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -146,13 +160,28 @@ def _embedding(output: Any) -> Tensor:
     return F.normalize(features.float(), dim=-1)
 
 
-def _check_folder(option: str, name: str) -> None:
-    if not Path(name).is_dir():
-        raise UserError(f"{option} {name}: no such folder")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+@contextmanager
+def _loading(option: str, folder: str, expected: str) -> Iterator[None]:
+    """Turn what transformers raises for a folder of another kind into one line that names the kind."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{option} {folder}: no such folder")
+    try:
+        with quiet():
+            yield
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        ImportError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        kind = read_object(Path(folder) / "config.json").get("model_type")
+        found = f"a model of the kind {str(kind)[:40]!r}" if kind else "no model of transformers"
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{option} {folder}: expected {expected}, but it holds {found}: {line[:160]}") from None
 
 
 def read_image(source: Source, index: int) -> "Image.Image":

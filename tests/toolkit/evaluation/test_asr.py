@@ -12,16 +12,23 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
 )
 
 from shards.errors import UserError
+from shards.files import read_records
 from shards.manifest import load
-from shards.media.audio import read_audio
+from shards.media.audio import SAMPLE_RATE, decode_audio, read_audio
+from shards.reading.reader import Reader
 from tests.toolkit import test_analyze
 from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.evaluation.test_retrieve import CPU, settings
@@ -70,6 +77,36 @@ def recognizer(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory):
+    """A Whisper that writes some of the letters a to h."""
+    out = tmp_path_factory.mktemp("models") / "tiny-whisper"
+    vocabulary = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[])
+    words = "startoftranscript", "en", "transcribe", "translate", "nospeech", "notimestamps"
+    tokenizer.add_tokens([f"<|{word}|>" for word in words], special_tokens=True)
+    tokenizer.add_tokens([f"<|{n * 0.02:.2f}|>" for n in range(1501)])
+    tokenizer.save_pretrained(out)
+    WhisperFeatureExtractor().save_pretrained(out)
+    number = {word: tokenizer.convert_tokens_to_ids(f"<|{word}|>") for word in ("endoftext", *words)}
+    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), number["endoftext"])
+    ends["decoder_start_token_id"] = number["startoftranscript"]
+    sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 32) | {"max_target_positions": 64}
+    sizes |= dict.fromkeys(
+        ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1
+    )
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(WhisperConfig(vocab_size=len(tokenizer), **sizes, **ends))
+    model.model.decoder.embed_tokens.weight.data[[vocabulary[letter] for letter in "abcdefgh"]] *= 100
+    tasks = {task: number[task] for task in ("transcribe", "translate")}
+    model.generation_config = GenerationConfig(
+        **ends, max_length=20, is_multilingual=True, lang_to_id={"<|en|>": number["en"]}, task_to_id=tasks,
+        no_timestamps_token_id=number["notimestamps"], return_timestamps=False, max_initial_timestamp_index=50,
+    )  # fmt: skip
+    model.save_pretrained(out)
+    return out
+
+
 def text(run, clip, *arguments):
     analyze.main(["text", "--run", str(run), "--clip", str(clip), *map(str, arguments)])
 
@@ -97,6 +134,25 @@ def test_recall_by_text_equals_loops_and_stands_beside_other_results(run, folder
     assert f"word error rate of tiny-asr: {rate:.1f} %" in printed
     assert "oracle-text-tiny-clip" in printed
     assert len(oracle.ranks("speech_to_image").ahead) == len(hits)
+
+
+def test_whisper_writes_what_its_own_generation_does_also_beyond_30_seconds(run, folder, clip, whisper):
+    text(run, clip, "--recognizer", whisper, "--limit", "3")
+    (path,) = (run / "transcripts").iterdir()
+    written = {each["caption"]: each["text"] for each in read_records(path)}
+    assert "asr-tiny-whisper-tiny-clip-limit-3" in [result.checkpoint for result in load_results(run)]
+    model = WhisperForConditionalGeneration.from_pretrained(whisper)
+    tokenizer, extractor = WhisperTokenizer.from_pretrained(whisper), WhisperFeatureExtractor.from_pretrained(whisper)
+    reader = Reader(load(folder))
+    for row, said in written.items():
+        wave = decode_audio(reader.audio(row))[:SAMPLE_RATE]  # the run's evaluation.max_seconds are 1 s
+        features = extractor(wave, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        (tokens,) = model.generate(features)
+        assert said == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert set(said) <= set("abcdefgh")
+        assert said
+    long = np.random.default_rng(0).standard_normal(31 * SAMPLE_RATE).astype(np.float32)
+    assert len(load_recognizer(str(whisper), CPU)(long)) > 20, "only the first of two parts"
 
 
 def test_transcripts_that_are_known_are_not_recognized_again(folder, tmp_path):
@@ -147,14 +203,34 @@ def test_pocketsphinx_recognizes_speech(tmp_path):
     ("arguments", "message"),
     [
         (["--clip", "/nowhere"], r"--clip /nowhere: no such folder"),
-        (["--clip", "FOLDER"], r"--clip .*: not a text-image model: "),
+        (["--clip", "FOLDER"], r"--clip .*: expected a text-image model such as CLIP, but it holds no model of trans"),
+        (["--clip", "WHISPER"], r"--clip .*: expected a text-image model .* holds a model of the kind 'whisper': "),
+        (["--clip", "TORN"], r"--clip .*: expected a text-image model .* holds a model of the kind 'clip': "),
+        (
+            ["--clip", "CLIP", "--recognizer", "CLIP"],
+            r"--recognizer .*: expected a model of speech recog.* kind 'clip'",
+        ),
+        (
+            ["--clip", "CLIP", "--recognizer", "HEADLESS"],
+            r"--recognizer .* 'wav2vec2': Wav2Vec2Model has no head for it",
+        ),
         (["--clip", "CLIP", "--recognizer", "/nowhere"], r"--recognizer /nowhere: no such folder"),
-        (["--clip", "CLIP", "--recognizer", "FOLDER"], r"--recognizer .*: not a model of speech recognition: "),
+        (
+            ["--clip", "CLIP", "--recognizer", "FOLDER"],
+            r"--recognizer .*: expected a model of speech recognition, .* no model ",
+        ),
     ],
 )
-def test_mistakes_are_one_line(run, clip, tmp_path, arguments, message):
+def test_mistakes_are_one_line(run, clip, recognizer, whisper, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
-    places = {"FOLDER": str(tmp_path / "empty"), "CLIP": str(clip)}
+    places = {"FOLDER": str(tmp_path / "empty"), "CLIP": str(clip), "WHISPER": str(whisper)}
+    if "TORN" in arguments:
+        places["TORN"] = str(shutil.copytree(clip, tmp_path / "torn"))
+        weights = tmp_path / "torn" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    if "HEADLESS" in arguments:
+        places["HEADLESS"] = str(shutil.copytree(recognizer, tmp_path / "headless"))
+        Wav2Vec2ForCTC.from_pretrained(recognizer).wav2vec2.save_pretrained(tmp_path / "headless")
     with pytest.raises(UserError, match=message) as caught:
         analyze.main(["text", "--run", str(run), *(places.get(word, word) for word in arguments)])
     assert "\n" not in str(caught.value)
