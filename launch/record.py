@@ -91,7 +91,7 @@ class Recorded:
         return self.logs / f"{self.submission.id}_{rank}_log.{kind}"
 
     def result(self, rank: int) -> Path:
-        """Return the file in which submitit records the result of a rank that did not exit by itself."""
+        """Return the file in which submitit records a rank's result, or why it failed to start."""
         return self.logs / f"{self.submission.id}_{rank}_result.pkl"
 
 

@@ -160,6 +160,9 @@ def on_slurm(options: Namespace, words: Sequence[str], parsed: Namespace) -> int
 def scripts(options: Namespace, words: Sequence[str], parsed: Namespace, folder: Path, code: Path) -> tuple[str, str]:
     """Return the batch scripts of the parts and of the merge.
 
+    As jobs of submit's executor, parts would be steps of srun, in the container of its options, and restarted at the
+    time limit.
+
     Args:
         options: Options of this command.
         words: Options for make_shards.

@@ -199,19 +199,14 @@ def check_shards(config: Config) -> str:
     for manifest in manifests:
         if manifest.url is None:
             for shard in manifest.shards:
-                check_size(manifest.folder / shard.name, shard.bytes)
+                _check_size(manifest.folder / shard.name, shard.bytes)
         shards += len(manifest.shards)
         total += sum(shard.bytes for shard in manifest.shards)
     remote = " (remote ones were not checked)" if any(manifest.url for manifest in manifests) else ""
     return f"{shards:,} shards of {total / 1e9:,.2f} GB, with the sizes of their manifest{remote}"
 
 
-def check_size(path: Path, expected: int) -> None:
-    """Compare a file's size with the manifest's.
-
-    Raises:
-        UserError: It differs, or there is no file.
-    """
+def _check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:

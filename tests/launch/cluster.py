@@ -4,6 +4,11 @@ import os
 import textwrap
 from pathlib import Path
 
+from launch.executor import JobSpec
+from launch.preflight import checks
+from launch.profiles import Profile
+from toolkit.config.schema import Config, Launch
+
 # Recorded from SLURM 22.05, shortened.
 PARTITIONS = """\
 PartitionName=low AllowAccounts=ALL Default=YES MaxNodes=UNLIMITED MaxTime=UNLIMITED State=UP TotalNodes=5 TRES=cpu=20
@@ -86,3 +91,15 @@ def fake_slurm(folder: Path, cluster: str = "nowhere", enforce: str = "none") ->
         "STUB_CLUSTER": cluster,
         "STUB_ENFORCE": enforce,
     }
+
+
+def job_spec(ranks: int = 1, **launch: object) -> JobSpec:
+    """A job of ten minutes and one core a rank, unless the options differ."""
+    options = {"time": "10", "cpus_per_rank": 1, **launch}
+    return JobSpec("slurm", Config(launch=Launch(**options)), Profile(), ranks)  # type: ignore[arg-type]
+
+
+def check_limits(**launch: object) -> str:
+    """Check the limits of the partition, then those of the accounting."""
+    checks.check_partition(job_spec(**launch))  # type: ignore[arg-type]
+    return checks.check_limits(job_spec(**launch))  # type: ignore[arg-type]

@@ -106,18 +106,25 @@ def test_signal_comes_well_before_a_short_limit(tmp_path):
     assert signal(time="1", signal=20) == 20
 
 
+def run_setup(profile, folder, command, environment):
+    """Output of a command after the setup lines, without those of the requeue logic."""
+    lines = [line for line in setup_lines(profile, folder, folder) if "requeue.py" not in line and "trap" not in line]
+    command = ["bash", "-euc", "\n".join([*lines, command])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_setup_lines_run_in_bash(tmp_path):
-    """Run by bash, with paths and values that need quoting."""
+    """With paths and values that need quoting."""
     folder = tmp_path / "a folder"
     profile = Profile(setup=["export FROM_SETUP=$HOME"], env={"VALUE": "a b $HOME", "NUMBER": 3})
-    lines = [line for line in setup_lines(profile, folder, folder) if "requeue.py" not in line and "trap" not in line]
     show = 'printf "%s\\n" "$PYTHONPATH" "$VALUE" "$NUMBER" "$FROM_SETUP"'
     environment = {**os.environ, "HOME": "/home/me", "PYTHONPATH": "/mine"}
-    done = subprocess.run(["bash", "-euc", "\n".join([*lines, show])], capture_output=True, text=True, env=environment)
-    assert done.stdout.splitlines() == [f"{folder}:/mine", "a b $HOME", "3", "/home/me"], done.stderr
+    assert run_setup(profile, folder, show, environment) == [f"{folder}:/mine", "a b $HOME", "3", "/home/me"]
     environment.pop("PYTHONPATH")
-    done = subprocess.run(["bash", "-euc", "\n".join([*lines, show])], capture_output=True, text=True, env=environment)
-    assert done.stdout.splitlines()[0] == str(folder), "an empty entry would be the working directory"
+    output = run_setup(profile, folder, show, environment)
+    assert output[0] == str(folder), "an empty entry would be the working directory"
 
 
 def test_members_of_an_array_have_the_same_cores():
@@ -164,17 +171,14 @@ def test_cores_of_an_allocation(environment, cores):
     assert allocated_cores(environment) == cores
 
 
-@pytest.mark.parametrize("name", ["SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SBATCH_EXPORT", "SLURM_LABELIO"])
 @pytest.mark.parametrize("way", ["inherited", "setup", "env"])
-def test_variables_that_hide_the_environment_do_not_reach_srun(tmp_path, name, way):
-    profile = Profile(setup=[f"export {name}=NONE"] * (way == "setup"), env={name: "NONE"} if way == "env" else {})
-    lines = [
-        line for line in setup_lines(profile, tmp_path, tmp_path) if "requeue.py" not in line and "trap" not in line
-    ]
-    environment = {**os.environ, name: "NONE"} if way == "inherited" else dict(os.environ)
-    done = subprocess.run(["bash", "-euc", "\n".join([*lines, "env"])], capture_output=True, text=True, env=environment)
-    assert f"PYTHONPATH={tmp_path}" in done.stdout, done.stderr
-    assert f"{name}=" not in done.stdout
+def test_variables_that_hide_the_environment_do_not_reach_srun(tmp_path, way):
+    hiding = dict.fromkeys(("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SBATCH_EXPORT", "SLURM_LABELIO"), "NONE")
+    exports = [f"export {name}={value}" for name, value in hiding.items()]
+    profile = Profile(setup=exports if way == "setup" else [], env=hiding if way == "env" else {})
+    output = run_setup(profile, tmp_path, "env", {**os.environ, **(hiding if way == "inherited" else {})})
+    assert f"PYTHONPATH={tmp_path}" in "\n".join(output)
+    assert not [line for line in output if line.partition("=")[0] in hiding]
 
 
 @pytest.mark.parametrize(

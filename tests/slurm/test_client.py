@@ -13,16 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.executor import JobSpec
 from launch.preflight import checks, limits
-from launch.profiles import Profile
 from launch.slurm.client import find_jobs, job_number, query, queued_jobs, slurm_config
 from launch.slurm.sbatch_options import directive, read_options, with_gpus
 from launch.status.follow import Slurm
 from shards.errors import UserError
-from tests.launch.cluster import fake_slurm
+from tests.launch.cluster import check_limits, fake_slurm, job_spec
 from tests.slurm.cluster import GPUS, NODES, Cluster, wait_for
-from toolkit.config.schema import Config, Launch
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(300)]
 TOOLS = ("sacctmgr", "scontrol", "squeue", "sacct", "sinfo", "sbatch", "scancel")
@@ -86,11 +83,6 @@ def real(accounts: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
     return accounts
-
-
-def job_spec(ranks: int = 1, **launch: object) -> JobSpec:
-    given = {"time": "10", "cpus_per_rank": 1, **launch}
-    return JobSpec("slurm", Config(launch=Launch(**given)), Profile(), ranks)  # type: ignore[arg-type]
 
 
 def submit(*arguments: str) -> str:
@@ -182,9 +174,8 @@ def options(launch: dict[str, object]) -> list[str]:
 
 @pytest.mark.parametrize(("launch", "reason", "message"), ABOVE)
 def test_above_a_limit(real: Cluster, launch: dict[str, object], reason: str, message: str) -> None:
-    job = job_spec(**launch)  # type: ignore[arg-type]
     with pytest.raises(UserError) as caught:
-        check(job)
+        check_limits(**launch)
     assert message in str(caught.value)
     number = submit(*options(launch))
     try:
@@ -192,11 +183,6 @@ def test_above_a_limit(real: Cluster, launch: dict[str, object], reason: str, me
         assert output == reason
     finally:
         real.run("scancel", number)
-
-
-def check(job: JobSpec) -> str:
-    checks.check_partition(job)
-    return checks.check_limits(job)
 
 
 def waits(job: str) -> str:
@@ -208,7 +194,7 @@ def waits(job: str) -> str:
 
 @pytest.mark.parametrize("launch", WITHIN)
 def test_within_all_limits(real: Cluster, launch: dict[str, object]) -> None:
-    assert check(job_spec(**launch)) == "within those of QOS, user and account"  # type: ignore[arg-type]
+    assert check_limits(**launch) == "within those of QOS, user and account"
     number = submit(*options(launch))
     wait_for(lambda: real.state(number) == "COMPLETED", lambda: real.run("squeue").stdout, 60)
 

@@ -4,12 +4,9 @@ import getpass
 
 import pytest
 
-from launch.executor import JobSpec
 from launch.preflight import checks, limits
-from launch.profiles import Profile
 from shards.errors import UserError
-from tests.launch.cluster import fake_slurm
-from toolkit.config.schema import Config, Launch
+from tests.launch.cluster import check_limits, fake_slurm
 
 QOS = """\
 name|flags|maxwall|maxtresperjob|maxtresperuser|maxtresperaccount|grptres
@@ -54,15 +51,6 @@ def slurm(tmp_path, monkeypatch):
     return folder
 
 
-def job_spec(ranks=1, **launch):
-    return JobSpec("slurm", Config(launch=Launch(**{"time": "10", "cpus_per_rank": 1, **launch})), Profile(), ranks)
-
-
-def check(**launch):
-    checks.check_partition(job_spec(**launch))
-    return checks.check_limits(job_spec(**launch))
-
-
 @pytest.mark.parametrize(
     ("launch", "message"),
     [
@@ -91,7 +79,7 @@ def test_above_a_limit(slurm, launch, message):
         longer = PARTITIONS.replace("MaxTime=01:00:00", "MaxTime=2:00:00").replace("QoS=N/A", "QoS=part")
         (slurm / "partitions").write_text(longer)
     with pytest.raises(UserError) as caught:
-        check(**launch)
+        check_limits(**launch)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -114,13 +102,13 @@ def test_above_a_limit(slurm, launch, message):
     ],
 )
 def test_within_all_limits(slurm, launch):
-    assert check(**launch) == "within those of QOS, user and account"
+    assert check_limits(**launch) == "within those of QOS, user and account"
 
 
 @pytest.mark.parametrize("enforce", ["none", "associations", "associations,qos", ""])
 def test_limits_that_are_not_enforced(slurm, monkeypatch, enforce):
     monkeypatch.setenv("STUB_ENFORCE", enforce)
-    assert check(qos="short", nodes=3) == "SLURM enforces none"
+    assert check_limits(qos="short", nodes=3) == "SLURM enforces none"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +116,7 @@ def test_limits_that_are_not_enforced(slurm, monkeypatch, enforce):
 )
 def test_without_accounting_nothing_is_refused(slurm, answer):
     (slurm / "sacctmgr").write_text(f"#!/bin/bash\n{answer}\n")
-    assert check(qos="short", nodes=3, account="speech") == "within those of QOS, user and account"
+    assert check_limits(qos="short", nodes=3, account="speech") == "within those of QOS, user and account"
     assert limits.names("account") == limits.names("qos") == []
     assert checks.check_exists("account", "speech") == "not checked: no accounting"
 
