@@ -1,4 +1,4 @@
-"""Progress: a bar in a terminal, log lines with the time left elsewhere, nothing if it is not wanted."""
+"""Progress: a bar in a terminal, elsewhere log lines with the time left; optional."""
 
 import io
 import logging
@@ -21,10 +21,7 @@ def test_log_lines_count_and_estimate_the_time_left(
         for _ in range(6):
             now[0] += 10
             progress(100)
-    assert caplog.messages == [
-        "1,300 of 4,000 pictures, 1.0 minutes left",
-        "1,600 of 4,000 pictures, 4.0 minutes left",
-    ]
+    assert caplog.messages == ["1,300 of 4,000 pictures, 1.0 minutes left", "1,600 of 4,000 pictures, 4.0 minutes left"]
 
 
 def test_a_range_is_counted_under_its_title(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

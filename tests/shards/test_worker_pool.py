@@ -58,7 +58,7 @@ def test_large_tasks_and_results():
         ("exit", UserError, r"worker . \(pid \d+\) ended with exit code 3 while making shard 1"),
     ],
 )
-def test_trouble_in_a_worker_is_named_and_stops_the_others(task, error, message):
+def test_errors_of_a_worker_are_named_and_stop_the_others(task, error, message):
     start = time.monotonic()
     with pytest.raises(error, match=message):
         run(misbehave, {"shard 0": "sleep", "shard 1": task, "shard 2": "fine"}, 2)

@@ -19,7 +19,7 @@ def speech(path: Path, seconds: float = 0.25, rate: int = 16000, channels: int =
 
 
 def photo(path: Path, size: tuple[int, int] = (40, 30), colour: str | None = None) -> Path:
-    """Write a picture of one colour, which its name and folder give unless it is said."""
+    """Write a picture of one colour, by default one that depends on its name and folder."""
     red, green, blue, _ = crc32("/".join(path.parts[-2:]).encode()).to_bytes(4, "big")
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour or (red, green, blue)).save(path)

@@ -120,9 +120,9 @@ def test_each_color_change_does_what_its_name_says() -> None:
 def test_brightness_is_in_range() -> None:
     image = np.full((3, 4, 4), 100, np.uint8)
     settings = ImageAugment(color=1.0, brightness=[0.8, 1.1])
-    found = [augment_colors(image, settings, SampleRandomness(0, p)).mean() for p in range(60)]
-    assert 79 <= min(found) < 84
-    assert 106 < max(found) <= 111
+    result = [augment_colors(image, settings, SampleRandomness(0, p)).mean() for p in range(60)]
+    assert 79 <= min(result) < 84
+    assert 106 < max(result) <= 111
 
 
 def test_extreme_colors_stay_in_bytes() -> None:

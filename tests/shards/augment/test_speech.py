@@ -122,12 +122,12 @@ def test_silent_background_and_no_background() -> None:
 @pytest.mark.parametrize("kind", ["noise", "babble"])
 def test_snr_is_in_range(kind: str) -> None:
     wave = spoken(0.6)
-    found = []
+    actual = []
     for position in range(30):
         result, _ = augmented(wave, position, **{kind: 1.0, f"{kind}_snr": [7.0, 12.0]})
-        found.append(decibels(rms(wave) / rms(result - wave)))
-    assert 6.99 <= min(found) < 8.5
-    assert 10.5 < max(found) <= 12.01
+        actual.append(decibels(rms(wave) / rms(result - wave)))
+    assert 6.99 <= min(actual) < 8.5
+    assert 10.5 < max(actual) <= 12.01
 
 
 def test_noise_at_an_snr_is_torchaudios() -> None:
@@ -150,15 +150,15 @@ def test_color_of_the_noise(exponent: float) -> None:
 
 def test_gain_is_in_range_and_peaks_stay_within_full_scale() -> None:
     wave = spoken(0.3)
-    found = [decibels(rms(augmented(wave, p, gain=1.0)[0]) / rms(wave)) for p in range(40)]
-    assert -12.01 < min(found) < -8
-    assert 2 < max(found) < 6.01
+    actual = [decibels(rms(augmented(wave, p, gain=1.0)[0]) / rms(wave)) for p in range(40)]
+    assert -12.01 < min(actual) < -8
+    assert 2 < max(actual) < 6.01
     loud, _ = augmented(wave / np.abs(wave).max(), gain=1.0, gain_db=[20.0, 20.0])
     assert np.abs(loud).max() == pytest.approx(1.0, abs=1e-6)
     assert np.corrcoef(loud, wave)[0, 1] > 0.9999, "scaled, not clipped"
 
 
-def test_a_room_keeps_length_and_level_and_decays_as_asked() -> None:
+def test_a_room_keeps_length_and_level_and_decays_as_requested() -> None:
     response = room_response(np.random.default_rng(2), 0.4, 6.0)
     assert len(response) == round(0.4 * SAMPLE_RATE)
     assert decibels(1 / np.sqrt(np.square(response[1:]).sum())) == pytest.approx(6.0, abs=0.01)
@@ -199,14 +199,14 @@ def test_band_limits() -> None:
     assert at[7000] < -20
 
 
-def test_frequency_masks_remove_as_much_of_the_mel_scale_as_asked() -> None:
+def test_frequency_masks_remove_as_much_of_the_mel_scale_as_requested() -> None:
     frequency, gain = response_of(frequency_mask=1.0, frequency_masks=1, frequency_mask_width=[0.2, 0.2])
     removed = module._mel(frequency[gain < -30])
     assert removed.max() - removed.min() == pytest.approx(0.2, abs=0.02)
     assert np.median(gain[gain > -30]) == pytest.approx(0, abs=0.1)
 
 
-def test_time_masks_are_spans_of_the_duration_asked_for() -> None:
+def test_time_masks_are_spans_of_the_requested_duration() -> None:
     wave = np.ones(SAMPLE_RATE, np.float32)
     for seed in range(20):
         generator = np.random.default_rng(seed)

@@ -122,7 +122,7 @@ def test_no_click_at_the_ends() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1000, 129_000, 9_700_000])
 def test_fast_sizes(size: int) -> None:
-    found = fast_size(size)
-    assert found >= size
-    assert found <= max(size + 1, 1.07 * size)
-    assert found % 2 == 0
+    result = fast_size(size)
+    assert result >= size
+    assert result <= max(size + 1, 1.07 * size)
+    assert result % 2 == 0

@@ -19,7 +19,7 @@ from shards.media.audio import Codec
 from shards.reading import dataset
 from tests.shards.checking import damage
 from tests.shards.checking.damage import SHARD
-from tests.shards.checking.findings import assert_sole, data_offset, problems, warnings
+from tests.shards.checking.findings import assert_sole, data_offset, problems
 
 SIGNED: dict[str, tuple[dict[str, bytes], str]] = {
     "up": ({"name": b"../x"}, "member '../x' at byte {} would be written outside of the folder"),
@@ -195,7 +195,7 @@ def test_picture_bomb_is_refused_by_its_header(folder: Path, side: int, line: st
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"GIF89a" + bytes(40)])
-def test_what_is_no_jpeg(folder: Path, data: bytes) -> None:
+def test_not_a_jpeg(folder: Path, data: bytes) -> None:
     damage.replace(folder, "t4", 1, data)
     assert_sole(problems(folder, 0), f"{SHARD}: t4.jpg: not a JPEG")
 
@@ -253,7 +253,7 @@ def test_recording_with_a_hole_is_found_by_decoding(folder: Path) -> None:
     assert_sole(problems(folder), f"{SHARD}: t4, caption 1: ")
 
 
-def test_recording_with_numbers_that_are_none(folder: Path) -> None:
+def test_recording_that_is_not_finite(folder: Path) -> None:
     buffer = io.BytesIO()
     samples = np.zeros(round(float(manifest.load(folder).duration[9]) * 16000), np.float32)
     samples[7] = np.nan
@@ -261,13 +261,6 @@ def test_recording_with_numbers_that_are_none(folder: Path) -> None:
     damage.replace(folder, "t4", 3, buffer.getvalue())
     reported = problems(folder)
     assert f"{SHARD}: t4, caption 1: contains samples that are not finite" in reported
-
-
-def test_silence_is_a_warning(tmp_path: Path) -> None:
-    quiet = damage.Caption("hush", damage.silent, "nothing")
-    items = damage.corpus()
-    items[4] = damage.Item("t4", "train", damage.partial(damage.drawn, 4), (quiet,))
-    assert_sole(warnings(damage.write(tmp_path / "shards", items)), f"{SHARD}: t4, caption 0: silence")
 
 
 def loud() -> tuple[np.ndarray, int]:

@@ -1,4 +1,4 @@
-"""Duplicates in a folder of shards are reported with their places: leaks as problems, the rest as warnings."""
+"""Duplicates in a folder of shards are reported with shard and caption: leaks as problems, others as warnings."""
 
 import tracemalloc
 from collections.abc import Sequence

@@ -110,19 +110,16 @@ def test_many_samples_and_captions_are_left_out(tmp_path: Path) -> None:
     assert "dev-000000.tar" in page.words
 
 
-def test_a_caption_without_a_text(tmp_path: Path) -> None:
+def test_captions_with_and_without_text_speaker_and_language(tmp_path: Path) -> None:
     mute = damage.item("t0", "train", 0)
     items = [replace(mute, captions=tuple(replace(one, text=None) for one in mute.captions))]
     page = page_of(damage.write(tmp_path / "shards", items))
     assert page.words.count("(no text)") == 2
     assert "None" not in page.words
-
-
-def test_the_language_of_a_caption(tmp_path: Path) -> None:
     item = damage.item("t0", "train", 0)
     first, second = item.captions
     items = [replace(item, captions=(replace(first, language="pt-br", speaker="ana"), replace(second, speaker="bea")))]
-    page = page_of(damage.write(tmp_path / "shards", items))
+    page = page_of(damage.write(tmp_path / "more", items))
     assert "ana, pt-br, " in page.words
     assert "bea, " in page.words
     assert "None" not in page.words
@@ -155,7 +152,7 @@ def test_folder_without_a_manifest(tmp_path: Path) -> None:
     assert "index.npz is missing" in page.words
 
 
-def test_unwritable_place_and_odd_bytes(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_and_text_that_is_not_utf_8(tmp_path: Path) -> None:
     folder = damage.write(tmp_path / "shards")
     result = check_folder(folder, 0)
     with pytest.raises(UserError, match=r"cannot write .*nowhere/page\.html: No such file"):

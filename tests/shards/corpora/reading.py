@@ -8,7 +8,7 @@ from shards.corpora.item import Item
 
 
 def load_corpus(name: str, *arguments: object) -> Corpus:
-    """What is made of a command line."""
+    """The items of a command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--skip-bad", action="store_true")
     module(name).add_arguments(parser)

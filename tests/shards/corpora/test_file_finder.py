@@ -1,6 +1,6 @@
-import errno
 import os
 import unicodedata
+from unittest.mock import Mock
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_of_two_forms_the_one_that_is_named_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("named", "said"),
+    ("named", "message"),
     [
         ("UP.jpg", "is missing: did you mean UP.JPG?"),
         ("sub/Up.jpg", "is missing: did you mean ../UP.JPG?"),
@@ -47,10 +47,7 @@ def test_of_two_forms_the_one_that_is_named_is_taken(tmp_path):
         (r"C:\data\a.jpg", r"is missing: \ is not a separator here"),
         ("sub", "is a folder: name a file in it"),
         ("linked", "is a folder: name a file in it"),
-        (
-            "annexed.jpg",
-            "is a broken link to ../.git/annex/objects/xy: fetch its target, e.g. by git annex get",
-        ),
+        ("annexed.jpg", "is a broken link to ../.git/annex/objects/xy: fetch its target, e.g. by git annex get"),
         ("loop.jpg", "is a broken link to loop.jpg: fetch"),
         ("nowhere/at/all.jpg", "is missing: there is no folder {}/nowhere"),
         ("UP.JPG/a.jpg", "is missing: there is no folder {}/UP.JPG"),
@@ -58,7 +55,7 @@ def test_of_two_forms_the_one_that_is_named_is_taken(tmp_path):
         ("x" * 300, "is missing: complete the corpus"),
     ],
 )
-def test_why_a_file_is_missing(tmp_path, named, said):
+def test_why_a_file_is_missing(tmp_path, named, message):
     touch(tmp_path / "UP.JPG"), touch(tmp_path / "sub/a.jpg"), touch(tmp_path / f"{NFD}.jpg")
     (tmp_path / "annexed.jpg").symlink_to("../.git/annex/objects/xy")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
@@ -66,16 +63,11 @@ def test_why_a_file_is_missing(tmp_path, named, said):
     finder = FileFinder()
     path = tmp_path / named if named != "sub/Up.jpg" else tmp_path / "sub/../Up.jpg"
     assert finder.find(path) is None
-    said_of = ": ".join(finder.why_missing(path))
-    assert said_of.startswith(said.format(tmp_path).replace("../UP.JPG", "UP.JPG"))
+    reason = ": ".join(finder.why_missing(path))
+    assert reason.startswith(message.format(tmp_path).replace("../UP.JPG", "UP.JPG"))
 
 
-def test_a_pipe_is_no_file(tmp_path):
-    os.mkfifo(tmp_path / "a.jpg")
-    assert FileFinder().find(tmp_path / "a.jpg") is None
-
-
-def test_links_to_files_are_found_and_are_the_file(tmp_path):
+def test_links_to_files_are_files_and_pipes_are_not(tmp_path):
     path = touch(tmp_path / "store/a.jpg")
     (tmp_path / "b.jpg").symlink_to(path)
     (tmp_path / "folder").symlink_to("store")
@@ -83,20 +75,18 @@ def test_links_to_files_are_found_and_are_the_file(tmp_path):
     names = [tmp_path / name for name in ("b.jpg", "folder/a.jpg", "store/../store/a.jpg", "store/a.jpg")]
     assert [finder.find(name) for name in names] == names
     assert {finder.identity(name) for name in names} == {str(path.resolve())}
+    os.mkfifo(tmp_path / "a.jpg")
+    assert FileFinder().find(tmp_path / "a.jpg") is None
 
 
 def test_a_folder_that_may_be_entered_but_not_listed(tmp_path, monkeypatch):
     path = touch(tmp_path / "a.jpg")
-
-    def fail(*_):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(file_finder.os, "scandir", fail)
+    monkeypatch.setattr(file_finder.os, "scandir", Mock(side_effect=PermissionError))
     assert FileFinder().find(path) == path
     assert FileFinder().find(tmp_path / "b.jpg") is None
 
 
-def test_a_file_system_that_does_not_tell_capitals_apart(tmp_path, monkeypatch):
+def test_a_file_system_that_ignores_case(tmp_path, monkeypatch):
     touch(tmp_path / "UP.JPG")
     exact = os.path.isfile
     monkeypatch.setattr(file_finder.os.path, "isfile", lambda path: exact(path) or exact(str(path).replace("up", "UP")))
@@ -106,14 +96,14 @@ def test_a_file_system_that_does_not_tell_capitals_apart(tmp_path, monkeypatch):
 
 def test_files_are_looked_up_in_one_listing_a_folder(tmp_path, monkeypatch):
     paths = [touch(tmp_path / f"{n % 3}/{n}.wav") for n in range(300)]
-    asked = []
+    requested = []
     scandir = os.scandir
-    monkeypatch.setattr(file_finder.os, "scandir", lambda folder: asked.append(folder) or scandir(folder))
-    monkeypatch.setattr(file_finder.os.path, "isfile", lambda path: asked.append(path))
+    monkeypatch.setattr(file_finder.os, "scandir", lambda folder: requested.append(folder) or scandir(folder))
+    monkeypatch.setattr(file_finder.os.path, "isfile", lambda path: requested.append(path))
     finder = FileFinder()
     assert [finder.find(path) for path in paths] == paths
     assert len({finder.identity(path) for path in paths}) == 300
-    assert len(asked) == 3
+    assert len(requested) == 3
 
 
 TABLE = [{"image": "a.png", "audio": "a.wav"}, {"image": "b.png", "audio": "b.wav"}]

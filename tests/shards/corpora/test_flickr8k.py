@@ -16,17 +16,12 @@ def test_flickr8k(tmp_path):
     assert first.image_id == "1000_ab0"
     assert first.picture == root / "Flicker8k_Dataset/1000_ab0.jpg"
     assert first.captions == tuple(
-        Caption(
-            f"1000_ab0_{k}",
-            root / f"flickr_audio/wavs/1000_ab0_{k}.wav",
-            f"caption {k} of 1000_ab0 .",
-            str(k + 7),
-        )
+        Caption(f"1000_ab0_{k}", root / f"flickr_audio/wavs/1000_ab0_{k}.wav", f"caption {k} of 1000_ab0 .", str(k + 7))
         for k in (0, 1)
     )
 
 
-def test_flickr8k_folders_as_people_unpack_them(tmp_path):
+def test_flickr8k_in_other_folders(tmp_path):
     root = tiny.flickr8k(tmp_path)
     expected = [item.image_id for item in read("flickr8k", "--root", root)]
     (root / "Flicker8k_Dataset").rename(root / "Flickr8k_Dataset")
@@ -63,13 +58,6 @@ def test_flickr8k_missing_files_are_named(tmp_path, missing, named):
     root = tiny.flickr8k(tmp_path)
     (root / missing).unlink()
     with pytest.raises(UserError, match=named):
-        read("flickr8k", "--root", root)
-
-
-def test_flickr8k_broken_line(tmp_path):
-    root = tiny.flickr8k(tmp_path)
-    (root / "flickr_audio/wav2capt.txt").write_text("1000_ab0_0.wav 1000_ab0.jpg #0\n1000_ab0_1.wav\n")
-    with pytest.raises(UserError, match=r"wav2capt\.txt line 2: expected 3 fields"):
         read("flickr8k", "--root", root)
 
 
@@ -153,7 +141,7 @@ def test_lines_that_cannot_be_used_are_named_or_dropped(tmp_path, name, line, re
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         ("", "is empty: {} lists no pictures"),
         ("nobody.jpg\n" * 3, "is empty: none of the 3 pictures in {} has audio"),
@@ -163,14 +151,14 @@ def test_lines_that_cannot_be_used_are_named_or_dropped(tmp_path, name, line, re
         ),
     ],
 )
-def test_an_empty_split_is_told(tmp_path, caplog, split, names, told):
+def test_an_empty_split_is_reported(tmp_path, caplog, split, names, message):
     root = tiny.flickr8k(tmp_path)
     path = root / f"Flickr8k_text/Flickr_8k.{split}Images.txt"
     path.write_text(names)
-    told = f"split {split} {told.format(path)}"
-    if "would be" in told:
-        with pytest.raises(UserError, match=re.escape(told)):
+    message = f"split {split} {message.format(path)}"
+    if "would be" in message:
+        with pytest.raises(UserError, match=re.escape(message)):
             read("flickr8k", "--root", root)
     else:
         assert split not in splits(read("flickr8k", "--root", root))
-        assert told in caplog.text
+        assert message in caplog.text

@@ -1,4 +1,4 @@
-"""Captions in other languages say what the English ones say: grammar by hand, and no two meanings in one text."""
+"""Captions in other languages: grammar, and no text that has two English translations."""
 
 import random
 from collections import defaultdict

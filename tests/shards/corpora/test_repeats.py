@@ -71,8 +71,8 @@ def test_a_file_in_two_splits_is_a_leak(tmp_path, way, name, kind, split):
     way(tmp_path, f"a{ending}", other)
     with pytest.raises(UserError) as caught:
         read("table", "--root", path)
-    told = f"table.csv line 2: {kind} {tmp_path}/a{ending} is in split train, "
-    assert told in str(caught.value)
+    message = f"table.csv line 2: {kind} {tmp_path}/a{ending} is in split train, "
+    assert message in str(caught.value)
     assert f"in split {split}: " in str(caught.value)
     assert "table.csv line 6" in str(caught.value)
     assert str(caught.value).endswith("keep one of the two, or --skip-bad drops and reports duplicates")
@@ -91,7 +91,7 @@ def test_a_leak_between_evaluation_splits_stays_in_the_first(tmp_path):
     assert [(one.what, one.name, one.split) for one in corpus.dropped] == [("picture", "d.png", "dev")]
 
 
-def test_a_split_that_is_dropped_as_a_whole_is_told(tmp_path, caplog):
+def test_a_split_that_is_dropped_completely_is_reported(tmp_path, caplog):
     path = table(tmp_path, row("a.png", "c.wav", "test"), row("b.png", "d.wav", "test"))
     corpus = load_corpus("table", "--root", path, "--skip-bad")
     assert "train" not in splits(corpus.items)
@@ -109,11 +109,11 @@ def test_a_row_that_comes_twice(tmp_path):
     assert [(one.what, one.captions) for one in corpus.dropped] == [("caption", 1)] * 2
 
 
-def test_a_recording_of_two_pictures_of_a_split_is_told(tmp_path, caplog):
+def test_a_recording_of_two_pictures_of_a_split_is_reported(tmp_path, caplog):
     path = table(tmp_path, row("b.png", "a.wav", "train"))
     assert [len(item.captions) for item in read("table", "--root", path)] == [1, 2, 1, 1]
-    told = "a.wav belongs to several captions: table.csv line 2 and table.csv line 6: each counts as a query"
-    assert told in caplog.text
+    message = "a.wav belongs to several captions: table.csv line 2 and table.csv line 6: each counts as a query"
+    assert message in caplog.text
 
 
 def test_copies_within_a_split_may_be_meant(tmp_path):
@@ -159,7 +159,7 @@ def test_a_record_that_comes_twice(tmp_path):
     assert [(one.what, one.captions) for one in corpus.dropped] == [("picture", 2)]
 
 
-def test_files_of_equal_size_and_ends_are_told_apart(tmp_path):
+def test_files_of_equal_size_and_ends_are_distinguished(tmp_path):
     path = table(tmp_path)
     (tmp_path / "a.wav").write_bytes(b"a" * 5000 + b"x" * 5000 + b"a" * 10_000)
     (tmp_path / "d.wav").write_bytes(b"a" * 5000 + b"y" * 5000 + b"a" * 10_000)

@@ -71,7 +71,7 @@ def parse(text: str) -> tuple[list[tuple[str, str, str]], str, str]:
 def is_true(text: str, scene: Scene) -> bool:
     """Whether a caption is true of a scene, by where its objects are."""
     objects, relation, side = parse(text)
-    found = []
+    result = []
     for size, colour, shape in objects:
         where = [
             centre
@@ -80,12 +80,12 @@ def is_true(text: str, scene: Scene) -> bool:
         ]
         if len(where) != 1:
             return False
-        found.append(where[0])
-    (x, y), (u, v) = found[:2]
+        result.append(where[0])
+    (x, y), (u, v) = result[:2]
     ordered = {"above": v - y, "below": y - v, "left": u - x, "right": x - u}[relation] > 0.3
     if not side:
         return ordered and len(objects) == 2
-    x, y = found[2]
+    x, y = result[2]
     return ordered and {"left": x < 0.25, "right": x > 0.75, "top": y < 0.25, "bottom": y > 0.75}[side]
 
 

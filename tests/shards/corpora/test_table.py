@@ -50,19 +50,15 @@ def test_the_language_of_a_caption_is_optional(tmp_path):
     assert [caption.language for caption in read("table", "--root", root)[0].captions] == ["pt-br", None, None]
 
 
-def test_table_texts_may_hold_unusual_ends_of_lines(tmp_path):
+def test_table_with_byte_order_mark_quotes_and_unusual_line_ends(tmp_path):
     root = tiny.table(tmp_path, ROWS[:1])
     row = {"image": "p/1.png", "audio": "s/1a.wav", "text": "a\u2028b\u2029c\u0085d"}
     (root / "t.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
     assert read("table", "--root", root / "t.jsonl")[0].captions[0].text == row["text"]
-
-
-def test_table_from_a_spreadsheet(tmp_path):
-    root = tiny.table(tmp_path, ROWS[:1])
     (root / "table.csv").write_bytes(
         b'\xef\xbb\xbfimage,audio,text\r\np/1.png,s/1a.wav,"red, and\nblue"\r\n'  # byte-order mark, quotes, CR LF
     )
-    assert read("table", "--root", root)[0].captions[0].text == "red, and\nblue"
+    assert read("table", "--root", root / "table.csv")[0].captions[0].text == "red, and\nblue"
 
 
 def test_table_absolute_paths(tmp_path):
@@ -74,8 +70,6 @@ def test_table_absolute_paths(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("t.csv", "picture,audio\n1.png,1.wav\n", "line 1: no column image"),
-        ("t.csv", "", "line 1: no column image and no column audio: it has nothing"),
         ("t.csv", "image,audio\n", "has no rows"),
         ("t.csv", "image,audio\n1.png,\n", "line 2: audio is empty"),
         ("t.csv", "image,audio,split\n1.png,1.wav,train\n1.png,2.wav,dev\n", r"1\.png is missing \(and 2 more\)"),
@@ -83,14 +77,8 @@ def test_table_absolute_paths(tmp_path):
         ("t.csv", 'image,audio,text\n1.png,1.wav,a\n2.png,2.wav,"b\n3.png,3.wav,c\n', "line 3: unexpected end of data"),
         ("t.csv", 'image,audio,text\n1.png,1.wav,"a"b\n', "line 2: .* expected after"),
         pytest.param("t.csv", f"image,audio\n1.png,{'a' * 200_000}\n", "line 2: field larger than", id="long"),
-        ("t.csv", "image,audio,text,split\n1.png,1.wav,a, b,dev\n", "line 2: number of fields differs from line 1"),
-        ("t.csv", "image,audio,speaker,split\n1.png,1.wav,test\n", "line 2: number of fields differs from line 1"),
         pytest.param("t.jsonl", "[" * 100_000, "line 1: not JSON", id="deep"),
-        (
-            "t.jsonl",
-            '{"image": "\\ud83d/1.png", "audio": "1.wav"}\n',
-            "line 1: image is .*, which cannot be stored",
-        ),
+        ("t.jsonl", '{"image": "\\ud83d/1.png", "audio": "1.wav"}\n', "line 1: image is .*, which cannot be stored"),
         ("t.jsonl", '{"image": "1.png", "audio": "1.wav"}\n{\n', "line 2: not JSON"),
         ("t.jsonl", "[1]\n", "line 1: a list, expected an object: each line is an object like"),
         ("t.jsonl", '{"image": "1.png"}\n', "line 1: audio is missing; --skip-bad"),
@@ -200,7 +188,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("form", HEADERS.values(), ids=HEADERS)
-def test_headers_as_people_write_them(tmp_path, form):
+def test_headers_of_other_forms(tmp_path, form):
     ending, header, separator, *row = form
     tiny.table(tmp_path, ROWS[:1])
     table = tmp_path / f"t{ending}"
@@ -236,15 +224,15 @@ def test_mistakes_in_headers(tmp_path, header, reason):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [("image,audio,texts\np/1.png,s/1a.wav,a dog\n", "'texts'"), (lines({**ROWS[0], "duration": 3}), "'duration'")],
 )
-def test_columns_that_are_not_read_are_told(tmp_path, caplog, text, told):
+def test_columns_that_are_not_read_are_reported(tmp_path, caplog, text, message):
     root = tiny.table(tmp_path, ROWS[:1])
     table = root / ("t.jsonl" if text[0] == "{" else "t.csv")
     table.write_text(text)
     read("table", "--root", table)
-    assert f"{told}; known columns: image, audio, text" in caplog.text
+    assert f"{message}; known columns: image, audio, text" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -267,7 +255,7 @@ def test_bad_rows_are_named_or_dropped(tmp_path, line, reason):
     assert [one.name for one in corpus.dropped] == [f"{table} line 3"]
 
 
-def test_a_table_of_which_nothing_is_left(tmp_path):
+def test_a_table_without_usable_rows(tmp_path):
     (tmp_path / "t.csv").write_text("image,audio\na.jpg,\n")
     with pytest.raises(UserError, match=r"no sample is left to write: .*t\.csv line 2: audio is empty"):
         load_corpus("table", "--root", tmp_path, "--skip-bad")

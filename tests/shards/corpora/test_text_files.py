@@ -27,14 +27,11 @@ def test_files_that_are_not_utf_8(tmp_path, data, reason):
         read_text(tmp_path / "t.csv")
 
 
-def test_ends_of_lines_and_marks(tmp_path):
-    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfa\r\nb\rc\nd")
-    assert read_text(tmp_path / "t.csv") == "a\nb\nc\nd"
-
-
-def test_a_text_that_is_not_there(tmp_path):
+def test_line_ends_and_missing_files(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*: No such file"):
         read_text(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfa\r\nb\rc\nd")
+    assert read_text(tmp_path / "t.csv") == "a\nb\nc\nd"
 
 
 def test_json_keys_that_come_twice():

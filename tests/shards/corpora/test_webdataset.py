@@ -45,10 +45,7 @@ def test_other_names_of_the_members(tmp_path):
     items = read("webdataset", "--root", root, *options)
     assert splits(items) == {"train": 3, "val": 3}
     for n, item in enumerate(items):
-        assert contents(item) == (
-            stock.picture(f"p{n}", "WEBP"),
-            [stock.speech(f"s{n}.{k}", "OGG") for k in (0, 1)],
-        )
+        assert contents(item) == (stock.picture(f"p{n}", "WEBP"), [stock.speech(f"s{n}.{k}", "OGG") for k in (0, 1)])
         assert [(one.utterance, one.text) for one in item.captions] == [(f"k{n}.{k}", f"text {n} {k}") for k in (0, 1)]
     with pytest.raises(UserError, match=r"no sample in 2 tars .* members end in '0\.speech\.ogg'"):
         read("webdataset", "--root", root, "--image", "tiff", "--audio", "aac", "--text", "t", "--json", "j")
@@ -157,7 +154,7 @@ def test_bad_samples(tmp_path, files, reason):
     assert corpus.dropped
 
 
-def test_a_truncated_tar_keeps_what_is_whole(tmp_path):
+def test_a_truncated_tar_keeps_the_complete_samples(tmp_path):
     path = stock.pack(tmp_path / "train.tar", {**SAMPLE, "b.jpg": stock.picture("b"), "b.wav": stock.speech("b")})
     path.write_bytes(path.read_bytes()[:-12_000])
     with pytest.raises(UserError, match=r"train\.tar"):

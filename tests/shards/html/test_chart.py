@@ -12,8 +12,8 @@ EVIL = "</svg><script>alert(1)</script>\"'"
 
 
 def points(svg: str) -> list[list[tuple[float, float]]]:
-    found = re.findall(r'<polyline[^>]* points="([^"]*)"', svg)
-    return [[tuple(map(float, pair.split(","))) for pair in one.split()] for one in found]  # type: ignore[misc]
+    result = re.findall(r'<polyline[^>]* points="([^"]*)"', svg)
+    return [[tuple(map(float, pair.split(","))) for pair in one.split()] for one in result]  # type: ignore[misc]
 
 
 def texts(svg: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Recordings that were cut, that lost bytes, or that look so and are whole, in every container that speech comes in."""
+"""Truncated and damaged audio files, and complete ones with unusual headers, in every container."""
 
 import io
 import re
@@ -58,25 +58,25 @@ SAYS_HOW_MUCH = [one for one in TOLD if one[0] not in ("CAF", "MAT4", "VOC", "WV
 @pytest.mark.parametrize(("container", "subtype"), [*TOLD, *CODED])
 @pytest.mark.parametrize("rate", [8000, 48000])
 def test_a_cut_recording_is_refused(container: str, subtype: str | None, rate: int) -> None:
-    whole = encoded(speech(3.0, rate), container, subtype, rate)
-    read_audio(whole, 30)
+    complete = encoded(speech(3.0, rate), container, subtype, rate)
+    read_audio(complete, 30)
     for share in (0.1, 0.5, 0.9, 0.97):
-        refusal(whole[: int(share * len(whole))])
+        refusal(complete[: int(share * len(complete))])
 
 
 @pytest.mark.parametrize(("container", "subtype"), [*TOLD, *CODED])
 def test_a_recording_that_lost_bytes_within_is_refused(container: str, subtype: str | None) -> None:
-    whole = encoded(speech(2.0), container, subtype)
+    complete = encoded(speech(2.0), container, subtype)
     for share in (0.3, 0.5, 0.8):
-        at = int(share * len(whole))
-        refusal(whole[:at] + whole[at + 400 :])
+        at = int(share * len(complete))
+        refusal(complete[:at] + complete[at + 400 :])
 
 
 @pytest.mark.parametrize(("container", "subtype"), CODED)
 def test_a_recording_with_zeros_for_bytes_is_refused(container: str, subtype: str | None) -> None:
-    whole = encoded(speech(2.0), container, subtype)
-    at = len(whole) // 2
-    refusal(whole[:at] + bytes(1000) + whole[at + 1000 :])
+    complete = encoded(speech(2.0), container, subtype)
+    at = len(complete) // 2
+    refusal(complete[:at] + bytes(1000) + complete[at + 1000 :])
 
 
 def writes(container: str, subtype: str | None, channels: int = 1, rate: int = RATE) -> bool:
@@ -93,25 +93,25 @@ KINDS = [(*one, channels) for one in (*SAYS_HOW_MUCH, ("MP3", None)) for channel
 
 @pytest.mark.parametrize(("container", "subtype", "channels"), KINDS)
 def test_the_message_tells_how_much_is_there(container: str, subtype: str | None, channels: int) -> None:
-    whole = encoded(speech(4.0, channels=channels), container, subtype)
-    line = refusal(whole[: len(whole) // 2])
+    complete = encoded(speech(4.0, channels=channels), container, subtype)
+    line = refusal(complete[: len(complete) // 2])
     assert re.search(r"truncated: its header declares (4\.[01]|3\.9) s, the file has (2\.[01]|1\.9) s: fetch", line)
 
 
 @pytest.mark.parametrize("subtype", ["OPUS", "VORBIS"])
 def test_an_ogg_stream_without_its_last_page_is_truncated(subtype: str) -> None:
-    whole = encoded(speech(4.0), "OGG", subtype)
-    last = whole.rindex(b"OggS")
-    for end in (len(whole) - 1, last + 100, last, last // 2):
-        assert "truncated: its Ogg stream ends before its last page, at byte " in refusal(whole[:end])
+    complete = encoded(speech(4.0), "OGG", subtype)
+    last = complete.rindex(b"OggS")
+    for end in (len(complete) - 1, last + 100, last, last // 2):
+        assert "truncated: its Ogg stream ends before its last page, at byte " in refusal(complete[:end])
 
 
 @pytest.mark.parametrize("subtype", ["OPUS", "VORBIS"])
 def test_an_ogg_stream_that_lacks_a_page_is_damaged(subtype: str) -> None:
-    whole = encoded(speech(6.0), "OGG", subtype)
-    starts = [at for at in range(len(whole)) if whole[at : at + 4] == b"OggS"]
+    complete = encoded(speech(6.0), "OGG", subtype)
+    starts = [at for at in range(len(complete)) if complete[at : at + 4] == b"OggS"]
     one, following = starts[-3:-1]
-    line = refusal(whole[:one] + whole[following:])
+    line = refusal(complete[:one] + complete[following:])
     assert f"damaged: bytes of its Ogg stream are missing or changed at byte {one:,}: fetch the file again" in line
 
 
@@ -126,7 +126,7 @@ def subtypes() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("container", "subtype"), subtypes())
-def test_whole_recordings_of_all_containers_are_accepted(container: str, subtype: str) -> None:
+def test_complete_recordings_of_all_containers_are_accepted(container: str, subtype: str) -> None:
     written = 0
     for channels, rate, frames in [
         *((1, 16000, frames) for frames in (101, 1153, 4001, 9000)),
@@ -145,14 +145,14 @@ def test_whole_recordings_of_all_containers_are_accepted(container: str, subtype
 @pytest.mark.parametrize("bitrate_mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
-def test_whole_mp3_of_all_kinds_are_accepted_and_cut_ones_are_not(rate: int, channels: int, bitrate_mode: str) -> None:
+def test_complete_mp3_are_accepted_and_truncated_ones_are_not(rate: int, channels: int, bitrate_mode: str) -> None:
     data = encoded(speech(1.5, rate, channels), "MP3", None, rate, bitrate_mode=bitrate_mode)
     assert len(read_audio(data, 30)) == 24000
     assert "truncated" in refusal(data[: 9 * len(data) // 10])
 
 
 def without_xing(mp3: bytes) -> bytes:
-    """The frames of an MP3 alone, without the first, which says how many follow; a kind that many recorders write."""
+    """The frames of an MP3 without the first, which declares their number, as many recorders write it."""
     return mp3[mp3.index(mp3[:2], 4) :]
 
 
@@ -179,7 +179,7 @@ MP3 = encoded(speech(2.0), "MP3", None, bitrate_mode="VARIABLE")
     ],
     ids=lambda data: f"{len(data)}",
 )
-def test_whole_mp3_that_look_odd_are_accepted(data: bytes) -> None:
+def test_complete_mp3_that_look_odd_are_accepted(data: bytes) -> None:
     assert len(read_audio(data, 30)) == pytest.approx(32000, abs=2000)
 
 
@@ -229,7 +229,7 @@ PCM = encoded(speech(1.0), "WAV", "PCM_16")
     ],
     ids=lambda data: f"{len(data)}",
 )
-def test_whole_wav_that_look_odd_are_accepted(data: bytes) -> None:
+def test_complete_wav_that_look_odd_are_accepted(data: bytes) -> None:
     assert len(read_audio(data, 30)) == pytest.approx(16000, abs=30)
 
 
@@ -244,11 +244,7 @@ def test_an_odd_number_of_bytes_needs_no_padding() -> None:
 
 @pytest.mark.parametrize(
     ("container", "name", "behind", "length"),
-    [
-        ("AU", b".snd", 8, 0xFFFFFFFF),
-        ("AIFF", b"SSND", 4, 0x7F000000),
-        ("RF64", b"ds64", 16, 0xFFFFFFFF),
-    ],
+    [("AU", b".snd", 8, 0xFFFFFFFF), ("AIFF", b"SSND", 4, 0x7F000000), ("RF64", b"ds64", 16, 0xFFFFFFFF)],
 )
 def test_streamed_lengths_are_accepted(container: str, name: bytes, behind: int, length: int) -> None:
     data = encoded(speech(), container, "PCM_16")

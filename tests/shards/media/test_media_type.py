@@ -25,7 +25,7 @@ def caf(codec):
     return b"caff\0\1\0\0desc" + struct.pack(">Qd4s", 32, 16_000.0, codec) + bytes(40)
 
 
-AUDIO = {  # bytes: what is said, where libsndfile does not read it
+AUDIO = {  # formats that libsndfile does not read: bytes, description, suffix
     "m4a": (iso(b"M4A ", b"mp42", b"isom"), "AAC in MP4", "m4a"),
     "m4b": (iso(b"M4B ", b"isom"), "AAC in MP4", "m4a"),
     "m4a by its second brand": (iso(b"mp42", b"M4A "), "AAC in MP4", "m4a"),
@@ -119,7 +119,7 @@ def test_pictures_that_pillow_does_not_read_are_to_be_converted(head, name):
         (b'{"error": "quota exceeded"}', "text that begins"),
     ],
 )
-def test_what_is_neither(head, clause, kind):
+def test_files_that_are_neither_audio_nor_picture(head, clause, kind):
     assert re.search(clause, describe_content(head, kind))
 
 
@@ -136,7 +136,7 @@ def recorded(container, subtype):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO"])
-def test_what_pillow_reads_is_not_explained_but_where_audio_is_wanted(kind):
+def test_pictures_that_pillow_reads_are_described_only_where_audio_is_expected(kind):
     assert describe_content(encoded(kind), "picture") is None
     assert describe_content(encoded(kind), "audio").endswith("where audio is expected: check the columns or paths")
     assert describe_content(encoded(kind))
@@ -148,14 +148,14 @@ def test_what_pillow_reads_is_not_explained_but_where_audio_is_wanted(kind):
      ("AIFF", "PCM_16"), ("AU", "PCM_16"), ("CAF", "PCM_16"), ("CAF", "ALAC_16"), ("FLAC", "PCM_16"),
      ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"), ("NIST", "PCM_16")],
 )  # fmt: skip
-def test_what_libsndfile_reads_is_not_explained_but_where_a_picture_is_wanted(container, subtype):
+def test_audio_that_libsndfile_reads_is_described_only_where_a_picture_is_expected(container, subtype):
     data = recorded(container, subtype)
     assert describe_content(data, "audio") is None
     assert describe_content(data, "picture").endswith("where a picture is expected: check the columns or paths")
     assert describe_content(data)
 
 
-def test_bytes_of_no_format_say_nothing():
+def test_unknown_bytes_have_no_description():
     rng = np.random.default_rng(0)
     noise = [bytes([1, 2]) + rng.integers(0, 256, 200).astype(np.uint8).tobytes() for _ in range(50)]
     assert {describe_content(head) for head in noise} == {None}

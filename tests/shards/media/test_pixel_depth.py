@@ -77,7 +77,7 @@ def test_tiff_that_pillow_reads_in_one_byte_order_only(tmp_path, compressed):
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_pixels_that_are_not_numbers_are_refused(tmp_path, order, compressed):
+def test_pixels_that_are_not_finite_are_refused(tmp_path, order, compressed):
     for bad in (np.nan, np.inf):
         data = tiff(np.float32(np.where(GREY == 52, bad, GREY)), 3, 1, order, compressed)
         with pytest.raises(UserError, match=r"a\.tif: has pixels that are not finite numbers: save it with 8 or 16"):
@@ -120,7 +120,7 @@ def test_png(tmp_path, values, bits, colour, transparent, expected):
     assert [red[8, 8], red[8, 24], red[24, 8], red[24, 24]] == pytest.approx(expected, abs=2)
 
 
-def test_what_cannot_be_scaled_is_refused_rather_than_black(tmp_path):
+def test_colors_that_cannot_be_scaled_are_refused(tmp_path):
     data = png(np.dstack([GREY * 16, OPACITY]), 16, 4)
     with pytest.raises(UserError, match=r"a\.tif: its 16-bit values are almost all black in 8 bits: save it with 8"):
         stored(tmp_path, data)
@@ -165,9 +165,9 @@ def test_alpha_multiplied_in_is_shown_on_white(mode):
 @pytest.mark.parametrize("level", [0, 1, 255, 256, 4095, 65535])
 def test_pictures_of_one_level_are_not_stretched(level):
     data = read_picture(Image.fromarray(np.full((8, 8), level, np.uint16)), 256, 100)
-    (found,) = np.unique(Image.open(io.BytesIO(data)))
+    (result,) = np.unique(Image.open(io.BytesIO(data)))
     full = next(full for full in (255, 4095, 65535) if level <= full)
-    assert found == pytest.approx(255 * level / full, abs=1)
+    assert result == pytest.approx(255 * level / full, abs=1)
 
 
 def test_scaling_takes_strips(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def test_floats_far_beyond_full_scale_are_refused(
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_numbers_that_are_none_are_refused(number: float, channels: int) -> None:
+def test_values_that_are_not_finite_are_refused(number: float, channels: int) -> None:
     wave = np.stack([tone()] * channels, axis=1)
     wave[100, -1] = number
     with pytest.raises(UserError, match="not finite"):
@@ -148,7 +148,7 @@ def test_of_channels_that_cancel_the_loudest_is_kept_and_named(container: str, s
     assert recording.wave == pytest.approx(channels[:, 1].clip(-1, 1), abs=1e-3)
 
 
-def test_cancellation_is_judged_over_the_whole_recording() -> None:
+def test_cancellation_is_measured_over_the_complete_recording() -> None:
     long = np.tile(OPPOSITE, (20, 1))
     assert "cancel" in str(read_recording(encoded(long), 30).warning)
     long[40_000:, 1] *= -1  # the rest is in phase
@@ -178,7 +178,4 @@ def test_mix_down_follows_the_same_rule() -> None:
     assert mix_down(OPPOSITE.T) == pytest.approx(tone(), abs=1e-6)
     assert mix_down(np.float32([[0.5, 0.0], [0.1, 0.2]])) == pytest.approx([0.3, 0.1])
     assert mix_down(np.float32([0.5, 0.0])) == pytest.approx([0.5, 0.0])
-
-
-def test_mixer_without_blocks_keeps_no_channel() -> None:
     assert ChannelMixer().kept is None

@@ -62,8 +62,8 @@ def test_the_same_on_any_ranks_and_workers(
     manifest: Manifest, augmented: list[list[Batch]], world_size: int, micros: int, workers: int
 ) -> None:
     order = order_for(manifest, batch_size=6)
-    found = batches(manifest, range(6), world_size, micros, workers, augment=HALF, order=order)
-    assert_same(augmented, found)
+    result = batches(manifest, range(6), world_size, micros, workers, augment=HALF, order=order)
+    assert_same(augmented, result)
 
 
 @pytest.mark.parametrize(("step", "workers"), [(1, 0), (3, 2), (5, 1)])

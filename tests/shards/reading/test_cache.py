@@ -12,6 +12,7 @@ from contextlib import suppress
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def far(tmp_path: Path) -> Remote:
     return Remote(f"file://{tmp_path}/remote")
 
 
-def held(folder: Path) -> int:
+def cached_bytes(folder: Path) -> int:
     """Bytes that a cache takes."""
     total = 0
     for path in list(folder.iterdir()):
@@ -57,7 +58,7 @@ def held(folder: Path) -> int:
 
 def within_bound(cache: Cache) -> bool:
     with cache._locked():  # no file changes its name meanwhile
-        return held(cache.folder) <= cache.bound
+        return cached_bytes(cache.folder) <= cache.bound
 
 
 def names(folder: Path) -> set[str]:
@@ -211,11 +212,11 @@ def test_a_shard_that_goes_just_before_it_is_locked_is_fetched_again(
 ) -> None:
     cache, real = Cache(tmp_path / "cache"), fcntl.flock
     os.close(cache.open(far(tmp_path), shards[0]))
-    whole = tmp_path / "cache" / f"{shards[0].sha256}.tar"
+    complete = tmp_path / "cache" / f"{shards[0].sha256}.tar"
 
     def flock(descriptor: int, how: int) -> None:
         if how == fcntl.LOCK_SH:
-            whole.unlink()
+            complete.unlink()
             monkeypatch.setattr(fcntl, "flock", real)
         real(descriptor, how)
 
@@ -235,7 +236,7 @@ def test_what_a_killed_download_left_is_not_counted_beside_the_next_one(
     assert names(tmp_path / "cache") == {f"{info.sha256}.tar" for info in shards[:2]}
 
 
-def test_a_shard_larger_than_the_cache_costs_no_other(tmp_path: Path, shards: list[ShardInfo]) -> None:
+def test_a_shard_larger_than_the_cache_evicts_none(tmp_path: Path, shards: list[ShardInfo]) -> None:
     cache = Cache(tmp_path / "cache", 1.5 * SIZE / 1e9)
     os.close(cache.open(far(tmp_path), shards[0]))
     giant = ShardInfo("train-000001.tar", 2 * SIZE, "ab" * 32, 1)
@@ -250,14 +251,14 @@ class SmallDisk:
         self.folder, self.size, self.code, self.real = folder, size, code, os.posix_fallocate
 
     def __call__(self, descriptor: int, offset: int, length: int) -> None:
-        if held(self.folder) + length > self.size:
+        if cached_bytes(self.folder) + length > self.size:
             os.ftruncate(descriptor, length // 2)  # as file systems leave it
             raise OSError(self.code, os.strerror(self.code))
         self.real(descriptor, offset, length)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_costs_old_shards_and_then_the_cache(
+def test_a_full_disk_evicts_old_shards_and_then_disables_the_cache(
     tmp_path: Path, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     cache = Cache(tmp_path / "cache")
@@ -278,16 +279,10 @@ def test_a_full_disk_costs_old_shards_and_then_the_cache(
 def test_a_disk_that_is_full_in_the_middle_of_a_download(
     tmp_path: Path, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cannot_reserve(*_: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, "not supported")
-
-    def write(descriptor: int, block: bytes) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     cache = Cache(tmp_path / "cache")
-    monkeypatch.setattr(os, "posix_fallocate", cannot_reserve)
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(errno.EOPNOTSUPP, "not supported")))
     os.close(cache.open(far(tmp_path), shards[0]))
-    monkeypatch.setattr(module.os, "write", write)
+    monkeypatch.setattr(module.os, "write", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     start = time.monotonic()
     assert cache.open(far(tmp_path), shards[1]) is None
     assert time.monotonic() - start < 0.5, "the network was asked again though the disk failed"
@@ -364,11 +359,8 @@ def test_a_cache_that_was_removed_meanwhile_is_named(tmp_path: Path, shards: lis
 def test_errors_of_the_folder_are_one_line(
     tmp_path: Path, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-
     cache = Cache(tmp_path / "cache")
-    monkeypatch.setattr(module, name, fail)
+    monkeypatch.setattr(module, name, Mock(side_effect=OSError(errno.EACCES, "Permission denied")))
     with pytest.raises(UserError, match=r"--data\.cache .*cache cannot be used: Permission denied"):
         cache.open(far(tmp_path), shards[0])
 
@@ -376,19 +368,16 @@ def test_errors_of_the_folder_are_one_line(
 def test_a_part_that_cannot_be_removed_blocks_no_process(
     tmp_path: Path, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
     cache = Cache(tmp_path / "cache")
     with monkeypatch.context() as broken:
-        broken.setattr(Path, "unlink", fail)
-        broken.setattr(os, "rename", fail)
+        for owner, name in ((Path, "unlink"), (os, "rename")):
+            broken.setattr(owner, name, Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
         with pytest.raises(UserError, match="Read-only file system"):
             cache.prefetch(far(tmp_path), shards[0])
     os.close(cache.open(far(tmp_path), shards[0]))
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--data\.cache .*file/cache cannot be used: Not a directory"):
         Cache(tmp_path / "file" / "cache")

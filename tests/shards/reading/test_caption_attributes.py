@@ -1,4 +1,4 @@
-"""What the captions of a split are known by, in the order of the manifest, and what is unknown or damaged."""
+"""Text, speaker, language and duration of the captions of a split, unknown and damaged ones included."""
 
 import json
 import logging
@@ -78,7 +78,7 @@ def test_an_unknown_split_is_named(manifest: Manifest) -> None:
 @pytest.mark.parametrize(
     "damage", [b"[", b"\xff\xfe", b"[" * 100, b'{"captions": 3}', b'{"captions": []}', b"[1]", b"null"]
 )
-def test_damaged_json_is_unknown_and_said(
+def test_damaged_json_is_unknown_and_reported(
     manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
 ) -> None:
     for path in manifest.folder.iterdir():

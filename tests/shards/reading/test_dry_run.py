@@ -1,4 +1,4 @@
-"""The dry run: readers, bytes and padding against a count of what the order and the manifests say."""
+"""The dry run: readers, bytes and padding against a naive count over the order and the manifests."""
 
 import dataclasses
 import math
@@ -135,7 +135,7 @@ def test_padding_against_a_plain_count(one: Manifest) -> None:
     assert of(one, max_seconds=1.0).padding == pytest.approx(0)
 
 
-def test_many_ranks_look_at_fewer_batches(one: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_ranks_evaluate_fewer_batches(one: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shards.reading.dry_run._MAX_MICROS", 13)
     assert of(one, world_size=2, micros=2).batches == 4
     assert of(one, world_size=16, micros=1).batches == 1

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -32,7 +33,7 @@ def children() -> set[int]:
 
 
 def stat(pid: int) -> str:
-    """State of a process, "" if it is no more."""
+    """State of a process, "" if it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
     except FileNotFoundError:
@@ -72,11 +73,8 @@ class Failing(Reader):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_disk_that_does_not_respond_is_no_mistake_of_the_user(manifest: Manifest, workers: int) -> None:
-    def fail() -> bytes:
-        raise TransientError("no answer")
-
     reader = Failing(manifest)
-    reader.how = fail
+    reader.how = Mock(side_effect=TransientError("no answer"))
     with pytest.raises(TransientError, match="no answer"):
         batches(manifest, range(1), workers=workers, reader=reader)
 

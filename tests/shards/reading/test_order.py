@@ -151,11 +151,11 @@ def test_a_batch_does_not_depend_on_what_was_read_before(order: Order, steps: li
 def test_ranks_and_micro_batches_together_are_the_batch(world: int, micros: int, shard_groups: int, times: int) -> None:
     size = int(np.lcm(shard_groups, world)) * micros * times
     order = Order([same_shards(3 * size + 35, 5)], size, seed=5, shuffle_shards=2, shard_groups=shard_groups)
-    whole = order.batch(3)
+    batch = order.batch(3)
     indices = [rank_slice(size, m, micros, r, world, shard_groups) for m in range(micros) for r in range(world)]
     assert {len(part) for part in indices} == {size // (micros * world)}, "ranks have unequal parts"
     joined = np.concatenate(indices)
-    for column, part in zip(whole, whole.part(joined), strict=True):
+    for column, part in zip(batch, batch.part(joined), strict=True):
         np.testing.assert_array_equal(part[np.argsort(joined)], column)
     if shard_groups == 1:
         np.testing.assert_array_equal(joined, np.arange(size))
@@ -208,14 +208,14 @@ def test_replacements_put_no_picture_into_a_batch_twice(order: Order, data: st.D
         step = data.draw(st.sampled_from(across) | st.integers(0, across[-1] - 1))
         indices = np.flatnonzero(run.of_source[step]).tolist()
         assume(indices)
-        whole = run.pictures // len(indices) - 1
-        assert whole >= 1, "there is no picture for the first attempt"
-        named = [order.replacement(step, index, attempt) for attempt in range(1, whole + 3) for index in indices]
+        rounds = run.pictures // len(indices) - 1
+        assert rounds >= 1, "there is no picture for the first attempt"
+        named = [order.replacement(step, index, attempt) for attempt in range(1, rounds + 3) for index in indices]
         epoch = (ends[step] - 1) // run.pictures
         passed = zip(run.epochs(run.samples)[epoch], run.epochs(run.captions)[epoch], strict=True)
         assert set(named) <= set(passed), "not a picture and its caption of this source, shard group and epoch"
         assert not {sample for sample, _ in named} & set(order.batch(step).samples), "a replacement is in the batch"
-        different = [sample for sample, _ in named[: whole * len(indices)]]
+        different = [sample for sample, _ in named[: rounds * len(indices)]]
         assert len(set(different)) == len(different), "two indices or attempts have the same replacement"
 
 

@@ -44,14 +44,10 @@ def test_an_order_of_manifests_numbers_them_end_to_end(tmp_path: Path) -> None:
     assert (order.pictures, order.steps_per_epoch) == (26, 26 / 6)
 
 
-def test_an_unknown_split_is_named_with_those_there_are(tmp_path: Path) -> None:
+def test_unknown_splits_and_pictures_without_captions_are_refused(tmp_path: Path) -> None:
     manifest = saved(tmp_path / "one", {"train": [5], "dev": [4]}, captions=1)
     with pytest.raises(UserError, match=r"no split 'eval' in .*one: it has train, dev"):
         order_of(manifest, "eval", 2)
-
-
-def test_a_picture_without_a_caption_is_named(tmp_path: Path) -> None:
-    manifest = saved(tmp_path / "one", {"train": [5], "dev": [4]}, captions=1)
     first_caption = manifest.first_caption.copy()
     first_caption[3] = first_caption[2]  # the caption of picture 2 goes to picture 3
     silent = replace(manifest, first_caption=first_caption, key=np.array([b"p%d" % n for n in range(9)]))
@@ -60,7 +56,7 @@ def test_a_picture_without_a_caption_is_named(tmp_path: Path) -> None:
     assert order_of(silent, "dev", 2).pictures == 4
 
 
-def test_a_part_has_the_same_places_of_all_columns() -> None:
+def test_a_part_has_the_same_indices_of_all_columns() -> None:
     batch = Order([same_shards(40, 5, captions=3)], 8).batch(2)
     part = batch.part(np.array([1, 6]))
     assert isinstance(part, Selection)
@@ -87,13 +83,7 @@ def test_a_part_has_the_same_places_of_all_columns() -> None:
             "at least 8 pictures, shard group 2 of training has 5: set --training.batch_size to 6 or less",
         ),
         ([[90], [9]], [3, 1], 20, 1, "at least 10 pictures, training has 9: set --training.batch_size to 16 or less"),
-        (
-            [[20, 20]],
-            [1],
-            9,
-            2,
-            "a batch of 9 does not divide into 2 shard groups: set --training.batch_size to 10 or",
-        ),
+        ([[20, 20]], [1], 9, 2, "a batch of 9 does not divide into 2 shard groups: set --training.batch_size to 10 or"),
         (
             [[20, 20]],
             [1],
@@ -113,7 +103,7 @@ def test_a_part_has_the_same_places_of_all_columns() -> None:
         ([[90], [90]], [1, float("inf")], 8, 1, "the weight of training is inf"),
     ],
 )
-def test_what_does_not_fit_is_one_clear_line(counts, weights, batch, shard_groups, message) -> None:
+def test_orders_that_do_not_fit_are_one_clear_line(counts, weights, batch, shard_groups, message) -> None:
     with pytest.raises(UserError) as caught:
         Order(mix([(c, 1, w) for c, w in zip(counts, weights, strict=True)]), batch, shard_groups=shard_groups)
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""Reading members: the bytes that were written, from a local or remote folder; what is wrong with a shard is named."""
+"""Reading members: the bytes that were written, from a local or remote folder; errors name the shard."""
 
 import errno
 import os
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import numpy as np
@@ -110,11 +111,8 @@ def test_a_shard_that_is_not_the_one_of_the_manifest_is_named(data: Path, change
 def test_a_disk_that_does_not_respond_is_a_transient_error(
     data: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
     reader = Reader(load(data / "one"))
-    monkeypatch.setattr(os, call, fail)
+    monkeypatch.setattr(os, call, Mock(side_effect=OSError(code, os.strerror(code))))
     with pytest.raises(TransientError, match=rf"one/train-000000\.tar: .*{os.strerror(code)}; check the disk"):
         reader.picture(0)
 
@@ -230,7 +228,7 @@ def test_failed_requests_are_retried(data: Path, monkeypatch: pytest.MonkeyPatch
         shaky(manifest, Shaky(5)).picture(0)
 
 
-def test_a_server_that_sends_whole_files_is_named(data: Path) -> None:
+def test_a_server_that_sends_complete_files_is_named(data: Path) -> None:
     with pytest.raises(UserError, match=r"does not support range requests: set --data\.cache"):
         shaky(load(f"file://{data}/one"), Shaky(0, whole_files=True)).picture(0)
 
@@ -239,7 +237,7 @@ class Ranges(SimpleHTTPRequestHandler):
     """A file server that knows ranges, as object stores do."""
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def end_headers(self) -> None:
         self.send_header("Accept-Ranges", "bytes")

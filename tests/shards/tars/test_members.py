@@ -26,8 +26,8 @@ def test_members_equal_tarfile(tmp_path, format):
         info = tarfile.TarInfo("last.txt")
         info.size, info.mtime = 3, 0.5  # a time that only pax stores
         tar.addfile(info, io.BytesIO(b"end"))
-    found, listing = listed(path)
-    assert found == members(path)
+    result, listing = listed(path)
+    assert result == members(path)
     assert listing.problem is None
     assert {listing.members[n].name: data for n, data in listing.texts.items()} == {
         name: data for name, data in members(path).items() if name.endswith((".txt", ".json"))
@@ -36,17 +36,17 @@ def test_members_equal_tarfile(tmp_path, format):
 
 def test_members_of_a_stock_tar(tmp_path):
     path = one_caption_each(tmp_path / "s") / "train-000000.tar"
-    found, listing = listed(path)
-    assert found == members(path)
-    assert len(found) == 9
+    result, listing = listed(path)
+    assert result == members(path)
+    assert len(result) == 9
     assert listing.problem is None
 
 
 def test_a_tar_at_a_url(tmp_path):
     path = pack(tmp_path / "a.tar", FILES, tarfile.PAX_FORMAT)
     url = f"file://{path}"
-    found, _ = listed(url)
-    assert found == members(path)
+    result, _ = listed(url)
+    assert result == members(path)
     with pytest.raises(UserError, match=r"b\.tar is missing"):
         list_tar(f"file://{tmp_path}/b.tar")
 

@@ -67,6 +67,12 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def undisturbed(folder, items, **how):
+    """The contents that a run gives which nothing stops."""
+    write(items, folder / "undisturbed", **how)
+    return contents(folder / "undisturbed")
+
+
 def identities(folder):
     """What a shard keeps if no one writes it again."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.tar")}

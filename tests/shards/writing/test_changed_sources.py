@@ -8,14 +8,18 @@ import pytest
 from shards.corpora.text_files import ListFile
 from shards.errors import UserError
 from shards.writing.folder_lock import UNFINISHED, Part, claim_folder
-from shards.writing.writer import (
-    Format,
-    merge_shards,
-    plan_shards,
-    write_shards,
-)
+from shards.writing.writer import Format, merge_shards, plan_shards, write_shards
 from tests.shards import tiny_corpora as tiny
-from tests.shards.writing.small_corpus import ITEMS, contents, identities, shard_corpus, stop, write, write_one_part
+from tests.shards.writing.small_corpus import (
+    ITEMS,
+    contents,
+    identities,
+    shard_corpus,
+    stop,
+    undisturbed,
+    write,
+    write_one_part,
+)  # fmt: skip
 
 
 def longer(path):
@@ -49,8 +53,7 @@ def test_a_file_that_changes_after_it_was_read_is_noticed_at_the_end(tmp_path, n
     ):
         write_shards(items, out, "tiny", Format(2), {"corpus": "tiny"}, progress=progress)
     assert write(items, out, samples_per_shard=2).kept == 3
-    write(items, tmp_path / "undisturbed", samples_per_shard=2)
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert contents(out) == undisturbed(tmp_path, items, samples_per_shard=2)
 
 
 @pytest.mark.parametrize(("change", "line"), CHANGES)
@@ -64,8 +67,7 @@ def test_merge_refuses_parts_made_from_files_that_changed_since(tmp_path, change
         merge_shards(tmp_path / "out")
     assert write_one_part(items, tmp_path / "out", 2, 2) == (1, 3)
     merge_shards(tmp_path / "out")
-    write(items, tmp_path / "undisturbed", samples_per_shard=1)
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert contents(tmp_path / "out") == undisturbed(tmp_path, items, samples_per_shard=1)
 
 
 def test_merge_takes_files_that_were_touched_and_names_how_many_are_missing(tmp_path):
@@ -110,8 +112,7 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path):
     tiny.speech(tmp_path / "corpus/4.wav")
     assert write(items, out, samples_per_shard=2).kept == 2
     assert kept.items() <= identities(out).items()
-    write(items, tmp_path / "undisturbed", samples_per_shard=2)
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert contents(out) == undisturbed(tmp_path, items, samples_per_shard=2)
 
 
 def test_parts_of_an_earlier_version_are_merged_without_a_record_of_their_sources(tmp_path):
@@ -120,6 +121,6 @@ def test_parts_of_an_earlier_version_are_merged_without_a_record_of_their_source
     forget(out / UNFINISHED)
     merge_shards(out)
     write(items, tmp_path / "undisturbed", samples_per_shard=1)
-    undisturbed = contents(tmp_path / "undisturbed")
-    del undisturbed["sources.json"]
-    assert contents(out) == undisturbed
+    expected = contents(tmp_path / "undisturbed")
+    del expected["sources.json"]
+    assert contents(out) == expected

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,13 +14,9 @@ from shards import files, manifest
 from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.writing.folder_lock import UNFINISHED, Part, claim_folder, count_finished
-from shards.writing.writer import (
-    Format,
-    merge_shards,
-    plan_shards,
-)
+from shards.writing.writer import Format, merge_shards, plan_shards
 from tests.shards import tiny_corpora as tiny
-from tests.shards.writing.small_corpus import ITEMS, contents, identities, killed_at, write, write_one_part
+from tests.shards.writing.small_corpus import ITEMS, contents, identities, killed_at, undisturbed, write, write_one_part
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -49,8 +46,7 @@ def test_full_disk_leaves_finished_shards_or_nothing(tmp_path, monkeypatch, mome
     assert (tmp_path / "out").exists() == bool(kept)
     assert not list(tmp_path.glob("**/*.tmp"))
     assert write(ITEMS[:1], tmp_path / "out").kept == kept
-    write(ITEMS[:1], tmp_path / "undisturbed")
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert contents(tmp_path / "out") == undisturbed(tmp_path, ITEMS[:1])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
@@ -94,11 +90,10 @@ def test_another_number_of_parts_resumes(tmp_path):
     write_one_part(ITEMS, tmp_path / "out", 2, 3)
     assert write_one_part(ITEMS, tmp_path / "out", 2, 2) == (1, 1)
     assert write(ITEMS, tmp_path / "out", samples_per_shard=1).kept == 3
-    write(ITEMS, tmp_path / "undisturbed", samples_per_shard=1)
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert contents(tmp_path / "out") == undisturbed(tmp_path, ITEMS, samples_per_shard=1)
 
 
-def test_merge_names_what_is_missing(tmp_path):
+def test_merge_names_missing_shards(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"out contains no parts to merge: write them with .* --part I/N"):
         merge_shards(out)
@@ -183,10 +178,7 @@ def test_the_last_one_removes_the_notes_while_another_starts(tmp_path, monkeypat
 
 
 def test_without_locks_of_the_file_system(tmp_path, monkeypatch):
-    def flock(descriptor, how):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
     out = tmp_path / "out"
     bad = [ITEMS[1], Item("bad", "train", tmp_path / "none.jpg", ITEMS[0].captions)]
     with pytest.raises(UserError, match=r"none\.jpg"):

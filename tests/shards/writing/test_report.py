@@ -14,14 +14,7 @@ from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.report import Dropped, Report, load_report
 from shards.writing.folder_lock import Part
-from shards.writing.writer import (
-    Format,
-    estimate_sizes,
-    merge_shards,
-    plan_shards,
-    write_part,
-    write_shards,
-)
+from shards.writing.writer import Format, estimate_sizes, merge_shards, plan_shards, write_part, write_shards
 from tests.shards import tiny_corpora as tiny
 from tests.shards.writing.small_corpus import ITEMS, drawn, members, tone, write, write_one_part
 

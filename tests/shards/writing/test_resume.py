@@ -14,11 +14,7 @@ from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.writing.folder_lock import UNFINISHED, remove_leftovers
 from shards.writing.shard_record import lists_digest
-from shards.writing.writer import (
-    Format,
-    plan_shards,
-    write_shards,
-)
+from shards.writing.writer import Format, plan_shards, write_shards
 from tests.shards import tiny_corpora as tiny
 from tests.shards.writing.small_corpus import (
     ITEMS,
@@ -30,6 +26,7 @@ from tests.shards.writing.small_corpus import (
     shard_corpus,
     stop,
     tone,
+    undisturbed,
     write,
 )
 
@@ -45,8 +42,7 @@ def test_bad_input_keeps_finished_shards_and_the_next_run_resumes(tmp_path):
     assert kept.items() <= identities(out).items()
     assert "4 shards, " in report.text()
     assert ", 2 of them kept from an earlier run\n" in report.text()
-    write(items, tmp_path / "undisturbed", samples_per_shard=2)
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert contents(out) == undisturbed(tmp_path, items, samples_per_shard=2)
 
 
 def test_with_skip_bad_a_run_resumes_and_without_it_does_not(tmp_path):
@@ -61,8 +57,7 @@ def test_with_skip_bad_a_run_resumes_and_without_it_does_not(tmp_path):
         write(items, out, samples_per_shard=2)
     report = write(items[:-1], out, samples_per_shard=2, skip_bad=True)
     assert [one.name for one in report.dropped] == ["u2", "p2", "gone"]
-    write(items[:-1], tmp_path / "undisturbed", samples_per_shard=2, skip_bad=True)
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert contents(out) == undisturbed(tmp_path, items[:-1], samples_per_shard=2, skip_bad=True)
 
 
 def other_caption(item, **how):
@@ -105,11 +100,10 @@ def test_a_changed_shard_alone_is_written_again(tmp_path, number, change):
     assert write(again, out, samples_per_shard=2).kept == 3
     name = "train-000000.tar" if number == 0 else "dev-000000.tar"
     assert {one for one, identity in identities(out).items() if before[one] != identity} == {name}
-    write(again, tmp_path / "undisturbed", samples_per_shard=2)
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert contents(out) == undisturbed(tmp_path, again, samples_per_shard=2)
 
 
-def test_arrays_that_look_alike_are_told_apart(tmp_path):
+def test_arrays_that_look_alike_are_distinguished(tmp_path):
     pixels = np.zeros((2000, 3, 3), np.uint8)
     other = pixels.copy()
     other[1000] = 255  # numpy shows neither in full
@@ -155,8 +149,7 @@ def test_a_shard_that_is_not_as_recorded_is_written_again(tmp_path, harm):
     report = write(items, out, samples_per_shard=2, skip_bad=True)
     assert report.kept == 1
     assert identities(out)["train-000001.tar"] == kept["train-000001.tar"]
-    write(items, tmp_path / "undisturbed", samples_per_shard=2, skip_bad=True)
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert contents(out) == undisturbed(tmp_path, items, samples_per_shard=2, skip_bad=True)
 
 
 def test_shards_of_a_corpus_that_shrank_are_removed(tmp_path):

@@ -1,4 +1,4 @@
-"""What shards were made from: noted as it is read, kept with a checksum, compared by content where times differ."""
+"""Source files of shards: recorded as they are read, stored with a checksum, compared by content if times differ."""
 
 import os
 from pathlib import Path
@@ -131,7 +131,7 @@ def test_a_corpus_is_compared_with_what_was_recorded(paths: list[Path]) -> None:
     assert compare(then, lists, items_of(paths)).changed == [f"{paths[1]} has another size"]
 
 
-def test_what_is_saved_is_loaded(paths: list[Path], tmp_path: Path) -> None:
+def test_saved_sources_are_loaded(paths: list[Path], tmp_path: Path) -> None:
     assert load_sources(tmp_path) is None
     save_sources(tmp_path, then := recorded(paths))
     assert sources_problem(tmp_path) is None

@@ -18,12 +18,7 @@ from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.report import load_report
 from shards.writing import writer as module
-from shards.writing.writer import (
-    Format,
-    plan_shards,
-    sample_key,
-    write_shards,
-)
+from shards.writing.writer import Format, plan_shards, sample_key, write_shards
 from tests.shards import tiny_corpora as tiny
 from tests.shards.writing.small_corpus import ITEMS, drawn, members, no_voice, tone, write
 
@@ -41,7 +36,7 @@ def test_members_in_their_order(tmp_path):
     ]
 
 
-def test_headers_hold_nothing_of_this_machine_or_moment(tmp_path):
+def test_headers_do_not_depend_on_machine_or_time(tmp_path):
     write(ITEMS, tmp_path)
     with tarfile.open(tmp_path / "train-000000.tar") as tar:
         for info in tar:
@@ -55,12 +50,9 @@ def test_json_member(tmp_path):
     caption = {"text": "«text» 0", "speaker": "speaker 0", "utterance": "x-0", "duration": 0.2}
     assert meta == {"image_id": "x", "split": "extra", "captions": [caption], "twin": "t-1"}
     assert "twin" not in json.loads(members(tmp_path / "train-000000.tar")["t-1.json"])
-
-
-def test_the_language_of_a_caption_is_stored_where_it_is_known(tmp_path):
     spoken = (Caption("x-0", tone, language="pt-br"), Caption("x-1", tone))
-    write([replace(drawn("x"), captions=spoken)], tmp_path)
-    captions = json.loads(members(tmp_path / "train-000000.tar")["x.json"])["captions"]
+    write([replace(drawn("x"), captions=spoken)], tmp_path / "other")
+    captions = json.loads(members(tmp_path / "other/train-000000.tar")["x.json"])["captions"]
     assert [caption.get("language") for caption in captions] == ["pt-br", None]
     assert "language" not in captions[1]
 
@@ -164,7 +156,7 @@ HALF = "\ud83d"  # of a letter outside of the basic plane, as JSON may have it
         ({"picture": Path("a\0.jpg")}, r"'a\\x00.jpg' is not a valid file name"),
     ],
 )
-def test_words_that_cannot_be_stored_are_named_before_anything_is_written(tmp_path, change, named, skip_bad):
+def test_text_that_cannot_be_stored_is_refused_before_anything_is_written(tmp_path, change, named, skip_bad):
     with pytest.raises(UserError, match=named) as caught:
         write([drawn("b"), replace(drawn("a"), **change)], tmp_path / "out", skip_bad=skip_bad)
     assert str(caught.value).isprintable()

@@ -59,7 +59,7 @@ def _handler(hub):
                 return self.create(json.loads(body))
             if self.path == "/api/validate-yaml":
                 return self.validate(json.loads(body)["content"])
-            if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", self.path):
+            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", self.path):
                 files = json.loads(body)["files"]
                 modes = [(f["path"], "lfs" if f["path"].endswith(".safetensors") else "regular") for f in files]
                 return self.answer(
@@ -74,17 +74,17 @@ def _handler(hub):
                         "objects": [one | {"actions": {"upload": {"href": f"{hub.url}/s3"}}} for one in objects],
                     },
                 )
-            if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
-                return self.commit(found[1], body)
+            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
+                return self.commit(match[1], body)
             return self.answer(404, {"error": f"the stand-in has no {self.path}"})
 
-        def create(self, asked):
-            repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        def create(self, requested):
+            repo = f"{requested.get('organization') or 'me'}/{requested['name']}"
             url = {"url": f"{hub.url}/{repo}"}
             if repo in hub.repos:
                 return self.answer(409, {"error": "You already created this model repo", **url})
             hub.repos[repo] = {}
-            hub.private[repo] = asked.get("private") is True or asked.get("visibility") == "private"
+            hub.private[repo] = requested.get("private") is True or requested.get("visibility") == "private"
             return self.answer(200, url)
 
         def validate(self, content):

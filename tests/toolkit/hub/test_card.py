@@ -1,4 +1,4 @@
-"""The model card: what it says, and that the hub's own classes read it back."""
+"""The model card: its contents, read back by the hub's own classes."""
 
 import json
 import shutil
@@ -81,7 +81,7 @@ def test_the_text_says_what_the_folder_and_its_run_hold(run):
     assert str(run.parent) not in text, "no path of this machine"
 
 
-def test_what_is_unknown_is_left_out(run, caplog):
+def test_unknown_values_are_left_out(run, caplog):
     bare = str(model_card(run / "export/best", None, "alone"))
     assert not any(title in bare for title in ("## Results", "## Training data", "model-index", "metrics", "None"))
     (run / "environment.json").unlink()

@@ -110,16 +110,16 @@ def reference(scenes):
 
 def naive(scores, correct, candidates=None):
     """Measures by their definitions, from scores [Q, N] and correct bool [Q, N]."""
-    found = {f"{measure}_at_{k}": [] for k in CUTOFFS for measure in ("ndcg", "recall", "hit_rate")}
+    actual = {f"{measure}_at_{k}": [] for k in CUTOFFS for measure in ("ndcg", "recall", "hit_rate")}
     for row, right in zip(scores, correct, strict=True):
         order = sorted(range(len(row)), key=lambda n: -row[n])[:candidates]
         for k in CUTOFFS:
             hits = [bool(right[n]) for n in order[:k]]
-            ideal = sum(1 / log2(place + 2) for place in range(min(k, int(right.sum()))))
-            found[f"ndcg_at_{k}"].append(sum(1 / log2(place + 2) for place, hit in enumerate(hits) if hit) / ideal)
-            found[f"recall_at_{k}"].append(sum(hits) / right.sum())
-            found[f"hit_rate_at_{k}"].append(float(any(hits)))
-    return {name: np.mean(values) for name, values in found.items()}
+            ideal = sum(1 / log2(rank + 2) for rank in range(min(k, int(right.sum()))))
+            actual[f"ndcg_at_{k}"].append(sum(1 / log2(rank + 2) for rank, hit in enumerate(hits) if hit) / ideal)
+            actual[f"recall_at_{k}"].append(sum(hits) / right.sum())
+            actual[f"hit_rate_at_{k}"].append(float(any(hits)))
+    return {name: np.mean(values) for name, values in actual.items()}
 
 
 def check(result, expected):

@@ -59,8 +59,8 @@ def test_a_mixed_list_gives_our_embeddings_in_its_order(export, files):
     assert np.abs(model.encode(names[0]) - ours(files)[0]).max() <= 1e-6, "one input"
     assert model.get_embedding_dimension() == ours(files).shape[1]
     expected = ours(files)[[0, 2]] @ ours(files)[[1, 3]].T
-    found = model.similarity(model.encode([names[0], names[2]]), model.encode([names[1], names[3]])).numpy()
-    assert np.abs(found - expected).max() <= 1e-6
+    result = model.similarity(model.encode([names[0], names[2]]), model.encode([names[1], names[3]])).numpy()
+    assert np.abs(result - expected).max() <= 1e-6
 
 
 def test_arrays_images_and_dictionaries(export, files):

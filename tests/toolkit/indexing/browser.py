@@ -27,7 +27,7 @@ KEYS = {"Enter": 13, "Escape": 27, "ArrowRight": 39, "ArrowLeft": 37}
 
 
 class Tab:
-    """One page, and what its console said."""
+    """One page, and the messages of its console."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket, self.count = socket, 0

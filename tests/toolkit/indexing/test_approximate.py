@@ -40,14 +40,14 @@ def test_recall_is_that_of_a_naive_comparison(built):
     index, measured = built
     assert (measured.lists, measured.sample) == (110, 256)
     assert 1 < measured.probes < 110
-    found = open_approximate(index)
+    result = open_approximate(index)
     values = index.embeddings.astype(np.float64)
     hits = total = 0
     for row in np.sort(np.random.default_rng(1).choice(3000, 256, replace=False)):
         query = index.embeddings[row].astype(np.float32)
         scores = values @ query
         best = [other for other in np.argsort(-scores, kind="stable")[:11] if other != row]
-        got = found.nearest(torch.from_numpy(query)[None], 11)[1][0].tolist()
+        got = result.nearest(torch.from_numpy(query)[None], 11)[1][0].tolist()
         hits, total = hits + len(set(best) & set(got)), total + len(best)
     assert measured.recall == pytest.approx(hits / total, abs=2e-3)
     assert measured.recall >= 0.99
@@ -172,11 +172,11 @@ def test_commands_build_use_and_renew_it(tmp_path, capsys, caplog):
         command.main([str(out), query, "--json", "--device", "cpu", *options])
         return [hit["row"] for hit in json.loads(capsys.readouterr().out)["results"]]
 
-    found = search()
+    result = search()
     assert "--exact searches all" in caplog.text
     exact = search("--exact")
     assert "approximate" not in caplog.text
-    assert len(set(found) & set(exact)) >= 5
+    assert len(set(result) & set(exact)) >= 5
 
     stale = out / Index.open(out).head.approximate_name
     kept = shutil.copytree(stale, tmp_path / "kept")

@@ -100,9 +100,9 @@ def test_images_are_found_by_voice(tmp_path):
             return uploaded
 
     with serving(tmp_path / "index", EXPORT) as server:
-        found = asyncio.run(check(f"http://127.0.0.1:{server.server_port}/"))
+        result = asyncio.run(check(f"http://127.0.0.1:{server.server_port}/"))
         expected = server.answers.search(recording.read_bytes(), rerank=True)["results"]
-        assert found == [hit["name"] for hit in expected]
+        assert result == [hit["name"] for hit in expected]
 
 
 def test_recordings_are_found_by_an_image(tmp_path):
@@ -125,6 +125,6 @@ def test_recordings_are_found_by_an_image(tmp_path):
             return await tab.run(NAMES)
 
     with serving(tmp_path / "index", EXPORT, token="secret") as server:
-        found = asyncio.run(check(f"http://localhost:{server.server_port}/?token=secret"))
+        result = asyncio.run(check(f"http://localhost:{server.server_port}/?token=secret"))
         expected = server.answers.search(picture.read_bytes(), rerank=True)["results"]
-        assert found == [hit["name"] for hit in expected]
+        assert result == [hit["name"] for hit in expected]

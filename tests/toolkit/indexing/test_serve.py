@@ -289,7 +289,7 @@ def test_slow_requests_time_out(server, query, monkeypatch):
 
 
 @pytest.mark.parametrize("request_", [b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"GET\r\n\r\n", b"A" * 70_000 + b"\r\n\r\n"])
-def test_what_is_not_http_is_answered(server, query, request_):
+def test_requests_that_are_not_http_are_answered(server, query, request_):
     with connect(server) as connection:
         connection.sendall(request_)
         assert b"error" in receive(connection)

@@ -32,7 +32,7 @@ def names(spec: int | str, *languages: str) -> tuple[str, ...]:
         ("*", ENGLISH),
     ],
 )
-def test_what_an_entry_stands_for(spec: int | str, expected: tuple[str, ...]) -> None:
+def test_voices_of_an_entry(spec: int | str, expected: tuple[str, ...]) -> None:
     assert names(spec) == expected
 
 

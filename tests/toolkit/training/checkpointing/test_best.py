@@ -1,4 +1,4 @@
-"""The best model of a run: `export/best` is what checkpoints say that it is, whatever happened."""
+"""The best model of a run: `export/best` agrees with the checkpoints after any interruption."""
 
 import json
 import os
@@ -28,9 +28,9 @@ def train(rank: int, world_size: int, run: config.Config, killed: bool) -> None:
     real, Exports = trainer.retrieve, export.Exports
 
     def retrieve(*args: Any, **options: Any) -> Any:
-        found = real(*args, **options)
-        found.report["coarse"]["mean_R@1"] = SCORES[evaluated.pop(0)]
-        return found
+        result = real(*args, **options)
+        result.report["coarse"]["mean_R@1"] = SCORES[evaluated.pop(0)]
+        return result
 
     write = Exports._write
 
@@ -90,6 +90,6 @@ def exported(run: Path) -> int:
 
 
 def marked(run: Path) -> dict[str, Any]:
-    """What the last checkpoint says."""
-    found: dict[str, Any] = json.loads((run / "checkpoints/step-00000004/progress.json").read_text())
-    return found
+    """The marker of the last checkpoint."""
+    result: dict[str, Any] = json.loads((run / "checkpoints/step-00000004/progress.json").read_text())
+    return result

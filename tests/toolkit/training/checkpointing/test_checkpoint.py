@@ -1,4 +1,4 @@
-"""Checkpoints: what they bring back, when they count, and what they do not do."""
+"""Checkpoints: exact resumption at any world size and stage, damage, failed saves, and no unpickling."""
 
 import itertools
 import json
@@ -48,13 +48,13 @@ def test_a_marker_with_impossible_numbers_is_damaged(tmp_path: Path, name: str, 
     from toolkit.training.checkpointing.progress import Saved, read_marker
 
     assert isinstance(read_marker(marker(tmp_path)), Saved)
-    found = read_marker(marker(tmp_path, **{name: value}))
+    actual = read_marker(marker(tmp_path, **{name: value}))
     if (name, value) not in (("best", -2), ("seconds", -2)):
-        assert found == "progress.json is damaged"
+        assert actual == "progress.json is damaged"
 
 
 class Gone(Exception):
-    """Stands for a process that is no more."""
+    """Ends a training in place of a killed process."""
 
 
 def settings(shards: Path, run: Path, **training: Any) -> config.Config:
@@ -91,14 +91,14 @@ def train(rank: int, world_size: int, runs: list[tuple[config.Config, int | None
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
     """By step; a step that was taken twice must have given the same numbers."""
-    found: dict[int, dict[str, float]] = {}
+    actual: dict[int, dict[str, float]] = {}
     for line in (run / "log.jsonl").read_text().splitlines():
         record = json.loads(line)
         if "loss" in record:
             numbers = {name: record[name] for name in LOSSES if name in record}
-            assert found.setdefault(record["step"], numbers) == numbers
-    assert sorted(found) == list(range(1, STEPS + 1))
-    return found
+            assert actual.setdefault(record["step"], numbers) == numbers
+    assert sorted(actual) == list(range(1, STEPS + 1))
+    return actual
 
 
 def exported(run: Path) -> dict[str, torch.Tensor]:
@@ -114,7 +114,7 @@ def assert_equal(run: Path, other: Path) -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_ended_anywhere_and_continued_equals_unbroken_to_the_bit(shards: Path, tmp_path: Path, precision: str) -> None:
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(shards: Path, tmp_path: Path, precision: str) -> None:
     runs = []
     for zero in range(4):
         options = {"zero_stage": zero, "precision": precision, "accumulation": 2 if zero == 1 else 1}
@@ -154,8 +154,8 @@ def test_continued_on_other_ranks_at_other_stages(shards: Path, tmp_path: Path) 
     markers = [json.loads((changing / f"checkpoints/step-0000000{n}/progress.json").read_text()) for n in (2, 3, 4)]
     assert [(marker["world_size"], marker["zero"]) for marker in markers] == [(4, 3), (1, 0), (1, 1)]
     unbroken = losses(tmp_path / "unbroken")
-    for step, found in losses(changing).items():
-        assert found == pytest.approx(unbroken[step], rel=1e-5, abs=1e-5)
+    for step, actual in losses(changing).items():
+        assert actual == pytest.approx(unbroken[step], rel=1e-5, abs=1e-5)
 
 
 def refused(rank: int, world_size: int, run: config.Config) -> str:
@@ -173,8 +173,8 @@ def test_a_run_begins_from_anothers_checkpoint_or_never_from_one(shards: Path, t
     # The second begins where the branch is, not at the end of the first, which it names.
     run_ranks(train, 2, [(branch, 3, "raise"), (again, None, "")], timeout=100)
     records = [json.loads(line) for line in (tmp_path / "branch" / "log.jsonl").read_text().splitlines()]
-    found = {record["step"]: record["loss"] for record in records if "loss" in record}
-    assert found == {step: losses(tmp_path / "first")[step]["loss"] for step in (3, 4)}
+    actual = {record["step"]: record["loss"] for record in records if "loss" in record}
+    assert actual == {step: losses(tmp_path / "first")[step]["loss"] for step in (3, 4)}
     assert [record["at"] for record in records if record.get("event") == "began"] == [2, 3]
 
     never = settings(shards, tmp_path / "first", resume="never")
@@ -228,8 +228,8 @@ def engine_and_queue(world_size: int, zero: int = 1) -> tuple[Any, Any]:
 def checkpoints(run: Path, rank: int, world_size: int, keep: int = 9, data: str = "data", **options: Any) -> Any:
     from toolkit.training.checkpointing.checkpoint import Checkpoints
 
-    whole = config.Config(training=config.Training(keep_checkpoints=keep))
-    return Checkpoints(run, whole, [data], rank, world_size, **options)
+    settings = config.Config(training=config.Training(keep_checkpoints=keep))
+    return Checkpoints(run, settings, [data], rank, world_size, **options)
 
 
 def truncated(folder: Path) -> None:
@@ -242,9 +242,9 @@ def missing(folder: Path) -> None:
 
 def flipped(folder: Path) -> None:
     path = folder / "fragments-00000.safetensors"
-    whole = bytearray(path.read_bytes())
-    whole[-1] ^= 1
-    path.write_bytes(whole)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def unmarked(folder: Path) -> None:
@@ -302,9 +302,9 @@ def resume_damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
     from toolkit.training.checkpointing.progress import Progress
 
-    whole = folder / "whole"
+    complete = folder / "complete"
     engine, queue = engine_and_queue(world_size)
-    saving = checkpoints(whole, rank, world_size)
+    saving = checkpoints(complete, rank, world_size)
     for step in (1, 2):
         queue.push(torch.full((1, 2), float(step)), torch.zeros(1, 2), torch.tensor([step]))
         saving.save(engine, None, queue, Progress(step=step))
@@ -313,7 +313,7 @@ def resume_damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     for damage in [None, *DAMAGES]:
         run = folder / (damage.__name__ if damage else "none")
         if rank == 0:
-            shutil.copytree(whole, run)
+            shutil.copytree(complete, run)
             if damage:
                 damage(run / "checkpoints" / "step-00000002")
         dist.barrier()
@@ -323,7 +323,7 @@ def resume_damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         progress = resuming.maybe_load_latest(engine, None, queue)
         seen[run.name] = (progress.step, progress.restarts, queue.ids.max().item(), list(lines))
     seen["other data"] = caught(
-        lambda: checkpoints(whole, rank, world_size, data="x").maybe_load_latest(engine, None, queue)
+        lambda: checkpoints(complete, rank, world_size, data="x").maybe_load_latest(engine, None, queue)
     )
     if rank == 0:
         truncated(folder / "missing" / "checkpoints" / "step-00000001")
@@ -343,9 +343,7 @@ def caught(work: Callable[[], Any]) -> str:
 
 
 @pytest.mark.timeout(120)
-def test_a_damaged_checkpoint_is_passed_over_and_no_pickle_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_no_pickle_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
     pickle.loads(pickle.dumps(Evil()))
     (tmp_path / "evil").unlink()  # it works
@@ -425,7 +423,7 @@ def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 def test_a_save_that_fails_or_lags_is_never_marked_and_the_next_one_is(tmp_path: Path) -> None:
     first, second = run_ranks(save_badly, 2, tmp_path, timeout=100)
     assert first["first"] == ["step-00000001"]
-    assert first["full"] == ["step-00000001"], "what was not written whole was left behind"
+    assert first["full"] == ["step-00000001"], "an incomplete file was left behind"
     assert first["line"] == [
         "no checkpoint of step 2: rank 1 could not write (File too large); training goes on, "
         "the newest checkpoint is step-00000001"
@@ -439,7 +437,7 @@ def test_a_save_that_fails_or_lags_is_never_marked_and_the_next_one_is(tmp_path:
     assert second["kept"]
 
 
-def complete_as_a_ghost(rank: int, world_size: int, folder: Path) -> str:
+def save_without_the_lease(rank: int, world_size: int, folder: Path) -> str:
     from toolkit.training.checkpointing.progress import Progress
 
     def lost() -> None:
@@ -453,12 +451,12 @@ def complete_as_a_ghost(rank: int, world_size: int, folder: Path) -> str:
 
 @pytest.mark.timeout(120)
 def test_all_ranks_learn_that_a_save_was_not_completed_since_the_folder_is_lost(tmp_path: Path) -> None:
-    assert run_ranks(complete_as_a_ghost, 2, tmp_path, timeout=100) == 2 * ["taken over"]
+    assert run_ranks(save_without_the_lease, 2, tmp_path, timeout=100) == 2 * ["taken over"]
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
 class Model:
-    """As much of a model as an export asks for; its first write finds a file where the folder should be."""
+    """A model with the interface that an export uses."""
 
     weight = torch.zeros(3)
 
@@ -517,17 +515,17 @@ def test_a_file_is_safetensors_with_its_checksum(tmp_path: Path) -> None:
     info = write_tensors(tmp_path / "x.safetensors", tensors, {"a": "b"})
     assert (info.bytes, info.sha256) == ((tmp_path / info.name).stat().st_size, file_sha256(tmp_path / info.name))
     assert problem_of(tmp_path, info) is None
-    found = load_file(tmp_path / info.name)
-    assert found.keys() == tensors.keys()
+    actual = load_file(tmp_path / info.name)
+    assert actual.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        assert actual[name].dtype == tensor.dtype
+        assert torch.equal(actual[name], tensor)
 
 
-def cut(size: int, cuts: set[int], tensors: tuple[torch.Tensor, ...]) -> list[Any]:
+def fragments_of(size: int, bounds: set[int], tensors: tuple[torch.Tensor, ...]) -> list[Any]:
     from toolkit.training.zero.state import OptimizerFragment
 
-    edges = [0, *sorted(each for each in cuts if 0 < each < size), size]
+    edges = [0, *sorted(each for each in bounds if 0 < each < size), size]
     return [
         OptimizerFragment("a:b.c", start, stop, (size,), *(tensor[start:stop].clone() for tensor in tensors))
         for start, stop in itertools.pairwise(edges)
@@ -541,33 +539,33 @@ def cut(size: int, cuts: set[int], tensors: tuple[torch.Tensor, ...]) -> list[An
     st.sets(st.integers(1, 29), max_size=5),
     st.sets(st.integers(0, 5), max_size=1),
 )
-def test_pieces_of_any_cut_are_read_into_any_other(
+def test_fragments_of_any_partition_are_read_into_any_other(
     tmp_path_factory: pytest.TempPathFactory, size: int, there: set[int], here: set[int], lost: set[int]
 ) -> None:
     from toolkit.training.checkpointing.files import CheckpointReader, tensor_names, write_tensors
 
-    folder = tmp_path_factory.mktemp("pieces")
+    folder = tmp_path_factory.mktemp("fragments")
     tensors = tuple(torch.randn(size) for _ in range(3))
-    saved = [each for number, each in enumerate(cut(size, there, tensors)) if number not in lost]
+    saved = [each for number, each in enumerate(fragments_of(size, there, tensors)) if number not in lost]
     for number, each in enumerate(saved):
         write_tensors(folder / f"{number}.safetensors", tensor_names(each), {each.name: json.dumps(each.shape)})
-    pieces = CheckpointReader(sorted(folder.iterdir(), reverse=True))
-    wanted = cut(size, here, tuple(torch.full((size,), torch.nan) for _ in range(3)))
+    reader = CheckpointReader(sorted(folder.iterdir(), reverse=True))
+    wanted = fragments_of(size, here, tuple(torch.full((size,), torch.nan) for _ in range(3)))
     for each in wanted:
         if not all(any(one.start <= n < one.stop for one in saved) for n in range(each.start, each.stop)):
             with pytest.raises(UserError, match="does not hold elements"):
-                pieces.check(each)
+                reader.check(each)
             continue
-        pieces.check(each)
-        pieces.read_into(each)
-        for tensor, found in zip(tensors, (each.master, each.exp_avg, each.exp_avg_sq), strict=True):
-            assert torch.equal(found, tensor[each.start : each.stop])
+        reader.check(each)
+        reader.read_into(each)
+        for tensor, actual in zip(tensors, (each.master, each.exp_avg, each.exp_avg_sq), strict=True):
+            assert torch.equal(actual, tensor[each.start : each.stop])
 
 
 def test_a_parameter_of_another_shape_is_refused(tmp_path: Path) -> None:
     from toolkit.training.checkpointing.files import CheckpointReader, tensor_names, write_tensors
 
-    (saved,) = cut(6, set(), tuple(torch.zeros(6) for _ in range(3)))
+    (saved,) = fragments_of(6, set(), tuple(torch.zeros(6) for _ in range(3)))
     write_tensors(tmp_path / "x", tensor_names(saved), {saved.name: "[2, 3]"})
     with pytest.raises(UserError, match=r"a:b\.c has shape \(2, 3\) in the checkpoint, \(6,\) in this model"):
         CheckpointReader([tmp_path / "x"]).check(saved)

@@ -1,4 +1,4 @@
-"""The lease of a run folder: a ghost is fenced off, and two living runs do not share a folder."""
+"""The lease of a run folder: a superseded process cannot write, and two running ones do not share a folder."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def taken_by_another_host(run: Path) -> None:
     (run / "lease.json").write_text(json.dumps(holder))
 
 
-def become_a_ghost(rank: int, world_size: int, run: config.Config) -> str:
+def lose_the_lease(rank: int, world_size: int, run: config.Config) -> str:
     """Lose the lease in step 3 of 6, and give the reason for which this rank ends."""
     from toolkit.training.trainer import Trainer
 
@@ -44,9 +44,9 @@ def become_a_ghost(rank: int, world_size: int, run: config.Config) -> str:
 
 
 @pytest.mark.timeout(120)
-def test_a_ghost_ends_on_all_ranks_before_it_writes(shards: Path, tmp_path: Path) -> None:
+def test_a_superseded_run_ends_on_all_ranks_before_it_writes(shards: Path, tmp_path: Path) -> None:
     run = test_trainer.settings(shards, tmp_path / "run", steps=6, save_every=1)
-    reasons = run_ranks(become_a_ghost, 2, run, timeout=100)
+    reasons = run_ranks(lose_the_lease, 2, run, timeout=100)
     assert all("was taken over by process 7 on elsewhere, 2000-01-01 00:00:00" in reason for reason in reasons)
     assert [r["step"] for r in test_trainer.losses(tmp_path / "run")] == [1, 2]
     newest = max(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
@@ -54,17 +54,17 @@ def test_a_ghost_ends_on_all_ranks_before_it_writes(shards: Path, tmp_path: Path
     assert json.loads((tmp_path / "run/lease.json").read_text())["token"] == "other"
 
 
-def evaluate_as_a_ghost(rank: int, world_size: int, run: config.Config) -> str:
+def evaluate_without_the_lease(rank: int, world_size: int, run: config.Config) -> str:
     """Lose the lease while evaluating, and give the reason for which this rank ends."""
     from toolkit.training import trainer
 
     real = trainer.retrieve
 
     def retrieve(*args: Any, **options: Any) -> Any:
-        found = real(*args, **options)
+        result = real(*args, **options)
         if rank == 0:
             taken_by_another_host(Path(run.run))
-        return found
+        return result
 
     trainer.retrieve = retrieve
     with pytest.raises(UserError) as error:
@@ -73,10 +73,10 @@ def evaluate_as_a_ghost(rank: int, world_size: int, run: config.Config) -> str:
 
 
 @pytest.mark.timeout(120)
-def test_a_ghost_that_has_evaluated_writes_nothing_of_it(shards: Path, tmp_path: Path) -> None:
+def test_a_superseded_process_discards_its_evaluation(shards: Path, tmp_path: Path) -> None:
     run = test_trainer.settings(shards, tmp_path / "run", steps=2)
     run.evaluation.every = 1
-    assert all("was taken over" in reason for reason in run_ranks(evaluate_as_a_ghost, 2, run, timeout=100))
+    assert all("was taken over" in reason for reason in run_ranks(evaluate_without_the_lease, 2, run, timeout=100))
     there = {path.name for path in (tmp_path / "run").iterdir()}
     assert there == {"environment.json", "lease.json", "log.jsonl"}
     assert '"dev"' not in (tmp_path / "run/log.jsonl").read_text()
@@ -114,7 +114,7 @@ def held_by(process: subprocess.Popen[bytes], run: Path) -> dict[str, Any]:
     return holder
 
 
-def test_a_living_process_of_this_machine_keeps_its_folder(other: Any, tmp_path: Path) -> None:
+def test_a_running_process_of_this_machine_keeps_its_folder(other: Any, tmp_path: Path) -> None:
     held_by(other, tmp_path)
     with pytest.raises(UserError, match=f"is in use by process {other.pid} of this machine since 2000-01-01 00:00:00"):
         lease.take(tmp_path)
@@ -140,7 +140,7 @@ def test_a_start_that_is_refused_leaves_the_folder_as_it_was(other: Any, tmp_pat
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the kernel does not tell when a process began")
-def test_a_killed_process_and_another_one_with_its_number_do_not(other: Any, tmp_path: Path) -> None:
+def test_a_killed_process_and_another_with_its_pid_do_not(other: Any, tmp_path: Path) -> None:
     holder = held_by(other, tmp_path)
     (tmp_path / "lease.json").write_text(json.dumps(holder | {"began": holder["began"] - 1}))
     lease.take(tmp_path).check()  # its number was given to another process
@@ -150,7 +150,7 @@ def test_a_killed_process_and_another_one_with_its_number_do_not(other: Any, tmp
     lease.take(tmp_path).check()
 
 
-def test_a_released_lease_is_free_and_its_ghost_is_still_fenced(other: Any, tmp_path: Path) -> None:
+def test_a_released_lease_is_free_and_its_former_owner_cannot_write(other: Any, tmp_path: Path) -> None:
     ghost = lease.take(tmp_path)
     later = lease.take(tmp_path)
     later.check()

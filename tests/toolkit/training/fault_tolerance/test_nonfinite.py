@@ -50,7 +50,7 @@ def train(rank: int, world_size: int, runs: list[config.Config], how: str) -> li
         lines = collect_lines()
         progress = trainer.train()
         counted = {"skipped": progress.skipped, "step": progress.step, "in a row": progress.skipped_in_a_row}
-        Path(each.run, f"said{rank}").write_text("\n".join(lines))
+        Path(each.run, f"output{rank}").write_text("\n".join(lines))
         ends.append(counted | {"queue": trainer.queue.ids.tolist(), "pointer": int(trainer.queue.pointer)})
         trainer.close()
     return ends
@@ -104,9 +104,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(300)
-def test_a_loss_that_is_no_number_on_one_rank_of_four_leaves_no_trace_at_any_stage(
-    shards: Path, tmp_path: Path
-) -> None:
+def test_a_non_finite_loss_on_one_rank_of_four_changes_nothing_at_any_stage(shards: Path, tmp_path: Path) -> None:
     runs = [settings(shards, tmp_path / str(zero), zero_stage=zero) for zero in range(4)]
     ends = run_ranks(train, 4, runs, "loss", timeout=200)
     reference = run_ranks(train, 4, [settings(shards, tmp_path / "left out")], "left out", timeout=100)
@@ -120,14 +118,14 @@ def test_a_loss_that_is_no_number_on_one_rank_of_four_leaves_no_trace_at_any_sta
             assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
         intervals = [r for r in records(tmp_path / str(zero)) if "skipped" in r]
         assert [r["skipped"] for r in intervals] == [0, 0, 1, 1, 1]
-        said = (tmp_path / str(zero) / "said0").read_text()
-        assert said.count("step 3 skipped: loss or gradient not finite") == 1
-        assert said.count("skipped 1") == 3, "in the lines of the steps from then on"
+        output = (tmp_path / str(zero) / "output0").read_text()
+        assert output.count("step 3 skipped: loss or gradient not finite") == 1
+        assert output.count("skipped 1") == 3, "in the lines of the steps from then on"
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_gradient_that_is_no_number_is_skipped_at_any_stage(shards: Path, tmp_path: Path, precision: str) -> None:
+def test_a_non_finite_gradient_is_skipped_at_any_stage(shards: Path, tmp_path: Path, precision: str) -> None:
     runs = [settings(shards, tmp_path / str(zero), zero_stage=zero, precision=precision) for zero in range(4)]
     for run in runs:
         run.training.accumulation = 1

@@ -1,4 +1,4 @@
-"""Signals: any rank's is every rank's, the run is saved, and goes on as if it had never been stopped."""
+"""Signals: one to any rank stops all, the run is saved, and resumes as if it had not been stopped."""
 
 import contextlib
 import io
@@ -49,12 +49,12 @@ def start(rank: int, world_size: int, file: Path, hits: dict[int, tuple[int, int
 
     setattr(Trainer, during, hit)
     sys.argv = ["train.py"]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         try:
             train.main(["--config", str(file)])
         except SystemExit as end:
-            return int(end.code or 0), said.getvalue()
-    return 0, said.getvalue()
+            return int(end.code or 0), output.getvalue()
+    return 0, output.getvalue()
 
 
 def codes(ends: list[tuple[int, str]]) -> list[int]:
@@ -106,7 +106,7 @@ def test_a_second_signal_in_the_save_of_the_first_does_no_harm(shards: Path, tmp
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())[-1] == "step-00000003"
 
 
-def test_handlers_are_given_back() -> None:
+def test_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     signals = StopSignals()
     os.kill(os.getpid(), signal.SIGUSR2)

@@ -34,14 +34,14 @@ def settings(shards: Path, run: Path, zero: int) -> config.Config:
     return test_trainer.settings(shards, run, steps=STEPS, save_every=2, zero_stage=zero)
 
 
-def train(rank: int, world_size: int, lives: list[tuple[config.Config, Accident | None]]) -> None:
+def train(rank: int, world_size: int, attempts: list[tuple[config.Config, Accident | None]]) -> None:
     """Train several runs one after the other, each until its accident, and note which samples each step used."""
 
     from toolkit.rank_sync import run_on_rank_zero
     from toolkit.run_folder import prepare_run
     from toolkit.training.trainer import Trainer
 
-    for run, accident in lives:
+    for run, accident in attempts:
         run_on_rank_zero(lambda run=run: prepare_run(run), rank)
         trainer = Trainer(run, Path(run.run), rank, world_size, device_of(rank))
         following = trainer.next_batch
@@ -66,20 +66,20 @@ def train(rank: int, world_size: int, lives: list[tuple[config.Config, Accident 
 
 def used(run: Path) -> dict[int, list[int]]:
     """Samples by step, of all ranks; a step that was taken twice must have taken the same."""
-    found: dict[tuple[int, int], list[int]] = {}
+    result: dict[tuple[int, int], list[int]] = {}
     for rank in range(2):
         for line in (run / f"used{rank}.jsonl").read_text().splitlines():
             step, ids = json.loads(line)
-            assert found.setdefault((step, rank), ids) == ids
-    return {step: found[step, 0] + found[step, 1] for step in range(STEPS)}
+            assert result.setdefault((step, rank), ids) == ids
+    return {step: result[step, 0] + result[step, 1] for step in range(STEPS)}
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
-    found: dict[int, dict[str, float]] = {}
+    result: dict[int, dict[str, float]] = {}
     for one in test_trainer.losses(run):
-        assert found.setdefault(int(one["step"]), one) == one, "a step that was taken twice gave other numbers"
-    assert list(found) == list(range(1, STEPS + 1))
-    return found
+        assert result.setdefault(int(one["step"]), one) == one, "a step that was taken twice gave other numbers"
+    assert list(result) == list(range(1, STEPS + 1))
+    return result
 
 
 @pytest.mark.timeout(600)

@@ -44,12 +44,12 @@ def test_a_rank_that_stalls_ends_all_and_all_stacks_are_there(shards: Path, tmp_
         assert f"rank {rank}: no step was completed for 8 s (--training.watchdog); all threads:" in stacks
         assert place in stacks
         assert stacks.count("most recent call first") >= 2, "the watchdog's own thread and the main one"
-        said = (tmp_path / f"err{rank}").read_text()
-        assert f"rank {rank}: no step" in said
-        assert place in said
+        output = (tmp_path / f"err{rank}").read_text()
+        assert f"rank {rank}: no step" in output
+        assert place in output
 
 
-def test_beats_and_pauses_keep_it_quiet_and_the_first_step_has_more_time(
+def test_beats_and_pauses_restart_the_timeout_and_the_first_step_has_more_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[int] = []

@@ -1,4 +1,4 @@
-"""The log of a run: how much work an interval was, and one wandb id for all its restarts."""
+"""The log of a run: rates of an interval over all ranks, and one wandb ID for all restarts."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def intervals(rank: int, world_size: int, run: Path) -> None:
         log.flush(progress)
 
 
-def test_an_interval_tells_tokens_speech_and_operations_of_all_ranks(tmp_path: Path) -> None:
+def test_an_interval_has_tokens_speech_and_flops_of_all_ranks(tmp_path: Path) -> None:
     run_ranks(intervals, 2, tmp_path)
     records = list(read_records(tmp_path / "log.jsonl"))
     for record, times in zip(records, (1, 3), strict=True):
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_ends_no_run(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
 
 
-def test_nor_does_output_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_output_that_cannot_be_written_ends_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr("sys.stdout", full)
         setup_logging()

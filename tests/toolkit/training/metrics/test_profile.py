@@ -1,4 +1,4 @@
-"""Where a step's time goes, and how much work it is."""
+"""The profile of a step: its spans, and its FLOPs against torch's count."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ shards = test_trainer.shards
 ROWS, SAMPLES, PATCHES = 4, 9000, 16
 
 
-def whole(train: str, head_layers: int, **training: Any) -> config.Config:
+def small_config(train: str, head_layers: int, **training: Any) -> config.Config:
     model = tiny_model()
     model.speech.train = model.image.train = train
     model.speech.head_layers, model.image.head_layers = head_layers, 1 - head_layers
@@ -43,7 +43,7 @@ def whole(train: str, head_layers: int, **training: Any) -> config.Config:
     return config.Config(model=model, objectives=objectives, training=config.Training(batch_size=ROWS, **training))
 
 
-def made(settings: config.Config) -> tuple[Learner, flops.FlopCounter]:
+def build_learner(settings: config.Config) -> tuple[Learner, flops.FlopCounter]:
     torch.manual_seed(0)
     learner = Learner(build_model(settings.model, settings.objectives.contrastive), settings.objectives, 0, 1)
     return learner, flops.FlopCounter(learner, settings, 1)
@@ -57,29 +57,29 @@ def batch(*lengths: int) -> Batch:
     return Batch(pictures, waves, torch.tensor(lengths), torch.arange(len(lengths)), lengths)
 
 
-def counted(function: Any) -> tuple[Any, int]:
+def count_flops(function: Any) -> tuple[Any, int]:
     """The result, and the floating-point operations that torch counts."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         return function(), counter.get_total_flops()
 
 
 def test_flops_of_a_stem_are_those_that_torch_counts() -> None:
-    settings = whole("all", 0)
+    settings = small_config("all", 0)
     settings.model.image.stem = "convolutions"
-    image = made(settings)[0].model.image
+    image = build_learner(settings)[0].model.image
     pictures = batch(SAMPLES).images
-    assert flops.image_flops(image, PATCHES) == (0, counted(lambda: image(image.frozen_features(pictures)))[1])
+    assert flops.image_flops(image, PATCHES) == (0, count_flops(lambda: image(image.frozen_features(pictures)))[1])
 
 
 @pytest.mark.parametrize("train", ["none", "1", "all"])
 @pytest.mark.parametrize("head_layers", [0, 1])
 def test_flops_of_the_parts_are_those_that_torch_counts(train: str, head_layers: int) -> None:
-    learner, count = made(whole(train, head_layers))
+    learner, count = build_learner(small_config(train, head_layers))
     model, one = learner.model, batch(*[SAMPLES] * ROWS)
-    frozen_speech, a = counted(lambda: model.speech.frozen_features(one.waveforms, one.lengths))
-    speech, b = counted(lambda: model.speech(frozen_speech))
-    frozen_image, c = counted(lambda: model.image.frozen_features(one.images))
-    image, d = counted(lambda: model.image(frozen_image))
+    frozen_speech, a = count_flops(lambda: model.speech.frozen_features(one.waveforms, one.lengths))
+    speech, b = count_flops(lambda: model.speech(frozen_speech))
+    frozen_image, c = count_flops(lambda: model.image.frozen_features(one.images))
+    image, d = count_flops(lambda: model.image(frozen_image))
     assert flops.speech_flops(model.speech, np.full(ROWS, SAMPLES)) == (
         a,
         pytest.approx(b, abs=1e4),
@@ -89,51 +89,51 @@ def test_flops_of_the_parts_are_those_that_torch_counts(train: str, head_layers:
     assert parts.get("frozen trunks", 0) == a + c
     assert parts["encoders"] == pytest.approx(3 * (b + d), rel=0.01)
     assert parts["teacher"] == pytest.approx(b + d, rel=0.01)
-    _, matching = counted(lambda: model.match(speech, image))
+    _, matching = count_flops(lambda: model.match(speech, image))
     assert parts["SIM"] == pytest.approx(9 * matching, rel=0.01)
     rebuilt = 0
     for side, (own, other) in {"speech": (speech, image), "image": (image, speech)}.items():
         denoise = learner.denoisers[side]
         tokens = (own.tokens.detach(), own.mask)
-        rebuilt += counted(lambda: denoise(*tokens, other.tokens, other.mask))[1]  # noqa: B023
+        rebuilt += count_flops(lambda: denoise(*tokens, other.tokens, other.mask))[1]  # noqa: B023
     assert parts["CMD"] == 3 * rebuilt
 
 
 @pytest.mark.parametrize("train", ["none", "1", "all"])
 @pytest.mark.parametrize("architecture", RANDOM)
 def test_flops_of_every_trunk_are_those_that_torch_counts(architecture: str, train: str) -> None:
-    settings = whole("all", 0)
+    settings = small_config("all", 0)
     settings.model = with_random(architecture, train)
     settings.model.speech.head_layers = 0
-    model, one = made(settings)[0].model, batch(*[SAMPLES] * ROWS)
+    model, one = build_learner(settings)[0].model, batch(*[SAMPLES] * ROWS)
     if architecture in ("siglip", "dinov2"):
-        features, a = counted(lambda: model.image.frozen_features(one.images))
-        _, b = counted(lambda: model.image(features))
+        features, a = count_flops(lambda: model.image.frozen_features(one.images))
+        _, b = count_flops(lambda: model.image(features))
         assert flops.image_flops(model.image, PATCHES) == (a / ROWS, b / ROWS)
         return
-    features, a = counted(lambda: model.speech.frozen_features(one.waveforms, one.lengths))
-    _, b = counted(lambda: model.speech(features))
+    features, a = count_flops(lambda: model.speech.frozen_features(one.waveforms, one.lengths))
+    _, b = count_flops(lambda: model.speech(features))
     spectrogram = 2 * 201 * 32 * 100 * ROWS if architecture == "whisper" else 0  # not the model's
-    found = flops.speech_flops(model.speech, np.full(ROWS, SAMPLES))
-    assert found == (a - spectrogram, pytest.approx(b, abs=1e4))  # means over frames
+    result = flops.speech_flops(model.speech, np.full(ROWS, SAMPLES))
+    assert result == (a - spectrogram, pytest.approx(b, abs=1e4))  # means over frames
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_flops_of_a_whole_step_are_nearly_those_that_torch_counts(rank: int) -> None:
-    settings = whole("none" if rank else "all", 1)
+def test_flops_of_a_step_are_nearly_those_that_torch_counts(rank: int) -> None:
+    settings = small_config("none" if rank else "all", 1)
     settings.model.speech.lora_rank = settings.model.image.lora_rank = rank
-    learner, count = made(settings)
+    learner, count = build_learner(settings)
     teacher, queue = MomentumEncoder(learner.model, 0.9), EmbeddingQueue(12, 16)
     draws = StepRandomness(torch.full((2, ROWS), 0.5), CounterRNG(0, torch.arange(ROWS)))
     one = batch(*[SAMPLES] * ROWS)
-    _, done = counted(lambda: learner(one, teacher, queue, 0.4, draws)[0]["loss"].backward())
+    _, done = count_flops(lambda: learner(one, teacher, queue, 0.4, draws)[0]["loss"].backward())
     assert count.count(one).total_flops == pytest.approx(done, rel=0.05)
 
 
 def test_padding_counts_nothing() -> None:
-    settings = whole("1", 1)
+    settings = small_config("1", 1)
     settings.model.speech.groups = 1
-    _, count = made(settings)
+    _, count = build_learner(settings)
     together = count.count(batch(SAMPLES, 4000, 2500, 6000))
     each = flops.BatchStats()
     for length in (SAMPLES, 4000, 2500, 6000):
@@ -145,7 +145,7 @@ def test_padding_counts_nothing() -> None:
 
 
 def test_frames_are_those_of_the_encoder() -> None:
-    learner, count = made(whole("none", 0))
+    learner, count = build_learner(small_config("none", 0))
     lengths = (SAMPLES, 10, 2500, 6001)
     one = batch(*lengths)
     mask = learner.model.encode_speech(one.waveforms, one.lengths).mask
@@ -153,8 +153,10 @@ def test_frames_are_those_of_the_encoder() -> None:
     assert flops.count_frames(learner.model.speech, np.array(lengths)).tolist() == mask.sum(1).tolist()
 
 
-def test_cached_steps_compare_with_the_keys_of_the_whole_step() -> None:
-    plain, cached = (made(whole("none", 0, accumulation=2, grad_cache=cached))[1] for cached in (False, True))
+def test_cached_steps_compare_with_the_keys_of_the_complete_step() -> None:
+    plain, cached = (
+        build_learner(small_config("none", 0, accumulation=2, grad_cache=cached))[1] for cached in (False, True)
+    )
     assert (plain.num_keys, cached.num_keys) == (2 + 12, 4 + 12)
 
 
@@ -185,7 +187,7 @@ def test_time_belongs_to_the_innermost_span_and_adds_up(monkeypatch: pytest.Monk
     assert recorder.seconds() == [{"rest": 8, "outer": 5, "inner": 2}, {"rest": 32, "inner": 16}]
 
 
-def test_nothing_is_recorded_where_there_is_no_profile() -> None:
+def test_spans_record_nothing_without_a_profile() -> None:
     with torch.profiler.profile() as tracer, spans.span("not there"):
         torch.ones(1) + 1
     assert not [event for event in tracer.events() or () if event.name == "not there"]
@@ -220,8 +222,8 @@ def test_collectives_are_known_by_name_and_their_overlap_counts_once() -> None:
         "nccl:all_reduce": None,  # the host's part of the same
         "aten::mm": None,
     }
-    found = {name: match and match[1] for name in names for match in [profile._COLLECTIVE.match(name)]}
-    assert found == names
+    result = {name: match and match[1] for name in names for match in [profile._COLLECTIVE.match(name)]}
+    assert result == names
     assert profile._covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
 
 
@@ -245,28 +247,28 @@ def profiled(rank: int, world_size: int, settings: config.Config) -> profile.Pro
 
 
 @pytest.mark.timeout(240)
-def test_a_profile_says_where_the_time_went_and_leaves_the_run_alone(shards: Path, tmp_path: Path) -> None:
+def test_a_profile_divides_the_time_of_steps_and_leaves_the_run_unchanged(shards: Path, tmp_path: Path) -> None:
     settings = test_trainer.settings(shards, tmp_path, accumulation=2, steps=1000)
     settings.model.speech.groups = 1
     settings.objectives.coarse_steps = 6  # more than are profiled: they are passed over
-    found, same = run_ranks(profiled, 2, settings, timeout=200)
-    assert found == same
-    assert (found.ranks, found.steps) == (2, 3)
-    assert sum(found.parts.values()) == pytest.approx(found.step)
-    assert set(found.parts) == set(profile._PARTS)
-    assert found.parts_slowest["data"] > 0.1 > found.parts["data"] > 0.05, "two micro-batches of 50 ms on one of two"
-    assert found.parts_slowest["agreement of the ranks"] > 0.06, "the other rank waits for them"
-    assert found.parts["optimizer"] > 0.2
-    assert found.fastest <= found.step <= found.slowest
-    assert found.pairs_per_second * found.step == pytest.approx(8)
-    assert found.patches_per_second * found.step == pytest.approx(8 * PATCHES)
-    assert 0.01 < found.padding < 0.5
-    assert found.tflops == pytest.approx(sum(found.flops.values()) / found.step / 1e12)
-    assert found.utilisation == pytest.approx(found.tflops / found.peak)
-    assert found.peak > 1e-3
-    assert found.peak_source.startswith("measured")
-    assert {"all_reduce", "all_gather", "all_to_all"} <= set(found.collectives)
-    text = found.text()
+    result, same = run_ranks(profiled, 2, settings, timeout=200)
+    assert result == same
+    assert (result.ranks, result.steps) == (2, 3)
+    assert sum(result.parts.values()) == pytest.approx(result.step)
+    assert set(result.parts) == set(profile._PARTS)
+    assert result.parts_slowest["data"] > 0.1 > result.parts["data"] > 0.05, "two micro-batches of 50 ms on one of two"
+    assert result.parts_slowest["agreement of the ranks"] > 0.06, "the other rank waits for them"
+    assert result.parts["optimizer"] > 0.2
+    assert result.fastest <= result.step <= result.slowest
+    assert result.pairs_per_second * result.step == pytest.approx(8)
+    assert result.patches_per_second * result.step == pytest.approx(8 * PATCHES)
+    assert 0.01 < result.padding < 0.5
+    assert result.tflops == pytest.approx(sum(result.flops.values()) / result.step / 1e12)
+    assert result.utilisation == pytest.approx(result.tflops / result.peak)
+    assert result.peak > 1e-3
+    assert result.peak_source.startswith("measured")
+    assert {"all_reduce", "all_gather", "all_to_all"} <= set(result.collectives)
+    text = result.text()
     for title in (
         "waiting for data",
         "SIM: negatives, fusion",
@@ -289,7 +291,7 @@ def test_a_profile_takes_a_number_of_steps() -> None:
         train.main(["--profile", "0"])
 
 
-def test_work_of_a_batch_without_lengths_on_the_host_is_that_of_its_width() -> None:
-    _, count = made(whole("none", 0))
+def test_flops_of_a_batch_without_lengths_on_the_host_are_those_of_its_width() -> None:
+    _, count = build_learner(small_config("none", 0))
     one = batch(SAMPLES, SAMPLES)
     assert count.count(replace(one, host_lengths=None)) == count.count(one)

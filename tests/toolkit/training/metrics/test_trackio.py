@@ -18,7 +18,7 @@ from toolkit.training.checkpointing.progress import Progress
 from toolkit.training.metrics import wandb_run
 from toolkit.training.metrics.wandb_run import WandbRun, check_wandb, open_wandb
 
-environment, told = test_wandb_run.environment, test_wandb_run.told
+environment, logged = test_wandb_run.environment, test_wandb_run.logged
 pytestmark = pytest.mark.timeout(120)
 SETTINGS = Wandb(tracker="trackio", project="mine")
 needs_trackio = pytest.mark.skipif(not importlib.util.find_spec("trackio"), reason="trackio is not installed")
@@ -40,7 +40,7 @@ def stored(run: Path) -> list[tuple[int, float]]:
 
 
 @needs_trackio
-def test_restarts_are_one_run(told, tmp_path, monkeypatch) -> None:
+def test_restarts_are_one_run(logged, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     for steps in ((1, 2), (3, 4)):
         record = opened(tmp_path / "run")
@@ -48,13 +48,13 @@ def test_restarts_are_one_run(told, tmp_path, monkeypatch) -> None:
         wait_until_open(record)
         finished(record, 20.0)
     assert stored(tmp_path / "run") == [(step, 1.0 / (1 + step)) for step in (1, 2, 3, 4)]
-    assert told == []
+    assert logged == []
     assert not (tmp_path / "run/wandb").exists()
 
 
 @needs_trackio
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_that_dies_or_hangs(told, tmp_path, monkeypatch, number) -> None:
+def test_a_process_that_dies_or_hangs(logged, tmp_path, monkeypatch, number) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setattr(wandb_run, "_LOG", 2.0)
     record = opened(tmp_path / "run")
@@ -64,12 +64,12 @@ def test_a_process_that_dies_or_hangs(told, tmp_path, monkeypatch, number) -> No
     os.kill(record._process._child.pid, number)
     write(record, 2, 3)
     finished(record, 6.0)
-    (line,) = told
+    (line,) = logged
     assert line.startswith("trackio is off: ")
     assert line.endswith("training goes on, and log.jsonl has all that is logged")
 
 
-def test_without_the_package(told, tmp_path, monkeypatch) -> None:
+def test_without_the_package(logged, tmp_path, monkeypatch) -> None:
     """A new run is refused; one that goes on is not ended by it."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"trackio, which is missing: pip install 'speech-image-toolkit\[trackio\]'"):

@@ -51,7 +51,7 @@ def wandb_file(folder: Path) -> Path:
     return path
 
 
-def test_each_step_is_there_once_and_of_the_attempt_that_counts(tmp_path) -> None:
+def test_each_step_occurs_once_and_is_that_of_the_last_attempt(tmp_path) -> None:
     run = tmp_path / "run"
     write_log(run, *RESTARTED)
     (run / "recall.json").write_text(json.dumps({"split": "test", "coarse": {"mean_R@1": 57.2}}))
@@ -73,7 +73,7 @@ def test_each_step_is_there_once_and_of_the_attempt_that_counts(tmp_path) -> Non
     assert sorted(path.name for path in (run / "wandb").iterdir()) == ["replay"]
 
 
-def test_a_further_replay_takes_the_place_of_the_last(tmp_path, server) -> None:
+def test_a_further_replay_replaces_the_last(tmp_path, server) -> None:
     run = tmp_path / "run"
     for starts in (RESTARTED[:2], RESTARTED):
         write_log(run, *starts)
@@ -135,7 +135,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch) -> None:
 
 
 def test_a_run_that_was_stopped_and_resumed_twice(shards, tmp_path) -> None:
-    """The training says at its end how to make one run of its parts."""
+    """The training names the command that makes one run of its parts."""
     run, attempts = tmp_path / "run", []
     for stop in (2, 2, None):
         attempts.append(test_trainer.settings(shards, run, batch_size=4, steps=6, log_every=1, stop_after=stop))

@@ -1,4 +1,4 @@
-"""The wandb record of a run: whatever its server, its key or its processes do, training goes on, and it is one run."""
+"""The wandb run: no failure of its server, key or processes ends the training, and all restarts are one run."""
 
 import contextlib
 import os
@@ -51,15 +51,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 
 @pytest.fixture
-def told() -> list[str]:
-    """The lines that a user sees."""
+def logged() -> list[str]:
+    """The log lines of the training."""
     return collect_lines()
 
 
 def opened(run: Path, mode: str = "auto", progress: Progress | None = None) -> WandbRun:
-    found = open_wandb(Wandb(mode=mode), run, progress or Progress())  # type: ignore[arg-type]
-    assert found
-    return found
+    result = open_wandb(Wandb(mode=mode), run, progress or Progress())  # type: ignore[arg-type]
+    assert result
+    return result
 
 
 def write(record: WandbRun, *steps: int) -> None:
@@ -88,7 +88,7 @@ def wait_until_open(record: WandbRun) -> None:
 
 
 def sync(run: Path, *more: str) -> None:
-    """What the user does once there is a network again."""
+    """Upload the offline parts, as a user would."""
     command = [str(Path(sys.executable).with_name("wandb")), "sync", "--yes", *more]
     parts = sorted((run / "wandb").glob("offline-run-*"))
     done = subprocess.run([*command, *map(str, parts)], cwd=run, capture_output=True, text=True)
@@ -96,7 +96,7 @@ def sync(run: Path, *more: str) -> None:
 
 
 def steps(server: WandbServer, run: Path) -> list[int]:
-    """What the server has of a run, which is the only one; each step with its own loss."""
+    """The steps of the only run that the server has, each with its loss."""
     assert set(server.history) == {(run / "wandb_id").read_text()}
     (lines,) = server.history.values()
     for line in lines.values():
@@ -104,21 +104,21 @@ def steps(server: WandbServer, run: Path) -> list[int]:
     return [lines[at]["step"] for at in sorted(lines)]
 
 
-def test_online_it_is_with_the_server_when_the_training_ends(server, told, tmp_path) -> None:
+def test_an_online_run_is_complete_when_the_training_ends(server, logged, tmp_path) -> None:
     record = opened(tmp_path / "run")
     write(record, 1, 2, 3)
     wait_until_open(record)
     finished(record, 20.0)
     assert steps(server, tmp_path / "run") == [1, 2, 3]
-    assert told == []
+    assert logged == []
 
 
 @pytest.mark.parametrize(
     ("mode", "short"),
     [*((mode, False) for mode in ("refuse", "deny", "fail", "hang", "garble")), ("refuse", True), ("hang", True)],
 )
-def test_a_server_that_does_not_answer_at_the_start(server, told, tmp_path, monkeypatch, mode, short) -> None:
-    """Found out under way, or when a short training has ended first."""
+def test_a_server_that_does_not_answer_at_the_start(server, logged, tmp_path, monkeypatch, mode, short) -> None:
+    """Noticed during the training, or after a short one."""
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "60" if short else "2")
     run, server.mode = tmp_path / "run", mode
     if mode == "refuse":
@@ -126,15 +126,15 @@ def test_a_server_that_does_not_answer_at_the_start(server, told, tmp_path, monk
     record = opened(run)
     write(record, 1, 2)
     if not short:
-        wait_until(lambda: bool(told))
+        wait_until(lambda: bool(logged))
     write(record, 3)
     finished(record)
-    assert len(told) == 1
-    assert re.match(rf"wandb is offline: .+; later, `wandb sync {run}/wandb/offline-run-\*` uploads it$", told[0])
+    assert len(logged) == 1
+    assert re.match(rf"wandb is offline: .+; later, `wandb sync {run}/wandb/offline-run-\*` uploads it$", logged[0])
 
 
 @pytest.mark.parametrize("mode", ["refuse", "hang", "deny"])
-def test_a_server_that_is_lost_under_way(server, told, tmp_path, mode, monkeypatch) -> None:
+def test_a_server_that_is_lost_under_way(server, logged, tmp_path, mode, monkeypatch) -> None:
     run, record = tmp_path / "run", opened(tmp_path / "run")
     write(record, 1, 2)
     wait_until_open(record)
@@ -143,20 +143,20 @@ def test_a_server_that_is_lost_under_way(server, told, tmp_path, mode, monkeypat
         server.close()
     write(record, 3)
     finished(record)
-    assert len(told) <= 1
+    assert len(logged) <= 1
     other = WandbServer()
     monkeypatch.setenv("WANDB_BASE_URL", other.url)
-    sync(run) if told else sync(run, "--include-online", str(next((run / "wandb").glob("run-*"))))
+    sync(run) if logged else sync(run, "--include-online", str(next((run / "wandb").glob("run-*"))))
     assert steps(other, run) == [1, 2, 3], "nothing is lost"
     other.close()
 
 
 def children(process: int) -> list[int]:
     """The processes that a process has started and that still run."""
-    found = []
+    result = []
     for task in Path(f"/proc/{process}/task").iterdir():
-        found += [int(word) for word in (task / "children").read_text().split()]
-    return found
+        result += [int(word) for word in (task / "children").read_text().split()]
+    return result
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def children(process: int) -> list[int]:
         ("service stopped", "online"),
     ],
 )
-def test_a_process_of_wandb_that_dies_or_hangs(server, told, tmp_path, monkeypatch, what, mode) -> None:
+def test_a_process_of_wandb_that_dies_or_hangs(server, logged, tmp_path, monkeypatch, what, mode) -> None:
     monkeypatch.setattr(wandb_run, "_LOG", 2.0)
     run, record = tmp_path / "run", opened(tmp_path / "run", mode)
     write(record, 1, 2)
@@ -186,20 +186,20 @@ def test_a_process_of_wandb_that_dies_or_hangs(server, told, tmp_path, monkeypat
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(service, signal.SIGKILL)
-    assert len(told) == 1
-    assert "wandb is offline: " in told[0]
+    assert len(logged) == 1
+    assert "wandb is offline: " in logged[0]
     server.history.clear()
     sync(run)
     assert steps(server, run) == [1, 2, 3, 4]
 
 
-def test_the_folder_is_a_file(told, tmp_path) -> None:
+def test_the_folder_is_a_file(logged, tmp_path) -> None:
     (tmp_path / "run/wandb").write_text("")
     record = opened(tmp_path / "run", "offline")
     write(record, 1)
     finished(record)
-    assert len(told) == 1
-    assert re.match(r"wandb (is off: |cannot write to .+: its files are in )", told[0])
+    assert len(logged) == 1
+    assert re.match(r"wandb (is off: |cannot write to .+: its files are in )", logged[0])
 
 
 def record_on_a_full_disk(run: Path) -> None:
@@ -222,17 +222,14 @@ def test_a_full_disk(tmp_path) -> None:
     done = in_a_process("record_on_a_full_disk(Path(sys.argv[1]))", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("wandb is ")]
-    assert [line.split(":")[0] for line in lines] in (
-        ["wandb is offline", "wandb is off"],
-        ["wandb is off"],
-    )
+    assert [line.split(":")[0] for line in lines] in (["wandb is offline", "wandb is off"], ["wandb is off"])
 
 
-def test_an_identity_that_cannot_be_kept(told, tmp_path) -> None:
+def test_a_wandb_id_that_cannot_be_stored(logged, tmp_path) -> None:
     (tmp_path / "run/wandb_id").mkdir()
     progress = Progress()
     finished(opened(tmp_path / "run", "offline", progress))
-    assert told == [f"{tmp_path}/run/wandb_id was not written: Is a directory; training goes on"]
+    assert logged == [f"{tmp_path}/run/wandb_id was not written: Is a directory; training goes on"]
     assert progress.wandb_id
 
 
@@ -253,7 +250,7 @@ def test_a_training_that_is_killed_leaves_all_that_it_has_logged(server, tmp_pat
 
 
 @pytest.mark.parametrize("parts", ["offline online offline", "offline offline"])
-def test_parts_online_and_offline_are_one_run(server, told, tmp_path, parts) -> None:
+def test_parts_online_and_offline_are_one_run(server, logged, tmp_path, parts) -> None:
     run, expected = tmp_path / "run", list(range(2 * len(parts.split())))
     for number, mode in enumerate(parts.split()):
         record = opened(run, mode)
@@ -262,10 +259,10 @@ def test_parts_online_and_offline_are_one_run(server, told, tmp_path, parts) -> 
         finished(record, 20.0)
     sync(run)
     assert sorted(steps(server, run)) == expected
-    assert told == []
+    assert logged == []
 
 
-def test_a_server_that_hangs_costs_the_training_of_ranks_nothing(server, shards, tmp_path, monkeypatch) -> None:
+def test_a_server_that_hangs_does_not_delay_the_training(server, shards, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
     server.mode = "hang"
     settings = test_trainer.settings(shards, tmp_path / "run", batch_size=4, steps=3, log_every=1)
@@ -282,7 +279,7 @@ def test_a_server_that_hangs_costs_the_training_of_ranks_nothing(server, shards,
 
 @pytest.mark.parametrize("age", [0, 1000])
 def test_a_part_that_was_killed_before_its_first_record_does_not_stop_the_upload_of_later_ones(
-    server, told, tmp_path, age
+    server, logged, tmp_path, age
 ) -> None:
     run = tmp_path / "run"
     (run / "wandb_id").write_text("abc")
@@ -331,7 +328,7 @@ SHORT = "holds no wandb key: it has 5 characters, a key has 40 or more; run `wan
         ("online", {"WANDB_IDENTITY_TOKEN_FILE": "/token"}, "online", ""),
     ],
 )
-def test_mode_and_key(monkeypatch, told, tmp_path, configured, variables, mode, problem) -> None:
+def test_mode_and_key(monkeypatch, logged, tmp_path, configured, variables, mode, problem) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     begun: list[str] = []
@@ -346,11 +343,11 @@ def test_mode_and_key(monkeypatch, told, tmp_path, configured, variables, mode, 
     check_wandb(settings, run)  # nothing that has been trained is ended by it
     open_wandb(settings, run, Progress())
     assert begun == [] if mode == "disabled" else ["offline" if problem else mode]
-    assert [line.startswith(f"wandb is offline: {problem}") for line in told] == [True] * bool(problem)
+    assert [line.startswith(f"wandb is offline: {problem}") for line in logged] == [True] * bool(problem)
 
 
 @pytest.mark.parametrize(
-    ("hosts", "server", "found"),
+    ("hosts", "server", "has_key"),
     [
         (["api.wandb.ai"], None, True),
         (["api.forge.coreweave.com"], None, True),
@@ -359,7 +356,7 @@ def test_mode_and_key(monkeypatch, told, tmp_path, configured, variables, mode, 
         (["here.org"], "file", True),
     ],
 )
-def test_keys_of_a_login(monkeypatch, tmp_path, hosts, server, found) -> None:
+def test_keys_of_a_login(monkeypatch, tmp_path, hosts, server, has_key) -> None:
     lines = [f"machine {host} login user password {KEY}\n" for host in hosts]
     (tmp_path / "home/.netrc").write_text("".join(lines))
     (tmp_path / "home/.netrc").chmod(0o600)
@@ -368,7 +365,7 @@ def test_keys_of_a_login(monkeypatch, tmp_path, hosts, server, found) -> None:
         (tmp_path / "home/.config/wandb/settings").write_text("[default]\nbase_url = https://here.org\n")
     elif server:
         monkeypatch.setenv("WANDB_BASE_URL", server)
-    assert wandb_run.choose_mode(Wandb()) == ("online" if found else "offline", "")
+    assert wandb_run.choose_mode(Wandb()) == ("online" if has_key else "offline", "")
 
 
 def test_a_mistake_ends_the_run_before_it_begins(monkeypatch, shards, tmp_path) -> None:

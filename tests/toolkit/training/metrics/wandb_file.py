@@ -14,7 +14,7 @@ _FULL, _FIRST, _LAST = 1, 2, 4
 
 def records(path: Path) -> list[Record]:
     """The records of a file, in order."""
-    data, at, whole, found = path.read_bytes(), _FILE_HEADER, b"", []
+    data, at, complete, result = path.read_bytes(), _FILE_HEADER, b"", []
     assert data[:4] == b":W&B"
     while at + _HEADER <= len(data):
         if _BLOCK - at % _BLOCK < _HEADER:  # padding
@@ -25,12 +25,12 @@ def records(path: Path) -> list[Record]:
             break
         piece = data[at + _HEADER : at + _HEADER + length]
         at += _HEADER + length
-        whole = piece if kind in (_FULL, _FIRST) else whole + piece
+        complete = piece if kind in (_FULL, _FIRST) else complete + piece
         if kind in (_FULL, _LAST):
             record = Record()
-            record.ParseFromString(whole)
-            found.append(record)
-    return found
+            record.ParseFromString(complete)
+            result.append(record)
+    return result
 
 
 def _values(items: Any) -> dict[str, Any]:
@@ -53,11 +53,11 @@ def summary(path: Path) -> dict[str, Any]:
 
 def configuration(path: Path) -> dict[str, Any]:
     """The configuration with which the run began, and its updates."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for one in records(path):
         kind = one.WhichOneof("record_type")
         if kind == "run":
-            found |= _values(one.run.config.update)
+            result |= _values(one.run.config.update)
         elif kind == "config":
-            found |= _values(one.config.update)
-    return found
+            result |= _values(one.config.update)
+    return result

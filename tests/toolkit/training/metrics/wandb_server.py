@@ -20,7 +20,7 @@ class WandbServer:
     def __init__(self, mode: str = "accept") -> None:
         self.mode = mode
         self.history: dict[str, dict[int, dict[str, Any]]] = {}
-        self.asked, self._closing = threading.Event(), threading.Event()
+        self.requested, self._closing = threading.Event(), threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"wandb": self}))
         self._server.daemon_threads = True
         self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that are killed
@@ -61,7 +61,7 @@ class WandbServer:
         return {}
 
     def _bucket(self, name: str) -> dict[str, Any] | None:
-        """What a run that goes on is told of its former parts."""
+        """The history that a resumed run gets of its earlier parts."""
         lines = self.history.get(name)
         if lines is None:
             return None
@@ -73,7 +73,7 @@ class WandbServer:
         }  # fmt: skip
 
     def stream(self, run: str, files: dict[str, Any]) -> None:
-        """Keep lines of history where they are said to belong."""
+        """Store lines of history at their offsets."""
         chunk = files.get("wandb-history.jsonl")
         if chunk:
             lines = [json.loads(line) for line in chunk["content"]]
@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         mode = self.wandb.mode
-        self.wandb.asked.set()
+        self.wandb.requested.set()
         if mode == "hang":
             self.wandb.wait()
         elif mode == "accept":

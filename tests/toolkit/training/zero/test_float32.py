@@ -32,7 +32,7 @@ def watch(rank: int, world_size: int, *runs: config.Config) -> list[tuple[list[f
     from toolkit.training.trainer import Trainer
     from toolkit.training.zero.state import fragments
 
-    found = []
+    result = []
     for each in runs:
         run_on_rank_zero(partial(prepare_run, each), rank)
         trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
@@ -51,8 +51,8 @@ def watch(rank: int, world_size: int, *runs: config.Config) -> list[tuple[list[f
         shown = again.learner.model.temperature.exact
         own = [float(one.master[0].exp()) for one in fragments(again.engine) if one.name == name]
         again.close()
-        found.append((seen, masters, own, None if shown is None else float(shown.exp())))
-    return found
+        result.append((seen, masters, own, None if shown is None else float(shown.exp())))
+    return result
 
 
 @pytest.mark.timeout(240)
@@ -69,12 +69,12 @@ def test_the_temperature_moves_by_its_float32_steps(
     ]
     by_rank = run_ranks(watch, world_size, *runs, timeout=200)
     for zero in range(len(stages)):
-        for seen, _, _, resumed in (found[zero] for found in by_rank):
-            masters = next(found[zero][1] for found in by_rank if found[zero][1])
+        for seen, _, _, resumed in (result[zero] for result in by_rank):
+            masters = next(result[zero][1] for result in by_rank if result[zero][1])
             assert seen == pytest.approx(masters, rel=1e-6), f"stage {stages[zero]}"
             assert len(set(seen)) == len(seen) == 4, "it did not move at each step"
             assert max(abs(math.log(b / a)) for a, b in itertools.pairwise(seen)) < 2e-3
-            kept = next(found[zero][2] for found in by_rank if found[zero][2])
+            kept = next(result[zero][2] for result in by_rank if result[zero][2])
             assert resumed == pytest.approx(kept[0], rel=1e-6)
 
 
@@ -129,7 +129,7 @@ def test_exports_can_hold_the_optimizers_weights(shards: Path, tmp_path: Path) -
 
 
 @pytest.mark.timeout(120)
-def test_exports_are_in_the_models_precision_unless_asked(shards: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_exports_are_in_the_models_precision_unless_requested(shards: Path, tmp_path: Path) -> None:  # noqa: F811
     run_ranks(train, 1, plain(settings(shards, tmp_path / "run", zero_stage=1, steps=1)))
     folder = tmp_path / "run" / "export" / "last"
     assert {p.dtype for p in load_model(folder).parameters()} == {torch.bfloat16}

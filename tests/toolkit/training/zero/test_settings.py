@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: accepted by DeepSpeed itself; what it would pass over in silence is refused."""
+"""DeepSpeed's configuration: accepted by DeepSpeed itself; keys that it would ignore are refused."""
 
 import itertools
 from pathlib import Path
@@ -27,7 +27,7 @@ def config(**free):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_deepspeed_reads_what_is_derived(stage, precision):
+def test_deepspeed_reads_the_derived_settings(stage, precision):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     made = config()
@@ -42,7 +42,7 @@ def test_deepspeed_reads_what_is_derived(stage, precision):
     assert read.bfloat16_config.enabled == (precision == "bf16")
 
 
-def test_free_section_adds_to_what_is_derived():
+def test_free_section_adds_to_the_derived_settings():
     made = config(zero_optimization={"overlap_comm": True}, wall_clock_breakdown=True)
     settings = deepspeed_config(made, 1)
     assert settings["zero_optimization"] == {"stage": 1, "overlap_comm": True}
@@ -59,7 +59,7 @@ def nested(key, value):
 
 
 PRECISION = "set --training.precision bf16 or fp32"
-OURS = [  # (key, other values, the value of ours as configured below, what is said of another)
+OURS = [  # key, other values, the derived value as configured below, the message about others
     ("train_batch_size", [3, "auto"], 48, "set --training.batch_size"),
     ("train_micro_batch_size_per_gpu", [3, "auto"], 24, "set --training.batch_size and --training.accumulation"),
     ("gradient_accumulation_steps", [3, "auto"], 2, "set --training.accumulation"),
@@ -90,7 +90,7 @@ def configured(**free):
     return made
 
 
-def test_every_key_that_is_derived_is_tried():
+def test_every_derived_key_is_tested():
     from toolkit.training.zero.settings import _DECIDED_BY, _FIXED
 
     assert [key for key, *_ in OURS] == [*_DECIDED_BY, *_FIXED]
@@ -106,7 +106,7 @@ def test_every_key_that_is_derived_is_tried():
 @pytest.mark.parametrize(
     ("key", "value", "mend"), [(key, value, mend) for key, others, _, mend in OURS for value in others]
 )
-def test_a_key_that_is_decided_elsewhere_has_no_second_value(key, value, mend):
+def test_a_derived_key_cannot_have_another_value(key, value, mend):
     with pytest.raises(UserError) as error:
         deepspeed_config(configured(**nested(key, value)), 1)
     assert str(error.value).startswith(f"deepspeed.{key} cannot be set here; {mend}")
@@ -116,7 +116,7 @@ def test_a_key_that_is_decided_elsewhere_has_no_second_value(key, value, mend):
 @pytest.mark.parametrize(
     ("key", "value"), [(key, value) for key, _, ours, _ in OURS for value in (ours, *["auto"] * ("." in key))]
 )
-def test_its_own_value_may_stand_there_and_auto_in_a_section(key, value):
+def test_a_derived_key_may_repeat_its_value_or_be_auto_in_a_section(key, value):
     made = configured(**nested(key, value))
     assert deepspeed_config(made, 1) == deepspeed_config(configured(), 1)
 
@@ -172,10 +172,7 @@ def test_keys_that_deepspeed_knows(free):
             {"checkpoint": {"load_universl": True}},
             "deepspeed.checkpoint.load_universl: unknown key; did you mean deepspeed.checkpoint.load_universal?",
         ),
-        (
-            {"wandb": {"enable": True}},
-            "deepspeed.wandb.enable: unknown key; did you mean deepspeed.wandb.enabled?",
-        ),
+        ({"wandb": {"enable": True}}, "deepspeed.wandb.enable: unknown key; did you mean deepspeed.wandb.enabled?"),
         ({"zero_optimization": {"sub_group_size": "two"}}, "deepspeed.zero_optimization.sub_group_size is 'two': "),
         ({"zero_optimization": 3}, "deepspeed.zero_optimization is 3; expected a section with keys in it"),
         ({"zero_optimization": True}, "deepspeed.zero_optimization is True; expected a section with keys in it"),
@@ -229,7 +226,7 @@ def sums(rank: int, world_size: int) -> list[float]:
     from toolkit.training.zero.engine import backward, make_engine
     from toolkit.training.zero.state import fragments
 
-    found = []
+    result = []
     for stage, added_up, offloaded in SUMS:
         made = Config()
         made.training.batch_size, made.training.accumulation = 3 * world_size, 3
@@ -242,9 +239,9 @@ def sums(rank: int, world_size: int) -> list[float]:
         for slope in (3, 3 / 256, 3 / 256):
             backward(engine, engine(torch.tensor(slope, dtype=torch.bfloat16)))
             engine.step()
-        found += {each.exp_avg[0].item() for each in fragments(engine)}
+        result += {each.exp_avg[0].item() for each in fragments(engine)}
         engine.destroy()
-    return found
+    return result
 
 
 WRITTEN_FOR_OTHERS = {
@@ -268,7 +265,7 @@ def engines(rank: int, world_size: int) -> list[dict[str, object]]:
     """What engines with such a section train in, after a step."""
     from toolkit.training.zero.engine import backward, make_engine
 
-    found = []
+    result = []
     for precision, stage in itertools.product(("fp32", "bf16"), range(4)):
         made = Config(deepspeed=WRITTEN_FOR_OTHERS)
         made.training.batch_size, made.training.accumulation, made.training.grad_clip = 2 * world_size, 2, 0.25
@@ -277,17 +274,17 @@ def engines(rank: int, world_size: int) -> list[dict[str, object]]:
         for _ in range(2):
             backward(engine, engine(torch.tensor(1.0, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)))
             engine.step()
-        found.append({
+        result.append({
             "precision": str(engine.module.value.dtype), "stage": engine.zero_optimization_stage(),
             "micro": engine.train_micro_batch_size_per_gpu(), "accumulation": engine.gradient_accumulation_steps(),
             "clip": engine.gradient_clipping(), "steps": engine.global_steps, "fp16": engine.fp16_enabled(),
         })  # fmt: skip
         engine.destroy()
-    return found
+    return result
 
 
 @pytest.mark.timeout(120)
-def test_a_file_for_another_trainer_trains_what_ours_says() -> None:
+def test_settings_for_another_trainer_train_as_configured_here() -> None:
     common = {"micro": 1, "accumulation": 2, "clip": 0.25, "steps": 1, "fp16": False}
     expected = [
         {"precision": precision, "stage": stage, **common}
@@ -297,7 +294,7 @@ def test_a_file_for_another_trainer_trains_what_ours_says() -> None:
 
 
 @pytest.mark.timeout(120)
-def test_gradients_of_micro_batches_are_added_up_in_float32_where_asked_for() -> None:
+def test_gradients_of_micro_batches_are_added_up_in_float32_where_requested() -> None:
     expected = [1 + 2 / 256 if added_up else 1.0 for _, added_up, _ in SUMS]
     assert run_ranks(sums, 2, timeout=100) == 2 * [expected]
 
@@ -309,23 +306,23 @@ OFFLOADS = {
 
 
 @pytest.mark.timeout(400)
-def test_offloaded_to_the_cpu_it_trains_alike_and_continues_to_the_bit(shards: Path, tmp_path: Path) -> None:
+def test_offloading_to_the_cpu_trains_alike_and_resumes_bit_for_bit(shards: Path, tmp_path: Path) -> None:
     runs = [(test_checkpoint.settings(shards, tmp_path / "plain", zero_stage=2), None, "")]
     for zero, offload in OFFLOADS.items():
-        for name, last in (("whole", None), ("broken", 2), ("broken", None)):
+        for name, last in (("unbroken", None), ("broken", 2), ("broken", None)):
             run = test_checkpoint.settings(shards, tmp_path / f"{name}{zero}", zero_stage=zero)
             run.deepspeed = {"zero_optimization": offload}
             runs.append((run, last, "raise"))
     run_ranks(test_checkpoint.train, 2, runs, timeout=350)
     plain = test_checkpoint.losses(tmp_path / "plain")
     for zero in OFFLOADS:
-        for step, found in test_checkpoint.losses(tmp_path / f"whole{zero}").items():
-            assert found == pytest.approx(plain[step], rel=1e-5, abs=1e-5)
-        test_checkpoint.assert_equal(tmp_path / f"broken{zero}", tmp_path / f"whole{zero}")
+        for step, result in test_checkpoint.losses(tmp_path / f"unbroken{zero}").items():
+            assert result == pytest.approx(plain[step], rel=1e-5, abs=1e-5)
+        test_checkpoint.assert_equal(tmp_path / f"broken{zero}", tmp_path / f"unbroken{zero}")
 
 
 @pytest.mark.timeout(240)
-def test_frozen_trunks_train_alike_where_no_parameter_stays_whole(shards: Path, tmp_path: Path) -> None:
+def test_frozen_trunks_train_alike_where_no_parameter_is_complete(shards: Path, tmp_path: Path) -> None:
     runs = []
     for zero in (0, 3):
         run = test_checkpoint.settings(shards, tmp_path / str(zero), zero_stage=zero, save_every=9)
@@ -334,5 +331,5 @@ def test_frozen_trunks_train_alike_where_no_parameter_stays_whole(shards: Path, 
         runs.append((run, None, ""))
     run_ranks(test_checkpoint.train, 2, runs, timeout=220)
     expected = test_checkpoint.losses(tmp_path / "0")
-    for step, found in test_checkpoint.losses(tmp_path / "3").items():
-        assert found == pytest.approx(expected[step], rel=1e-5, abs=1e-5)
+    for step, result in test_checkpoint.losses(tmp_path / "3").items():
+        assert result == pytest.approx(expected[step], rel=1e-5, abs=1e-5)

@@ -139,20 +139,20 @@ def stages(rank: int, world_size: int) -> list[dict[str, Any]]:
 
 
 def given(name: str, shape: tuple[int, ...], part: str) -> torch.Tensor:
-    """What is written over the state: no two elements alike, moments such as AdamW may have."""
+    """Values to write over the state: all different, and moments that AdamW may have."""
     chance = torch.Generator().manual_seed(len(name) * 10 + len(part))
     return torch.rand(math.prod(shape), generator=chance) + 0.5
 
 
 def assembled(ranks: list[dict[Any, torch.Tensor]], zero: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Whole tensors by part and name; every element must be there exactly once."""
+    """Complete tensors by part and name; every element must occur exactly once."""
     shapes = {name: p.shape for name, p in Small().named_parameters() if p.requires_grad}
     together: dict[str, dict[str, torch.Tensor]] = {}
     for local_fragments in ranks[:1] if zero == 0 else ranks:
         for (name, start, part), tensor in local_fragments.items():
-            whole = together.setdefault(part, {}).setdefault(name, torch.full((shapes[name].numel(),), torch.nan))
-            assert whole[start : start + len(tensor)].isnan().all(), f"{name} is there twice"
-            whole[start : start + len(tensor)] = tensor
+            complete = together.setdefault(part, {}).setdefault(name, torch.full((shapes[name].numel(),), torch.nan))
+            assert complete[start : start + len(tensor)].isnan().all(), f"{name} is there twice"
+            complete[start : start + len(tensor)] = tensor
     for part in ("master", "exp_avg", "exp_avg_sq"):
         assert together[part].keys() == shapes.keys()
         assert not any(tensor.isnan().any() for tensor in together[part].values()), "not all of it is there"
@@ -160,7 +160,7 @@ def assembled(ranks: list[dict[Any, torch.Tensor]], zero: int) -> dict[str, dict
 
 
 @pytest.mark.timeout(180)
-def test_fragments_are_the_state_of_adam_and_what_is_written_into_them_counts() -> None:
+def test_fragments_are_the_state_of_adam_and_writing_to_them_changes_it() -> None:
     ranks = run_ranks(stages, 3, timeout=150)
     start = dict(Small().named_parameters())
     for case, seen in zip(CASES, zip(*ranks, strict=True), strict=True):
@@ -191,12 +191,12 @@ def test_fragments_are_the_state_of_adam_and_what_is_written_into_them_counts() 
         assert_state(assembled([each["after"] for each in seen], zero), reference(wanted, moments, 10), case)
 
 
-def assert_state(found: dict[str, dict[str, torch.Tensor]], model: nn.Module, case: tuple[Any, ...]) -> None:
+def assert_state(result: dict[str, dict[str, torch.Tensor]], model: nn.Module, case: tuple[Any, ...]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             expected = {"master": parameter.detach(), **model.adam.state[parameter]}
-            for part in found:
+            for part in result:
                 where = f"{case} {name} {part}"
                 torch.testing.assert_close(
-                    found[part][name], expected[part], rtol=1e-5, atol=1e-6, msg=partial("{}: {}".format, where)
+                    result[part][name], expected[part], rtol=1e-5, atol=1e-6, msg=partial("{}: {}".format, where)
                 )
