@@ -152,6 +152,7 @@ def test_a_dry_run_writes_nothing(tmp_path, corpus, slurm, capfd):
     output = capfd.readouterr().out
     assert "nothing is written" in output
     assert "#SBATCH --array=1-2\n" in output
+    assert output.count("#SBATCH --time=720\n") == 2, "twelve hours"
     assert "make_shards.py merge --out" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin"]
 

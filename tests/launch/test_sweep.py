@@ -63,6 +63,12 @@ def test_keys_with_the_same_last_word_have_longer_names():
     ]
 
 
+def test_values_have_the_types_of_the_configuration():
+    [member] = expand({"training.lr": [1], "deepspeed.zero_optimization.stage": [2]}, ["data.train=3"])
+    assert member.name == "lr1.0_stage2_train-3"
+    assert member.overrides == {"training.lr": 1.0, "deepspeed.zero_optimization.stage": 2, "data.train": "3"}
+
+
 def test_a_pattern_of_names(tmp_path):
     text = """
     name: "{name} at {training.lr}"
