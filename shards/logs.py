@@ -1,6 +1,6 @@
 """Logging of every command: one format, rank 0 unless another rank has a warning, `--log-level` for more or less.
 
-Modules log through `logging.getLogger(__name__)`. Results that a command was asked for (tables, JSON) are printed.
+Modules log through `logging.getLogger(__name__)`. The results of a command (tables, JSON) are printed.
 """
 
 import argparse

@@ -58,7 +58,7 @@ def line_chart(
     if not kept:
         return Markup("")
     across = [point[0] for points in kept.values() for point in points]
-    up = _axis([point[1] for points in kept.values() for point in points], _BOTTOM, _TOP, 5, whole=True)
+    up = _axis([point[1] for points in kept.values() for point in points], _BOTTOM, _TOP, 5, to_ticks=True)
     left = _left(up)
     along = _axis(across, left, _WIDTH, 6)
     series = []
@@ -91,7 +91,7 @@ def histogram(title: str, values: np.ndarray, unit: str = "") -> Markup:
     counted = values.dtype.kind == "i" and high - low < _BINS
     edges = np.arange(low - 0.5, high + 1.5) if counted else np.linspace(low, max(high, low + 1e-3), _BINS + 1)
     counts, _ = np.histogram(np.minimum(values, edges[-1]), edges)
-    up = _axis([0.0, float(counts.max())], _BOTTOM, _TOP, 4, whole=True, integer=True)
+    up = _axis([0.0, float(counts.max())], _BOTTOM, _TOP, 4, to_ticks=True, integer=True)
     left = _left(up)
     along = _axis([float(edges[0]), float(edges[-1])], left, _WIDTH, 6, integer=counted)
     bars = []
@@ -127,7 +127,7 @@ def bar_chart(
         return Markup("")
     categories = list(dict.fromkeys(category for one in series.values() for category in one))
     left = min(150.0, 12 + _CHARACTER * max(map(len, categories)))
-    along = _axis([0.0, high or max(values)], left, _WIDTH - 40, 5, whole=high is None)
+    along = _axis([0.0, high or max(values)], left, _WIDTH - 40, 5, to_ticks=high is None)
     thick = 14 if len(series) == 1 else 9
     row = thick * len(series) + 8
     room = int((left - 12) / _CHARACTER)
@@ -184,9 +184,9 @@ def _thin(curve: Mapping[float, float], count: int) -> list[tuple[float, float]]
 
 
 def _axis(
-    values: Sequence[float], start: float, end: float, count: int, whole: bool = False, integer: bool = False
+    values: Sequence[float], start: float, end: float, count: int, to_ticks: bool = False, integer: bool = False
 ) -> _Axis:
-    """Return an axis over values, with about `count` ticks at round numbers; `whole`: it begins and ends at ticks."""
+    """Return an axis over values, with about `count` ticks at round numbers; `to_ticks`: from tick to tick."""
     low, high = float(min(values)), float(max(values))
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         low, high = (0.0, 1.0) if not low else (low - abs(low) / 10, high + abs(high) / 10)
@@ -194,7 +194,7 @@ def _axis(
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= raw * 0.999)
     step = max(1.0, step) if integer else step
-    if whole:
+    if to_ticks:
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return _Axis(low, high, start, end, [tick * step for tick in range(first, last + 1)], step)

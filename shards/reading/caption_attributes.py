@@ -25,7 +25,7 @@ _ACCENTS = frozenset(accent for accents in ACCENTS.values() for accent in accent
 class CaptionAttributes:
     """The captions of a split in the order of the manifest's rows; None: the shards do not say."""
 
-    text: list[str | None]  # what is said, per caption
+    text: list[str | None]  # transcript of each caption
     speaker: list[str | None]  # who says it; of the scenes the synthesizer's voice
     language: list[str | None]  # code of the language, as in `en`
     # Variety of the language that a voice of espeak-ng speaks, by its name there, as in `en-gb-scotland`; `en` is

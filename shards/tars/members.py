@@ -59,7 +59,7 @@ class TarListing:
     """The members of a tar, in order."""
 
     members: list[TarMember] = field(default_factory=list)  # regular files
-    # Contents of the members that were asked for, by index in `members`.
+    # Contents of the members of text, by index in `members`.
     texts: dict[int, bytes] = field(default_factory=dict)
     problem: str | None = None  # why the tar cannot be parsed beyond the last member; None if it is intact
 

@@ -125,16 +125,16 @@ def find_tars(roots: Sequence[str]) -> list[str]:
         Absolute paths and URLs.
 
     Raises:
-        UserError: Nothing is found, or a location is not one that is read.
+        UserError: There is no tar, or a location is not one that is read.
     """
     tars: dict[str, None] = {}
     for root in roots:
-        found = [tar for location in _expand_braces(root) for tar in _expand(location)]
-        if not found:
+        expanded = [tar for location in _expand_braces(root) for tar in _expand(location)]
+        if not expanded:
             given = is_url(root) or glob.has_magic(root) or "{" in root or os.path.exists(root)
             problem = f"no tar in {root}" if given else f"{root}: no such folder, or no access to it (--root)"
             raise UserError(f"{problem}: {_HINT}")
-        tars |= dict.fromkeys(found)
+        tars |= dict.fromkeys(expanded)
     return list(tars)
 
 
@@ -155,12 +155,12 @@ def _expand(location: str) -> list[str]:
     if is_url(location):
         return _expand_url(location)
     if os.path.isdir(location):
-        found = [str(path) for path in Path(location).rglob("*.tar")]
+        paths = [str(path) for path in Path(location).rglob("*.tar")]
     elif os.path.exists(location):
-        found = [location]
+        paths = [location]
     else:
-        found = glob.glob(location, recursive=True) if glob.has_magic(location) else []
-    return [os.path.abspath(tar) for tar in sorted(found, key=natural_order)]
+        paths = glob.glob(location, recursive=True) if glob.has_magic(location) else []
+    return [os.path.abspath(tar) for tar in sorted(paths, key=natural_order)]
 
 
 def _expand_url(url: str) -> list[str]:
@@ -169,9 +169,9 @@ def _expand_url(url: str) -> list[str]:
     pattern = url if glob.has_magic(url) else f"{url.rstrip('/')}/*.tar"
     start = pattern[: re.search(r"[*?[]", pattern).start()].rpartition("/")[0]  # type: ignore[union-attr]
     remote = Remote(start)
-    found = remote.with_retries("", lambda system, path: system.glob(path + pattern[len(start) :].lstrip("/")))
+    paths = remote.with_retries("", lambda system, path: system.glob(path + pattern[len(start) :].lstrip("/")))
     base = remote.with_retries("", lambda system, path: path.rstrip("/"))
-    tars = [f"{start}/{path[path.index(base) + len(base) :].lstrip('/')}" for path in found if path.endswith(".tar")]
+    tars = [f"{start}/{path[path.index(base) + len(base) :].lstrip('/')}" for path in paths if path.endswith(".tar")]
     return sorted(tars, key=natural_order)
 
 
@@ -256,12 +256,12 @@ def _sample(key: str, members: dict[str, int], listing: TarListing, layout: Layo
     pictures = _chosen(members, layout.image)
     sample.pictures = [listing.members[number] for number in pictures.values()]
     sample.audio = {part: listing.members[number] for part, number in _chosen(members, layout.audio).items()}
-    for endings, contents, found in (
+    for endings, contents, by_part in (
         (layout.text, sample.texts, sample.text_members),
         (layout.json, sample.json, sample.json_members),
     ):
         for part, number in _chosen(members, endings).items():
-            contents[part], found[part] = listing.texts.get(number), listing.members[number]
+            contents[part], by_part[part] = listing.texts.get(number), listing.members[number]
     return sample
 
 

@@ -152,8 +152,8 @@ class SpeechImageCrossEncoder:
                 waves = _decode_rows(sides["audio"], captions, "audio", self.encoder.processor)
                 for group in groups("audio", waves, self.encoder.processor.sampling_rate):
                     speech = self.encoder.encode("audio", [waves[number] for number in group])
-                    found = [(number, row) for number, each in enumerate(group) for row in pairs[captions[each]]]
-                    for part in _chunks(found, size):
+                    scored = [(number, row) for number, each in enumerate(group) for row in pairs[captions[each]]]
+                    for part in _chunks(scored, size):
                         numbers, rows = (torch.tensor(each) for each in zip(*part, strict=True))
                         scores[rows] = self._score(speech, numbers, images, image_of[rows])
                         progress(len(part))
@@ -218,12 +218,13 @@ def _name(model_name: str) -> str:
 def _open(inputs: DataLoader, task: str) -> tuple[Modality, datasets.Dataset]:
     """Return the modality of inputs, and their data set with the bytes of audio files."""
     dataset: Any = inputs.dataset
-    found = [kind for kind in ("text", "audio", "image", "video") if kind in dataset.features]
-    if found not in (["audio"], ["image"]):
-        raise UserError(f"{task} has inputs of {' and '.join(found) or 'no modality'}: expected audio or images alone")
+    modalities = [kind for kind in ("text", "audio", "image", "video") if kind in dataset.features]
+    if modalities not in (["audio"], ["image"]):
+        names = " and ".join(modalities) or "no modality"
+        raise UserError(f"{task} has inputs of {names}: expected audio or images alone")
     if isinstance(dataset.features.get("audio"), datasets.Audio):
         dataset = dataset.cast_column("audio", datasets.Audio(decode=False))
-    return ("audio" if found == ["audio"] else "image"), dataset
+    return ("audio" if modalities == ["audio"] else "image"), dataset
 
 
 def _decode_rows(

@@ -113,10 +113,10 @@ def _decode(given: Any) -> tuple[Modality, Any]:
     """Return the modality of an input, and what the processor takes of it."""
     if isinstance(given, dict) and len(given) == 1 and given.keys() <= {"audio", "image"}:
         (modality, inner), *_ = given.items()
-        found, value = _decode(inner)
-        if found != modality:
-            raise UserError(f"an input under {modality!r} is of the modality {found!r}")
-        return found, value
+        own, value = _decode(inner)
+        if own != modality:
+            raise UserError(f"an input under {modality!r} is of the modality {own!r}")
+        return own, value
     if isinstance(given, dict) and {"array", "sampling_rate"} <= given.keys():
         wave = np.asarray(given["array"], dtype=np.float32)
         return "audio", resample(wave, int(given["sampling_rate"])) if wave.ndim == 1 else wave

@@ -1,4 +1,4 @@
-"""What the page of `search.py --serve` asks for: search by the bytes of a query, attention, and the indexed items."""
+"""The requests of the page of `search.py --serve`: search by the bytes of a query, attention, and indexed items."""
 
 import hashlib
 import io

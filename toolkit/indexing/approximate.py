@@ -103,9 +103,10 @@ class Approximate:
             UserError: The approximate index is damaged.
         """
         k = min(k, len(self.rows))
-        found = [self._nearest(query, k, probes or self.measured.probes) for query in queries]
-        empty = torch.empty(0, k), torch.empty(0, k, dtype=torch.int64)
-        return (torch.stack([one for one, _ in found]), torch.stack([one for _, one in found])) if found else empty
+        results = [self._nearest(query, k, probes or self.measured.probes) for query in queries]
+        if not results:
+            return torch.empty(0, k), torch.empty(0, k, dtype=torch.int64)
+        return torch.stack([scores for scores, _ in results]), torch.stack([rows for _, rows in results])
 
     def _nearest(self, query: Tensor, k: int, probes: int) -> tuple[Tensor, Tensor]:
         order = (self.centroids @ query).argsort(descending=True).numpy()
@@ -213,12 +214,12 @@ def _group(index: Index) -> tuple[np.ndarray, np.ndarray]:
     )  # fmt: skip
     logger.info("approximate index: k-means of %s lists", f"{lists:,}")
     means.train(_finite(index.embeddings[sample]))
-    found = np.empty(len(index), np.int64)
+    list_of_row = np.empty(len(index), np.int64)
     with progress_bar(len(index), "embeddings", "grouping") as progress:
         for start, chunk in index.chunks(_ROWS):
-            found[start : start + len(chunk)] = means.index.search(_finite(chunk), 1)[1][:, 0]
+            list_of_row[start : start + len(chunk)] = means.index.search(_finite(chunk), 1)[1][:, 0]
             progress(len(chunk))
-    return np.asarray(means.centroids, np.float32), found
+    return np.asarray(means.centroids, np.float32), list_of_row
 
 
 def _finite(embeddings: np.ndarray) -> np.ndarray:
@@ -234,8 +235,8 @@ def _measure(approximate: Approximate, index: Index) -> Measured:
     exact = nearest(index, queries, wanted)[1]
     probes = 1
     while True:
-        found = approximate.nearest(queries, wanted, probes)[1]
-        right = ((exact[:, :, None] == found[:, None, :]).any(dim=2) & (exact != own)).sum()
+        candidates = approximate.nearest(queries, wanted, probes)[1]
+        right = ((exact[:, :, None] == candidates[:, None, :]).any(dim=2) & (exact != own)).sum()
         recall = float(right / (exact != own).sum().clamp(min=1))
         if recall >= TARGET or probes == lists:
             return Measured(lists, probes, recall, len(sample))

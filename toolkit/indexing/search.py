@@ -112,12 +112,12 @@ class Searcher:
         if rerank and (problem := self.fusion_problem()):
             raise UserError(problem)
         scores, rows = self.find(queries.embedding.float().cpu(), max(top, rerank))
-        found = []
+        results = []
         for number, (cosines, best) in enumerate(zip(scores.tolist(), rows.tolist(), strict=True)):
             hits = [self._hit(row, cosine) for row, cosine in zip(best, cosines, strict=True)]
             reranked = self._rerank(queries[number : number + 1], hits[:rerank]) if rerank else []
-            found.append([*reranked, *hits[rerank:]][:top])
-        return found
+            results.append([*reranked, *hits[rerank:]][:top])
+        return results
 
     def _hit(self, row: int, cosine: float) -> Hit:
         name = self.index.item(row).name

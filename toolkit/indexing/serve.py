@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{self.command} is not allowed", Allow="GET, POST")
 
     def _serve(self, answer: Any) -> None:
-        """Check who asks, and send one answer."""
+        """Check the origin of the request, and send one answer."""
         try:
             self._check()
             media, content = answer()

@@ -175,8 +175,8 @@ class _Pairs:
             UserError: A role has no file.
         """
         roles = {"id, image": self.pictures, "id, audio": self.recordings, ", ".join(_RELEVANCE): self._relevance}
-        for columns, found in roles.items():
-            if not found and not self.bad.dropped:
+        for columns, rows in roles.items():
+            if not rows and not self.bad.dropped:
                 raise UserError(f"{root} has no .parquet file with rows and the columns {columns}: {_HINT}")
         paired: dict[str, str] = {}
         for query, document, split, where in self._relevance:

@@ -123,8 +123,8 @@ def _matching(option: str, name: str, languages: Sequence[str]) -> list[str]:
     known = voice_names(languages) if name.startswith("piper:") else of_espeak
     if name in known:
         return [name]
-    if found := [one for one in known if fnmatchcase(one, name)]:
-        return found
+    if matching := [one for one in known if fnmatchcase(one, name)]:
+        return matching
     everywhere = voice_names(tuple(espeak.ACCENTS))
     if name in everywhere:
         raise UserError(

@@ -137,8 +137,8 @@ class Exports:
 
 def exported_config(run: Path) -> dict[str, Any] | None:
     """Read the config.json of a run's export; None: there is none so far."""
-    found = (read_object(run / "export" / name / "config.json") for name in ("last", "best"))
-    return next(filter(None, found), None)
+    configs = (read_object(run / "export" / name / "config.json") for name in ("last", "best"))
+    return next(filter(None, configs), None)
 
 
 def _set_dtype(path: Path, name: str) -> None:
