@@ -1,4 +1,4 @@
-"""Charts as SVG with axes, ticks and a legend: curves over one another, bars with intervals, histograms, waveforms."""
+"""Charts as SVG with axes, ticks and a legend: curves over one another, bars, histograms, waveforms."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -105,19 +105,12 @@ def histogram(title: str, values: np.ndarray, unit: str = "") -> Markup:
     return render_macro("chart.html", "histogram", chart)
 
 
-def bar_chart(
-    title: str,
-    series: Mapping[str, Mapping[str, float]],
-    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
-    high: float | None = None,
-) -> Markup:
+def bar_chart(title: str, series: Mapping[str, Mapping[str, float]]) -> Markup:
     """Draw horizontal bars, those of one category beside one another.
 
     Args:
         title: Title, with the unit of the values.
         series: Value, at least 0, by category, by name of the series.
-        intervals: Lower and upper bound by category, by name of the series.
-        high: End of the scale; default: by the values.
 
     Returns:
         The chart; empty if there is no value.
@@ -127,7 +120,7 @@ def bar_chart(
         return Markup("")
     categories = list(dict.fromkeys(category for one in series.values() for category in one))
     left = min(150.0, 12 + _CHARACTER * max(map(len, categories)))
-    along = _axis([0.0, high or max(values)], left, _WIDTH - 40, 5, to_ticks=high is None)
+    along = _axis([0.0, max(values)], left, _WIDTH - 40, 5, to_ticks=True)
     thick = 14 if len(series) == 1 else 9
     row = thick * len(series) + 8
     room = int((left - 12) / _CHARACTER)
@@ -138,8 +131,7 @@ def bar_chart(
         for number, (name, one) in enumerate(series.items()):
             if category not in one or not math.isfinite(one[category]):
                 continue
-            bounds = ((intervals or {}).get(name) or {}).get(category)
-            end = along.pixel(min(one[category], along.high))
+            end = along.pixel(one[category])
             bars.append(
                 {
                     "y": index * row + 4 + thick * number,
@@ -147,8 +139,7 @@ def bar_chart(
                     "middle": index * row + 4 + thick * number + thick / 2,
                     "wide": round(end - left, 1),
                     "color": number % _COLORS,
-                    "interval": [along.pixel(bound) for bound in bounds] if bounds else None,
-                    "end": max([end, *([along.pixel(bounds[1])] if bounds else [])]) + 4,
+                    "end": end + 4,
                     "value": f"{one[category]:.1f}",
                     "label": f"{category}, {name}: {one[category]:.4g}",
                 }

@@ -257,15 +257,12 @@ def encode_audio(wave: np.ndarray, codec: Codec) -> bytes:
     return buffer.getvalue()
 
 
-def decode_audio(data: bytes, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+def decode_audio(data: bytes) -> np.ndarray:
     """Decode the output of `encode_audio` to float32 [n] at 16 kHz, n > 0.
 
-    Args:
-        data: An encoded caption.
-        max_seconds: Longest duration allowed; checked in the header, which also bounds what is decoded.
-
     Raises:
-        UserError: The audio is not decodable, not 16 kHz mono, too long, empty, or not finite.
+        UserError: The audio is not decodable, not 16 kHz mono, by its header longer than `MAX_SECONDS`, empty, or not
+            finite.
     """
     import soundfile
 
@@ -276,9 +273,9 @@ def decode_audio(data: bytes, max_seconds: float = MAX_SECONDS) -> np.ndarray:
                 raise UserError(f"audio of {shape} in a shard, expected {SAMPLE_RATE} Hz mono")
             if file.frames >= _UNKNOWN:
                 raise UserError(f"audio of {len(data)} bytes in a shard does not give its length in its header")
-            if file.frames > max_seconds * SAMPLE_RATE:
+            if file.frames > MAX_SECONDS * SAMPLE_RATE:
                 raise UserError(
-                    f"audio of {file.frames / SAMPLE_RATE:.1f} s in a shard, the longest allowed is {max_seconds:g} s"
+                    f"audio of {file.frames / SAMPLE_RATE:.1f} s in a shard, the longest allowed is {MAX_SECONDS:g} s"
                 )
             wave = file.read(dtype="float32")
             floats = file.subtype in ("FLOAT", "DOUBLE")
