@@ -12,7 +12,7 @@ sections.
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def expand(source: str | Path | Mapping[str, Any], sweeps: Iterable[str] = ()) -
         where, sections = "", dict[str, Any](grid=dict(source))
     else:
         where, sections = f"{source}: ", _read(Path(source))
-    grid = _flat(sections.get("grid", {}), f"{where}grid: ") | _swept(sweeps)
+    grid = _columns(_flat(sections.get("grid", {}), f"{where}grid: ") | _swept(sweeps), f"{where}grid: ")
     entries = sections.get("list") or [{}]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{where}list: expected a list of mappings from keys to values")
@@ -71,7 +71,8 @@ def expand(source: str | Path | Mapping[str, Any], sweeps: Iterable[str] = ()) -
         if name is not None and not isinstance(name, str | int | float):
             raise UserError(f"{where}list: name: {name!r} is not a name")
         values = _checked(_flat(values, f"{where}list: "), f"{where}list: ")
-        for point in _points(grid, f"{where}grid: "):
+        for combination in itertools.product(*grid.values()):
+            point = dict(zip(grid, combination, strict=True))
             label = _label(sections.get("name"), name, values, point, grid, where)
             members.append(Member(label, base | values | point))
     if members == [Member("", base)] or not members:
@@ -117,15 +118,12 @@ def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _points(grid: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    """Yield every combination of the grid's values."""
-    columns = []
+def _columns(grid: dict[str, Any], where: str) -> dict[str, list[Any]]:
+    """Return the values of each key as the configuration reads them."""
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{where}{key} is {values!r}; expected a list of values")
-        columns.append([_checked({key: value}, where) for value in values])
-    for combination in itertools.product(*columns):
-        yield {key: value for one in combination for key, value in one.items()}
+    return {key: [_checked({key: value}, where)[key] for value in values] for key, values in grid.items()}
 
 
 def _checked(overrides: dict[str, Any], where: str) -> dict[str, Any]:
