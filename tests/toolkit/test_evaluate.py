@@ -258,6 +258,16 @@ def test_runs_on_different_test_data_are_not_compared(run, folder, monkeypatch, 
     evaluate.main(["--run", str(run)])
     with pytest.raises(UserError, match="holds no results"):
         evaluate.main(["--compare", str(run), str(other)])
+    for foreign, message in (
+        (folder, "neither a run folder .* nor a folder of results"),
+        ("/nowhere", "no such folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.main(["--compare", str(run), str(foreign)])
+    with pytest.raises(
+        UserError, match=r"manifest\.json is not the result of an evaluation .*: name a JSON file of RUN"
+    ):
+        evaluate.main(["--compare", str(run), str(folder / "manifest.json")])
     evaluate.main(["--run", str(other), "--split", "train"])
     for pair in ([run, other], [next((one / "results").glob("*.json")) for one in (run, other)]):
         with pytest.raises(UserError, match="different test data") as caught:

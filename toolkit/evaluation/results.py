@@ -187,20 +187,21 @@ def load_results(run: Path) -> list[Result]:
         UserError: The folder does not exist, or a file in it is not a result.
     """
     if run.is_file():
-        return [_load_result(run)]
+        return [_load_result(run, "name a JSON file of RUN/results")]
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run folder or a folder of results")
-    folder = run / FOLDER if (run / FOLDER).is_dir() else run if list(run.glob("*.npz")) else run / FOLDER
+    pairs = [path for path in run.glob("*.npz") if path.with_suffix(".json").is_file()]
+    folder = run if pairs and not (run / FOLDER).is_dir() else run / FOLDER
     return sorted(map(_load_result, folder.glob("*.json")), key=lambda result: (result.time, result.path.name))
 
 
-def _load_result(path: Path) -> Result:
+def _load_result(path: Path, fix: str = "move it elsewhere") -> Result:
     try:
         return _result(path, json.loads(path.read_bytes()))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not the result of an evaluation ({error!r}): move it elsewhere") from None
+        raise UserError(f"{path} is not the result of an evaluation ({error!r}): {fix}") from None
 
 
 def _result(path: Path, report: dict[str, Any]) -> Result:

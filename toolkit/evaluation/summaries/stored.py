@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
 from shards.logs import setup_logging
+from toolkit.config.load import SAVED
 from toolkit.evaluation.results import format_results, load_results
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def show_stored(options: "argparse.Namespace", rest: list[str]) -> None:
         raise UserError(f"--results and --compare show stored results and take no other option ({wrong or 'each'})")
     results = [load_results(run) for run in options.results or options.compare]
     for run, each in zip(options.results or options.compare, results, strict=True):
+        if not each and not (run / SAVED).is_file():
+            raise UserError(f"{run} is neither a run folder (no {SAVED}) nor a folder of results")
         if not each:
             raise UserError(f"{run} holds no results: evaluate it first (python toolkit/evaluate.py --run {run})")
     if options.results:
