@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,15 +61,13 @@ def main(arguments: list[str] | None = None) -> None:
     name = arguments[0]
     if name not in ANALYSES:
         raise UserError(f"{name}: expected one of {', '.join(ANALYSES)}, as in analyze.py robustness --run DIR")
-    functions: dict[str, tuple[Callable[[Parser], None], Callable[[Config, Any], None]]] = {
-        "robustness": (add_robustness, robustness),
-        "text": (add_text, text),
-        "inside": (add_inside, inside),
-    }
-    add_options, analyze = functions[name]
     parser = Parser(ANALYSES[name])
     parser.prog = f"analyze.py {name}"
-    add_options(parser)
+    if name == "robustness":
+        add_robustness(parser)
+    elif name == "text":
+        add_text(parser)
+    analyze = {"robustness": robustness, "text": text, "inside": inside}[name]
     analyze(*read_arguments(arguments[1:], parser))
 
 
@@ -82,13 +79,14 @@ def read_arguments(arguments: list[str], parser: Parser) -> tuple[Config, argpar
     """
     parser.add_argument("--split", help="split to evaluate (default: final.split)")
     parser.add_argument("--checkpoint", metavar="best|last|DIR", help="exported model (default: best, else last)")
+    parser.add_argument("--limit", type=int, metavar="N", help="N pictures at equal distances over the split, not all")
     run = parse(arguments, parser)[0].run
     saved = Path(run) / SAVED
     if not saved.is_file():
         raise UserError(f"{run} is not a run folder (no {SAVED}): train first, or name the run with --run DIR")
     config, options = parse([*arguments, "--config", str(saved), "--run", run], parser)
     options.split = options.split or config.final.split or "test"
-    if getattr(options, "limit", None) is not None and options.limit < 1:
+    if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: expected a number of pictures, at least 1")
     return config, options
 
@@ -99,7 +97,6 @@ def add_robustness(parser: Parser) -> None:
     add = parser.add_argument
     add("--kinds", nargs="+", default=[], metavar="KIND[=LEVEL,...]", help=f"default: all, with usual levels. {kinds}")
     add("--noise", type=Path, metavar="DIR", help="folder of audio files for the kind noise")
-    add("--limit", type=int, metavar="N", help="measure N pictures at equal distances over the split, not all")
     add("--suite-seed", type=int, default=0, help="seed of the perturbations (default: 0)")
 
 
@@ -139,11 +136,6 @@ def robustness(config: Config, options: argparse.Namespace) -> None:
     if rank == 0:
         print(format_robustness(result), flush=True)
         logger.info("robustness: %s", result.path)
-
-
-def add_inside(parser: Parser) -> None:
-    """Add the options of looking inside."""
-    parser.add_argument("--limit", type=int, metavar="N", help="N pictures at equal distances over the split, not all")
 
 
 def inside(config: Config, options: argparse.Namespace) -> None:
@@ -192,7 +184,6 @@ def add_text(parser: Parser) -> None:
     add = parser.add_argument
     add("--clip", required=True, metavar="FOLDER", help="text-image model that transformers wrote, such as CLIP")
     add("--recognizer", metavar="FOLDER", help="model of speech recognition such as Whisper, or pocketsphinx")
-    add("--limit", type=int, metavar="N", help="N pictures at equal distances over the split, not all")
 
 
 def text(config: Config, options: argparse.Namespace) -> None:

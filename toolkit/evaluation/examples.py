@@ -4,7 +4,6 @@ They are written to RUN/examples-STEP.json, those of the final evaluation to RUN
 sampled with the seed of the run, so they are the same at each evaluation.
 """
 
-import base64
 import io
 import json
 import logging
@@ -16,6 +15,7 @@ from PIL import Image
 
 from shards.errors import UserError
 from shards.files import atomic_write
+from shards.html.render import data_url
 from shards.manifest import Manifest
 from shards.media.audio import SAMPLE_RATE, decode_audio, encode_audio
 from shards.media.picture import decode_picture
@@ -92,10 +92,10 @@ def _data_uri(stored: bytes) -> str:
     """Encode a stored picture as a small JPEG in a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(decode_picture(stored, SIDE).transpose(1, 2, 0)).save(buffer, "JPEG", quality=_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url("image/jpeg", buffer.getvalue())
 
 
 def _audio_uri(stored: bytes) -> str:
     """Encode the begin of a stored caption as Opus in a data URI."""
     wave = decode_audio(stored)[: int(_MAX_SECONDS * SAMPLE_RATE)]
-    return "data:audio/ogg;base64," + base64.b64encode(encode_audio(wave, "opus")).decode()
+    return data_url("audio/ogg", encode_audio(wave, "opus"))

@@ -86,14 +86,8 @@ def retrieve_each(
     """Measure recall on a split with several scores for re-ranking, of which encodings and match logits are the same.
 
     Args:
-        model: See `retrieve`.
-        manifest: See `retrieve`.
-        split: See `retrieve`.
-        config: See `retrieve`; `evaluation.fuse` is not used.
-        rerank: See `retrieve`.
-        process: See `retrieve`.
+        model, manifest, split, config, rerank, process, fit: As of `retrieve`; `evaluation.fuse` is not used.
         fuses: Values of `evaluation.fuse`.
-        fit: See `retrieve`.
 
     Returns:
         What `retrieve` returns, for each of `fuses`.
