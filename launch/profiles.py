@@ -53,7 +53,8 @@ def find_profile(launch: Launch) -> Profile:
     """
     if launch.profile is not None:
         return read_profile(_path(launch.profile))
-    names = _cluster_and_host_names()
+    candidates = [(slurm_config() or {}).get("ClusterName"), socket.getfqdn(), socket.gethostname()]
+    names = list(dict.fromkeys(name.lower() for name in candidates if name))
     matching = [
         profile
         for profile in map(read_profile, sorted(PROFILES.glob("*.yaml")))
@@ -108,12 +109,6 @@ def apply_profile(config: Config, profile: Profile, given: Collection[str]) -> C
     if profile.scratch and data.cache is None and "data.cache" not in given:
         data = replace(data, cache=profile.scratch)
     return replace(config, launch=replace(launch, **filled), data=data)
-
-
-def _cluster_and_host_names() -> list[str]:
-    """Return the names that patterns are matched with, in lower case."""
-    names = [(slurm_config() or {}).get("ClusterName"), socket.getfqdn(), socket.gethostname()]
-    return list(dict.fromkeys(name.lower() for name in names if name))
 
 
 def _path(name: str) -> Path:

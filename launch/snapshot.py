@@ -37,7 +37,9 @@ def snapshot(run: Path, root: Path = ROOT) -> Path:
     try:
         if not target.is_dir():
             _write(target, contents)
-            _write_origin(target.with_suffix(".json"), root)
+            origin = {"root": str(root), "time": time.time(), "git": git_state(root, *PACKAGES)}
+            with atomic_write(target.with_suffix(".json")) as file:
+                file.write(json.dumps(origin, indent=1).encode())
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}; name another with --run DIR") from None
     if snapshot_folder(run, read_code(target)) != target:
@@ -83,9 +85,3 @@ def _write(target: Path, contents: dict[str, bytes]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if not target.is_dir():  # else another submission has just written the same code
             raise
-
-
-def _write_origin(path: Path, root: Path) -> None:
-    origin = {"root": str(root), "time": time.time(), "git": git_state(root, *PACKAGES)}
-    with atomic_write(path) as file:
-        file.write(json.dumps(origin, indent=1).encode())

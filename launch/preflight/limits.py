@@ -74,7 +74,10 @@ def limits_problem(partition: dict[str, str], spec: JobSpec) -> str | None:
     Of several limits on the same resource the first counts: the partition's QOS, the job's, the user's, the accounts'.
     """
     partition_qos = partition.get("QoS", "N/A")
-    account = spec.config.launch.account or _default_account()
+    account = spec.config.launch.account
+    if not account:
+        users = client.accounting_rows("user", ("defaultaccount",), f"where name={getpass.getuser()}")
+        account = users[0]["defaultaccount"] if users else ""
     chain = [*_associations(account, partition["PartitionName"])] if account else []
     job_qos = qos_limits(spec.config.launch.qos or next((each[1] for each in chain if each[1]), "") or "normal")
     of_qos = [qos_limits(partition_qos)] if partition_qos != "N/A" else []
@@ -126,11 +129,6 @@ def _limits(source: str, row: dict[str, str]) -> Limits:
             if number.isdecimal():  # memory has a unit, and is set by the user
                 tres[column, name] = int(number)
     return Limits(source, row["maxwall"], frozenset(row.get("flags", "").split(",")), tres)
-
-
-def _default_account() -> str:
-    rows = client.accounting_rows("user", ("defaultaccount",), f"where name={getpass.getuser()}")
-    return rows[0]["defaultaccount"] if rows else ""
 
 
 def _associations(account: str, partition: str) -> Iterator[tuple[Limits, str]]:
