@@ -21,8 +21,7 @@ import numpy as np
 from shards import manifest
 from shards.checking.check_shard import STOCK_PICTURES, problem_of_audio, problem_of_picture
 from shards.checking.duplicates import Digests, digest, find_duplicates, gather_digests
-from shards.corpora.records import BadRecord, as_object, optional_text
-from shards.corpora.text_files import parse_json
+from shards.corpora.records import BadRecord, optional_text
 from shards.errors import UserError
 from shards.files import file_sha256, listed
 from shards.media.audio import SAMPLE_RATE
@@ -37,7 +36,6 @@ from shards.tars.samples import (
     StockTar,
     group,
     natural_order,
-    parse_object,
     split_of,
 )
 from shards.worker_pool import run_tasks
@@ -160,7 +158,7 @@ def _split(tar: StockTar, options: IndexOptions) -> str | None:
     named: dict[str | None, str] = {}  # split in the JSON -> first key
     for sample in tar.samples:
         with suppress(BadRecord, ValueError):  # reported when the sample is checked
-            named.setdefault(optional_text(_json(sample), "split"), sample.key)
+            named.setdefault(optional_text(sample.record(), "split"), sample.key)
     if len(named) > 1:
         some = " and ".join(f"{key} of {name or 'no split'}" for name, key in list(named.items())[:2])
         raise UserError(
@@ -168,10 +166,6 @@ def _split(tar: StockTar, options: IndexOptions) -> str | None:
             "make_shards.py webdataset, or name one by --split NAME=PATTERN"
         )
     return next(iter(named), None) or split
-
-
-def _json(sample: StockSample) -> dict[str, Any]:
-    return as_object(parse_object(sample.json[""], parse_json)) if "" in sample.json else {}
 
 
 class _Checker:
@@ -204,7 +198,7 @@ class _Checker:
         if len(sample.pictures) != 1 or not sample.audio:
             what = f"{len(sample.pictures)} pictures" if len(sample.pictures) != 1 else "no audio"
             raise BadRecord(f"has {what}: a sample needs one picture and its captions")
-        own, (description, span) = _json(sample), _description(sample)
+        own, (description, span) = sample.record(), _description(sample)
         split, image_id = optional_text(own, "split"), optional_text(own, "image_id") or sample.key
         if split is not None and not manifest.SPLIT.fullmatch(split):
             raise BadRecord(f"split is {split!r}, expected a name of letters, digits, _ and - only")

@@ -10,12 +10,14 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shards.corpora.records import as_object
+from shards.corpora.text_files import parse_json
 from shards.errors import UserError
 from shards.manifest import SPLIT
 from shards.progress import Progress, progress_bar
@@ -65,6 +67,10 @@ class StockSample:
     json: dict[str, bytes | None] = field(default_factory=dict)
     text_members: dict[str, TarMember] = field(default_factory=dict)
     json_members: dict[str, TarMember] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Parse KEY.json; empty if there is none; raises as `parse_object` does."""
+        return parse_object(self.json[""]) if "" in self.json else {}
 
 
 @dataclass
@@ -296,15 +302,16 @@ def describe_ignored(tars: Sequence[StockTar]) -> str:
     return ", ".join(map(repr, endings[:_MAX_NAMED])) + more
 
 
-def parse_object(data: bytes | None, parse: Callable[[str], Any]) -> Any:
+def parse_object(data: bytes | None) -> dict[str, Any]:
     """Parse the JSON of a sample.
 
     Raises:
+        BadRecord: It is not an object.
         ValueError: It is longer than 1 MiB, not UTF-8, or not JSON.
     """
     if data is None:
         raise ValueError("longer than 1 MiB")
     try:
-        return parse(data.decode("utf-8-sig"))
+        return as_object(parse_json(data.decode("utf-8-sig")))
     except RecursionError:
         raise ValueError("nested too deeply") from None

@@ -22,7 +22,6 @@ from typing import Any
 
 from shards.corpora.item import Caption, Item
 from shards.corpora.records import BadRecord, BadRecords, as_object, optional_text, text_or_integer
-from shards.corpora.text_files import parse_json
 from shards.errors import UserError
 from shards.manifest import SPLIT
 from shards.remote import is_url
@@ -121,7 +120,7 @@ class _SampleReader:
         for sample in tar.samples:
             where = f"{tar.location}: {sample.key}"
             try:
-                record = self._record(sample)
+                record = sample.record()
                 own = optional_text(record, self.options.split_key)
                 name = own if own is not None and not self.options.split else split
                 if name is None and self.options.split:
@@ -141,9 +140,6 @@ class _SampleReader:
             Item(image_id, split, one.member, tuple(one.captions), where=one.where)
             for (image_id, split), one in self.items.items()
         ]
-
-    def _record(self, sample: StockSample) -> dict[str, Any]:
-        return as_object(parse_object(sample.json[""], parse_json)) if "" in sample.json else {}
 
     def _add(self, sample: StockSample, record: dict[str, Any], split: str, name: str, where: str) -> None:
         if not SPLIT.fullmatch(split):
@@ -170,7 +166,7 @@ class _SampleReader:
         for number, (part, member) in enumerate(sample.audio.items()):
             own = details[number]
             if part and part in sample.json:
-                own = own | as_object(parse_object(sample.json[part], parse_json))
+                own = own | parse_object(sample.json[part])
             text = optional_text(own, self.options.text_key)
             speaker = text_or_integer(own, self.options.speaker_key)
             utterance = optional_text(own, "utterance") or (f"{name}.{part}" if part else name)

@@ -19,6 +19,7 @@ from shards import files, manifest
 from shards.corpora.item import Caption, Item
 from shards.media.audio import SAMPLE_RATE
 from shards.writing.writer import Format, write_shards
+from tests.shards.media.noise import spoken
 
 SPLITS = {"train": 7, "dev": 2, "test": 2}
 PREFIX = {"train": "t", "dev": "d", "test": "e"}
@@ -27,11 +28,6 @@ SHARD = "train-000001.tar"  # holds t3, t4, t5
 
 def drawn(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (24, 32, 3), dtype=np.uint8))
-
-
-def spoken(seed: int) -> tuple[np.ndarray, int]:
-    chance = np.random.default_rng(seed)
-    return chance.uniform(-0.5, 0.5, (1, chance.integers(2000, 8000))).astype(np.float32), SAMPLE_RATE
 
 
 def silent() -> tuple[np.ndarray, int]:

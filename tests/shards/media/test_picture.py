@@ -8,18 +8,13 @@ from PIL import Image
 
 from shards.errors import UserError
 from shards.media.picture import decode_picture, read_picture
+from tests.shards.media.picture_files import picture as gradient
 
 
 def opened(data):
     image = Image.open(io.BytesIO(data))
     assert image.format == "JPEG"
     return image
-
-
-def gradient(width, height):
-    """Red grows to the right, green downwards."""
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, np.full_like(x, 60)], axis=2).astype(np.uint8))
 
 
 def test_pictures_are_shrunk_to_the_short_side_and_small_ones_are_not_enlarged(tmp_path):
