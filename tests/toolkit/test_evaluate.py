@@ -202,6 +202,24 @@ def test_damaged_or_missing_export_is_one_line(run, monkeypatch):
         evaluate.main(["--run", str(run)])
 
 
+def test_an_export_from_before_matching_is_not_reranked(run, folder, monkeypatch, capsys):
+    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    settled = settings(folder)
+    settled.objectives.coarse_steps = 1234
+    (run / "config.yaml").write_text(to_yaml(settled))
+    reason = rf"{run} trains the matching head after step 1234 \(objectives.coarse_steps\), and best is of 1234"
+    with pytest.raises(UserError, match=f"--rerank 8: {reason}"):
+        evaluate.main(["--run", str(run), "--rerank", "8"])
+    evaluate.main(["--run", str(run)])
+    assert re.search(f"not re-ranked: {reason}", capsys.readouterr().err)
+    assert json.loads((run / "recall.json").read_text())["reranked"] is None
+    for changed in ({"coarse_steps": 1233}, {"resume": "another/run"}):  # whose head may have been trained
+        settled.objectives.coarse_steps = changed.get("coarse_steps", 1234)
+        settled.training.resume = changed.get("resume", "auto")
+        (run / "config.yaml").write_text(to_yaml(settled))
+        assert evaluate.read_arguments(["--run", str(run)]).rerank == 4
+
+
 @pytest.mark.parametrize("trained_as", [[], ["--objectives.matching.weight", "1"]])
 def test_a_run_without_matching_is_reranked_neither_by_default_nor_on_request(run, folder, capsys, trained_as):
     settled = settings(folder)
@@ -318,62 +336,6 @@ def test_an_exported_folder_is_evaluated_without_its_run(run, folder, monkeypatc
     (tmp_path / "foreign").mkdir()
     with pytest.raises(UserError, match="foreign"):
         evaluate.main(["--model", str(tmp_path / "foreign"), *model[2:]])
-
-
-def test_an_evaluation_that_is_killed_leaves_earlier_results_whole(run, monkeypatch):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
-    evaluate.main(["--run", str(run)])
-    before = results(run)
-    for place in ("toolkit.evaluation.results.json.dumps", "toolkit.evaluation.gallery.draw_gallery", "os.replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                evaluate.main(["--run", str(run), "--rerank", "3"])
-        after = results(run)
-        assert before.items() <= after.items()
-        (result, *_) = load_results(run)
-        assert len(result.ranks("speech_to_image").query) == result.report["captions"]
-        assert not [path.name for path in run.rglob("*.tmp")]
-
-
-KILLS = """
-import os, signal, sys
-from toolkit import evaluate
-evaluate.main(sys.argv[1:])  # what it imports late is there before a process is forked
-replace = os.replace
-def killed(*paths):
-    left.pop() if left else os.kill(os.getpid(), signal.SIGKILL)
-    replace(*paths)
-for file in range(5):
-    if not (child := os.fork()):
-        left, os.replace = [None] * file, killed
-        evaluate.main(sys.argv[1:])
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, file
-"""
-
-
-def test_an_evaluation_that_is_killed_before_any_of_its_files_leaves_results_whole(run, monkeypatch):
-    """By SIGKILL, once it has written a file and before it gives it its name."""
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    evaluate.main(["--run", str(run), "--split", "train"])
-    evaluate.main(["--run", str(run)])
-    before = results(run)
-    subprocess.run([sys.executable, "-c", KILLS, "--run", str(run)], cwd=ROOT, check=True, capture_output=True)
-    after = {name: content for name, content in results(run).items() if not name.endswith(".tmp")}
-    assert set(after) == set(before)
-    changed = {name for name in before if before[name] != after[name]}
-    assert all(re.fullmatch(rf"recall\.json|{FINAL}\.json", name) for name in changed), "their times alone"
-    assert json.loads((run / "recall.json").read_text())["split"] == "test"
-    stored = load_results(run)
-    assert [result.split for result in stored] == ["train", "test"]
-    for result in stored:
-        assert len(result.ranks("speech_to_image").query) == result.report["captions"]
-
-
-def interrupt(*arguments, **options):
-    raise KeyboardInterrupt
 
 
 def test_help_and_errors_need_no_torch():

@@ -10,7 +10,7 @@ from shards.errors import UserError
 from toolkit.config.load import SAVED, Parser, parse
 from toolkit.config.schema import Config
 from toolkit.evaluation.results import FOLDER
-from toolkit.run_folder import existing_exports, find_export, load_run, trained_data
+from toolkit.run_folder import existing_exports, find_export, load_run, read_step, trained_data
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -85,17 +85,26 @@ def read_arguments(arguments: list[str], description: str | None = None) -> Requ
     k = config.final.rerank if named.rerank is None else named.rerank
     if k < 0:
         raise UserError(f"--rerank {k}: expected a number of candidates, or 0")
-    if k and run and not load_run(run).objectives.matching.weight:
-        untrained = f"{run} trained no matching head (objectives.matching.weight 0)"
+    if k and run and (reason := _why_no_matching(load_run(run), export)):
         if named.rerank:
-            raise UserError(f"--rerank {k}: {untrained}: leave --rerank out, or evaluate a run that trained one")
-        logger.warning("not re-ranked: %s", untrained)
+            raise UserError(f"--rerank {k}: {run} {reason}: leave --rerank out, or evaluate a run that trained one")
+        logger.warning("not re-ranked: %s %s", run, reason)
         k = 0
     split = named.split or config.final.split or "test"
     datasets = [split_name(name, split) for name in named.datasets or [config.data.shards]]
     by = [name for word in named.by or [] for name in word.split(",") if name]
     out = run / FOLDER if run else named.out
     return Request(config, run, source, export, datasets, k, by, named.protocols, named.json, out)
+
+
+def _why_no_matching(trained: Config, export: Path) -> str | None:
+    """Say why the matching head of a run's exported model has not been trained; None: it has, or this is not known."""
+    if not trained.objectives.matching.weight:
+        return "trained no matching head (objectives.matching.weight 0)"
+    step, first = read_step(export), trained.objectives.coarse_steps
+    if step is not None and step <= first and trained.training.resume == "auto":
+        return f"trains the matching head after step {first} (objectives.coarse_steps), and {export.name} is of {step}"
+    return None
 
 
 def _read_run(arguments: list[str], parser: Parser) -> tuple[Config, Path]:
@@ -165,10 +174,9 @@ def is_final(config: Config, manifest: "Manifest", split: str, k: int, export: P
         export: The exported model.
     """
     run, trained = Path(config.run), load_run(config.run)
-    matching = trained.objectives.matching.weight > 0
     final_export = next(iter(existing_exports(run, ["best", "last"])), export)
     settings = [  # of this evaluation, and of the final one
-        (k, trained.final.rerank if matching else 0),
+        (k, 0 if _why_no_matching(trained, export) else trained.final.rerank),
         (config.evaluation.fuse, trained.evaluation.fuse if k else config.evaluation.fuse),
         (config.evaluation.max_seconds, trained.evaluation.max_seconds),
         (config.data.image_size, trained.data.image_size),
