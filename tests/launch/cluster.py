@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch.executor import JobSpec
@@ -73,18 +74,22 @@ SCRIPTS = {
 }
 
 
+def write_commands(folder: Path, scripts: Mapping[str, str]) -> None:
+    """Write scripts of bash under the names of SLURM's commands."""
+    folder.mkdir(exist_ok=True)
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{textwrap.dedent(text)}\n")
+        (folder / name).chmod(0o755)
+
+
 def fake_slurm(folder: Path, cluster: str = "nowhere", enforce: str = "none") -> dict[str, str]:
     """Write the commands; returns the environment in which they are found.
 
     The scripts that were submitted and tested are in the folder as `submitted` and `tested`.
     """
-    folder.mkdir()
-    (folder / "partitions").write_text(PARTITIONS)
-    for name, table in TABLES.items():
+    write_commands(folder, SCRIPTS)
+    for name, table in {"partitions": PARTITIONS, **TABLES}.items():
         (folder / name).write_text(table)
-    for name, text in SCRIPTS.items():
-        (folder / name).write_text("#!/bin/bash\n" + textwrap.dedent(text))
-        (folder / name).chmod(0o755)
     return {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "STUB": str(folder),

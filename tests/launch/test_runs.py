@@ -16,6 +16,7 @@ from launch.record import ATTEMPTS, Submission
 from launch.slurm.client import SlurmJob, find_jobs
 from launch.status.state import FROM_FILES, check_idle, find_runs, run_states
 from shards.errors import UserError
+from tests.launch.cluster import write_commands
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks need not find this file
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,12 +95,8 @@ def state_and_reason(run):
 
 def fake(tmp_path, monkeypatch, **tools):
     """Commands that answer as SLURM does."""
-    folder = tmp_path / "bin"
-    folder.mkdir(exist_ok=True)
-    for name, script in tools.items():
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    write_commands(tmp_path / "bin", tools)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import pytest
 from launch import shard
 from shards.errors import UserError
 from shards.manifest import load
+from tests.launch.cluster import write_commands
 from tests.test_whole_way import write_table
 
 # sbatch that runs a script, or an array's parts in turn; a job with a dependency only if all parts ended well.
@@ -32,12 +33,9 @@ echo "$number;cluster"
 def slurm(tmp_path, monkeypatch):
     """Commands named as SLURM's: jobs run while they are submitted."""
     folder = tmp_path / "bin"
-    folder.mkdir()
+    others = dict.fromkeys(("srun", "squeue", "scontrol", "sacct", "scancel"), "exit 0")
+    write_commands(folder, {**others, "sbatch": SBATCH.format(folder=folder)})
     (folder / "number").write_text("40")
-    tools = dict.fromkeys(("srun", "squeue", "scontrol", "sacct", "scancel"), "exit 0")
-    for name, script in {**tools, "sbatch": SBATCH.format(folder=folder)}.items():
-        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
-        (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setattr(shard, "_FILE_DELAY", 0.0)
     monkeypatch.setattr(shard, "_POLL_INTERVAL", 0.01)
