@@ -18,6 +18,7 @@ from toolkit.config.schema import Config
 from toolkit.evaluation.inside.result import FOLDER as INSIDE
 from toolkit.evaluation.inside.result import format_inside, save_inside
 from toolkit.evaluation.perturbations.kinds import KINDS, NOISE, parse_kinds
+from toolkit.evaluation.request import why_no_matching
 from toolkit.evaluation.robustness import (
     CLEAN,
     FOLDER,
@@ -165,10 +166,10 @@ def inside(config: Config, options: argparse.Namespace) -> None:
     look = InsideLook(model, manifest, options.split, samples, config, ProcessInfo(0, 1, device, show_progress=True))
     values = describe(config, options, manifest, samples, export) | look.distributions()
     images: dict[str, bytes] = {}
-    if trained.objectives.matching.weight:
-        values["attention"], images = look.attention()
+    if reason := why_no_matching(trained, export):
+        values["attention"] = {"reason": f"the run {reason}"}
     else:
-        values["attention"] = {"reason": "the run trained no matching head (objectives.matching.weight 0)"}
+        values["attention"], images = look.attention()
     try:
         denoisers = load_denoisers(Path(config.run), trained, model, values["step"])
         values["denoising"] = look.denoising({side: each.to(device) for side, each in denoisers.items()})

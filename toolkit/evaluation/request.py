@@ -85,7 +85,7 @@ def read_arguments(arguments: list[str], description: str | None = None) -> Requ
     k = config.final.rerank if named.rerank is None else named.rerank
     if k < 0:
         raise UserError(f"--rerank {k}: expected a number of candidates, or 0")
-    if k and run and (reason := _why_no_matching(load_run(run), export)):
+    if k and run and (reason := why_no_matching(load_run(run), export)):
         if named.rerank:
             raise UserError(f"--rerank {k}: {run} {reason}: leave --rerank out, or evaluate a run that trained one")
         logger.warning("not re-ranked: %s %s", run, reason)
@@ -97,7 +97,7 @@ def read_arguments(arguments: list[str], description: str | None = None) -> Requ
     return Request(config, run, source, export, datasets, k, by, named.protocols, named.json, out)
 
 
-def _why_no_matching(trained: Config, export: Path) -> str | None:
+def why_no_matching(trained: Config, export: Path) -> str | None:
     """Say why the matching head of a run's exported model has not been trained; None: it has, or this is not known."""
     if not trained.objectives.matching.weight:
         return "trained no matching head (objectives.matching.weight 0)"
@@ -176,7 +176,7 @@ def is_final(config: Config, manifest: "Manifest", split: str, k: int, export: P
     run, trained = Path(config.run), load_run(config.run)
     final_export = next(iter(existing_exports(run, ["best", "last"])), export)
     settings = [  # of this evaluation, and of the final one
-        (k, 0 if _why_no_matching(trained, export) else trained.final.rerank),
+        (k, 0 if why_no_matching(trained, export) else trained.final.rerank),
         (config.evaluation.fuse, trained.evaluation.fuse if k else config.evaluation.fuse),
         (config.evaluation.max_seconds, trained.evaluation.max_seconds),
         (config.data.image_size, trained.data.image_size),

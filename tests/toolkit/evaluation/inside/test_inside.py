@@ -28,6 +28,7 @@ from toolkit.evaluation.inside.similarity import FOUND, rank_histogram
 from toolkit.evaluation.inside.words import Word
 from toolkit.evaluation.recall import RankCounts, Ranking
 from toolkit.model.outputs import Encoded
+from toolkit.run_folder import to_yaml
 
 folder, singly, run = test_retrieve.folder, test_retrieve.singly, test_analyze.run
 
@@ -218,3 +219,13 @@ def test_command_writes_a_page_with_audio_that_loads_nothing(run, folder, capsys
     (result.folder / "inside.html").mkdir()
     with pytest.raises(UserError, match=r"inside\.html cannot be written"):
         write_page(result, Reader(load(folder)))
+
+
+def test_attention_of_a_matching_head_that_was_not_trained_is_not_drawn(run, folder):
+    settled = settings(folder)
+    settled.objectives.matching.weight = 0
+    (run / "config.yaml").write_text(to_yaml(settled))
+    analyze.main(["inside", "--run", str(run), "--limit", "3"])
+    (result,) = files.load_inside(run)
+    assert result.attention == {"reason": "the run trained no matching head (objectives.matching.weight 0)"}
+    assert "Not drawn: the run trained no matching head" in (result.folder / "inside.html").read_text()
