@@ -2,7 +2,8 @@
 
 RUN is a run folder, or a folder of runs such as that of a grid. The page holds the results beside published ones where
 the test data are the same, configurations compared over seeds, training curves, the differences between configurations,
-robustness, recall by group and retrieved examples that can be played. It loads nothing from the network.
+robustness, recall by group, what analyze.py inside found, and retrieved examples that can be played. It loads nothing
+from the network.
 """
 
 import argparse
