@@ -139,6 +139,8 @@ def _token_queue(config: Config, width: int) -> tuple[int, int]:
     if not (matching.weight and matching.queue and speech and image):
         return 0, 0
     frames = int(config.data.max_seconds * SAMPLE_RATE)
+    if config.model.speech.mel_bins:
+        frames = (frames - 400) // 160 + 1
     if speech["architecture"] == "whisper":
         frames = -(-frames // 320)
     else:
@@ -208,7 +210,7 @@ def _speech(model: Model, trunk: dict[str, Any]) -> Sizes:
         layer -= width  # keys have no bias
         top_norm = frozen != layers
     else:
-        inputs = [(_convolutions(trunk), below)]
+        inputs = [(_convolutions(trunk, speech.mel_bins or 1), below)]
         large = trunk["do_stable_layer_norm"] and trunk["feat_extract_norm"] == "layer"
         top_norm = below if not trunk["do_stable_layer_norm"] else frozen != layers and not (large and speech.trunk)
     if trunk["architecture"] == "wavlm":
@@ -225,12 +227,12 @@ def _speech(model: Model, trunk: dict[str, Any]) -> Sizes:
     ]
 
 
-def _convolutions(trunk: dict[str, Any]) -> int:
-    """Count the convolutions over the waveform, their projection and the positional convolution."""
+def _convolutions(trunk: dict[str, Any], channels_in: int) -> int:
+    """Count the convolutions over the waveform or its spectrogram, their projection and the positional convolution."""
     width, kernels, channels = trunk["hidden_size"], trunk["conv_kernel"], trunk["conv_dim"]
     convolutions = sum(
         before * after * kernel + after * bool(trunk["conv_bias"])
-        for before, after, kernel in zip([1, *channels], channels, kernels, strict=False)
+        for before, after, kernel in zip([channels_in, *channels], channels, kernels, strict=False)
     )
     norms = 2 * (sum(channels) if trunk["feat_extract_norm"] == "layer" else channels[0])
     projection = _linear(channels[-1], width) + (2 * channels[-1] if trunk.get("feat_proj_layer_norm", True) else 0)

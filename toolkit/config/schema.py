@@ -71,6 +71,7 @@ class Speech:
     lora_alpha: float = 16.0  # LoRA's output is scaled by lora_alpha / lora_rank
     lora_targets: list[str] = field(default_factory=list)  # linear layers by name; empty: of queries and values
     filterbank: bool = False  # random weights only: initialize the first convolution as a mel-spaced filter bank
+    mel_bins: int = 0  # random weights only: convolve a log-mel spectrogram of so many bins; 0: the waveform
 
 
 @dataclass

@@ -167,12 +167,44 @@ def _trunk_rules(config: Config) -> list[Rule]:
     whisper = model.speech.architecture == "whisper" and not model.speech.trunk
     message = "--model.speech.filterbank initializes a convolution over the waveform; Whisper has none: set it to false"
     rules.append((whisper and model.speech.filterbank, message))
+    rules += _spectrogram_rules(model.speech)
     for key, changed in (("trunk_lr", training.trunk_lr is not None), ("layer_decay", training.layer_decay != 1)):
         message = (
             f"--training.{key} has no effect: both trunks are frozen (model.speech.train and model.image.train none)"
         )
         rules.append((changed and not trained, message))
     return rules
+
+
+def _spectrogram_rules(speech: Speech) -> list[Rule]:
+    bins = speech.mel_bins
+    key = f"--model.speech.mel_bins {bins}"
+    return [
+        (bins != 0 and not 8 <= bins <= 128, f"{key}; expected 8 to 128, or 0 for the waveform"),
+        (
+            bins > 0 and speech.trunk is not None,
+            f"{key} would replace the waveform that --model.speech.trunk was trained with: set it to 0, or train from "
+            "random weights",
+        ),
+        (
+            bins > 0 and speech.train != "all",
+            f"--model.speech.train {speech.train} would leave random convolutions untrained: set it to all, or "
+            "--model.speech.mel_bins to 0",
+        ),
+        (
+            bins > 0 and speech.architecture == "whisper",
+            f"{key}: Whisper has a spectrogram of its own; set it to 0, and num_mel_bins in model.speech.config",
+        ),
+        (
+            bins > 0 and speech.filterbank,
+            "--model.speech.filterbank initializes a convolution over the waveform, and --model.speech.mel_bins "
+            "replaces the waveform: set one of them to false or 0",
+        ),
+        (
+            bins > 0 and speech.config.get("feat_extract_norm", "group") != "layer",
+            f"{key} needs feat_extract_norm: layer in model.speech.config",
+        ),
+    ]
 
 
 def stem_supports(patch_size: Any, hidden_size: Any) -> bool:

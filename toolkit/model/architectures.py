@@ -64,7 +64,7 @@ class SpeechArchitecture(Architecture):
             layer norm, and never else, whatever the folder says.
     """
 
-    parts: Callable[[Any], Any] = WaveformTrunk
+    parts: Callable[..., Any] = WaveformTrunk
     norm_waveform: bool | None = None
 
 

@@ -54,6 +54,7 @@ class SpeechEncoder(PartlyFrozen):
             utterance, so that the embedding keeps coarse word order.
         waveform_epsilon: Added to the variance when the waveform is normalized; None: the waveform is not normalized,
             as always for HuBERT-base.
+        mel_bins: Convolve a log-mel spectrogram of so many bins in place of the waveform; 0: the waveform.
         final_norm: Apply the final norm of a layer-norm trunk to its last state, before the norm that all states get.
             False as in SpeechCLIP: the final norm is not used.
     """
@@ -70,13 +71,14 @@ class SpeechEncoder(PartlyFrozen):
         pool: str = "mean",
         waveform_epsilon: float | None = 1e-7,
         final_norm: bool = True,
+        mel_bins: int = 0,
     ) -> None:
         super().__init__()
         self.trunk = trunk
         config = self.trunk.config
         architecture = TRUNKS[config.model_type]
         assert isinstance(architecture, SpeechArchitecture)
-        self.calls = architecture.parts(trunk)
+        self.calls = architecture.parts(trunk, mel_bins) if mel_bins else architecture.parts(trunk)
         self.groups = groups
         self.normed = self.calls.normed
         self.epsilon = waveform_epsilon if self.normed or architecture.norm_waveform is not None else None

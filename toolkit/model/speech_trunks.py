@@ -24,7 +24,8 @@ NARROW_CONVOLUTION = (
     "model.speech.config: in bf16, CPUs with AMX compute convolutions of 2 to 31 channels wrongly: use fp32, or set {} "
     "to at least 32"
 )
-HOP, FFT = 160, 400  # samples, of Whisper's log-mel spectrogram
+HOP, FFT = 160, 400  # samples, of log-mel spectrograms
+MEL_FLOOR = 1e-2  # power of a waveform of unit variance that counts as silence; speech reaches 1e4
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,32 @@ class Parts:
 class WaveformTrunk:
     """HuBERT and wav2vec 2.0: convolutions over the waveform, a positional convolution, transformer layers.
 
+    Args:
+        trunk: The model.
+        mel_bins: Bins of a log-mel spectrogram that takes the waveform's place; the convolutions then have its bins as
+            input channels, and kernels and strides in its frames of 10 ms. 0: the waveform.
+
     Attributes:
         normed: Every convolution has a layer norm ("large" models): the waveform and the states of the mix are
             normalized, too; else the first convolution has a group norm.
         pre_norm: The layers are pre-norm, with a norm after the last of them.
     """
 
-    def __init__(self, trunk: Any) -> None:
+    def __init__(self, trunk: Any, mel_bins: int = 0) -> None:
         config = trunk.config
         self.normed = config.feat_extract_norm == "layer"
         self.pre_norm = config.do_stable_layer_norm
+        self.mel_bins = mel_bins
         self.convolutions = list(zip(config.conv_kernel, config.conv_stride, strict=True))
+        if mel_bins:
+            first = trunk.feature_extractor.conv_layers[0].conv
+            sizes = first.out_channels, first.kernel_size[0], first.stride[0]
+            trunk.feature_extractor.conv_layers[0].conv = nn.Conv1d(mel_bins, *sizes, bias=first.bias is not None)
+            self.convolutions.insert(0, (FFT, HOP))
         self.shortest = 1
         for kernel, stride in reversed(self.convolutions):
             self.shortest = (self.shortest - 1) * stride + kernel
-        widths = (*config.conv_dim[:-1], config.hidden_size // config.num_conv_pos_embedding_groups)
+        widths = (mel_bins, *config.conv_dim[:-1], config.hidden_size // config.num_conv_pos_embedding_groups)
         self.narrow = any(1 < width < 32 for width in widths)
         if not self.normed:
             masked_group_norm.install(trunk.feature_extractor.conv_layers[0])
@@ -76,14 +88,17 @@ class WaveformTrunk:
             return Parts(inputs, encoder.layers, encoder.layer_norm)
         return Parts((*inputs, encoder.layer_norm), encoder.layers, None)
 
-    def frames(self, samples: Any, convolutions: int | None = None) -> Any:
-        """Number of frames after the first `convolutions` (default: all) whose receptive field lies in `samples`."""
-        for kernel, stride in self.convolutions[:convolutions]:
+    def frames(self, samples: Any, start: int = 0, stop: int | None = None) -> Any:
+        """Number of frames after convolutions `start` to `stop` - 1 whose receptive field lies in `samples` inputs.
+
+        The first one is the window of the spectrogram, if the trunk has one.
+        """
+        for kernel, stride in self.convolutions[start:stop]:
             samples = (samples - kernel) // stride + 1
         return samples
 
     def prepare(self, waveforms: Tensor, lengths: Tensor, epsilon: float | None) -> tuple[Tensor, Tensor]:
-        """Pad waveforms to at least one frame and normalize them.
+        """Pad waveforms to at least one frame and normalize them; with `mel_bins` also compute their spectrograms.
 
         Args:
             waveforms: [B, T], zero-padded.
@@ -91,7 +106,7 @@ class WaveformTrunk:
             epsilon: Added to the variance; None: waveforms are not normalized.
 
         Returns:
-            Float32 [B, T]; mask bool [B, T].
+            Float32 [B, T] or spectrograms [B, bins, L]; mask of samples or of spectrogram frames, bool [B, T or L].
         """
         waveforms = F.pad(waveforms.float(), (0, max(0, self.shortest - waveforms.shape[1])))
         mask = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
@@ -99,22 +114,30 @@ class WaveformTrunk:
             count = lengths[:, None].clamp(min=1)
             centered = (waveforms - waveforms.sum(dim=1, keepdim=True) / count) * mask
             waveforms = centered * (centered.square().sum(dim=1, keepdim=True) / count + epsilon).rsqrt()
-        return waveforms, mask
+        if not self.mel_bins:
+            return waveforms, mask
+        frames = self.frames(lengths.clamp(min=self.shortest), stop=1)
+        longest = self.frames(waveforms.shape[1], stop=1)
+        mask = torch.arange(longest, device=waveforms.device) < frames[:, None]
+        return normalized_log_mel(waveforms, mask, self.mel_bins), mask
 
-    def embed(self, trunk: Any, waveforms: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def embed(self, trunk: Any, inputs: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Apply convolutions, projection and positions: hidden [B, L, H], mask bool [B, L] (at least one frame)."""
-        hidden = waveforms[:, None].to(dtype)
+        hidden = inputs.to(dtype) if self.mel_bins else inputs[:, None].to(dtype)
         if self.narrow and dtype == torch.bfloat16 and hidden.device.type == "cpu":
             widths = "conv_dim, and hidden_size / num_conv_pos_embedding_groups,"
             raise UserError(NARROW_CONVOLUTION.format(widths))
         # An utterance shorter than a frame is encoded as if followed by silence.
-        samples = mask.sum(dim=1).clamp(min=self.shortest)
+        samples = mask.sum(dim=1) if self.mel_bins else mask.sum(dim=1).clamp(min=self.shortest)
+        frames = self.frames(samples, start=int(self.mel_bins > 0))
         first, *others = trunk.feature_extractor.conv_layers
-        hidden = first(hidden) if self.normed else masked_group_norm.forward(first, hidden, self.frames(samples, 1))
+        hidden = (
+            first(hidden) if self.normed else masked_group_norm.forward(first, hidden, self.frames(samples, stop=1))
+        )
         for layer in others:
             hidden = layer(hidden)
         hidden = run_layer(trunk.feature_projection, hidden.transpose(1, 2))
-        mask = torch.arange(hidden.shape[1], device=hidden.device) < self.frames(samples)[:, None]
+        mask = torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
         # The positional convolution reads neighboring frames: padding must be zero, like beyond the end of a sequence.
         hidden = hidden * mask.unsqueeze(-1)
         encoder = trunk.encoder
@@ -141,8 +164,8 @@ class WaveformTrunk:
 class WavLMTrunk(WaveformTrunk):
     """WavLM: as HuBERT, with a relative position bias that the first layer owns and every layer gates."""
 
-    def __init__(self, trunk: Any) -> None:
-        super().__init__(trunk)
+    def __init__(self, trunk: Any, mel_bins: int = 0) -> None:
+        super().__init__(trunk, mel_bins)
         for layer in trunk.encoder.layers:
             layer.attention.__class__ = GatedAttention
 
@@ -229,10 +252,7 @@ class WhisperTrunk:
         """
         missing = -waveforms.shape[1] % self.window if waveforms.shape[1] else self.window
         windows = F.pad(waveforms.float(), (0, missing)).reshape(-1, self.window)
-        hann = torch.hann_window(FFT, device=windows.device)
-        power = torch.stft(windows, FFT, HOP, window=hann, return_complex=True)[..., :-1].abs().square()
-        filters = torch.from_numpy(_mel_filters(self.bins)).to(windows.device)
-        logs = (filters.T @ power).clamp(min=1e-10).log10()
+        logs = mel_power(windows, self.bins, centered=True)[..., :-1].clamp(min=1e-10).log10()
         logs = torch.maximum(logs, logs.amax(dim=(1, 2), keepdim=True) - 8.0)
         longest = self.frames(max(1, waveforms.shape[1]))
         mask = torch.arange(longest, device=windows.device) < self.frames(lengths.clamp(min=1))[:, None]
@@ -256,6 +276,37 @@ class WhisperTrunk:
     def aligned(self, state: Tensor, mask: Tensor) -> Tensor:
         """Join an utterance's windows, and return its frames [B, L, H] that `mask`, bool [B, L], is of."""
         return state.reshape(len(mask), -1, state.shape[-1])[:, : mask.shape[1]]
+
+
+def mel_power(waveforms: Tensor, bins: int, centered: bool) -> Tensor:
+    """Power [B, bins, L] in mel bands of waveforms [B, T]: windows of 25 ms, every 10 ms.
+
+    Args:
+        waveforms: At 16 kHz.
+        bins: Number of bands up to 8 kHz, of equal area as Slaney's.
+        centered: The first window is centered on the first sample, and the waveform is reflected at its ends; else all
+            windows lie in the waveform.
+    """
+    hann = torch.hann_window(FFT, device=waveforms.device)
+    spectrum = torch.view_as_real(torch.stft(waveforms, FFT, HOP, window=hann, center=centered, return_complex=True))
+    filters = torch.from_numpy(_mel_filters(bins)).to(waveforms.device)
+    return filters.T @ spectrum.square().sum(dim=-1)
+
+
+def normalized_log_mel(waveforms: Tensor, mask: Tensor, bins: int) -> Tensor:
+    """Log-mel spectrograms [B, bins, L], each bin of zero mean and unit variance over an utterance; zero on padding.
+
+    That removes most of what differs between voices and microphones and not between words.
+
+    Args:
+        waveforms: [B, T], of unit variance.
+        mask: Bool [B, L], False on padding.
+        bins: Number of mel bands.
+    """
+    logs = (mel_power(waveforms, bins, centered=False) + MEL_FLOOR).log()
+    weight = mask[:, None] / mask.sum(dim=1)[:, None, None]
+    logs = (logs - (logs * weight).sum(dim=2, keepdim=True)) * mask[:, None]
+    return logs * ((logs.square() * weight).sum(dim=2, keepdim=True) + MEL_FLOOR).rsqrt()
 
 
 @cache

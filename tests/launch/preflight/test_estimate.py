@@ -10,6 +10,7 @@ from launch.preflight.estimate import SPEECH, VISION, count, estimate
 from tests.tiny import tiny_model
 from tests.toolkit.model.small_trunks import BASE, IMAGE, RANDOM, with_random, with_trunk, write_trunk
 from tests.toolkit.model.small_trunks import SPEECH as SPEECH_TRUNKS
+from tests.toolkit.model.test_spectrogram import settings as spectrogram_settings
 from toolkit.config.schema import Config, Image, Speech
 from toolkit.model import architectures
 from toolkit.model.build import build_model
@@ -70,6 +71,7 @@ def variants():
     model.speech.lora_rank, model.speech.lora_targets = 2, ["out_proj", "intermediate_dense", "output_dense"]
     model.image.lora_rank, model.image.lora_targets = 2, ["fc1", "fc2"]
     yield "LoRA, other targets", Config(model=model)
+    yield "spectrogram", Config(model=spectrogram_settings())
     config = Config(model=with_random("siglip"))
     config.model.image.pool = "mean"
     yield "siglip, mean of the patches", config
@@ -151,9 +153,10 @@ def test_memory_by_stage():
     assert estimate(config, counts, 4).optimizer == 8 * counts.trained
 
 
+@pytest.mark.parametrize("make_model", [tiny_model, spectrogram_settings])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_bytes_of_the_token_queue(precision):
-    config = Config(model=tiny_model())
+def test_the_bytes_of_the_token_queue(precision, make_model):
+    config = Config(model=make_model())
     config.data.image_size, config.data.max_seconds, config.training.precision = 32, 0.8, precision
     config.training.batch_size, config.objectives.matching.queue = 8, 20  # two micro-batches of 8
     counts, ranks = count(config), 2

@@ -96,6 +96,24 @@ def test_a_stem_needs_a_trunk_that_is_trained_from_random_weights(arguments, mes
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.speech.mel_bins", "4"], "expected 8 to 128"),
+        (["--model.speech.trunk", "facebook/hubert-large-ll60k"], "model.speech.trunk was trained with"),
+        (["--model.speech.train", "1"], "would leave random convolutions untrained"),
+        (["--model.speech.architecture", "whisper"], "Whisper has a spectrogram of its own"),
+        (["--model.speech.filterbank", "true"], "set one of them"),
+        (["--model.speech.config.feat_extract_norm", "group"], "feat_extract_norm: layer"),
+    ],
+)
+def test_a_spectrogram_needs_a_waveform_trunk_that_is_trained_from_random_weights(arguments, message):
+    spectrogram = ["--config", "quickstart", "--model.speech.filterbank", "false", "--model.speech.mel_bins", "40"]
+    load_config(spectrogram)
+    with pytest.raises(UserError, match=message):
+        load_config([*spectrogram, *arguments])
+
+
+@pytest.mark.parametrize(
     ("patch_size", "hidden_size", "fits"),
     [(2, 4, True), (16, 128, True), (32, 768, True), (1, 128, False), (12, 128, False), (0, 128, False), (-2, 4, False),
      (8, 18, False), (8, 0, False), ("8", 128, False), (8.0, 128, False)],

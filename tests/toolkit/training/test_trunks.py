@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.distributed import device_of, run_ranks
 from tests.toolkit.model.small_trunks import with_trunk, write_trunk
+from tests.toolkit.model.test_spectrogram import settings as spectrogram_settings
 from tests.toolkit.training import test_trainer
 from tests.toolkit.training.test_trainer import losses, settings
 from toolkit.config import schema as config
@@ -93,3 +94,18 @@ def test_every_trunk_trains_in_bf16(shards: Path, tmp_path: Path, names: tuple[s
         assert {value.dtype for value in weights.values()} == {torch.bfloat16}
         stored = json.loads((tmp_path / f"{zero}/export/last/config.json").read_text())
         assert stored["speech"]["architecture"] == names[0].split("-")[0]
+
+
+@pytest.mark.timeout(240)
+def test_spectrograms_train_with_the_same_losses_at_zero_3(shards: Path, tmp_path: Path) -> None:
+    runs = []
+    for zero in (0, 3):
+        run = settings(shards, tmp_path / str(zero), steps=2, warmup_steps=0, log_every=1, zero_stage=zero)
+        run.model.speech = spectrogram_settings(groups=2).speech
+        run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if zero else {}
+        runs.append(run)
+    run_ranks(exported, 2, *runs, timeout=200)
+    reference = losses(tmp_path / "0")
+    assert reference[0]["loss"] != pytest.approx(reference[1]["loss"], rel=1e-3), "nothing was learned"
+    for found, expected in zip(losses(tmp_path / "3"), reference, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)

@@ -186,6 +186,8 @@ def _speech_embedding(encoder: SpeechEncoder, lengths: np.ndarray, tokens: np.nd
     if isinstance(encoder.calls, WhisperTrunk):
         return 2.0 * tokens * 3 * width * (2 * config.num_mel_bins + width)
     first, samples, embedding = 1, lengths, np.zeros(len(lengths))
+    if encoder.calls.mel_bins:  # the spectrogram itself is left out
+        first, samples = encoder.calls.mel_bins, encoder.calls.frames(lengths, stop=1)
     for kernel, stride, size in zip(config.conv_kernel, config.conv_stride, config.conv_dim, strict=True):
         samples = ((samples - kernel) // stride + 1).clip(min=1)
         embedding += 2.0 * samples * first * size * kernel
