@@ -2,6 +2,8 @@
 
 import argparse
 import enum
+import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -16,6 +18,7 @@ class ExitCode(enum.IntEnum):
     STALLED = 70  # EX_SOFTWARE: ended by the watchdog, or by an error that a retry may cure: requeued
     REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal, saved but not complete: requeued
     INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+    OUTPUT_CLOSED = 141  # 128 + SIGPIPE, likewise: the reader of the output, such as head, has ended
     CONTAINER = 255  # the container's runtime failed
 
 
@@ -47,9 +50,21 @@ def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a `UserError` ends it with its message on stderr and the error's exit code."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        if not _output_is_closed():  # another pipe, such as a worker's
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else python's own flush at exit fails
+        sys.exit(ExitCode.OUTPUT_CLOSED)
+
+
+def _output_is_closed() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors are reported always
+    return any(event & select.POLLERR for _, event in poll.poll(0))
