@@ -35,8 +35,8 @@ _MUTABLE_KEYS = (
 # Prefixes of keys that are newer than some checkpoints: they count only where they differ from their defaults, with
 # which training is what it was before.
 _NEW_KEYS = (
-    "data.augment.", "model.speech.architecture", "model.speech.lora_", "model.image.lora_", "training.trunk_lr",
-    "training.layer_decay",
+    "data.augment.", "model.speech.architecture", "model.speech.mel_bins", "model.speech.lora_", "model.image.lora_",
+    "training.trunk_lr", "training.layer_decay",
 )  # fmt: skip
 
 
