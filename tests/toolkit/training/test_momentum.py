@@ -84,12 +84,12 @@ def of_stages(rank: int, world_size: int, cases: list[tuple[int, str, str]]) -> 
             teacher.update()
         teacher.wait_pending()
         with teacher.editable() as again:
-            local_shards = {(each.name, each.start): each.average.clone() for each in again}
+            fragments = {(each.name, each.start): each.average.clone() for each in again}
             for each in again:
                 each.average.add_(1.0)
         seen.append(
             {
-                "held": local_shards,
+                "held": fragments,
                 "kept": sum(average.numel() for average in teacher.average),
                 "working": dict(zip(teacher.names, [w.detach().clone() for w in teacher.working], strict=True)),
                 "memory": {average.untyped_storage().data_ptr() for average in teacher.average}
@@ -234,7 +234,7 @@ def test_frozen_weights_are_shared_and_not_averaged() -> None:
     student = build_model(model)
     teacher = MomentumEncoder(student, decay=0.9).to(CPU, torch.float32)
     frozen = {p.data_ptr() for p in student.parameters() if not p.requires_grad}
-    local_shards = {p.data_ptr() for p in teacher.encoder.parameters()}
-    assert frozen <= local_shards, "the teacher has its own copy of frozen weights"
+    addresses = {p.data_ptr() for p in teacher.encoder.parameters()}
+    assert frozen <= addresses, "the teacher has its own copy of frozen weights"
     assert not frozen & {a.data_ptr() for a in teacher.average}
     assert all(name.startswith(("speech.", "image.")) for name in teacher.names)
