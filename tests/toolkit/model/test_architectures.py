@@ -22,7 +22,7 @@ from shards.errors import UserError
 from tests.tiny import tiny_model
 from tests.toolkit.model.small_trunks import IMAGE, RANDOM, SPEECH, TEXT, side_of, with_random, with_trunk, write_trunk
 from tests.toolkit.model.test_retrieval import results
-from tests.toolkit.model.test_speech import check_same, make_waves
+from tests.toolkit.model.test_speech import check_batch_independence, make_waves
 from tests.toolkit.model.test_trunk import pictures
 from toolkit.model.build import build_model
 from toolkit.model.retrieval import SpeechImageModel
@@ -89,14 +89,7 @@ def test_the_encoding_of_an_utterance_does_not_depend_on_its_batch(tmp_path, nam
     write_trunk(name, tmp_path)
     encoder = build_model(with_trunk(name, tmp_path, train)).speech.eval()
     waves, lengths = make_waves(40000, 7000, 900, 9001, 40)
-    waves = F.pad(waves, (0, 5000))
-    for groups in (1, 2):
-        encoder.groups = groups
-        with torch.no_grad():
-            together = encoder(encoder.frozen_features(waves, lengths, lengths.tolist()))
-            for row, length in enumerate(lengths):
-                alone = encoder(encoder.frozen_features(waves[row : row + 1, :length], lengths[row : row + 1]))
-                check_same(together, row, alone)
+    check_batch_independence(encoder, waves, lengths)
 
 
 def test_whisper_encodes_a_longer_utterance_window_by_window(tmp_path):

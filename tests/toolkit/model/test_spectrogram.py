@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.tiny import tiny_model
 from tests.toolkit.model.small_trunks import with_random
 from tests.toolkit.model.test_retrieval import results
-from tests.toolkit.model.test_speech import check_same, make_waves
+from tests.toolkit.model.test_speech import check_batch_independence, make_waves
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.model.retrieval import SpeechImageModel
@@ -73,14 +73,7 @@ def test_a_tone_raises_the_band_of_its_frequency(bins):
 def test_the_encoding_of_an_utterance_does_not_depend_on_its_batch(architecture):
     encoder = make_encoder(architecture)
     waves, lengths = make_waves(20000, 7000, 900, 9001, 40)
-    waves = torch.nn.functional.pad(waves, (0, 5000))
-    for groups in (1, 2):
-        encoder.groups = groups
-        with torch.no_grad():
-            together = encoder(encoder.frozen_features(waves, lengths, lengths.tolist()))
-            for row, length in enumerate(lengths):
-                alone = encoder(encoder.frozen_features(waves[row : row + 1, :length], lengths[row : row + 1]))
-                check_same(together, row, alone)
+    check_batch_independence(encoder, waves, lengths)
 
 
 def test_loudness_changes_nothing_and_another_utterance_does():
