@@ -252,7 +252,7 @@ class WhisperTrunk:
         """
         missing = -waveforms.shape[1] % self.window if waveforms.shape[1] else self.window
         windows = F.pad(waveforms.float(), (0, missing)).reshape(-1, self.window)
-        logs = mel_power(windows, self.bins, centered=True)[..., :-1].clamp(min=1e-10).log10()
+        logs = mel_power(windows, self.bins, centered=True).clamp(min=1e-10).log10()
         logs = torch.maximum(logs, logs.amax(dim=(1, 2), keepdim=True) - 8.0)
         longest = self.frames(max(1, waveforms.shape[1]))
         mask = torch.arange(longest, device=windows.device) < self.frames(lengths.clamp(min=1))[:, None]
@@ -284,13 +284,14 @@ def mel_power(waveforms: Tensor, bins: int, centered: bool) -> Tensor:
     Args:
         waveforms: At 16 kHz.
         bins: Number of bands up to 8 kHz, of equal area as Slaney's.
-        centered: The first window is centered on the first sample, and the waveform is reflected at its ends; else all
-            windows lie in the waveform.
+        centered: As Whisper's: the first window is centered on the first sample, the waveform is reflected at its ends,
+            and the last window is left out; else all windows lie in the waveform.
     """
     hann = torch.hann_window(FFT, device=waveforms.device)
     spectrum = torch.view_as_real(torch.stft(waveforms, FFT, HOP, window=hann, center=centered, return_complex=True))
     filters = torch.from_numpy(_mel_filters(bins)).to(waveforms.device)
-    return filters.T @ spectrum.square().sum(dim=-1)
+    power = spectrum.square().sum(dim=-1)
+    return filters.T @ (power[..., :-1] if centered else power)
 
 
 def normalized_log_mel(waveforms: Tensor, mask: Tensor, bins: int) -> Tensor:
