@@ -140,7 +140,7 @@ def _token_queue(config: Config, width: int) -> tuple[int, int]:
         return 0, 0
     frames = int(config.data.max_seconds * SAMPLE_RATE)
     if config.model.speech.mel_bins:
-        frames = (frames - 400) // 160 + 1
+        frames = (frames - 400) // 160 + 1  # windows of 25 ms, every 10 ms
     if speech["architecture"] == "whisper":
         frames = -(-frames // 320)
     else:
