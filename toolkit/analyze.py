@@ -236,7 +236,7 @@ def text(config: Config, options: argparse.Namespace) -> None:
 
 def limited(samples: "np.ndarray", limit: int | None) -> "np.ndarray":
     """Select samples at equal distances; None: all."""
-    from toolkit.evaluation.gallery import equally_spaced
+    from toolkit.evaluation.example_sheet import equally_spaced
 
     return samples if limit is None else samples[equally_spaced(len(samples), limit)]
 

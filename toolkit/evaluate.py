@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECALL, GALLERY = "recall.json", "retrieved.png"
+RECALL, RETRIEVED = "recall.json", "retrieved.png"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -139,26 +139,26 @@ def evaluate(
 def store(request: Request, evaluation: "Evaluation", manifest: "Manifest", split: str) -> Result:
     """Write the result of one evaluation, and its image of retrieved examples; on rank 0."""
     from shards.files import atomic_write
+    from toolkit.evaluation.example_sheet import save_example_sheet
     from toolkit.evaluation.examples import save_examples
-    from toolkit.evaluation.gallery import save_gallery
 
     result = save_result(request.out, evaluation.report, evaluation.columns)
-    config, gallery, run = evaluation.config, result.path.with_suffix(".png"), request.run
+    config, sheet, run = evaluation.config, result.path.with_suffix(".png"), request.run
     if run and is_final(config, manifest, split, request.rerank, request.export):
         with atomic_write(run / RECALL) as file:
             final = {name: result.report[name] for name in evaluation.report}
             file.write(json.dumps(final, indent=1).encode() + b"\n")
-        gallery = run / GALLERY
+        sheet = run / RETRIEVED
         logger.info("recall: %s", run / RECALL)
     else:
         logger.info("recall: %s", result.path)
-    save_gallery(manifest, evaluation.retrieval, gallery)
-    if run and gallery == run / GALLERY:  # the final evaluation is a part of the run's report
+    save_example_sheet(manifest, evaluation.retrieval, sheet)
+    if run and sheet == run / RETRIEVED:  # the final evaluation is a part of the run's report
         from toolkit.reporting.run_report import write_report
 
         save_examples(run, None, manifest, evaluation.retrieval, config)
         write_report(run)
-    logger.info("retrieved examples: %s", gallery)
+    logger.info("retrieved examples: %s", sheet)
     return result
 
 

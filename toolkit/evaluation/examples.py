@@ -22,7 +22,7 @@ from shards.media.picture import decode_picture
 from shards.reading.reader import Reader
 from toolkit.config.schema import Config
 from toolkit.data import open_reader
-from toolkit.evaluation.gallery import caption_text
+from toolkit.evaluation.example_sheet import caption_text
 from toolkit.evaluation.retrieve import Retrieval
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from toolkit.reporting.published import Published, published_results
 from toolkit.reporting.robustness import robustness_section
 from toolkit.reporting.runs import Evaluation, Group, Run, differences
 
-_GALLERIES = 4  # runs of which examples are shown
+_MAX_RUNS = 4  # runs of which examples are shown
 _MAX_PICTURE = 2 << 20  # bytes
 BASELINE_HEAD = ["run", "text", "text-image model", "word errors, %", *RECALL_HEAD]
 _CONTENTS = {
@@ -31,7 +31,7 @@ _CONTENTS = {
     "robustness": "Robustness",
     "groups": "Groups",
     "inside": "Inside",
-    "gallery": "Retrieved",
+    "retrieved": "Retrieved",
 }
 # Title and key of the charts in which several runs are shown over one another.
 _COMPARED = (
@@ -76,7 +76,7 @@ def write_comparison(path: Path, groups: Sequence[Group], ablations: Sequence[Ab
             robustness=robustness_section(runs),
             groups=groups_section(runs),
             inside=inside_section(runs),
-            gallery=_gallery(groups),
+            retrieved=_retrieved(groups),
         )
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
@@ -180,18 +180,18 @@ def _curves(groups: Sequence[Group]) -> dict[str, Any]:
     return {"charts": [chart for chart in charts if chart], "notes": notes}
 
 
-def _gallery(groups: Sequence[Group]) -> dict[str, Any]:
+def _retrieved(groups: Sequence[Group]) -> dict[str, Any]:
     """Examples of the first run of each configuration that has any."""
     shown: list[Mapping[str, Any]] = []
     notes = []
     for group in groups:
         for run in group.runs:
             examples, picture = read_examples(run.folder, run.records), _picture(run.folder / "retrieved.png")
-            if (examples or picture) and len(shown) < _GALLERIES:
+            if (examples or picture) and len(shown) < _MAX_RUNS:
                 shown.append({"name": run.name, "examples": examples, "picture": picture})
                 break
-    if len(groups) > _GALLERIES:
-        notes.append(f"Of the first {_GALLERIES} configurations.")
+    if len(groups) > _MAX_RUNS:
+        notes.append(f"Of the first {_MAX_RUNS} configurations.")
     silent = [
         one for one in shown if one["examples"] and not any(query["audio"] for query in one["examples"]["queries"])
     ]

@@ -16,7 +16,7 @@ from shards.reading.caption_attributes import read_caption_attributes
 from toolkit.config.schema import Config
 from toolkit.evaluation.attention import cross_attention
 from toolkit.evaluation.encode import Encodings, ProcessInfo, Source, encode
-from toolkit.evaluation.gallery import equally_spaced
+from toolkit.evaluation.example_sheet import equally_spaced
 from toolkit.evaluation.inside.denoising import denoising_curves
 from toolkit.evaluation.inside.overlays import draw_attention, spans_of
 from toolkit.evaluation.inside.similarity import FOUND, hardest, rank_histogram, similarities

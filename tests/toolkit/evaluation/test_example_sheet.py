@@ -1,9 +1,9 @@
-"""The image of retrieved examples."""
+"""The sheet of retrieved examples."""
 
 import pytest
 from PIL import Image
 
-from toolkit.evaluation import gallery
+from toolkit.evaluation import example_sheet
 
 GREEN, RED = (22, 148, 72), (200, 30, 30)
 
@@ -27,26 +27,28 @@ def pixels(page, colour):
 
 def test_page_shows_all_examples_and_frames_the_correct_picture():
     text = "a rather long caption that goes on and on about a red circle above a blue star " * 3
-    spoken = [gallery.Spoken(text, 2, [picture()] * 5, [False, True, False, False, False])] * 3
-    shown = [gallery.Shown(picture(), 1, ["one", "two", "three"], [True, False, False])] * 2
-    page = gallery.draw_gallery(["title", "up", "down"], spoken, shown)
+    speech_queries = [example_sheet.SpeechQuery(text, 2, [picture()] * 5, [False, True, False, False, False])] * 3
+    image_queries = [example_sheet.ImageQuery(picture(), 1, ["one", "two", "three"], [True, False, False])] * 2
+    page = example_sheet.draw_example_sheet(["title", "up", "down"], speech_queries, image_queries)
     assert pixels(page, RED) == (3 * 5 + 2) * 112 * 112, "a picture is missing or covered"
     frames = 3 * (122 * 122 - 112 * 112)
     assert frames <= pixels(page, GREEN) <= frames + 2 * 400, "a frame is missing, or more is green than two words"
-    unframed = gallery.draw_gallery(["", "", ""], [gallery.Spoken("", 9, [picture()] * 5, [False] * 5)], [])
+    unframed = example_sheet.draw_example_sheet(
+        ["", "", ""], [example_sheet.SpeechQuery("", 9, [picture()] * 5, [False] * 5)], []
+    )
     assert pixels(unframed, GREEN) == 0
 
 
 def test_titles_contain_the_recall_of_the_last_stage():
-    lines = gallery.titles(report(), "scenes")
+    lines = example_sheet.titles(report(), "scenes")
     assert lines[0] == "scenes, test: 1,000 spoken captions, 500 pictures, coarse"
     assert lines[1] == "Speech to image:   R@1 12.3 %   R@5 50.0 %   R@10 66.6 %"
     fine = {"speech_to_image": figures(20.0), "image_to_speech": figures(60.0), "mean_R@1": 40.0, "k": 16}
-    lines = gallery.titles(report(fine), "scenes")
+    lines = example_sheet.titles(report(fine), "scenes")
     assert lines[0].endswith("best 16 re-ranked")
     assert "R@1 20.0 %" in lines[1]
 
 
 @pytest.mark.parametrize(("total", "count", "expected"), [(100, 4, [12, 37, 62, 87]), (3, 8, [0, 1, 2]), (1, 1, [0])])
 def test_examples_are_equally_spaced(total, count, expected):
-    assert gallery.equally_spaced(total, count) == expected
+    assert example_sheet.equally_spaced(total, count) == expected
