@@ -208,13 +208,13 @@ def text(config: Config, options: argparse.Namespace) -> None:
         transcribe,
         word_error_rate,
     )
-    from toolkit.evaluation.encode import Source
+    from toolkit.evaluation.encode import ModelInputs
     from toolkit.evaluation.results import format_results
 
     _, world_size, device = initialise()
     if world_size > 1:
         raise UserError("analyze.py text runs in one process: start it without a launcher")
-    source = Source(manifest, samples, config)
+    source = ModelInputs(manifest, samples, config)
     transcripts = read_texts(manifest, options.split, source)
     if transcripts is None and options.recognizer is None:
         raise UserError(f"split {options.split}: not all captions have text: name a recognizer with --recognizer")

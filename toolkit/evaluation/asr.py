@@ -31,7 +31,7 @@ from shards.media.audio import SAMPLE_RATE
 from shards.media.picture import MAX_STORED_PIXELS
 from shards.progress import progress_range
 from shards.reading.caption_attributes import read_caption_attributes
-from toolkit.evaluation.encode import Source
+from toolkit.evaluation.encode import ModelInputs
 from toolkit.evaluation.evaluation import rank_columns
 from toolkit.evaluation.ranking import rank_both
 from toolkit.evaluation.recall import summarize_recall
@@ -184,7 +184,7 @@ def _loading(option: str, folder: str, expected: str) -> Iterator[None]:
         raise UserError(f"{option} {folder}: expected {expected}, but it holds {found}: {line[:160]}") from None
 
 
-def read_image(source: Source, index: int) -> "Image.Image":
+def read_image(source: ModelInputs, index: int) -> "Image.Image":
     """Decode a picture: RGB, at the size of the shards."""
     from PIL import Image
 
@@ -195,7 +195,7 @@ def read_image(source: Source, index: int) -> "Image.Image":
         return opened.convert("RGB")
 
 
-def transcribe(source: Source, recognizer: Recognizer, path: Path) -> list[str]:
+def transcribe(source: ModelInputs, recognizer: Recognizer, path: Path) -> list[str]:
     """Recognize all captions, in order; those in a file of an earlier run are read from it.
 
     Args:
@@ -223,10 +223,10 @@ def transcribe(source: Source, recognizer: Recognizer, path: Path) -> list[str]:
     return [str(known[int(row)]) for row in source.captions]
 
 
-def rank_by_text(texts: Tensor, images: Tensor, source: Source, manifest: Manifest, split: str) -> Retrieval:
+def rank_by_text(texts: Tensor, images: Tensor, source: ModelInputs, manifest: Manifest, split: str) -> Retrieval:
     """Rank both directions by the cosine of captions' text embeddings [C, D] and image embeddings [P, D]."""
-    owner = torch.from_numpy(source.owner)
-    rankings = rank_both(texts, images, owner, _CANDIDATES)
+    caption_picture = torch.from_numpy(source.caption_picture)
+    rankings = rank_both(texts, images, caption_picture, _CANDIDATES)
     report = {
         "split": split,
         "pictures": len(source.samples),
@@ -236,7 +236,7 @@ def rank_by_text(texts: Tensor, images: Tensor, source: Source, manifest: Manife
         "reranked": None,
         "twins": None,
     }
-    return Retrieval(report, source.samples, source.captions, owner, owner.unique(), *rankings)
+    return Retrieval(report, source.samples, source.captions, caption_picture, caption_picture.unique(), *rankings)
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
@@ -265,7 +265,7 @@ def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
     return row[-1]
 
 
-def read_texts(manifest: Manifest, split: str, source: Source) -> list[str] | None:
+def read_texts(manifest: Manifest, split: str, source: ModelInputs) -> list[str] | None:
     """Read the texts of all captions of a source; None if the shards have none for some of them."""
     rows = [row for sample in manifest.rows(split).tolist() for row in manifest.captions(sample)]
     texts = dict(zip(rows, read_caption_attributes(manifest, split).text, strict=True))
@@ -289,7 +289,7 @@ class TextBaseline:
 
     clip: TextImageModel
     folder: str
-    source: Source
+    source: ModelInputs
     manifest: Manifest
     split: str
     run: Path

@@ -68,7 +68,7 @@ class Encodings:
 
     samples: np.ndarray  # int64 [P], sample numbers
     captions: np.ndarray  # int64 [C], caption rows of the manifest, in the order of `samples`
-    picture: Tensor  # int64 [C], ascending: position in `samples` of each caption's picture
+    caption_picture: Tensor  # int64 [C], ascending: position in `samples` of each caption's picture
     images: Tensor  # float32 [P, D], unit norm, on the device
     speech: Tensor  # float32 [C, D], likewise
     tokens: Tokens | None  # None if not requested
@@ -98,11 +98,11 @@ def encode(
     Raises:
         UserError: A shard is missing or holds a sample that cannot be decoded.
     """
-    source = Source(manifest, samples, config)
-    images, image_tokens = encode_images(model, source.picture, len(samples), config, process, keep_tokens)
+    source = ModelInputs(manifest, samples, config)
+    images, image_tokens = encode_images(model, source.image, len(samples), config, process, keep_tokens)
     seconds = manifest.duration[source.captions].clip(max=config.evaluation.max_seconds)
     speech, tokens = encode_captions(model, source.speech, seconds, config, process, image_tokens)
-    return Encodings(samples, source.captions, torch.from_numpy(source.owner), images, speech, tokens)
+    return Encodings(samples, source.captions, torch.from_numpy(source.caption_picture), images, speech, tokens)
 
 
 def encode_images(
@@ -199,19 +199,19 @@ def _gather(part: Tensor, batches: list[np.ndarray], world_size: int) -> Tensor:
     return torch.cat([rows[: len(batch)] for rows, batch in zip(gathered, batches, strict=False)])
 
 
-class Source:
-    """Decodes the model's inputs by position of the picture or caption."""
+class ModelInputs:
+    """The model's inputs: images and waveforms, decoded by the position of picture or caption."""
 
     def __init__(self, manifest: Manifest, samples: np.ndarray, config: Config) -> None:
         spans = [manifest.captions(int(sample)) for sample in samples]
         self.manifest, self.samples, self.reader = manifest, samples, open_reader(config.data, manifest)
         self.captions = np.concatenate([np.asarray(span, dtype=np.int64) for span in spans])
-        self.owner = np.repeat(np.arange(len(samples)), [len(span) for span in spans])
+        self.caption_picture = np.repeat(np.arange(len(samples)), [len(span) for span in spans])
         self.image_size, self.resize = config.data.image_size, config.data.resize
         self.max_samples = int(config.evaluation.max_seconds * SAMPLE_RATE)
 
-    def picture(self, index: int) -> Tensor:
-        """Decode a picture: uint8 [3, S, S]."""
+    def image(self, index: int) -> Tensor:
+        """Decode a picture into the image that the model encodes: uint8 [3, S, S]."""
         sample = int(self.samples[index])
         return self._decode(
             sample, lambda: decode_picture(self.reader.picture(sample), self.image_size, resize=self.resize)
@@ -219,7 +219,7 @@ class Source:
 
     def speech(self, index: int) -> Tensor:
         """Decode a caption: float32 [n]."""
-        sample, row = int(self.samples[self.owner[index]]), int(self.captions[index])
+        sample, row = int(self.samples[self.caption_picture[index]]), int(self.captions[index])
         return self._decode(sample, lambda: decode_audio(self.reader.audio(row))[: self.max_samples])
 
     def _decode(self, sample: int, decode: Callable[[], np.ndarray]) -> Tensor:

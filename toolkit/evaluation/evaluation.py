@@ -123,16 +123,17 @@ def protocol_of(config: Config, rerank: int) -> dict[str, Any]:
 
 def rank_columns(retrieval: Retrieval, manifest: Manifest) -> dict[str, np.ndarray]:
     """Ranks of all queries, and what identifies them."""
-    picture = retrieval.picture.numpy()
+    caption_picture = retrieval.caption_picture.numpy()
     columns = {
         "image_id": manifest.image_id[retrieval.samples],
-        "caption_picture": picture,
-        "caption_number": retrieval.captions - manifest.first_caption[retrieval.samples[picture]],
+        "caption_picture": caption_picture,
+        "caption_number": retrieval.captions - manifest.first_caption[retrieval.samples[caption_picture]],
         "query_picture": retrieval.queries.numpy(),
     }
     for stage, both in _stages(retrieval).items():
         for direction, ranking in zip(DIRECTIONS, both, strict=True):
-            for name, values in vars(ranking.rank_counts).items():
+            counts = ranking.rank_counts
+            for name, values in (("ahead", counts.ahead), ("tied", counts.tied), ("right", counts.correct)):
                 columns[f"{stage}.{direction}.{name}"] = values.numpy()
     return {name: values if name == "image_id" else values.astype(np.int32) for name, values in columns.items()}
 

@@ -71,14 +71,14 @@ def examples(reader: Reader, retrieval: Retrieval) -> tuple[list[SpeechQuery], l
     speech_queries = []
     for query in equally_spaced(len(retrieval.captions), SPEECH_QUERIES):
         best = retrieval.speech_to_image.candidates[query, :PICTURES].tolist()
-        correct = [index == int(retrieval.picture[query]) for index in best]
+        correct = [index == int(retrieval.caption_picture[query]) for index in best]
         rank = _rank(retrieval.speech_to_image.rank_counts, query)
         speech_queries.append(SpeechQuery(text(query), rank, [picture(index) for index in best], correct))
     image_queries = []
     for query in equally_spaced(len(retrieval.queries), IMAGE_QUERIES):
         best = retrieval.image_to_speech.candidates[query, :CAPTIONS].tolist()
         index = int(retrieval.queries[query])
-        correct = [int(retrieval.picture[caption]) == index for caption in best]
+        correct = [int(retrieval.caption_picture[caption]) == index for caption in best]
         rank = _rank(retrieval.image_to_speech.rank_counts, query)
         image_queries.append(ImageQuery(picture(index), rank, [text(caption) for caption in best], correct))
     return speech_queries, image_queries
@@ -86,7 +86,7 @@ def examples(reader: Reader, retrieval: Retrieval) -> tuple[list[SpeechQuery], l
 
 def caption_text(reader: Reader, retrieval: Retrieval, index: int) -> str:
     """Return the text of a caption, or its utterance id if the shards contain no text."""
-    sample = int(retrieval.samples[retrieval.picture[index]])
+    sample = int(retrieval.samples[retrieval.caption_picture[index]])
     number = int(retrieval.captions[index] - reader.manifests[0].first_caption[sample])
     caption = reader.meta(sample)["captions"][number]
     return caption.get("text") or f"(no text: utterance {caption.get('utterance')})"

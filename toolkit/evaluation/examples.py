@@ -76,7 +76,7 @@ def draw_examples(reader: Reader, retrieval: Retrieval, seed: int) -> list[dict[
         best = retrieval.speech_to_image.candidates[query, :ANSWERS].tolist()
         answers = [
             {
-                "right": index == int(retrieval.picture[query]),
+                "right": index == int(retrieval.caption_picture[query]),
                 "picture": _data_uri(reader.picture(int(retrieval.samples[index]))),
             }
             for index in best

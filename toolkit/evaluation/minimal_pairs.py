@@ -23,7 +23,7 @@ class Questions:
     """N captions, each with its picture and the other picture of the minimal pair, as positions in the encodings."""
 
     captions: Tensor  # int64 [N]
-    right: Tensor  # int64 [N], the picture that the caption describes
+    correct: Tensor  # int64 [N], the picture that the caption describes
     wrong: Tensor  # int64 [N], the other picture
     kinds: list[str]  # [N], what was swapped; "" if the image id does not contain it
 
@@ -36,18 +36,18 @@ def find_minimal_pairs(manifest: Manifest, samples: np.ndarray) -> np.ndarray:
     return rows[np.isin(manifest.twin[rows], samples)]
 
 
-def make_questions(manifest: Manifest, samples: np.ndarray, picture: Tensor) -> Questions:
+def make_questions(manifest: Manifest, samples: np.ndarray, caption_picture: Tensor) -> Questions:
     """Build the questions of all minimal pairs among the encoded samples.
 
     Args:
         manifest: The shards.
         samples: Int64 [P], the encoded samples, with their twins.
-        picture: Int64 [C], ascending: position of each caption's picture.
+        caption_picture: Int64 [C], ascending: position of each caption's picture.
     """
     position = {int(sample): index for index, sample in enumerate(samples)}
-    first = torch.searchsorted(picture, torch.arange(len(samples) + 1)).tolist()
+    first = torch.searchsorted(caption_picture, torch.arange(len(samples) + 1)).tolist()
     captions: list[int] = []
-    right: list[int] = []
+    correct: list[int] = []
     wrong: list[int] = []
     kinds: list[str] = []
     for twin, sample in enumerate(samples):
@@ -58,10 +58,10 @@ def make_questions(manifest: Manifest, samples: np.ndarray, picture: Tensor) -> 
         for described, other in ((original, twin), (twin, original)):
             rows = range(first[described], first[described + 1])
             captions += rows
-            right += [described] * len(rows)
+            correct += [described] * len(rows)
             wrong += [other] * len(rows)
             kinds += [kind] * len(rows)
-    return Questions(torch.tensor(captions), torch.tensor(right), torch.tensor(wrong), kinds)
+    return Questions(torch.tensor(captions), torch.tensor(correct), torch.tensor(wrong), kinds)
 
 
 def swap_kind(twin: str, original: str) -> str:
@@ -81,9 +81,9 @@ def accuracy(questions: Questions, score: Callable[[Tensor], Tensor]) -> dict[st
         The accuracy over all questions under "", and those of the kinds under their names.
     """
     count = len(questions.captions)
-    both = torch.cat([questions.right, questions.wrong])
-    right, wrong = score(torch.stack([questions.captions.repeat(2), both], dim=1)).split(count)
-    points_of_all = ((right > wrong).double() + 0.5 * (right == wrong).double()).tolist()
+    both = torch.cat([questions.correct, questions.wrong])
+    correct, wrong = score(torch.stack([questions.captions.repeat(2), both], dim=1)).split(count)
+    points_of_all = ((correct > wrong).double() + 0.5 * (correct == wrong).double()).tolist()
     groups: dict[str, list[float]] = {"": points_of_all}
     for kind, point in sorted(zip(questions.kinds, points_of_all, strict=True)):
         if kind:

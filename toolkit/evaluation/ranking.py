@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed import all_gather
-from toolkit.evaluation.recall import CorrectAnswers, RankCounts, Ranking, all_reduce_sum
+from toolkit.evaluation.recall import CorrectCandidates, RankCounts, Ranking, all_reduce_sum
 
 _ROWS, _COLUMNS = 2048, 8192  # captions and pictures of a block, among which candidates are selected: 64 MB
 _TILE = 128  # pictures of one product; divides _COLUMNS
@@ -19,7 +19,7 @@ _TILE = 128  # pictures of one product; divides _COLUMNS
 def rank_both(
     speech: Tensor,
     images: Tensor,
-    owner: Tensor,
+    caption_picture: Tensor,
     k: int,
     rank: int = 0,
     world_size: int = 1,
@@ -33,7 +33,8 @@ def rank_both(
     Args:
         speech: Unit embeddings [C, D] of the captions, float32, the same on all ranks.
         images: Unit embeddings [P, D] of the pictures, likewise.
-        owner: Int64 [C], position of each caption's picture. It is fastest if captions of a picture are neighbors.
+        caption_picture: Int64 [C], position of each caption's picture. It is fastest if captions of a picture are
+            neighbors.
         k: Number of candidates to return for each query, at most as many as there are.
         rank: Rank of this process.
         world_size: Number of processes.
@@ -42,7 +43,7 @@ def rank_both(
     Returns:
         The rankings of the C captions, and of the pictures with captions in ascending order.
     """
-    ranker = _Ranker(speech, images, owner.to(speech.device), k, chunk)
+    ranker = _Ranker(speech, images, caption_picture.to(speech.device), k, chunk)
     own = range(rank * chunk, len(speech), world_size * chunk)
     for start in own:
         ranker.score_correct(start)
@@ -60,8 +61,8 @@ class _Ranker:
     bit: a pair that ties with a correct one is found to be equal to it.
     """
 
-    def __init__(self, speech: Tensor, images: Tensor, owner: Tensor, k: int, chunk: int) -> None:
-        self.speech, self.images, self.owner, self.k, self.chunk = speech, images, owner, k, chunk
+    def __init__(self, speech: Tensor, images: Tensor, caption_picture: Tensor, k: int, chunk: int) -> None:
+        self.speech, self.images, self.caption_picture, self.k, self.chunk = speech, images, caption_picture, k, chunk
         rows, columns = min(chunk, len(speech)), min(_COLUMNS, len(images))
         self.block = speech.new_empty(rows, columns)
         self.mask = speech.new_empty(rows * min(_TILE, columns))
@@ -81,19 +82,19 @@ class _Ranker:
 
     def score_correct(self, start: int) -> None:
         """Score the correct pairs of a chunk, by computing the tiles that contain them."""
-        owner = self.owner[start : start + self.chunk]
-        for number in (owner // _TILE).unique().tolist():
-            rows = (owner // _TILE == number).nonzero().squeeze(1)
+        caption_picture = self.caption_picture[start : start + self.chunk]
+        for number in (caption_picture // _TILE).unique().tolist():
+            rows = (caption_picture // _TILE == number).nonzero().squeeze(1)
             scores = self._score(start, number * _TILE)
-            self.correct[start + rows] = scores[rows, owner[rows] - number * _TILE]
+            self.correct[start + rows] = scores[rows, caption_picture[rows] - number * _TILE]
 
     def set_targets(self) -> None:
         """List for each tile the captions of its pictures: of every picture the first, then the second, and so on.
 
         Each list has the tile's columns, None for all of them, and one caption for each of these columns.
         """
-        order = self.owner.argsort(stable=True)
-        ends = torch.bincount(self.owner, minlength=len(self.images)).cumsum(0)
+        order = self.caption_picture.argsort(stable=True)
+        ends = torch.bincount(self.caption_picture, minlength=len(self.images)).cumsum(0)
         begins = torch.cat([ends.new_zeros(1), ends[:-1]])
         for first in range(0, len(self.images), _TILE):
             begin, end = begins[first : first + _TILE], ends[first : first + _TILE]
@@ -135,15 +136,15 @@ class _Ranker:
     def gather(self, world_size: int) -> tuple[Ranking, Ranking]:
         """Combine the ranks' results: int64 on the CPU, the same on all ranks."""
         up_to, below = all_reduce_sum(self.counts, world_size).cpu().unbind(1)
-        correct, owner = self.correct.cpu(), self.owner.cpu()
+        correct, caption_picture = self.correct.cpu(), self.caption_picture.cpu()
         pictures, captions = all_reduce_sum(self.pictures, world_size).cpu(), self._gather_captions(world_size).cpu()
-        queries, query = owner.unique(return_inverse=True)
-        numbers = torch.arange(len(owner))
+        queries, query = caption_picture.unique(return_inverse=True)
+        numbers = torch.arange(len(caption_picture))
         total = len(self.images), len(self.speech)
-        to_images = CorrectAnswers(numbers, owner, total[0] - up_to[0], (up_to[0] - below[0]).clamp(min=1))
-        to_speech = CorrectAnswers(query, numbers, total[1] - up_to[1], (up_to[1] - below[1]).clamp(min=1))
+        to_images = CorrectCandidates(numbers, caption_picture, total[0] - up_to[0], (up_to[0] - below[0]).clamp(min=1))
+        to_speech = CorrectCandidates(query, numbers, total[1] - up_to[1], (up_to[1] - below[1]).clamp(min=1))
         return (
-            Ranking(_count_best(to_images, correct, len(owner), total[0]), pictures, to_images),
+            Ranking(_count_best(to_images, correct, len(caption_picture), total[0]), pictures, to_images),
             Ranking(_count_best(to_speech, correct, len(queries), total[1]), captions[queries], to_speech),
         )
 
@@ -183,28 +184,28 @@ def _merge(earlier: _Best, later: _Best, k: int) -> _Best:
     return values.gather(1, order), indices.gather(1, order)
 
 
-def _count_best(answers: CorrectAnswers, scores: Tensor, queries: int, candidates: int) -> RankCounts:
+def _count_best(pairs: CorrectCandidates, scores: Tensor, queries: int, candidates: int) -> RankCounts:
     """Rank counts of each query's best correct candidate.
 
     Args:
-        answers: The correct candidates of all queries.
+        pairs: Queries with their correct candidates.
         scores: Float [M], their scores.
         queries: Number of queries.
         candidates: Number of candidates of each query.
     """
-    order = answers.query.argsort(stable=True)
-    counts = torch.bincount(answers.query, minlength=queries)
-    row, place = answers.query[order], torch.arange(len(order)) - (counts.cumsum(0) - counts)[answers.query[order]]
+    order = pairs.query.argsort(stable=True)
+    counts = torch.bincount(pairs.query, minlength=queries)
+    row, place = pairs.query[order], torch.arange(len(order)) - (counts.cumsum(0) - counts)[pairs.query[order]]
     padded = scores.new_full((queries, int(counts.max())), -torch.inf)
     padded[row, place] = scores[order]
     best = padded.amax(dim=1)  # NaN if one of them is
     first = torch.zeros(queries, dtype=torch.int64)
-    ties = (scores == best[answers.query]).nonzero().squeeze(1)
-    first[answers.query[ties]] = ties  # one of the best; all have the same counts
-    right = torch.bincount(answers.query[ties], minlength=queries)
+    ties = (scores == best[pairs.query]).nonzero().squeeze(1)
+    first[pairs.query[ties]] = ties  # one of the best; all have the same counts
+    correct = torch.bincount(pairs.query[ties], minlength=queries)
     broken = best.isnan()
     return RankCounts(
-        torch.where(broken, candidates - counts, answers.ahead[first]),
-        torch.where(broken, 0, answers.tied[first] - right),
-        right.clamp(min=1),
+        torch.where(broken, candidates - counts, pairs.ahead[first]),
+        torch.where(broken, 0, pairs.tied[first] - correct),
+        correct.clamp(min=1),
     )

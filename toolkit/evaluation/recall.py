@@ -23,15 +23,15 @@ class RankCounts:
 
     ahead: Tensor  # incorrect candidates with a higher score
     tied: Tensor  # incorrect candidates with the same score
-    right: Tensor  # correct candidates with the same score, itself included
+    correct: Tensor  # correct candidates with the same score, itself included
 
 
 @dataclass
-class CorrectAnswers:
+class CorrectCandidates:
     """Every correct candidate of every query and its rank; all int64 [M]."""
 
     query: Tensor  # position of the query
-    answer: Tensor  # position of the candidate
+    candidate: Tensor  # position of the candidate
     ahead: Tensor  # candidates with a higher score, correct or not
     tied: Tensor  # candidates with the same score, correct or not, itself included
 
@@ -42,20 +42,20 @@ class Ranking:
 
     rank_counts: RankCounts  # [Q]
     candidates: Tensor  # int64 [Q, k], the best candidates of each query, best first
-    correct: CorrectAnswers | None = None  # None: only the best correct candidate of each query is known
+    correct: CorrectCandidates | None = None  # None: only the best correct candidate of each query is known
 
 
-def rank_of_best(scores: Tensor, right: Tensor) -> RankCounts:
+def rank_of_best(scores: Tensor, correct: Tensor) -> RankCounts:
     """Count the candidates ahead of and tied with the best correct candidate of each query.
 
     Args:
         scores: [Q, N], higher is better.
-        right: Bool [Q, N], True for correct candidates; at least one per row.
+        correct: Bool [Q, N], True for correct candidates; at least one per row.
     """
-    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    best = scores.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
     same = scores == best
-    ahead = ~right & ~(scores <= best)  # not `>`: a NaN on either side counts as ahead
-    return RankCounts(ahead.sum(1), (~right & same).sum(1), (right & same).sum(1).clamp(min=1))
+    ahead = ~correct & ~(scores <= best)  # not `>`: a NaN on either side counts as ahead
+    return RankCounts(ahead.sum(1), (~correct & same).sum(1), (correct & same).sum(1).clamp(min=1))
 
 
 def recall_at(rank_counts: RankCounts, k: int) -> float:
@@ -66,14 +66,14 @@ def recall_at(rank_counts: RankCounts, k: int) -> float:
 def hits_at(rank_counts: RankCounts, k: int) -> Tensor:
     """Probability, for each query, that a correct candidate is among the first k: float64 [Q].
 
-    With s = k - ahead ranks left for `tied` incorrect and `right` correct candidates in random order, all s are
-    incorrect with probability prod_{j<s} (tied - j) / (tied + right - j).
+    With s = k - ahead ranks left for `tied` incorrect and `correct` correct candidates in random order, all s are
+    incorrect with probability prod_{j<s} (tied - j) / (tied + correct - j).
     """
     miss = torch.ones(len(rank_counts.ahead), dtype=torch.float64)
     for j in range(k):
         wrong = (rank_counts.tied - j).clamp(min=0).double()
         within = rank_counts.ahead + j < k
-        miss = torch.where(within, miss * wrong / (wrong + rank_counts.right), miss)
+        miss = torch.where(within, miss * wrong / (wrong + rank_counts.correct), miss)
     return 1.0 - miss
 
 

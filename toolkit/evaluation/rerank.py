@@ -23,7 +23,7 @@ from shards.errors import UserError
 from shards.progress import progress_range
 from toolkit.config import schema as config
 from toolkit.evaluation.encode import Encodings, ProcessInfo
-from toolkit.evaluation.recall import CorrectAnswers, RankCounts, Ranking, all_reduce_sum, rank_of_best
+from toolkit.evaluation.recall import CorrectCandidates, RankCounts, Ranking, all_reduce_sum, rank_of_best
 from toolkit.model.outputs import Encoded
 
 if TYPE_CHECKING:
@@ -39,13 +39,13 @@ class ScoredCandidates:
     similarity: Tensor  # float32 [M], cosines of the pairs
     logits: Tensor  # float32 [M], match logits
     pairs: tuple[Tensor, Tensor]  # int64 [Q, k] of each direction, positions among the pairs
-    right: tuple[Tensor, Tensor]  # bool [Q, k] of each direction, True for correct candidates
+    correct: tuple[Tensor, Tensor]  # bool [Q, k] of each direction, True for correct candidates
     seconds: float  # per query and rank
 
     def fit_weight(self) -> float:
         """Fit the weight of the match logit to these candidates; see `fit_weight`."""
         return fit_weight(
-            [(self.similarity[i], self.logits[i], r) for i, r in zip(self.pairs, self.right, strict=True)]
+            [(self.similarity[i], self.logits[i], r) for i, r in zip(self.pairs, self.correct, strict=True)]
         )
 
     def reorder(
@@ -61,8 +61,11 @@ class ScoredCandidates:
             UserError: `fuse` is fitted, and the model's weight is not.
         """
         scores = fuse_scores(model, self.similarity, self.logits, evaluation)
-        spoken, shown = (scores[pairs] for pairs in self.pairs)
-        return reorder(speech_to_image, spoken, self.right[0]), reorder(image_to_speech, shown, self.right[1])
+        by_speech, by_image = (scores[pairs] for pairs in self.pairs)
+        return (
+            reorder(speech_to_image, by_speech, self.correct[0]),
+            reorder(image_to_speech, by_image, self.correct[1]),
+        )
 
 
 def score_candidates(
@@ -95,48 +98,50 @@ def score_candidates(
     pairs = torch.stack([numbers // size, numbers % size], dim=1)
     logits, similarity = match_pairs(model, encodings, pairs, process), cosines(encodings, pairs).cpu()
     indices = torch.searchsorted(numbers, forward), torch.searchsorted(numbers, backward)
-    owner = encodings.picture
-    right = owner[: len(pictures), None] == pictures, queries[:, None] == owner[captions]
+    caption_picture = encodings.caption_picture
+    correct = caption_picture[: len(pictures), None] == pictures, queries[:, None] == caption_picture[captions]
     seconds = (time.monotonic() - started) * process.world_size / (len(forward) + len(backward))
-    return ScoredCandidates(similarity, logits, indices, right, seconds)
+    return ScoredCandidates(similarity, logits, indices, correct, seconds)
 
 
-def reorder(ranking: Ranking, scores: Tensor, right: Tensor) -> Ranking:
+def reorder(ranking: Ranking, scores: Tensor, correct: Tensor) -> Ranking:
     """Sort the first k candidates of each query by new scores.
 
     Args:
         ranking: The ranking of Q queries before.
         scores: [Q, k], new scores of the first k candidates.
-        right: Bool [Q, k], True for correct candidates.
+        correct: Bool [Q, k], True for correct candidates.
     """
     old, k = ranking.rank_counts, scores.shape[1]
-    inside = right.any(dim=1)
-    new = rank_of_best(scores, right | ~inside[:, None])  # needs a True in each row, also in rows that are not used
+    inside = correct.any(dim=1)
+    new = rank_of_best(scores, correct | ~inside[:, None])  # needs a True in each row, also in rows that are not used
     ahead = old.ahead.clamp(min=k)  # a correct candidate outside is behind all k, even those with its old score
     rank_counts = RankCounts(
         torch.where(inside, new.ahead, ahead),
         torch.where(inside, new.tied, (old.ahead + old.tied - ahead).clamp(min=0)),
-        torch.where(inside, new.right, old.right),
+        torch.where(inside, new.correct, old.correct),
     )
     order = scores.argsort(dim=1, descending=True, stable=True)
     candidates = torch.cat([ranking.candidates.gather(1, order), ranking.candidates[:, k:]], dim=1)
-    correct = None if ranking.correct is None else _reorder_correct(ranking.correct, ranking.candidates[:, :k], scores)
-    return Ranking(rank_counts, candidates, correct)
+    reordered = (
+        None if ranking.correct is None else _reorder_correct(ranking.correct, ranking.candidates[:, :k], scores)
+    )
+    return Ranking(rank_counts, candidates, reordered)
 
 
-def _reorder_correct(correct: CorrectAnswers, candidates: Tensor, scores: Tensor) -> CorrectAnswers:
+def _reorder_correct(correct: CorrectCandidates, candidates: Tensor, scores: Tensor) -> CorrectCandidates:
     """Rank the correct candidates anew: those among the first k by the new scores, the others behind all k."""
     k = candidates.shape[1]
     ahead = correct.ahead.clamp(min=k)
     tied = (correct.ahead + correct.tied - ahead).clamp(min=1)
     for rows in torch.arange(len(correct.query)).split(_CORRECT_ROWS):
         query = correct.query[rows]
-        found, place = (candidates[query] == correct.answer[rows, None]).nonzero().unbind(1)
+        found, place = (candidates[query] == correct.candidate[rows, None]).nonzero().unbind(1)
         of_query = scores[query[found]]
         own = of_query.gather(1, place[:, None])
         ahead[rows[found]] = (~(of_query <= own)).sum(1)  # not `>`: a NaN on either side counts as ahead
         tied[rows[found]] = (of_query == own).sum(1).clamp(min=1)
-    return CorrectAnswers(correct.query, correct.answer, ahead, tied)
+    return CorrectCandidates(correct.query, correct.candidate, ahead, tied)
 
 
 def fit_weight(directions: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
@@ -160,10 +165,10 @@ def fit_weight(directions: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
         count = 0
-        for cosine, logit, right in rows:
-            usable = right.any(1) & ~right.all(1)
+        for cosine, logit, correct in rows:
+            usable = correct.any(1) & ~correct.all(1)
             scores = (log_a.exp() * cosine + b * logit)[usable]
-            likelihood = scores.masked_fill(~right[usable], -torch.inf).logsumexp(1) - scores.logsumexp(1)
+            likelihood = scores.masked_fill(~correct[usable], -torch.inf).logsumexp(1) - scores.logsumexp(1)
             total, count = total - likelihood.sum(), count + len(scores)
         mean = total / max(count, 1) + 1e-6 * (log_a.square() + b.square())  # finite on separable data
         mean.backward()

@@ -41,7 +41,7 @@ class Ranks:
     picture: "np.ndarray"  # str [Q], image id of the query's picture: queries of one picture are not independent
     ahead: "np.ndarray"  # int64 [Q], incorrect candidates with a higher score
     tied: "np.ndarray"  # int64 [Q], incorrect candidates with the same score
-    right: "np.ndarray"  # int64 [Q], correct candidates with the same score, itself included
+    correct: "np.ndarray"  # int64 [Q], correct candidates with the same score, itself included
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Retrieval:
     report: dict[str, Any]  # contents of recall.json
     samples: np.ndarray  # int64 [P], sample numbers
     captions: np.ndarray  # int64 [C], caption rows of the manifest
-    picture: Tensor  # int64 [C], position of each caption's picture
+    caption_picture: Tensor  # int64 [C], position of each caption's picture
     queries: Tensor  # int64 [Q], positions of the pictures that have captions
     speech_to_image: Ranking  # C queries; candidates are positions of pictures
     image_to_speech: Ranking  # Q queries; candidates are positions of captions
@@ -123,14 +123,14 @@ def retrieve_each(
 
 def _coarse(encodings: Encodings, count: int, k: int, process: ProcessInfo) -> Retrieval:
     """Rank by the embeddings among the first `count` pictures; the twins after them are left out."""
-    captions = int((encodings.picture < count).sum())
+    captions = int((encodings.caption_picture < count).sum())
     images, speech = encodings.images[:count], encodings.speech[:captions]
-    owner = encodings.picture[:captions]
-    queries = owner.unique()
-    speech_to_image, image_to_speech = rank_both(speech, images, owner, k, process.rank, process.world_size)
+    caption_picture = encodings.caption_picture[:captions]
+    queries = caption_picture.unique()
+    speech_to_image, image_to_speech = rank_both(speech, images, caption_picture, k, process.rank, process.world_size)
     report = {"coarse": summarize_recall(speech_to_image, image_to_speech), "reranked": None, "twins": None}
     rows = encodings.samples[:count], encodings.captions[:captions]
-    return Retrieval(report, *rows, owner, queries, speech_to_image, image_to_speech)
+    return Retrieval(report, *rows, caption_picture, queries, speech_to_image, image_to_speech)
 
 
 def _rerank(
@@ -152,7 +152,7 @@ def _minimal_pairs(
     evaluation: Evaluation,
     process: ProcessInfo,
 ) -> dict[str, Any]:
-    questions = minimal_pairs.make_questions(manifest, encodings.samples, encodings.picture)
+    questions = minimal_pairs.make_questions(manifest, encodings.samples, encodings.caption_picture)
     coarse = minimal_pairs.accuracy(questions, lambda pairs: cosines(encodings, pairs).cpu())
     matching: dict[str, float] = {}
     if match:

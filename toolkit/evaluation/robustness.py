@@ -130,8 +130,8 @@ def read_robustness(path: Path) -> Robustness:
 
 
 def _condition(values: dict[str, Any]) -> Condition:
-    mean, spoken, shown = (values.pop(name) for name in ("mean_R@1", "speech_to_image", "image_to_speech"))
-    return Condition(mean=float(mean), speech_to_image=dict(spoken), image_to_speech=dict(shown), **values)
+    mean, by_speech, by_image = (values.pop(name) for name in ("mean_R@1", "speech_to_image", "image_to_speech"))
+    return Condition(mean=float(mean), speech_to_image=dict(by_speech), image_to_speech=dict(by_image), **values)
 
 
 def save_robustness(result: Robustness) -> None:

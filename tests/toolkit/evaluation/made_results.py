@@ -36,8 +36,8 @@ def made(folder, pictures, seed=0, **changes):
         "query_picture": np.arange(pictures, dtype=np.int32),
     }
     for direction, each in both.items():
-        for name in ("ahead", "tied", "right"):
-            columns[f"coarse.{direction}.{name}"] = getattr(each, name).astype(np.int32)
+        for name, values in (("ahead", each.ahead), ("tied", each.tied), ("right", each.correct)):
+            columns[f"coarse.{direction}.{name}"] = values.astype(np.int32)
     recall = {direction: {"R@1": 10.0, "R@5": 50.0, "R@10": 90.0} for direction in DIRECTIONS}
     report = {
         "run": str(folder), "corpus": "toy", "split": "test", "manifest": "ab" * 32, "checkpoint": "best", "step": 7,

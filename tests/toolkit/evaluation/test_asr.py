@@ -35,7 +35,7 @@ from tests.toolkit.evaluation.test_retrieve import CPU, settings
 from toolkit import analyze
 from toolkit.evaluation import asr
 from toolkit.evaluation.asr import TextImageModel, edit_distance, load_recognizer, transcribe, word_error_rate
-from toolkit.evaluation.encode import Source
+from toolkit.evaluation.encode import ModelInputs
 from toolkit.evaluation.results import load_results
 
 folder, run = test_retrieve.folder, test_analyze.run
@@ -117,7 +117,7 @@ def test_recall_by_text_equals_loops_and_stands_beside_other_results(run, folder
     assert (oracle.checkpoint, recognized.checkpoint) == ("oracle-text-tiny-clip", "asr-tiny-asr-tiny-clip")
     manifest = load(folder)
     pictures = manifest.rows("test").tolist()
-    model, source = TextImageModel.load(str(clip), CPU), Source(manifest, manifest.rows("test"), settings(folder))
+    model, source = TextImageModel.load(str(clip), CPU), ModelInputs(manifest, manifest.rows("test"), settings(folder))
     images = [model.embed_images(1, lambda _, at=at: asr.read_image(source, at))[0] for at in range(len(pictures))]
     hits = []
     for at, sample in enumerate(pictures):
@@ -157,7 +157,7 @@ def test_whisper_writes_what_its_own_generation_does_also_beyond_30_seconds(run,
 
 def test_transcripts_that_are_known_are_not_recognized_again(folder, tmp_path):
     manifest = load(folder)
-    source, heard, path = Source(manifest, manifest.rows("test"), settings(folder)), [], tmp_path / "t" / "x.jsonl"
+    source, heard, path = ModelInputs(manifest, manifest.rows("test"), settings(folder)), [], tmp_path / "t" / "x.jsonl"
 
     def recognize(wave):
         if len(heard) == 3:

@@ -39,7 +39,7 @@ def test_twins_are_those_of_the_given_samples():
 
 def test_every_caption_of_both_pictures_is_a_question():
     pairs = questions()
-    rows = list(zip(pairs.captions.tolist(), pairs.right.tolist(), pairs.wrong.tolist(), pairs.kinds, strict=True))
+    rows = list(zip(pairs.captions.tolist(), pairs.correct.tolist(), pairs.wrong.tolist(), pairs.kinds, strict=True))
     assert rows == [
         (2, 1, 3, "colour"), (6, 3, 1, "colour"),
         (2, 1, 4, "relation"), (7, 4, 1, "relation"),
@@ -51,7 +51,7 @@ def test_accuracy_equals_loops_and_a_tie_counts_half():
     pairs = questions()
     scores = torch.randint(0, 3, (10, 6), generator=torch.Generator().manual_seed(0)).float()
     won: dict[str, list[float]] = {"": []}
-    for caption, right, wrong, kind in zip(pairs.captions, pairs.right, pairs.wrong, pairs.kinds, strict=True):
+    for caption, right, wrong, kind in zip(pairs.captions, pairs.correct, pairs.wrong, pairs.kinds, strict=True):
         point = 1.0 if scores[caption, right] > scores[caption, wrong] else 0.0
         point = 0.5 if scores[caption, right] == scores[caption, wrong] else point
         won[""].append(point)

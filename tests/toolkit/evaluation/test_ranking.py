@@ -57,10 +57,10 @@ def test_counts_equal_those_of_full_rows(tiles, case, chunk):
     queries = owner.unique()
     for ranking, rows, targets in ((forward, scores, right), (backward, scores.T[queries], right.T[queries])):
         expected = rank_of_best(rows, targets)
-        for name in ("ahead", "tied", "right"):
+        for name in ("ahead", "tied", "correct"):
             assert getattr(ranking.rank_counts, name).tolist() == getattr(expected, name).tolist(), name
         found = ranking.correct
-        assert sorted(zip(found.query.tolist(), found.answer.tolist(), strict=True)) == [
+        assert sorted(zip(found.query.tolist(), found.candidate.tolist(), strict=True)) == [
             tuple(pair) for pair in targets.nonzero().tolist()
         ]
         for query, answer, ahead, tied in zip(*(vars(found)[name].tolist() for name in vars(found)), strict=True):

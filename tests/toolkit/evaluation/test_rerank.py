@@ -11,7 +11,7 @@ from tests.distributed import run_ranks
 from toolkit.config import schema as config
 from toolkit.evaluation.encode import Encodings, ProcessInfo, Tokens
 from toolkit.evaluation.ranking import rank_both
-from toolkit.evaluation.recall import CorrectAnswers, RankCounts, Ranking, recall_at
+from toolkit.evaluation.recall import CorrectCandidates, RankCounts, Ranking, recall_at
 from toolkit.evaluation.rerank import fit_weight, fuse_scores, reorder, score_candidates, score_pairs
 from toolkit.model.outputs import Encoded
 
@@ -145,13 +145,13 @@ def test_a_correct_answer_outside_the_best_k_stays_behind_them_even_if_its_old_s
     # All ten candidates have the same cosine, and the correct one is not among the best 3.
     old = Ranking(RankCounts(*torch.tensor([[0], [9], [1]])), torch.tensor([[0, 1, 2]]))
     new = reorder(old, torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool)).rank_counts
-    assert (new.ahead.item(), new.tied.item(), new.right.item()) == (3, 6, 1)
+    assert (new.ahead.item(), new.tied.item(), new.correct.item()) == (3, 6, 1)
     assert recall_at(new, 3) == 0.0
     assert recall_at(new, 10) == 100.0
 
 
 def test_every_correct_answer_outside_the_best_k_shares_the_ranks_behind_them_with_its_equals():
-    correct = CorrectAnswers(*torch.tensor([[0], [7], [0], [10]]))  # all ten candidates have the same cosine
+    correct = CorrectCandidates(*torch.tensor([[0], [7], [0], [10]]))  # all ten candidates have the same cosine
     old = Ranking(RankCounts(*torch.tensor([[0], [9], [1]])), torch.tensor([[0, 1, 2]]), correct)
     new = reorder(old, torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool)).correct
     assert (new.ahead.item(), new.tied.item()) == (3, 7)

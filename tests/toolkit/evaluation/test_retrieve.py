@@ -136,7 +136,7 @@ def test_each_picture_and_caption_is_encoded_once_and_independently_of_its_batch
     assert any(rows == 4 for rows, _ in shapes)
     assert encodings.captions.tolist() == [row for sample in samples for row in manifest.captions(sample)]
     owners = [at for at, sample in enumerate(samples) for _ in manifest.captions(sample)]
-    assert encodings.picture.tolist() == owners
+    assert encodings.caption_picture.tolist() == owners
     for at, sample in enumerate(samples):
         torch.testing.assert_close(encodings.images[at], images[sample].embedding[0], atol=1e-5, rtol=0)
     for at, row in enumerate(encodings.captions):

@@ -15,7 +15,7 @@ from shards.media.picture import decode_picture
 from shards.reading.caption_attributes import read_caption_attributes
 from toolkit.config.schema import Config
 from toolkit.evaluation.attention import cross_attention
-from toolkit.evaluation.encode import Encodings, ProcessInfo, Source, encode
+from toolkit.evaluation.encode import Encodings, ModelInputs, ProcessInfo, encode
 from toolkit.evaluation.example_sheet import equally_spaced
 from toolkit.evaluation.inside.denoising import denoising_curves
 from toolkit.evaluation.inside.overlays import draw_attention, spans_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 HARDEST, DRAWN = 8, 8  # queries of each direction, and drawn pairs
 _DENOISED, _BATCH = 256, 32  # pairs that the denoiser is measured on
-_SHOWN = 288  # pixels of an image that attention is drawn over
+_SHOWN = 288  # pixels of a picture that attention is drawn over
 
 
 class InsideLook:
@@ -55,7 +55,7 @@ class InsideLook:
         process: ProcessInfo,
     ) -> None:
         self.model, self.manifest, self.config, self.process = model, manifest, config, process
-        self.source = Source(manifest, samples, config)
+        self.source = ModelInputs(manifest, samples, config)
         texts = read_caption_attributes(manifest, split).text
         rows = [row for sample in manifest.rows(split).tolist() for row in manifest.captions(sample)]
         self.texts = dict(zip(rows, texts, strict=True))
@@ -65,48 +65,59 @@ class InsideLook:
     def distributions(self) -> dict[str, Any]:
         """Measure modality gap, similarities, ranks and hardest queries: these fields of `Inside`."""
         encodings = encode(self.model, self.manifest, self.samples, self.config, self.process)
-        speech, images, owner = encodings.speech, encodings.images, encodings.picture
-        spoken, shown = rank_both(speech, images, owner, FOUND)
-        gap, similarity = similarities(speech, images, owner)
-        directions = {"speech_to_image": spoken, "image_to_speech": shown}
+        speech, images, caption_picture = encodings.speech, encodings.images, encodings.caption_picture
+        speech_to_image, image_to_speech = rank_both(speech, images, caption_picture, FOUND)
+        gap, similarity = similarities(speech, images, caption_picture)
+        directions = {"speech_to_image": speech_to_image, "image_to_speech": image_to_speech}
         ranks = {name: rank_histogram(ranking) for name, ranking in directions.items()}
         return {
             "gap": gap,
             "similarity": similarity,
             "ranks": ranks,
-            "hardest": self._hardest(encodings, spoken, shown),
+            "hardest": self._hardest(encodings, speech_to_image, image_to_speech),
         }
 
-    def _hardest(self, encodings: Encodings, spoken: Ranking, shown: Ranking) -> dict[str, list[dict[str, Any]]]:
-        speech, images, owner = encodings.speech, encodings.images, encodings.picture
-        queries, pictures = owner.unique(), torch.arange(len(images))
-        by_speech = hardest(spoken, speech, owner, images, pictures, HARDEST)
-        by_image = hardest(shown, images[queries.to(images.device)], queries, speech, owner, HARDEST)
+    def _hardest(
+        self, encodings: Encodings, speech_to_image: Ranking, image_to_speech: Ranking
+    ) -> dict[str, list[dict[str, Any]]]:
+        speech, images, caption_picture = encodings.speech, encodings.images, encodings.caption_picture
+        queries, pictures = caption_picture.unique(), torch.arange(len(images))
+        by_speech = hardest(speech_to_image, speech, caption_picture, images, pictures, HARDEST)
+        by_image = hardest(
+            image_to_speech, images[queries.to(images.device)], queries, speech, caption_picture, HARDEST
+        )
         for each in by_speech:
-            each |= {"query": self.caption(each["query"]), "answer": self.picture(each["answer"])}
-            each["found"] = [self.picture(index) for index in each["found"]]
+            each |= {"query": self.caption_reference(each["query"]), "answer": self.picture_reference(each["answer"])}
+            each["found"] = [self.picture_reference(index) for index in each["found"]]
         for each in by_image:
-            each |= {"query": self.picture(int(queries[each["query"]])), "answer": self.caption(each["answer"])}
-            each["found"] = [self.caption(index) for index in each["found"]]
+            each |= {
+                "query": self.picture_reference(int(queries[each["query"]])),
+                "answer": self.caption_reference(each["answer"]),
+            }
+            each["found"] = [self.caption_reference(index) for index in each["found"]]
         return {"speech_to_image": by_speech, "image_to_speech": by_image}
 
-    def picture(self, index: int) -> dict[str, Any]:
+    def picture_reference(self, index: int) -> dict[str, Any]:
         """Reference of a picture by its position."""
         sample = int(self.samples[index])
         image_id = self.manifest.image_id[sample].decode(errors="replace")
         return {"sample": sample, "caption": None, "id": image_id, "text": None}
 
-    def caption(self, index: int) -> dict[str, Any]:
+    def caption_reference(self, index: int) -> dict[str, Any]:
         """Reference of a caption by its position."""
         row = int(self.source.captions[index])
-        return {**self.picture(int(self.source.owner[index])), "caption": row, "text": self.texts[row]}
+        return {
+            **self.picture_reference(int(self.source.caption_picture[index])),
+            "caption": row,
+            "text": self.texts[row],
+        }
 
     @torch.no_grad()
     def attention(self) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
         """Draw the attention of captions at equal distances over their pictures: `Inside.attention`, and the PNGs."""
         pairs, drawings = [], {}
         for index in equally_spaced(len(self.source.captions), DRAWN):
-            query, name = self.caption(index), f"attention-{index:06d}.png"
+            query, name = self.caption_reference(index), f"attention-{index:06d}.png"
             wave = self.source.speech(index)
             seconds = len(wave) / SAMPLE_RATE
             speech, image = self._encode_pairs([index])
@@ -128,17 +139,18 @@ class InsideLook:
 
     def _pairs(self) -> Iterator[tuple[Encoded, Encoded, Tensor]]:
         """Yield encoded pairs of different pictures, in batches of at least two."""
-        _, first = np.unique(self.source.owner, return_index=True)  # the first caption of each picture that has one
+        # The first caption of each picture that has one.
+        _, first = np.unique(self.source.caption_picture, return_index=True)
         chosen = first[equally_spaced(len(first), _DENOISED)]
         for start in range(0, len(chosen), _BATCH):
             batch = chosen[start : start + _BATCH].tolist()
             if len(batch) > 1:
-                ids = torch.from_numpy(self.samples[self.source.owner[batch]]).to(self.process.device)
+                ids = torch.from_numpy(self.samples[self.source.caption_picture[batch]]).to(self.process.device)
                 yield (*self._encode_pairs(batch), ids)
 
     def _encode_pairs(self, captions: list[int]) -> tuple[Encoded, Encoded]:
         device = self.process.device
         waves = [self.source.speech(index) for index in captions]
-        images = torch.stack([self.source.picture(int(self.source.owner[index])) for index in captions])
+        images = torch.stack([self.source.image(int(self.source.caption_picture[index])) for index in captions])
         lengths = torch.tensor([len(wave) for wave in waves], device=device)
         return self.model(images.to(device), pad_sequence(waves, batch_first=True).to(device), lengths)

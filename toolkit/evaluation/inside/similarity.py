@@ -13,24 +13,26 @@ _EDGES = (1, 2, 3, 4, 5, 6, 11, 21, 51, 101, 201, 501, 1001)
 FOUND = 5  # candidates shown of each hard query
 
 
-def similarities(speech: Tensor, images: Tensor, owner: Tensor) -> tuple[dict[str, float], dict[str, list[float]]]:
+def similarities(
+    speech: Tensor, images: Tensor, caption_picture: Tensor
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Measure the modality gap, and count the cosines of right and wrong pairs.
 
     Args:
         speech: Unit embeddings [C, D].
         images: Unit embeddings [P, D].
-        owner: Int64 [C], position of each caption's picture.
+        caption_picture: Int64 [C], position of each caption's picture.
 
     Returns:
         `Inside.gap` and `Inside.similarity`.
     """
-    owner = owner.to(speech.device)
+    caption_picture = caption_picture.to(speech.device)
     right = torch.zeros(_BINS, dtype=torch.float64)
     every = torch.zeros(_BINS, dtype=torch.float64)
     total = right_total = 0.0
     for start in range(0, len(speech), _CHUNK):
         cosines = (speech[start : start + _CHUNK] @ images.T).clamp(-1, 1).float().cpu()
-        own = cosines.gather(1, owner[start : start + _CHUNK, None].cpu())
+        own = cosines.gather(1, caption_picture[start : start + _CHUNK, None].cpu())
         every += torch.histc(cosines, _BINS, -1, 1).double()
         right += torch.histc(own, _BINS, -1, 1).double()
         total, right_total = total + float(cosines.double().sum()), right_total + float(own.double().sum())
@@ -58,7 +60,7 @@ def _ranks(ranking: Ranking) -> Tensor:
 
 
 def hardest(
-    ranking: Ranking, queries: Tensor, query_ids: Tensor, answers: Tensor, answer_ids: Tensor, count: int
+    ranking: Ranking, queries: Tensor, query_ids: Tensor, candidates: Tensor, candidate_ids: Tensor, count: int
 ) -> list[dict[str, Any]]:
     """List the queries whose best correct candidate has the highest rank.
 
@@ -66,8 +68,8 @@ def hardest(
         ranking: Of the Q queries.
         queries: Unit embeddings [Q, D].
         query_ids: Int64 [Q], picture of each query.
-        answers: Unit embeddings [N, D].
-        answer_ids: Int64 [N], picture of each candidate.
+        candidates: Unit embeddings [N, D].
+        candidate_ids: Int64 [N], picture of each candidate.
         count: Number of queries.
 
     Returns:
@@ -78,8 +80,8 @@ def hardest(
     chosen = ranks.argsort(descending=True, stable=True)[:count]
     listed = []
     for query in chosen.tolist():
-        cosines = (answers @ queries[query]).cpu()
-        answer = int(cosines.masked_fill(answer_ids.cpu() != int(query_ids[query]), -2).argmax())
+        cosines = (candidates @ queries[query]).cpu()
+        answer = int(cosines.masked_fill(candidate_ids.cpu() != int(query_ids[query]), -2).argmax())
         found = ranking.candidates[query, :FOUND]
         listed.append(
             {

@@ -22,7 +22,7 @@ from shards.media.audio import decode_audio, read_audio
 from shards.media.picture import decode_picture
 from shards.progress import progress_bar
 from toolkit.config.schema import Config
-from toolkit.evaluation.encode import ProcessInfo, Source, encode_captions, encode_images
+from toolkit.evaluation.encode import ModelInputs, ProcessInfo, encode_captions, encode_images
 from toolkit.evaluation.perturbations.image import crop_region, perturb_image
 from toolkit.evaluation.perturbations.kinds import KINDS, NOISE, generator_of
 from toolkit.evaluation.perturbations.speech import Background, duration_factor, perturb_speech
@@ -92,7 +92,7 @@ class Suite:
     noise: Noise | None = None
 
     def __post_init__(self) -> None:
-        self.source = _PerturbedSource(self.manifest, self.samples, self.config)
+        self.source = _PerturbedInputs(self.manifest, self.samples, self.config)
         self._read_noise = lru_cache(_OPEN_FILES)(lambda path: read_audio(path, _MAX_FILE_SECONDS))
 
     def complete(self, result: Robustness, missing: Sequence[tuple[str, float | None]]) -> Robustness:
@@ -130,7 +130,7 @@ class Suite:
 
     @cached_property
     def _images(self) -> Tensor:
-        return encode_images(self.model, self.source.picture, len(self.samples), self.config, self.process)[0]
+        return encode_images(self.model, self.source.image, len(self.samples), self.config, self.process)[0]
 
     @cached_property
     def _speech(self) -> Tensor:
@@ -159,7 +159,7 @@ class Suite:
             files = self.noise.files if self.noise else ()
             return lambda generator: [self._read_noise(files[int(generator.integers(len(files)))])]
         rows, owners = self._voices
-        others = rows[owners != self.samples[self.source.owner[index]]]
+        others = rows[owners != self.samples[self.source.caption_picture[index]]]
         if not len(others):
             raise UserError(f"babble: split {self.split} of {self.manifest.location} has no captions of other pictures")
 
@@ -177,14 +177,14 @@ class Suite:
         return np.concatenate(spans), np.repeat(samples, [len(span) for span in spans])
 
     def _condition(self, condition: Condition, speech: Tensor, images: Tensor) -> Condition:
-        owner = torch.from_numpy(self.source.owner)
+        caption_picture = torch.from_numpy(self.source.caption_picture)
         ranks = self.process.rank, self.process.world_size
-        recall = summarize_recall(*rank_both(speech, images, owner, _CANDIDATES, *ranks))
+        recall = summarize_recall(*rank_both(speech, images, caption_picture, _CANDIDATES, *ranks))
         figures = {name: recall[name] for name in ("speech_to_image", "image_to_speech")}
         return replace(condition, mean=recall["mean_R@1"], **figures)
 
 
-class _PerturbedSource(Source):
+class _PerturbedInputs(ModelInputs):
     """Decodes and perturbs the model's inputs; a caption is truncated to the longest one only after that."""
 
     def perturbed_image(self, index: int, kind: str, level: float, seed: int) -> Tensor:

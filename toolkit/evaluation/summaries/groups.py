@@ -18,13 +18,13 @@ from torch import Tensor
 
 from shards.errors import UserError
 from shards.reading.caption_attributes import CaptionAttributes
-from toolkit.evaluation.recall import CUTOFFS, CorrectAnswers, RankCounts, Ranking, hits_at
+from toolkit.evaluation.recall import CUTOFFS, CorrectCandidates, RankCounts, Ranking, hits_at
 
 ATTRIBUTES = ("speaker", "language", "accent", "duration", "words")
 _BINNED = ("duration", "words")
 UNKNOWN = "not stated"
 _BINS = 4  # of durations and numbers of words, by quantiles
-_SHOWN = 20  # groups of an attribute in the printed table
+_PRINTED = 20  # groups of an attribute in the printed table
 
 
 def group_captions(attributes: CaptionAttributes, by: str) -> list[str]:
@@ -88,33 +88,33 @@ def recall_by_group(speech_to_image: Ranking, image_to_speech: Ranking, groups: 
     for index in np.argsort(-counts, kind="stable").tolist():
         members = number == index
         best = _best_of_group(image_to_speech.correct, members)
-        spoken = {f"R@{k}": round(100 * hits[k][members].mean().item(), 3) for k in CUTOFFS}
-        shown = {f"R@{k}": round(100 * hits_at(best, k).mean().item(), 3) for k in CUTOFFS}
+        by_speech = {f"R@{k}": round(100 * hits[k][members].mean().item(), 3) for k in CUTOFFS}
+        by_image = {f"R@{k}": round(100 * hits_at(best, k).mean().item(), 3) for k in CUTOFFS}
         mean = (hits[1][members].mean().item() + hits_at(best, 1).mean().item()) * 50
         sizes = {"captions": int(counts[index]), "pictures": len(best.ahead)}
         report[str(names[index])] = {
-            **sizes, "speech_to_image": spoken, "image_to_speech": shown, "mean_R@1": round(mean, 3)
+            **sizes, "speech_to_image": by_speech, "image_to_speech": by_image, "mean_R@1": round(mean, 3)
         }  # fmt: skip
     return report
 
 
-def _best_of_group(correct: CorrectAnswers, members: Tensor) -> RankCounts:
+def _best_of_group(correct: CorrectCandidates, members: Tensor) -> RankCounts:
     """Rank counts of the best caption of a group, for each picture that has one.
 
     Args:
         correct: The captions of all pictures.
         members: Bool [captions], the group.
     """
-    rows = members[correct.answer]
+    rows = members[correct.candidate]
     queries, query = correct.query[rows].unique(return_inverse=True)
     ahead = correct.ahead[rows]
     least = torch.full((len(queries),), torch.iinfo(torch.int64).max).scatter_reduce_(0, query, ahead, "amin")
     # Correct candidates of one query with equally many candidates ahead have the same score.
     best = ahead == least[query]
-    right = torch.bincount(query[best], minlength=len(queries))
-    tied = torch.zeros_like(right)
+    tied_correct = torch.bincount(query[best], minlength=len(queries))
+    tied = torch.zeros_like(tied_correct)
     tied[query[best]] = correct.tied[rows][best]
-    return RankCounts(least, (tied - right).clamp(min=0), right)
+    return RankCounts(least, (tied - tied_correct).clamp(min=0), tied_correct)
 
 
 def format_groups(groups: Mapping[str, Mapping[str, Any]]) -> str:
@@ -122,17 +122,17 @@ def format_groups(groups: Mapping[str, Mapping[str, Any]]) -> str:
     header = f"{'captions':>10}{'S>I R@1':>9}{'R@5':>7}{'R@10':>7}{'I>S R@1':>10}{'R@5':>7}{'R@10':>7}{'mean R@1':>11}"
     lines = []
     for attribute, rows in groups.items():
-        shown = dict(list(rows.items())[:_SHOWN])
+        printed = dict(list(rows.items())[:_PRINTED])
         if attribute in _BINNED:
-            shown = dict(sorted(shown.items(), key=lambda row: (row[0] == UNKNOWN, _first_number(row[0]))))
-        width = max(map(len, [attribute, *shown]))
+            printed = dict(sorted(printed.items(), key=lambda row: (row[0] == UNKNOWN, _first_number(row[0]))))
+        width = max(map(len, [attribute, *printed]))
         lines.append(f"\n{attribute:<{width}}{header}")
-        for name, row in shown.items():
+        for name, row in printed.items():
             figures = [*row["speech_to_image"].values(), *row["image_to_speech"].values(), row["mean_R@1"]]
             cells = zip(figures, (9, 7, 7, 10, 7, 7, 11), strict=True)
             lines.append(f"{name:<{width}}{row['captions']:>10,}" + "".join(f"{value:>{w}.1f}" for value, w in cells))
-        if len(rows) > len(shown):
-            lines.append(f"and {len(rows) - len(shown)} smaller groups, in the result's file")
+        if len(rows) > len(printed):
+            lines.append(f"and {len(rows) - len(printed)} smaller groups, in the result's file")
     return "\n".join(lines).lstrip("\n")
 
 

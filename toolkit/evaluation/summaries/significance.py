@@ -55,7 +55,7 @@ def sum_by_picture(ranks: Mapping[str, Ranks]) -> PictureSums:
     hits, queries = np.zeros((2, len(pictures), len(FIGURES)))
     for column, (direction, name) in enumerate(FIGURES):
         each = ranks[direction]
-        counts = RankCounts(*(torch.from_numpy(values) for values in (each.ahead, each.tied, each.right)))
+        counts = RankCounts(*(torch.from_numpy(values) for values in (each.ahead, each.tied, each.correct)))
         np.add.at(hits[:, column], places[direction], hits_at(counts, int(name[2:])).numpy())
         np.add.at(queries[:, column], places[direction], 1.0)
     return PictureSums(hits, queries)

@@ -63,9 +63,9 @@ def format_protocols(reports: Sequence[Mapping[str, Any]]) -> str:
     cells = [f"{name:>8}" for name in ("R@1", "R@5", "R@10", "nDCG@10", "R@1", "R@5", "R@10")]
     lines.append(" " * 44 + "".join(cells) + "".join(f"{f'rec@{k}':>8}" for k in (1, 5, 10)) + f"{'nDCG@10':>8}")
     for label, (recall, measures) in _protocol_rows(reports).items():
-        spoken, shown = (measures[direction] for direction in DIRECTIONS)
-        figures = [*recall[DIRECTIONS[0]].values(), spoken["nDCG@10"], *recall[DIRECTIONS[1]].values()]
-        figures += [*(shown[f"recall_at_{k}"] for k in (1, 5, 10)), shown["nDCG@10"]]
+        by_speech, by_image = (measures[direction] for direction in DIRECTIONS)
+        figures = [*recall[DIRECTIONS[0]].values(), by_speech["nDCG@10"], *recall[DIRECTIONS[1]].values()]
+        figures += [*(by_image[f"recall_at_{k}"] for k in (1, 5, 10)), by_image["nDCG@10"]]
         lines.append(f"{label:<44}" + "".join(f"{value:>8.1f}" for value in figures))
     return "\n".join(lines)
 

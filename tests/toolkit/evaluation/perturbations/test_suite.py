@@ -84,7 +84,7 @@ def test_babble_is_of_other_pictures(folder, monkeypatch):
     for index in range(len(suite.source.captions)):
         heard.clear()
         suite._background("babble", index)(np.random.default_rng(0))
-        own = suite.manifest.captions(int(suite.samples[suite.source.owner[index]]))
+        own = suite.manifest.captions(int(suite.samples[suite.source.caption_picture[index]]))
         assert len(heard) == 4
         assert len(set(heard)) == 4
         assert not set(heard) & set(own)
