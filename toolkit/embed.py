@@ -21,7 +21,7 @@ from shards.logs import add_log_level, setup_logging
 from toolkit.index import add_model
 
 if TYPE_CHECKING:
-    from toolkit.indexing.items import Source
+    from toolkit.indexing.items import ItemSource
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{', '.join(map(str, files))}: {result.rows:,} {UNITS[source.modality]}{left_out}")
 
 
-def open_inputs(options: argparse.Namespace) -> "Source":
+def open_inputs(options: argparse.Namespace) -> "ItemSource":
     """Open the inputs named on the command line.
 
     Raises:

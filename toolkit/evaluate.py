@@ -9,13 +9,14 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 if __name__ == "__main__":  # import from the repository root, not from the script's folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.errors import run_main
 from shards.logs import setup_logging
+from toolkit.config.schema import Config, Fuse
 from toolkit.evaluation.request import Request, build_parser, is_final, read_arguments
 from toolkit.evaluation.results import Result, save_result
 from toolkit.evaluation.summaries.stored import show_stored
@@ -23,9 +24,8 @@ from toolkit.run_folder import load_model, load_run, read_step
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
-    from toolkit.config.schema import Config
     from toolkit.evaluation.encode import ProcessInfo
-    from toolkit.evaluation.evaluation import Checkpoint, Evaluation
+    from toolkit.evaluation.evaluation import Checkpoint, SplitEvaluation
     from toolkit.model.retrieval import SpeechImageModel
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _is_fitted(model: "SpeechImageModel") -> bool:
     return model.config.match_weight is not None
 
 
-def fit_match_weight(model: "SpeechImageModel", config: "Config", k: int, process: "ProcessInfo") -> None:
+def fit_match_weight(model: "SpeechImageModel", config: Config, k: int, process: "ProcessInfo") -> None:
     """Fit the weight of the match logit on the run's development split, for a model that was exported without one.
 
     Raises:
@@ -118,25 +118,23 @@ def evaluate(
     split: str,
     groups: dict[str, list[str]],
     process: "ProcessInfo",
-) -> "list[Evaluation]":
+) -> "list[SplitEvaluation]":
     """Evaluate one data set under the requested protocol, or under all of them."""
     from toolkit.evaluation.evaluation import audio_limits, evaluate_split
-    from toolkit.evaluation.retrieve import Fuse
 
     # The shards may differ from those of the configuration, of which readers need the location.
     config = replace(request.config, data=replace(request.config.data, shards=manifest.location))
     if not request.protocols:
         return evaluate_split(checkpoint, manifest, split, config, request.rerank, process, groups)
-    fuses: list[Fuse] = ["fitted", "sum", "matching"]
+    fuses = [fuse for fuse in get_args(Fuse) if fuse != "fitted" or _is_fitted(checkpoint.model)]
     evaluations = []
     for seconds in audio_limits(manifest, split, config.evaluation.max_seconds):
         cut = replace(config, evaluation=replace(config.evaluation, max_seconds=seconds))
-        usable = fuses if _is_fitted(checkpoint.model) else fuses[1:]
-        evaluations += evaluate_split(checkpoint, manifest, split, cut, request.rerank, process, groups, usable)
+        evaluations += evaluate_split(checkpoint, manifest, split, cut, request.rerank, process, groups, fuses)
     return evaluations
 
 
-def store(request: Request, evaluation: "Evaluation", manifest: "Manifest", split: str) -> Result:
+def store(request: Request, evaluation: "SplitEvaluation", manifest: "Manifest", split: str) -> Result:
     """Write the result of one evaluation, and its image of retrieved examples; on rank 0."""
     from shards.files import atomic_write
     from toolkit.evaluation.example_sheet import save_example_sheet

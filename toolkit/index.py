@@ -17,7 +17,7 @@ from shards.errors import Parser, UserError, run_main
 from shards.logs import add_log_level, setup_logging
 
 if TYPE_CHECKING:
-    from toolkit.indexing.items import Source
+    from toolkit.indexing.items import ItemSource
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{options.out}: {result.rows:,} {UNITS[source.modality]}")
 
 
-def open_items(options: argparse.Namespace) -> "Source":
+def open_items(options: argparse.Namespace) -> "ItemSource":
     """Open the source named on the command line.
 
     Raises:

@@ -9,13 +9,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 if __name__ == "__main__":  # import from the repository root, not from the script's folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.errors import Parser, UserError, run_main
 from shards.logs import add_log_level, setup_logging
+from toolkit.config.schema import Fuse
 from toolkit.index import add_model, positive
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--fuse",
-        choices=("fitted", "sum", "matching"),
+        choices=get_args(Fuse),
         default="fitted",
         help="score of re-ranked candidates, as evaluation.fuse (default: fitted)",
     )

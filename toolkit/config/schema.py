@@ -26,6 +26,8 @@ RENAMED_KEYS = {  # full key of an earlier version: name of the key in its secti
     "training.name_bad_module": "detect_nonfinite",
 }
 
+Fuse = Literal["fitted", "sum", "matching"]  # score of re-ranked candidates; see `toolkit.evaluation.rerank`
+
 
 @dataclass
 class Data:
@@ -218,7 +220,7 @@ class Evaluation:
     batch_size: int = 64  # pictures, or captions of up to data.max_seconds; fewer if captions are longer
     max_seconds: float = 60.0  # longer captions are truncated, also by the exported model's processor
     rerank: int = 0  # candidates per query that SIM re-ranks in evaluations during training; 0: no re-ranking
-    fuse: Literal["fitted", "sum", "matching"] = (
+    fuse: Fuse = (
         "fitted"  # score: cosine + w * match logit with w fitted on dev, or w = 1 (BLIP), or the logit alone (ALBEF)
     )
 

@@ -1,4 +1,7 @@
-"""Evaluate one checkpoint on one data set: recall in both directions, its intervals, other measures, groups."""
+"""Evaluate one checkpoint on one data set: recall in both directions, its intervals, other measures, groups.
+
+A checkpoint here is an exported model, which evaluation reads, and not the training state of RUN/checkpoints.
+"""
 
 import hashlib
 import math
@@ -11,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shards.manifest import Manifest
-from toolkit.config.schema import Config
+from toolkit.config.schema import Config, Fuse
 from toolkit.evaluation.encode import ProcessInfo
 from toolkit.evaluation.results import DIRECTIONS, ranks_of
-from toolkit.evaluation.retrieve import Fuse, Retrieval, retrieve_each
+from toolkit.evaluation.retrieve import Retrieval, retrieve_each
 from toolkit.evaluation.summaries.groups import recall_by_group
 from toolkit.evaluation.summaries.measures import measure
 from toolkit.evaluation.summaries.significance import intervals
@@ -27,7 +30,7 @@ CUT_SECONDS = 10.0  # of FaST-VGS's test on SpokenCOCO and Flickr8k
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The model that is evaluated.
+    """The exported model that is evaluated.
 
     Attributes:
         model: On the device.
@@ -43,8 +46,8 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One evaluation: rankings, the contents of its JSON file, and those of its `.npz`; see `save_result`."""
+class SplitEvaluation:
+    """Evaluation of a split: rankings, the contents of its JSON file, and those of its `.npz`; see `save_result`."""
 
     config: Config
     retrieval: Retrieval
@@ -68,7 +71,7 @@ def evaluate_split(
     process: ProcessInfo,
     groups: Mapping[str, Sequence[str]] | None = None,
     fuses: Sequence[Fuse] = (),
-) -> list[Evaluation]:
+) -> list[SplitEvaluation]:
     """Evaluate a split; called on every rank. Intervals, measures and groups are computed on rank 0 alone.
 
     Args:
@@ -106,7 +109,7 @@ def evaluate_split(
         }
         columns = rank_columns(retrieval, manifest)
         report = retrieval.report | source | _summaries(retrieval, columns, groups or {})
-        evaluations.append(Evaluation(settings, retrieval, report, columns))
+        evaluations.append(SplitEvaluation(settings, retrieval, report, columns))
     return evaluations
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shards.manifest import Manifest
-from toolkit.config.schema import Config, Evaluation
+from toolkit.config.schema import Config, Evaluation, Fuse
 from toolkit.evaluation import minimal_pairs
 from toolkit.evaluation.encode import Encodings, ProcessInfo, encode
 from toolkit.evaluation.ranking import rank_both
@@ -18,8 +18,6 @@ from toolkit.evaluation.rerank import ScoredCandidates, cosines, score_candidate
 
 if TYPE_CHECKING:
     from toolkit.model.retrieval import SpeechImageModel
-
-Fuse = Literal["fitted", "sum", "matching"]
 
 _MIN_CANDIDATES = 10  # kept per query
 

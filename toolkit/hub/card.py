@@ -28,7 +28,7 @@ MARK = "<!-- Written by share.py, which replaces this file; delete this line to 
 MODULES = [{"idx": 0, "name": "0", "path": "", "type": "toolkit.hub.sentence_transformer.SpeechImageModule"}]
 _TAGS = ["speech-image-retrieval", "audio", "image", "sentence-transformers", "arxiv:2408.13119", "arxiv:2408.13705"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_DIRECTIONS = {"speech_to_image": "speech to image", "image_to_speech": "image to speech"}
+_DIRECTION_NAMES = {"speech_to_image": "speech to image", "image_to_speech": "image to speech"}
 
 _USE = """## Use
 
@@ -181,7 +181,7 @@ def _trunks(config: "Config | None") -> list[str]:
 def _rows(recall: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, float]]]:
     """Yield a label and the figures of each direction, before and after re-ranking."""
     for part, suffix in (("coarse", ""), ("reranked", ", re-ranked")):
-        for key, label in _DIRECTIONS.items():
+        for key, label in _DIRECTION_NAMES.items():
             if figures := _mapping(_mapping(recall.get(part)).get(key)):
                 yield label + suffix, figures
 

@@ -9,7 +9,7 @@ Sound files are decoded as everywhere in this package; mteb's own decoder would 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from shards.errors import UserError
 from shards.media.audio import mix_down, read_audio, resample
 from shards.progress import progress_bar
-from toolkit.config.schema import Evaluation
+from toolkit.config.schema import Evaluation, Fuse
 from toolkit.evaluation.rerank import fuse_scores
 from toolkit.indexing.encoder import Encoder, find_model, groups, model_checksum
 from toolkit.indexing.items import Modality
@@ -114,7 +114,7 @@ class SpeechImageCrossEncoder:
         *,
         training_datasets: set[str],
         name: str | None = None,
-        fuse: Literal["fitted", "sum", "matching"] = "fitted",
+        fuse: Fuse = "fitted",
         **options: Any,
     ) -> None:
         folder = find_model(str(model_name))
@@ -175,10 +175,10 @@ class SpeechImageCrossEncoder:
     def _score(self, speech: Encoded, numbers: Tensor, images: Encoded, rows: Tensor) -> Tensor:
         """Score pairs of a caption of the batch and an image: float32 [M] on the CPU."""
         device, chosen = self.encoder.device, images[rows]
-        left = speech[numbers.to(device)]
-        right = Encoded(chosen.embedding.to(device), chosen.tokens.to(device), chosen.mask.to(device))
-        logits = self.encoder.model.match(left, right)[:, 1].float().cpu()
-        cosines = (left.embedding * right.embedding).sum(dim=1).float().cpu()
+        speech = speech[numbers.to(device)]
+        image = Encoded(chosen.embedding.to(device), chosen.tokens.to(device), chosen.mask.to(device))
+        logits = self.encoder.model.match(speech, image)[:, 1].float().cpu()
+        cosines = (speech.embedding * image.embedding).sum(dim=1).float().cpu()
         return fuse_scores(self.encoder.model, cosines, logits, self.evaluation)
 
 

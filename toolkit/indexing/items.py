@@ -40,7 +40,7 @@ class Item(NamedTuple):
     version: str  # changes with the content: the modification time in ns, or checksum and offset in the shard
 
 
-class Source(Protocol):
+class ItemSource(Protocol):
     """Items and the decoding of them; `load` is called from several threads."""
 
     modality: Modality
@@ -233,7 +233,7 @@ class ShardSource:
         return int(np.searchsorted(self.manifest.first_caption, row, side="right")) - 1
 
 
-def open_source(description: dict[str, str], modality: Modality) -> Source:
+def open_source(description: dict[str, str], modality: Modality) -> ItemSource:
     """Open a source from the result of its `describe`.
 
     Raises:

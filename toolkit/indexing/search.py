@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from toolkit.config.schema import Evaluation
+from toolkit.config.schema import Evaluation, Fuse
 from toolkit.evaluation.rerank import fuse_scores
 from toolkit.indexing.encoder import Encoder, groups
-from toolkit.indexing.items import FileSource, Modality, Source, open_source, printable
+from toolkit.indexing.items import FileSource, ItemSource, Modality, open_source, printable
 from toolkit.indexing.nearest import nearest
 from toolkit.indexing.store import Index
 from toolkit.indexing.update import decode_batches
@@ -26,7 +26,6 @@ from toolkit.model.outputs import Encoded
 
 logger = logging.getLogger(__name__)
 
-Fuse = Literal["fitted", "sum", "matching"]
 _RERANK_BATCH = 32  # candidates encoded at once
 
 
@@ -69,10 +68,10 @@ class Searcher:
         self.find = find or partial(nearest, index)
         self.evaluation = Evaluation(fuse=fuse)
         self.query_modality: Modality = "audio" if index.head.modality == "image" else "image"
-        self._source: Source | None = None
+        self._source: ItemSource | None = None
 
     @property
-    def source(self) -> Source:
+    def source(self) -> ItemSource:
         """The indexed items, opened when first needed."""
         if self._source is None:
             self._source = open_source(self.index.head.source, self.index.head.modality)

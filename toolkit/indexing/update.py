@@ -16,7 +16,7 @@ from shards.errors import TransientError, UserError
 from shards.progress import progress_bar
 from toolkit.indexing.approximate import FROM, refresh
 from toolkit.indexing.encoder import Encoder, model_checksum
-from toolkit.indexing.items import Item, Source, printable
+from toolkit.indexing.items import Item, ItemSource, printable
 from toolkit.indexing.store import HEAD, Head, Index, read_head, write_head
 from toolkit.indexing.writer import Journal, commit, locked, remove_leftovers
 
@@ -66,7 +66,7 @@ def compare(indexed: Sequence[Item], listed: Sequence[Item], unlisted: Sequence[
     return Changes(encode, keep, len(encode) - changed, changed, len(indexed) - len(keep) - changed)
 
 
-def plan(folder: Path, source: Source, model: Path) -> tuple[Head, Changes, list[Item]]:
+def plan(folder: Path, source: ItemSource, model: Path) -> tuple[Head, Changes, list[Item]]:
     """Compare an index, which may not exist yet, with its source; writes nothing.
 
     Returns:
@@ -116,7 +116,7 @@ def check_model(head: Head, checksum: str, folder: Path) -> None:
 
 def update(
     folder: Path,
-    source: Source,
+    source: ItemSource,
     model: Path,
     batch_size: int = 32,
     workers: int | None = None,
@@ -172,7 +172,7 @@ def update(
 
 
 def embed_items(
-    encoder: Encoder, source: Source, items: Sequence[Item], batch_size: int = 32, workers: int | None = None
+    encoder: Encoder, source: ItemSource, items: Sequence[Item], batch_size: int = 32, workers: int | None = None
 ) -> Iterator[tuple[list[Item], Tensor, list[str]]]:
     """Decode in threads and encode in batches.
 
@@ -199,7 +199,7 @@ def embed_items(
 
 
 def decode_batches(
-    encoder: Encoder, source: Source, batches: Sequence[Sequence[Item]], workers: int | None = None
+    encoder: Encoder, source: ItemSource, batches: Sequence[Sequence[Item]], workers: int | None = None
 ) -> Iterator[list[Tensor | str]]:
     """Decode batches in order, with a few of them in flight; the reason in place of an input that is unreadable."""
 

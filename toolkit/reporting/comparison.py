@@ -18,7 +18,7 @@ from toolkit.reporting.groups import groups_section
 from toolkit.reporting.inside import inside_section
 from toolkit.reporting.published import Published, published_results
 from toolkit.reporting.robustness import robustness_section
-from toolkit.reporting.runs import Evaluation, Group, Run, differences
+from toolkit.reporting.runs import Group, Run, RunEvaluation, differences
 
 _MAX_RUNS = 4  # runs of which examples are shown
 _MAX_PICTURE = 2 << 20  # bytes
@@ -94,7 +94,7 @@ def _run_row(run: Run, group: Group) -> list[str]:
 
 def _results(runs: Sequence[Run]) -> dict[str, Any]:
     """Tables of all evaluations, one for each test set, with the published results on it, and tables of baselines."""
-    by_data: dict[str, list[tuple[Run, Evaluation]]] = {}
+    by_data: dict[str, list[tuple[Run, RunEvaluation]]] = {}
     baselines: dict[str, list[list[str]]] = {}
     for run in runs:
         for evaluation in run.evaluations:
@@ -124,7 +124,7 @@ def _baseline_row(run: Run, result: Result) -> list[str]:
     return [run.name, str(text), Path(folder).name, rate, *cells]
 
 
-def _results_table(data: str, found: Sequence[tuple[Run, Evaluation]]) -> dict[str, Any]:
+def _results_table(data: str, found: Sequence[tuple[Run, RunEvaluation]]) -> dict[str, Any]:
     rows = []
     for run, evaluation in found:
         report, result = evaluation.report, evaluation.result

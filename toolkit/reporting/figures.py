@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 FINAL = "recall.json"  # the run's final evaluation
-DIRECTIONS = {"speech_to_image": "S>I", "image_to_speech": "I>S"}
+DIRECTION_LABELS = {"speech_to_image": "S>I", "image_to_speech": "I>S"}
 CUTOFFS = ("R@1", "R@5", "R@10")
-RECALL_HEAD = [*(f"{short} {cutoff}" for short in DIRECTIONS.values() for cutoff in CUTOFFS), "mean R@1"]
+RECALL_HEAD = [*(f"{short} {cutoff}" for short in DIRECTION_LABELS.values() for cutoff in CUTOFFS), "mean R@1"]
 _MAX_BYTES = 16 << 20  # of a result file
 
 
@@ -42,7 +42,7 @@ def checkpoint_text(report: Mapping[str, Any]) -> str:
 
 def recall_cells(recall: Any, intervals: Any = None) -> list[str]:
     """Return the cells of `RECALL_HEAD`: figures in percent, with their intervals of 95 % where there are any."""
-    paths = [(direction, cutoff) for direction in DIRECTIONS for cutoff in CUTOFFS]
+    paths = [(direction, cutoff) for direction in DIRECTION_LABELS for cutoff in CUTOFFS]
     return [_with_interval(get(recall, *path), get(intervals, *path)) for path in [*paths, ("mean_R@1",)]]
 
 

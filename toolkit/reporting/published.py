@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.yaml_files import read_yaml
-from toolkit.reporting.figures import CUTOFFS, DIRECTIONS
+from toolkit.reporting.figures import CUTOFFS, DIRECTION_LABELS
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def published_results(corpus: str, split: str, pictures: Any) -> list[Published]
 
 def _recall(figures: list[list[float | None]]) -> dict[str, Any]:
     recall: dict[str, Any] = {
-        way: dict(zip(CUTOFFS, values, strict=True)) for way, values in zip(DIRECTIONS, figures, strict=True)
+        way: dict(zip(CUTOFFS, values, strict=True)) for way, values in zip(DIRECTION_LABELS, figures, strict=True)
     }
     first = [values[0] for values in figures if values[0] is not None]
     return recall | {"mean_R@1": sum(first) / 2 if len(first) == 2 else None}

@@ -32,7 +32,7 @@ _NOT_COMPARED = ("run", "seed", "launch.", "wandb.")  # prefixes of keys that do
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class RunEvaluation:
     """One evaluation of a run.
 
     Attributes:
@@ -66,11 +66,11 @@ class Run:
     name: str
     config: Config
     records: list[dict[str, Any]]
-    evaluations: list[Evaluation]
+    evaluations: list[RunEvaluation]
     baselines: list[tuple[str, Result]]
 
     @property
-    def final(self) -> Evaluation | None:
+    def final(self) -> RunEvaluation | None:
         """The final evaluation; None: there was none yet."""
         return next((one for one in self.evaluations if one.final), None)
 
@@ -134,16 +134,16 @@ def _submitted(grid: Path) -> dict[str, int]:
     return {}
 
 
-def _evaluations(run: Path, results: Sequence[Result]) -> list[Evaluation]:
+def _evaluations(run: Path, results: Sequence[Result]) -> list[RunEvaluation]:
     """Return the stored results; the final one without ranks where it is older than they are."""
     final = read_json(run / FINAL)
     same = [result for result in results if final is not None and _is_same(result, final)]
     evaluations = [
-        Evaluation(result.report, _data_name(result), any(result is one for one in same[-1:]), result)
+        RunEvaluation(result.report, _data_name(result), any(result is one for one in same[-1:]), result)
         for result in results
     ]
     if final is not None and isinstance(get(final, "coarse", "mean_R@1"), int | float) and not same:
-        evaluations.append(Evaluation(final, _unrecorded_data(final), True, None))
+        evaluations.append(RunEvaluation(final, _unrecorded_data(final), True, None))
     return evaluations
 
 
