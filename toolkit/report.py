@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from toolkit.reporting.ablation import ablations
     from toolkit.reporting.runs import group_runs, load_runs
 
-    groups = group_runs(load_runs(options.runs))
-    tables = ablations(groups, options.baseline)
+    configurations = group_runs(load_runs(options.runs))
+    tables = ablations(configurations, options.baseline)
     if options.markdown:
         if not tables:
             raise UserError(f"{options.runs[0]}: no run was evaluated yet: python toolkit/evaluate.py --run RUN")
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from toolkit.reporting.comparison import write_comparison
 
         out = options.out or options.runs[0] / NAME
-        write_comparison(out, groups, tables)
+        write_comparison(out, configurations, tables)
         logger.info("report: %s", out)
 
 

@@ -1,8 +1,8 @@
 """What the settings of a grid's members gain in mean R@1, over seeds, with a paired test over the test pictures.
 
 Members that differ by the seed only are one configuration. Runs with the same seed make a pair. The test is a
-permutation test clustered by picture: under the hypothesis of no gain the sign of a picture's contribution, of its own
-query and of its captions', averaged over the seeds, is a coin's.
+permutation test clustered by picture. A picture contributes by its own query and by its captions'. Under the null
+hypothesis the sign of each picture's contribution, averaged over the seeds, is + or - with probability 1/2.
 """
 
 import statistics
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from shards.errors import UserError
 from toolkit.evaluation.results import DIRECTIONS, STAGES, describe_protocol
 from toolkit.reporting.figures import get, number
-from toolkit.reporting.runs import Group, Run
+from toolkit.reporting.runs import Configuration, Run
 
 if TYPE_CHECKING:
     from toolkit.evaluation.summaries.significance import PictureSums
@@ -27,12 +27,12 @@ GAIN_COLUMNS = ["gain in mean R@1, points", "with", "without", "gain", "deviatio
 
 @dataclass(frozen=True)
 class Gain:
-    """Mean R@1 of two sides in percent and their difference, over seeds.
+    """Mean R@1 of treatment and control in percent, and their difference, over seeds.
 
     Attributes:
         name: What is compared.
-        ours: Mean over seeds.
-        theirs: Likewise.
+        treatment: Mean over seeds with what is compared, of the column "with".
+        control: Mean over seeds without it, of the column "without".
         difference: Mean difference, in points.
         deviation: Standard deviation of the difference between seeds; None: there is one seed.
         p: Probability of such a difference by chance; None: the ranks of the queries were not stored.
@@ -40,8 +40,8 @@ class Gain:
     """
 
     name: str
-    ours: float
-    theirs: float
+    treatment: float
+    control: float
     difference: float
     deviation: float | None
     p: float | None
@@ -53,8 +53,8 @@ class Gain:
         deviation = number(self.deviation, 2)
         return [
             self.name,
-            number(self.ours),
-            number(self.theirs),
+            number(self.treatment),
+            number(self.control),
             f"{self.difference:+.2f}",
             deviation,
             p,
@@ -93,41 +93,44 @@ class Ablation:
         )
 
 
-def ablations(groups: Sequence[Group], baseline: str | None = None) -> list[Ablation]:
+def ablations(configurations: Sequence[Configuration], baseline: str | None = None) -> list[Ablation]:
     """Compare configurations by their final evaluations, those on each test set apart.
 
     Args:
-        groups: The configurations.
+        configurations: The configurations.
         baseline: Name of the one that the others are compared with; default: the first.
 
     Raises:
         UserError: There is no configuration of that name, or stored ranks cannot be read.
     """
-    names = [group.name for group in groups]
+    names = [each.name for each in configurations]
     if baseline is not None and baseline not in names:
         raise UserError(f"--baseline {baseline}: there is no such configuration; there are {', '.join(names)}")
     base = baseline or names[0]
-    data = dict.fromkeys(run.final.data for group in groups for run in group.runs if run.final)
-    return [_ablation(groups, base, name) for name in data]
+    data = dict.fromkeys(run.final.data for each in configurations for run in each.runs if run.final)
+    return [_ablation(configurations, base, name) for name in data]
 
 
-def _ablation(groups: Sequence[Group], base: str, data: str) -> Ablation:
+def _ablation(configurations: Sequence[Configuration], base: str, data: str) -> Ablation:
     members = {
-        group.name: [_Member(run) for run in group.runs if run.final and run.final.data == data] for group in groups
+        each.name: [_Member(run) for run in each.runs if run.final and run.final.data == data]
+        for each in configurations
     }
     members = {name: found for name, found in members.items() if found}
     gains = []
-    for name, ours in members.items():
-        if all("reranked" in member.stages for member in ours):
-            gains.append(_compare(f"re-ranking, {name}", [_Pair(one, one, "reranked", "coarse") for one in ours]))
-    theirs = {member.seed: member for member in members.get(base, [])}
-    for name, ours in members.items():
+    for name, own in members.items():
+        if all("reranked" in member.stages for member in own):
+            gains.append(_compare(f"re-ranking, {name}", [_Pair(one, one, "reranked", "coarse") for one in own]))
+    controls = {member.seed: member for member in members.get(base, [])}
+    for name, own in members.items():
         for stage in STAGES if name != base else ():
-            shared = [(one, theirs[one.seed]) for one in ours if one.seed in theirs]
+            shared = [(one, controls[one.seed]) for one in own if one.seed in controls]
             pairs = [_Pair(*pair, stage, stage) for pair in shared if all(stage in one.stages for one in pair)]
             if pairs:
                 gains.append(_compare(f"{name} against {base}, {stage.replace('reranked', 're-ranked')}", pairs))
-    return Ablation(data, [_recall_row(*item) for item in members.items()], gains, _notes(groups, members, base, gains))
+    return Ablation(
+        data, [_recall_row(*item) for item in members.items()], gains, _notes(configurations, members, base, gains)
+    )
 
 
 class _Member:
@@ -159,27 +162,27 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two sides with one seed."""
+    """Treatment and control with one seed."""
 
-    ours: _Member
-    theirs: _Member
-    our_stage: str
-    their_stage: str
+    treatment: _Member
+    control: _Member
+    treatment_stage: str
+    control_stage: str
 
     @property
     def means(self) -> tuple[float, float]:
-        """Mean R@1 of both sides."""
-        return self.ours.mean(self.our_stage), self.theirs.mean(self.their_stage)
+        """Mean R@1 of treatment and control."""
+        return self.treatment.mean(self.treatment_stage), self.control.mean(self.control_stage)
 
 
 def _compare(name: str, pairs: Sequence[_Pair]) -> Gain:
-    """Compare two sides over seeds."""
+    """Compare treatment and control over seeds."""
     means = [pair.means for pair in pairs]
-    differences = [ours - theirs for ours, theirs in means]
+    differences = [treatment - control for treatment, control in means]
     return Gain(
         name,
-        statistics.mean(ours for ours, _ in means),
-        statistics.mean(theirs for _, theirs in means),
+        statistics.mean(treatment for treatment, _ in means),
+        statistics.mean(control for _, control in means),
         statistics.mean(differences),
         statistics.stdev(differences) if len(pairs) > 1 else None,
         _p_value(pairs),
@@ -193,11 +196,13 @@ def _p_value(pairs: Sequence[_Pair]) -> float | None:
 
     from toolkit.evaluation.summaries.significance import permutation_test
 
-    sides = [(pair.ours.sums.get(pair.our_stage), pair.theirs.sums.get(pair.their_stage)) for pair in pairs]
-    known = [(ours, theirs) for ours, theirs in sides if ours is not None and theirs is not None]
+    sides = [
+        (pair.treatment.sums.get(pair.treatment_stage), pair.control.sums.get(pair.control_stage)) for pair in pairs
+    ]
+    known = [(treatment, control) for treatment, control in sides if treatment is not None and control is not None]
     if len(known) < len(pairs) or len({queries for side in known for queries, _ in side}) > 1:
         return None
-    difference = np.mean([ours.hits - theirs.hits for (_, ours), (_, theirs) in known], axis=0)
+    difference = np.mean([treatment.hits - control.hits for (_, treatment), (_, control) in known], axis=0)
     queries = known[0][0][1].queries.sum(0)
     return float(permutation_test(difference, queries, PERMUTATIONS, seed=0)[-1])
 
@@ -218,7 +223,7 @@ def _spread(values: Sequence[Any]) -> str:
 
 
 def _notes(
-    groups: Sequence[Group], members: Mapping[str, Sequence[_Member]], base: str, gains: Sequence[Gain]
+    configurations: Sequence[Configuration], members: Mapping[str, Sequence[_Member]], base: str, gains: Sequence[Gain]
 ) -> list[str]:
     notes = []
     few = [f"{name} ({len(found)})" for name, found in members.items() if len(found) < _SEEDS]
@@ -239,7 +244,7 @@ def _notes(
         missing = [one.run for found in members.values() for one in found if one.evaluation.result is None]
         example = f": python toolkit/evaluate.py --run {missing[0].folder}" if missing else ""
         notes.append(f"p is not measured where ranks of the same queries are not stored; for each run{example}")
-    unfinished = [run.name for group in groups for run in group.runs if run.final is None]
+    unfinished = [run.name for each in configurations for run in each.runs if run.final is None]
     if unfinished:
         notes.append(f"Not evaluated yet: {', '.join(unfinished)}.")
     return notes

@@ -18,7 +18,7 @@ from toolkit.reporting.groups import groups_section
 from toolkit.reporting.inside import inside_section
 from toolkit.reporting.published import Published, published_results
 from toolkit.reporting.robustness import robustness_section
-from toolkit.reporting.runs import Group, Run, RunEvaluation, differences
+from toolkit.reporting.runs import Configuration, Run, RunEvaluation, differences
 
 _MAX_RUNS = 4  # runs of which examples are shown
 _MAX_PICTURE = 2 << 20  # bytes
@@ -49,47 +49,47 @@ _COMPARED = (
 )
 
 
-def write_comparison(path: Path, groups: Sequence[Group], ablations: Sequence[Ablation]) -> None:
+def write_comparison(path: Path, configurations: Sequence[Configuration], ablations: Sequence[Ablation]) -> None:
     """Write the page atomically.
 
     Args:
         path: The file to write.
-        groups: The runs by configuration.
+        configurations: The runs by configuration.
         ablations: The configurations compared over seeds.
 
     Raises:
         UserError: The page cannot be written, or a result of a run cannot be read.
     """
-    runs = [run for group in groups for run in group.runs]
-    head, rows = differences(groups)
+    runs = [run for each in configurations for run in each.runs]
+    head, rows = differences(configurations)
     try:
         write_html(
             path,
             Path(__file__).with_name("comparison.html"),
             title=f"Report of {runs[0].name}" if len(runs) == 1 else f"Report of {len(runs)} runs",
             contents=list(_CONTENTS.items()),
-            runs=[_run_row(run, group) for group in groups for run in group.runs],
+            runs=[_run_row(run, each) for each in configurations for run in each.runs],
             results=_results(runs),
-            ablation=_ablation(groups, ablations),
-            curves=_curves(groups),
+            ablation=_ablation(configurations, ablations),
+            curves=_curves(configurations),
             differences={"head": head, "rows": rows},
             robustness=robustness_section(runs),
             groups=groups_section(runs),
             inside=inside_section(runs),
-            retrieved=_retrieved(groups),
+            retrieved=_retrieved(configurations),
         )
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _run_row(run: Run, group: Group) -> list[str]:
+def _run_row(run: Run, configuration: Configuration) -> list[str]:
     steps = [record for record in run.records if isinstance(record.get("step"), int) and "seconds" in record]
     seconds = steps[-1]["seconds"] if steps else None
     hours = number(seconds / 3600, 2) if isinstance(seconds, int | float) else ""
     report = run.final.report if run.final else {}
     mean = number(get(report, "reranked", "mean_R@1") or get(report, "coarse", "mean_R@1"))
     step = f"{steps[-1]['step']:,}" if steps else ""
-    return [run.name, group.name, str(run.config.seed), step, hours, mean or "not evaluated"]
+    return [run.name, configuration.name, str(run.config.seed), step, hours, mean or "not evaluated"]
 
 
 def _results(runs: Sequence[Run]) -> dict[str, Any]:
@@ -146,9 +146,9 @@ def _source(one: Published) -> str:
     return f"{one.source}: {one.protocol}"
 
 
-def _ablation(groups: Sequence[Group], ablations: Sequence[Ablation]) -> dict[str, Any]:
+def _ablation(configurations: Sequence[Configuration], ablations: Sequence[Ablation]) -> dict[str, Any]:
     notes = []
-    if len(groups) == 1 and len(groups[0].runs) == 1:
+    if len(configurations) == 1 and len(configurations[0].runs) == 1:
         command = "python launch/submit.py --config NAME --run FOLDER --grid slurm/grids/ablation.yaml"
         notes.append(f"One run: the ablation over seeds is made by {command}, then python toolkit/report.py FOLDER")
         ablations = []
@@ -161,16 +161,16 @@ def _ablation(groups: Sequence[Group], ablations: Sequence[Ablation]) -> dict[st
     return {"tables": tables, "notes": notes, "recall_columns": RECALL_COLUMNS, "gain_columns": GAIN_COLUMNS}
 
 
-def _curves(groups: Sequence[Group]) -> dict[str, Any]:
+def _curves(configurations: Sequence[Configuration]) -> dict[str, Any]:
     """Charts of one run, or of several over one another, with one color for each configuration."""
-    group_of = {run.name: group.name for group in groups for run in group.runs}
-    curves = {run.name: curves_of(run.records) for group in groups for run in group.runs}
+    configuration_of = {run.name: each.name for each in configurations for run in each.runs}
+    curves = {run.name: curves_of(run.records) for each in configurations for run in each.runs}
     charts: list[Markup] = []
     if len(curves) == 1:
         (own,) = curves.values()
         charts = [line_chart(title, {names[key]: own[key] for key in names if key in own}) for title, names in CHARTS]
     else:
-        colors = group_of if len(group_of) > len(groups) else None
+        colors = configuration_of if len(configuration_of) > len(configurations) else None
         for title, key in _COMPARED:
             charts.append(
                 line_chart(title, {name: one[key] for name, one in curves.items() if key in one}, groups=colors)
@@ -180,23 +180,23 @@ def _curves(groups: Sequence[Group]) -> dict[str, Any]:
     return {"charts": [chart for chart in charts if chart], "notes": notes}
 
 
-def _retrieved(groups: Sequence[Group]) -> dict[str, Any]:
+def _retrieved(configurations: Sequence[Configuration]) -> dict[str, Any]:
     """Examples of the first run of each configuration that has any."""
     shown: list[Mapping[str, Any]] = []
     notes = []
-    for group in groups:
-        for run in group.runs:
+    for configuration in configurations:
+        for run in configuration.runs:
             examples, picture = read_examples(run.folder, run.records), _picture(run.folder / "retrieved.png")
             if (examples or picture) and len(shown) < _MAX_RUNS:
                 shown.append({"name": run.name, "examples": examples, "picture": picture})
                 break
-    if len(groups) > _MAX_RUNS:
+    if len(configurations) > _MAX_RUNS:
         notes.append(f"Of the first {_MAX_RUNS} configurations.")
     silent = [
         one for one in shown if one["examples"] and not any(query["audio"] for query in one["examples"]["queries"])
     ]
     if silent or not shown:
-        folder = groups[0].runs[0].folder
+        folder = configurations[0].runs[0].folder
         notes.append(
             f"Examples of the final evaluation, with sound, are written by python toolkit/evaluate.py --run {folder}"
         )

@@ -76,7 +76,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Group:
+class Configuration:
     """Runs with the same settings and different seeds."""
 
     name: str
@@ -166,38 +166,38 @@ def _unrecorded_data(report: dict[str, Any]) -> str:
     return f"{report.get('split')} of {report.get('shards')} ({sizes}; checksum not recorded)"
 
 
-def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """Group runs by their settings without the seed, in order."""
+def group_runs(runs: Iterable[Run]) -> list[Configuration]:
+    """Group runs into configurations, by their settings without the seed, in order."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(fingerprint(dataclasses.replace(run.config, seed=0)), []).append(run)
     names = [_name(members) for members in groups.values()]
     return [
-        Group(name if names.count(name) == 1 else members[0].name, members)
+        Configuration(name if names.count(name) == 1 else members[0].name, members)
         for name, members in zip(names, groups.values(), strict=True)
     ]
 
 
 def _name(runs: Sequence[Run]) -> str:
-    """Name of a group: the runs' without the seed if they agree, else the first run's."""
+    """Name of a configuration: the runs' without the seed if they agree, else the first run's."""
     names = {re.sub(r"[-_.]?seed[-_]?\d+$", "", run.name) for run in runs}
     return names.pop() or runs[0].name if len(names) == 1 else runs[0].name
 
 
-def differences(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """Return a table of the settings that differ between groups.
+def differences(configurations: Sequence[Configuration]) -> tuple[list[str], list[list[str]]]:
+    """Return a table of the settings that differ between configurations.
 
     Returns:
         The head, and a row for each key.
     """
-    flat = [dict(_flatten(dataclasses.asdict(group.runs[0].config))) for group in groups]
+    flat = [dict(_flatten(dataclasses.asdict(each.runs[0].config))) for each in configurations]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if not key.startswith(_NOT_COMPARED)]
     rows = [
         [key, *values]
         for key in keys
         if len(set(values := [_text(one[key]) if key in one else "" for one in flat])) > 1
     ]
-    return ["key", *(group.name for group in groups)], rows
+    return ["key", *(each.name for each in configurations)], rows
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
