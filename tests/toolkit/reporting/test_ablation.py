@@ -38,15 +38,15 @@ def test_means_deviations_and_gains(tmp_path: Path) -> None:
     differences = [one - other for one, other in zip(less, whole, strict=True)]
     assert gain.difference == pytest.approx(statistics.mean(differences))
     assert gain.deviation == pytest.approx(statistics.stdev(differences))
-    assert (gain.ours, gain.theirs, gain.seeds) == (
+    assert (gain.treatment, gain.control, gain.seeds) == (
         pytest.approx(statistics.mean(less)), pytest.approx(statistics.mean(whole)), 3
     )  # fmt: skip
     assert gain.p is not None
     assert gain.p < 0.01
     reranking = table.gains[0]
-    assert reranking.difference == pytest.approx(statistics.mean(means("a-whole", "reranked")) - gain.theirs)
+    assert reranking.difference == pytest.approx(statistics.mean(means("a-whole", "reranked")) - gain.control)
     assert not table.notes
-    assert f"| b-less against a-whole, coarse | {gain.ours:.1f} |" in table.markdown()
+    assert f"| b-less against a-whole, coarse | {gain.treatment:.1f} |" in table.markdown()
 
 
 def test_the_test_is_clustered_by_picture_and_averages_the_seeds(tmp_path: Path) -> None:
