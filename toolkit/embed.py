@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work = options.out.with_name(options.out.name + UNFINISHED)
     if options.dry_run:
         _, changes, listed = plan(work, source, model)
-        print(f"{options.out}: {len(changes.encode):,} of {len(listed):,} {UNITS[source.modality]} to encode")
+        print(f"{options.out}: {len(changes.to_encode):,} of {len(listed):,} {UNITS[source.modality]} to encode")
         return
     result = update(work, source, model, options.batch_size, options.workers, options.device, "float32")
     if not result.rows:

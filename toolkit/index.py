@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, source = find_model(options.model, options.checkpoint), open_items(options)
     if options.dry_run:
         _, changes, _ = plan(options.out, source, model)
-        print(f"{options.out}: {changes}; {len(changes.encode):,} to encode")
+        print(f"{options.out}: {changes}; {len(changes.to_encode):,} to encode")
         return
     result = update(
         options.out, source, model, options.batch_size, options.workers, options.device, options.dtype,

@@ -89,11 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     find = approximate.nearest if approximate else None
     searcher = Searcher(index, Encoder.load(model, options.device), options.fuse, options.workers, find)
     if options.serve is not None:
-        from toolkit.indexing.answers import Answers
+        from toolkit.indexing.answers import PageAnswers
         from toolkit.indexing.serve import serve
 
         serve(
-            Answers(searcher, options.top, page_rerank(searcher, options.rerank)),
+            PageAnswers(searcher, options.top, page_rerank(searcher, options.rerank)),
             options.index,
             options.serve,
             options.host,

@@ -24,7 +24,7 @@ import torch
 from table import Figure, tell
 
 from tests.toolkit.indexing.made_up import made_up
-from toolkit.indexing.approximate import Approximate, build
+from toolkit.indexing.approximate import ApproximateIndex, build
 from toolkit.indexing.nearest import nearest
 from toolkit.indexing.store import Index
 
@@ -93,7 +93,7 @@ def approximate(index: Index, queries: torch.Tensor, repeats: int) -> list[Figur
     begin = time.monotonic()
     folder = index.folder / index.head.approximate_name
     measured = build(index, folder)
-    seconds, found = time.monotonic() - begin, Approximate(folder, index)
+    seconds, found = time.monotonic() - begin, ApproximateIndex(folder, index)
     right = nearest(index, queries, TOP)[1]
     got = found.nearest(queries, TOP)[1]
     recall = float((right[:, :, None] == got[:, None, :]).any(dim=2).float().mean())

@@ -73,7 +73,7 @@ def test_adds_updates_and_drops_only_what_changed(pictures, tmp_path, monkeypatc
     embed = Encoder.embed
     monkeypatch.setattr(Encoder, "embed", lambda self, *rest: encoded.append(len(rest[1])) or embed(self, *rest))
     changes = make(out, pictures).changes
-    assert (changes.added, changes.changed, changes.dropped, len(changes.keep), sum(encoded)) == (1, 1, 1, 5, 2)
+    assert (changes.added, changes.changed, changes.dropped, len(changes.to_keep), sum(encoded)) == (1, 1, 1, 5, 2)
     make(tmp_path / "new", pictures)
     assert_same(out, tmp_path / "new")
     # A reader that opened the index before the update still has its own generation.
@@ -84,7 +84,7 @@ def test_an_index_that_is_up_to_date_needs_no_model_and_is_not_written(pictures,
     make(tmp_path / "index", pictures)
     monkeypatch.setattr(Encoder, "load", None)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").iterdir()}
-    assert not make(tmp_path / "index", pictures).changes.encode
+    assert not make(tmp_path / "index", pictures).changes.to_encode
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "index").iterdir()} == before
 
 
@@ -195,7 +195,7 @@ def test_hostile_audio_is_named_and_left_out(tmp_path, caplog):
 def test_files_of_a_folder_that_cannot_be_listed_are_kept():
     a, b, c = (Indexed(name, 1, "1") for name in ("a.png", "sub/b.png", "gone/c.png"))
     changes = compare([a, b, c], [a], ["sub/"])
-    assert changes.keep == [a, b]
+    assert changes.to_keep == [a, b]
     assert changes.dropped == 1
 
 

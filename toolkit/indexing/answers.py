@@ -29,7 +29,7 @@ _REMEMBERED = 8  # encoded queries, in memory
 _DECODED_AT_ONCE = 2  # pictures or recordings; bounds memory
 
 
-class Missing(UserError):
+class ItemMissing(UserError):
     """There is no such item, or its file has changed since it was indexed."""
 
 
@@ -42,7 +42,7 @@ class Query:
     warning: str | None  # why a recording may be unusable; None: it is audible
 
 
-class Answers:
+class PageAnswers:
     """Answers to the page, for several threads; the model is used by one of them at a time.
 
     A query is kept as its encoding only, of the last few queries, in memory.
@@ -132,10 +132,10 @@ class Answers:
     def _item(self, row: int) -> Item:
         """Return an indexed item that is unchanged."""
         if not 0 <= row < len(self.searcher.index):
-            raise Missing(f"no item {row}: the index has {len(self.searcher.index):,}")
+            raise ItemMissing(f"no item {row}: the index has {len(self.searcher.index):,}")
         item = self.searcher.index.item(row)
         if not self.searcher.source.is_current(item):
-            raise Missing(f"{printable(item.name)} has changed since it was indexed: update the index")
+            raise ItemMissing(f"{printable(item.name)} has changed since it was indexed: update the index")
         return item
 
     def _query(self, body: bytes) -> Query:

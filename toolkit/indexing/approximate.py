@@ -1,4 +1,4 @@
-"""Approximate search in a large index: embeddings are grouped by their nearest centroid, and few groups are read.
+"""Approximate search in a large index: each embedding is in the list of its nearest centroid, and few lists are read.
 
     approximate-000003/        of generation 3 of the index; renamed to this name when it is complete
         approximate.json       {"format", "lists", "probes", "recall", "sample"}
@@ -30,8 +30,8 @@ from toolkit.indexing.store import Index, open_array, release
 
 logger = logging.getLogger(__name__)
 
-FROM = 1_000_000  # items; below, exact search is fast
-RECALL_AT, TARGET = 10, 0.99  # as few lists are read as reach this recall
+MIN_ITEMS = 1_000_000  # of an index that is searched approximately; below, exact search is fast
+RECALL_AT, TARGET_RECALL = 10, 0.99  # as few lists are read as reach this recall@10
 FORMAT = 1
 _SAMPLE = 256  # queries that recall is measured with
 _POINTS_PER_LIST = 64  # in k-means
@@ -44,8 +44,8 @@ _MAX_HEAD = 1 << 16  # bytes
 class Measured:
     """Contents of `approximate.json`."""
 
-    lists: int  # C, number of lists
-    probes: int  # lists that are read for a query
+    lists: int  # C, number of lists (nlist of faiss)
+    probes: int  # number of lists that are read for a query (nprobe of faiss)
     recall: float  # share of the exact best 10 that are found, over queries of the indexed modality
     sample: int  # number of those queries
 
@@ -57,7 +57,7 @@ class Measured:
         )
 
 
-class Approximate:
+class ApproximateIndex:
     """An approximate index, opened for reading; its arrays are memory maps.
 
     Args:
@@ -126,7 +126,7 @@ class Approximate:
         return values[best], candidates[best]
 
 
-def open_approximate(index: Index) -> Approximate | None:
+def open_approximate(index: Index) -> ApproximateIndex | None:
     """Open the approximate index of an index; None if it has none.
 
     One that an update left behind is ignored, with a line.
@@ -136,7 +136,7 @@ def open_approximate(index: Index) -> Approximate | None:
     """
     folder = index.folder / index.head.approximate_name
     if folder.is_dir() and len(index):
-        return Approximate(folder, index)
+        return ApproximateIndex(folder, index)
     if any(path.is_dir() and path.suffix != ".tmp" for path in index.folder.glob("approximate-*")):
         logger.warning(
             "%s: its approximate index is of another state and is not used: run index.py again", index.folder
@@ -144,23 +144,23 @@ def open_approximate(index: Index) -> Approximate | None:
     return None
 
 
-def refresh(index: Index, least: int = FROM) -> Measured | None:
+def refresh(index: Index, min_items: int = MIN_ITEMS) -> Measured | None:
     """Make the approximate index of a large index, unless it is there; that of a small one is removed.
 
     Args:
         index: The index, locked for writing.
-        least: Number of items from which on there is one.
+        min_items: Number of items from which on there is one.
 
     Returns:
         What was measured; None if there is no approximate index.
     """
     folder = index.folder / index.head.approximate_name
-    if len(index) < max(1, least):
+    if len(index) < max(1, min_items):
         shutil.rmtree(folder, ignore_errors=True)
         return None
     if folder.is_dir():
         try:
-            return Approximate(folder, index).measured
+            return ApproximateIndex(folder, index).measured
         except UserError:
             logger.warning("%s is damaged and is made again", folder)
             shutil.rmtree(folder)
@@ -177,11 +177,11 @@ def refresh(index: Index, least: int = FROM) -> Measured | None:
 
 
 def build(index: Index, folder: Path) -> Measured:
-    """Group the embeddings of an index, and measure how many lists have to be read."""
+    """Divide the embeddings of an index into lists, and measure how many of them have to be read."""
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    centroids, nearest_list = _group(index)
+    centroids, nearest_list = _divide(index)
     bounds = np.concatenate([[0], np.bincount(nearest_list, minlength=len(centroids)).cumsum()])
     rows = np.argsort(nearest_list, kind="stable")
     for name, array in (("centroids", centroids), ("bounds", bounds.astype(np.int64)), ("rows", rows.astype(np.int64))):
@@ -191,7 +191,7 @@ def build(index: Index, folder: Path) -> Measured:
         copy[start : start + _ROWS] = index.embeddings[rows[start : start + _ROWS]]
     copy.flush()
     _write_head(temporary, Measured(len(centroids), 1, 0.0, 0))
-    measured = _measure(Approximate(temporary, index), index)
+    measured = _measure(ApproximateIndex(temporary, index), index)
     _write_head(temporary, measured)
     for path in temporary.iterdir():
         sync(path)
@@ -201,13 +201,13 @@ def build(index: Index, folder: Path) -> Measured:
     return measured
 
 
-def _group(index: Index) -> tuple[np.ndarray, np.ndarray]:
+def _divide(index: Index) -> tuple[np.ndarray, np.ndarray]:
     """Centroids float32 [C, D] of 2 sqrt(N) lists, and the list of each row, int64 [N]."""
     import faiss
 
     lists = max(1, min(len(index), round(2 * math.sqrt(len(index)))))
-    chance = np.random.default_rng(0)
-    sample = np.sort(chance.choice(len(index), min(len(index), lists * _POINTS_PER_LIST), replace=False))
+    generator = np.random.default_rng(0)
+    sample = np.sort(generator.choice(len(index), min(len(index), lists * _POINTS_PER_LIST), replace=False))
     means = faiss.Kmeans(
         index.head.dim, lists, niter=10, spherical=True, seed=0, max_points_per_centroid=_POINTS_PER_LIST,
         min_points_per_centroid=1,
@@ -226,19 +226,19 @@ def _finite(embeddings: np.ndarray) -> np.ndarray:
     return np.nan_to_num(np.ascontiguousarray(embeddings, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _measure(approximate: Approximate, index: Index) -> Measured:
+def _measure(approximate: ApproximateIndex, index: Index) -> Measured:
     """Double the lists that are read until the recall is reached; the item that is the query does not count."""
-    chance, lists = np.random.default_rng(1), approximate.measured.lists
-    sample = np.sort(chance.choice(len(index), min(len(index), _SAMPLE), replace=False))
+    generator, lists = np.random.default_rng(1), approximate.measured.lists
+    sample = np.sort(generator.choice(len(index), min(len(index), _SAMPLE), replace=False))
     queries = torch.from_numpy(_finite(index.embeddings[sample]))
     own, wanted = torch.from_numpy(sample)[:, None], min(RECALL_AT, max(1, len(index) - 1)) + 1
     exact = nearest(index, queries, wanted)[1]
     probes = 1
     while True:
         candidates = approximate.nearest(queries, wanted, probes)[1]
-        right = ((exact[:, :, None] == candidates[:, None, :]).any(dim=2) & (exact != own)).sum()
-        recall = float(right / (exact != own).sum().clamp(min=1))
-        if recall >= TARGET or probes == lists:
+        found = ((exact[:, :, None] == candidates[:, None, :]).any(dim=2) & (exact != own)).sum()
+        recall = float(found / (exact != own).sum().clamp(min=1))
+        if recall >= TARGET_RECALL or probes == lists:
             return Measured(lists, probes, recall, len(sample))
         probes = min(2 * probes, lists)
 

@@ -47,7 +47,7 @@ class ItemSource(Protocol):
     unlisted: list[str]  # folders that could not be listed, with a separator at the end
 
     def describe(self) -> dict[str, str]:
-        """Return the values from which `open_source` opens it again."""
+        """Return the values from which `open_source` opens it again; "place" is the location."""
 
     def items(self) -> list[Item]:
         """List the items; names are unique."""
@@ -79,7 +79,7 @@ class FileSource:
         self.unlisted: list[str] = []
 
     def describe(self) -> dict[str, str]:
-        """Return kind and root."""
+        """Return the kind, and of a folder its location."""
         return {"kind": "files"} if self.names is not None else {"kind": "folder", "place": self.root}
 
     def items(self) -> list[Item]:

@@ -1,10 +1,10 @@
-"""The page of `search.py --serve` over HTTP: who may ask, how much at once, and for how long.
+"""HTTP server of the page of `search.py --serve`: access control, size limits, timeouts.
 
     GET  /                     the page: page/page.html, page.css, page.js, icon.svg; ?token=... sets the cookie
     GET  /about                the index and the limits, JSON
     GET  /item/ROW             an indexed item, encoded again as JPEG or WAV
     POST /search               body: the query; JSON {"results", "warning"}; ?rerank=1: the re-ranked order
-    POST /attention?row=ROW    body: the query; JSON, see `Answers.attention`
+    POST /attention?row=ROW    body: the query; JSON, see `PageAnswers.attention`
 
 A page elsewhere cannot reach the index through a user's browser: names of other hosts are refused (DNS rebinding), and
 so are requests that another origin made. A connection serves one request, and each is answered or times out.
@@ -32,7 +32,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from shards.errors import UserError
-from toolkit.indexing.answers import MAX_BODY, Answers, Missing
+from toolkit.indexing.answers import MAX_BODY, ItemMissing, PageAnswers
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ _HEADERS = {
 }
 
 
-class Refused(Exception):
-    """A request that is answered with a status and one line."""
+class RequestRefused(Exception):
+    """A request that is answered with an HTTP status other than 200 and one line."""
 
     def __init__(self, status: HTTPStatus, reason: str, **headers: str) -> None:
         super().__init__(reason)
@@ -74,9 +74,9 @@ class _Incoming(io.RawIOBase):
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
         self.connection = connection
-        self.allow(seconds)
+        self.set_deadline(seconds)
 
-    def allow(self, seconds: float) -> None:
+    def set_deadline(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
 
     def readable(self) -> bool:
@@ -103,7 +103,7 @@ class PageServer(ThreadingHTTPServer):
     daemon_threads = False  # closing the server waits for the requests in progress
     request_queue_size = 256
 
-    def __init__(self, answers: Answers, host: str = LOOPBACK, port: int = 0, token: str | None = None) -> None:
+    def __init__(self, answers: PageAnswers, host: str = LOOPBACK, port: int = 0, token: str | None = None) -> None:
         self.answers, self.token = answers, token
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         folder = resources.files("toolkit.indexing") / "page"
@@ -187,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = _not_allowed
 
     def _refuse_method(self) -> tuple[str, bytes]:
-        raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{self.command} is not allowed", Allow="GET, POST")
+        raise RequestRefused(HTTPStatus.METHOD_NOT_ALLOWED, f"{self.command} is not allowed", Allow="GET, POST")
 
     def _serve(self, answer: Any) -> None:
         """Check the origin of the request, and send one answer."""
@@ -195,9 +195,9 @@ class Handler(BaseHTTPRequestHandler):
             self._check()
             media, content = answer()
             self._send(HTTPStatus.OK, media, content, {})
-        except Refused as refused:
+        except RequestRefused as refused:
             self._send_reason(refused.status, str(refused), refused.headers)
-        except Missing as error:
+        except ItemMissing as error:
             self._send_reason(HTTPStatus.NOT_FOUND, str(error))
         except UserError as error:
             self._send_reason(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
@@ -212,12 +212,14 @@ class Handler(BaseHTTPRequestHandler):
     def _check(self) -> None:
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or not self.server.is_own_host(hosts[0]):
-            raise Refused(HTTPStatus.FORBIDDEN, "the request names another host: open the address that was printed")
+            raise RequestRefused(
+                HTTPStatus.FORBIDDEN, "the request names another host: open the address that was printed"
+            )
         entering = self.command == "GET" and self.path.partition("?")[0] == "/"  # a link may lead here
         site, origin = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Origin")
         foreign = origin is not None and origin.partition("://")[2].lower() != hosts[0].lower()
         if foreign or (site not in ("same-origin", "none") and not entering):
-            raise Refused(HTTPStatus.FORBIDDEN, "the request comes from another site")
+            raise RequestRefused(HTTPStatus.FORBIDDEN, "the request comes from another site")
         if self.server.token:
             self._check_token(entering)
 
@@ -228,14 +230,14 @@ class Handler(BaseHTTPRequestHandler):
         expected = str(self.server.token)
         if given and hmac.compare_digest(given.encode(), expected.encode()):
             cookie = f"{name}={expected}; Path=/; HttpOnly; SameSite=Lax"
-            raise Refused(HTTPStatus.SEE_OTHER, "welcome", Location="/", **{"Set-Cookie": cookie})
+            raise RequestRefused(HTTPStatus.SEE_OTHER, "welcome", Location="/", **{"Set-Cookie": cookie})
         try:
             cookies = SimpleCookie(self.headers.get("Cookie", ""))
         except CookieError:
             cookies = SimpleCookie()
         stored = cookies[name].value if name in cookies else ""
         if not hmac.compare_digest(stored.encode(), expected.encode()):
-            raise Refused(HTTPStatus.FORBIDDEN, "a token is needed: open the address that search.py printed")
+            raise RequestRefused(HTTPStatus.FORBIDDEN, "a token is needed: open the address that search.py printed")
 
     def _get(self) -> tuple[str, bytes]:
         path = self.path.partition("?")[0]
@@ -245,21 +247,21 @@ class Handler(BaseHTTPRequestHandler):
             return _json(self.server.answers.about())
         if match := re.fullmatch(r"/item/([0-9]{1,12})", path):
             return self.server.answers.item(int(match[1]))
-        raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+        raise RequestRefused(HTTPStatus.NOT_FOUND, "there is no such page")
 
     def _post(self) -> tuple[str, bytes]:
         path, _, query = self.path.partition("?")
         row = re.fullmatch(r"row=([0-9]{1,12})", query)
         if path not in ("/search", "/attention") or (path == "/attention" and not row):
-            raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+            raise RequestRefused(HTTPStatus.NOT_FOUND, "there is no such page")
         length = self._length()
         if not self.server.bodies.acquire(timeout=WAIT_SECONDS):
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "busy: try again", **{"Retry-After": "5"})
+            raise RequestRefused(HTTPStatus.SERVICE_UNAVAILABLE, "busy: try again", **{"Retry-After": "5"})
         try:
-            self.incoming.allow(BODY_SECONDS)
+            self.incoming.set_deadline(BODY_SECONDS)
             body = self.rfile.read(length)
             if len(body) < length:
-                raise Refused(HTTPStatus.BAD_REQUEST, f"the body ends after {len(body):,} of {length:,} bytes")
+                raise RequestRefused(HTTPStatus.BAD_REQUEST, f"the body ends after {len(body):,} of {length:,} bytes")
             if row and path == "/attention":
                 return _json(self.server.answers.attention(body, int(row[1])))
             return _json(self.server.answers.search(body, rerank=query == "rerank=1"))
@@ -270,14 +272,14 @@ class Handler(BaseHTTPRequestHandler):
         """Length of the body, within the limit."""
         lengths = self.headers.get_all("Content-Length", [])
         if self.headers.get("Transfer-Encoding") or len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
-            raise Refused(HTTPStatus.LENGTH_REQUIRED, "the length of the body has to be given once")
+            raise RequestRefused(HTTPStatus.LENGTH_REQUIRED, "the length of the body has to be given once")
         if int(lengths[0]) > MAX_BODY:
-            raise Refused(
+            raise RequestRefused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"{int(lengths[0]):,} bytes, the limit is {MAX_BODY:,}: use a shorter recording or a smaller picture",
             )
         if lengths[0].strip("0") == "":
-            raise Refused(HTTPStatus.BAD_REQUEST, "the body is empty")
+            raise RequestRefused(HTTPStatus.BAD_REQUEST, "the body is empty")
         return int(lengths[0])
 
     def _send_reason(self, status: HTTPStatus, reason: str, headers: dict[str, str] | None = None) -> None:
@@ -303,7 +305,7 @@ class Handler(BaseHTTPRequestHandler):
         size, seconds = _DISCARDED
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.incoming.allow(seconds)
+            self.incoming.set_deadline(seconds)
             while size > 0 and (block := self.rfile.read1(1 << 16)):
                 size -= len(block)
 
@@ -321,7 +323,7 @@ def _json(value: Any) -> tuple[str, bytes]:
     return "application/json", json.dumps(value, allow_nan=False).encode()
 
 
-def serve(answers: Answers, folder: Path, port: int, host: str | None = None) -> None:
+def serve(answers: PageAnswers, folder: Path, port: int, host: str | None = None) -> None:
     """Serve the page until interrupted.
 
     Args:

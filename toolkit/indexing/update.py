@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shards.errors import TransientError, UserError
 from shards.progress import progress_bar
-from toolkit.indexing.approximate import FROM, refresh
+from toolkit.indexing.approximate import MIN_ITEMS, refresh
 from toolkit.indexing.encoder import Encoder, model_checksum
 from toolkit.indexing.items import Item, ItemSource, printable
 from toolkit.indexing.store import HEAD, Head, Index, read_head, write_head
@@ -30,14 +30,14 @@ UNITS = {"image": "images", "audio": "audio files"}
 class Changes:
     """How a source differs from an index; each item is in one of the lists."""
 
-    encode: list[Item]  # new and changed items
-    keep: list[Item]  # items of the index that are unchanged
+    to_encode: list[Item]  # new and changed items
+    to_keep: list[Item]  # items of the index that are unchanged
     added: int  # number of new items
     changed: int  # number of changed items
     dropped: int  # number of items that no longer exist
 
     def __str__(self) -> str:
-        return f"{self.added:,} new, {self.changed:,} changed, {self.dropped:,} gone, {len(self.keep):,} unchanged"
+        return f"{self.added:,} new, {self.changed:,} changed, {self.dropped:,} gone, {len(self.to_keep):,} unchanged"
 
 
 class Update(NamedTuple):
@@ -57,13 +57,13 @@ def compare(indexed: Sequence[Item], listed: Sequence[Item], unlisted: Sequence[
         unlisted: Prefixes of names that could not be listed: their items are kept.
     """
     old, new = {item.name: item for item in indexed}, {item.name: item for item in listed}
-    keep = [item for item in indexed if new.get(item.name) == item]
+    to_keep = [item for item in indexed if new.get(item.name) == item]
     if unlisted:
         prefixes = tuple(unlisted)
-        keep += [item for item in indexed if item.name not in new and item.name.startswith(prefixes)]
-    encode = [item for item in listed if old.get(item.name) != item]
-    changed = sum(item.name in old for item in encode)
-    return Changes(encode, keep, len(encode) - changed, changed, len(indexed) - len(keep) - changed)
+        to_keep += [item for item in indexed if item.name not in new and item.name.startswith(prefixes)]
+    to_encode = [item for item in listed if old.get(item.name) != item]
+    changed = sum(item.name in old for item in to_encode)
+    return Changes(to_encode, to_keep, len(to_encode) - changed, changed, len(indexed) - len(to_keep) - changed)
 
 
 def plan(folder: Path, source: ItemSource, model: Path) -> tuple[Head, Changes, list[Item]]:
@@ -83,22 +83,23 @@ def plan(folder: Path, source: ItemSource, model: Path) -> tuple[Head, Changes, 
         dim = SpeechImageConfig.from_pretrained(model).embed_dim
         head = Head(source.modality, checksum, "", description, dim)
     check_model(head, checksum, folder)
-    there, here = head.source | {"hash": ""}, description | {"hash": ""}
-    if (head.modality, there) != (source.modality, here):
-        was, now = (" ".join(_shown(*one)) for one in ((head.modality, there), (source.modality, here)))
-        raise UserError(f"{folder} is an index of {was}, not of {now}: give another folder as --out")
+    indexed_source, given_source = head.source | {"hash": ""}, description | {"hash": ""}
+    if (head.modality, indexed_source) != (source.modality, given_source):
+        indexed, given = _described(head.modality, indexed_source), _described(source.modality, given_source)
+        raise UserError(f"{folder} is an index of {indexed}, not of {given}: give another folder as --out")
     items = source.items()
     if not items:
         location = description.get("place", "the list")
         raise UserError(f"no {UNITS[source.modality]} in {location}: check the folder and the endings of the names")
-    indexed = Index.open(folder).items() if (folder / HEAD).exists() else []
+    earlier = Index.open(folder).items() if (folder / HEAD).exists() else []
     head = replace(head, source=description, model_folder=str(model.resolve()))
-    return head, compare(indexed, items, source.unlisted), items
+    return head, compare(earlier, items, source.unlisted), items
 
 
-def _shown(modality: str, source: dict[str, str]) -> tuple[str, str]:
+def _described(modality: str, source: dict[str, str]) -> str:
     location = source.get("place", "files")
-    return UNITS[modality], f"{location}, split {source['split']}" if "split" in source else location
+    split = f", split {source['split']}" if "split" in source else ""
+    return f"{UNITS[modality]} {location}{split}"
 
 
 def check_model(head: Head, checksum: str, folder: Path) -> None:
@@ -122,7 +123,7 @@ def update(
     workers: int | None = None,
     device: str | None = None,
     dtype: str = "float16",
-    approximate_from: int = FROM,
+    approximate_from: int = MIN_ITEMS,
 ) -> Update:
     """Make or update an index; a killed update continues.
 
@@ -149,10 +150,10 @@ def update(
             write_head(folder, head)
         index, journal = Index.open(folder), Journal(folder, head)
         index.head = head  # of the source as it is now
-        todo = [item for item in changes.encode if item not in journal.rows]
+        todo = [item for item in changes.to_encode if item not in journal.rows]
         unreadable = []
-        if len(todo) < len(changes.encode):
-            logger.info("continuing: %s were encoded before", f"{len(changes.encode) - len(todo):,}")
+        if len(todo) < len(changes.to_encode):
+            logger.info("continuing: %s were encoded before", f"{len(changes.to_encode) - len(todo):,}")
         if todo:
             encoder = Encoder.load(model, device)
             with progress_bar(len(todo), UNITS[source.modality], "encoding") as progress:
@@ -160,8 +161,8 @@ def update(
                     journal.append(batch, embeddings.numpy())
                     unreadable += failed
                     progress(len(batch) + len(failed))
-        kept = changes.keep + [item for item in changes.encode if item in journal.rows]
-        if len(kept) == len(changes.keep) == len(index) and head == read_head(folder):
+        kept = changes.to_keep + [item for item in changes.to_encode if item in journal.rows]
+        if len(kept) == len(changes.to_keep) == len(index) and head == read_head(folder):
             journal.close()
             remove_leftovers(folder, head)
         else:

@@ -1,7 +1,7 @@
 """Writing of an index: a journal of encoded items, and the commit that merges it.
 
     lock             locked by the process that updates the index
-    pending.bin      embeddings of encoded items that are not in the index yet, append-only
+    pending.bin      the journal: embeddings of encoded items that are not in the index yet, append-only
     pending.jsonl    their lines; a line is written after its embedding is on disk
 
 A killed update leaves the index as it was and loses at most the batch that was being written.
@@ -23,7 +23,7 @@ from toolkit.indexing.items import Item
 from toolkit.indexing.store import Head, Index, format_item, parse_item, write_head
 
 LOCK = "lock"
-PENDING, PENDING_ITEMS = "pending.bin", "pending.jsonl"
+JOURNAL_EMBEDDINGS, JOURNAL_ITEMS = "pending.bin", "pending.jsonl"
 _ROWS = 4096  # copied at once
 
 
@@ -70,8 +70,8 @@ class Journal:
     def __init__(self, folder: Path, head: Head) -> None:
         """Open the journal of an index, and cut off rows that a killed process left incomplete."""
         self.folder, self.head = folder, head
-        self._embeddings = open(folder / PENDING, "a+b")  # noqa: SIM115  closed by `close`
-        self._lines = open(folder / PENDING_ITEMS, "a+b")  # noqa: SIM115
+        self._embeddings = open(folder / JOURNAL_EMBEDDINGS, "a+b")  # noqa: SIM115  closed by `close`
+        self._lines = open(folder / JOURNAL_ITEMS, "a+b")  # noqa: SIM115
         self._row_bytes = head.dim * np.dtype(head.dtype).itemsize
         self._count = 0
         self.rows: dict[Item, int] = {}
@@ -94,7 +94,7 @@ class Journal:
         """Return all embeddings [n, D], a memory map."""
         if not self._count:
             return np.empty((0, self.head.dim), self.head.dtype)
-        return np.memmap(self.folder / PENDING, self.head.dtype, "r", shape=(self._count, self.head.dim))
+        return np.memmap(self.folder / JOURNAL_EMBEDDINGS, self.head.dtype, "r", shape=(self._count, self.head.dim))
 
     def close(self) -> None:
         """Close the files."""
@@ -133,7 +133,7 @@ def commit(index: Index, journal: Journal, kept: Sequence[Item]) -> Head:
     old = {item: row for row, item in enumerate(index.items())}
     items = sorted(kept)
     head = replace(index.head, rows=len(items), generation=index.head.generation + 1)
-    folder, pending = index.folder, journal.embeddings()
+    folder, journaled = index.folder, journal.embeddings()
     with atomic_write(folder / head.embeddings_name) as file:
         form = {"descr": np.dtype(head.dtype).str, "fortran_order": False, "shape": (head.rows, head.dim)}
         np.lib.format.write_array_header_1_0(file, form)
@@ -142,7 +142,7 @@ def commit(index: Index, journal: Journal, kept: Sequence[Item]) -> Head:
             block = np.empty((len(chunk), head.dim), head.dtype)
             for number, item in enumerate(chunk):
                 row = journal.rows.get(item)
-                block[number] = index.embeddings[old[item]] if row is None else pending[row]
+                block[number] = index.embeddings[old[item]] if row is None else journaled[row]
             file.write(block.tobytes())
     with atomic_write(folder / head.items_name) as file:
         file.writelines(map(format_item, items))
@@ -161,5 +161,5 @@ def remove_leftovers(folder: Path, head: Head) -> None:
     for path in folder.glob("approximate-*"):
         if path.name != head.approximate_name:
             shutil.rmtree(path, ignore_errors=True)
-    for name in (PENDING_ITEMS, PENDING):  # lines first: embeddings without lines are cut off
+    for name in (JOURNAL_ITEMS, JOURNAL_EMBEDDINGS):  # lines first: embeddings without lines are cut off
         (folder / name).unlink(missing_ok=True)

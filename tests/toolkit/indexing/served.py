@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 
-from toolkit.indexing.answers import Answers
+from toolkit.indexing.answers import PageAnswers
 from toolkit.indexing.encoder import Encoder
 from toolkit.indexing.search import Searcher
 from toolkit.indexing.serve import PageServer
@@ -17,7 +17,7 @@ from toolkit.indexing.store import Index
 def serving(index, model, **options):
     """A server of an index in this process."""
     searcher = Searcher(Index.open(index), Encoder.load(model, "cpu"), "sum", workers=2)
-    server = PageServer(Answers(searcher, top=5, rerank=3), **options)
+    server = PageServer(PageAnswers(searcher, top=5, rerank=3), **options)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
