@@ -37,9 +37,7 @@ class Head:
     modality: Modality  # images or audio files
     model: str  # SHA-256 of the model that made the embeddings; see `model_checksum`
     model_folder: str  # folder of that model, the default of a search
-    source: dict[str, str] = field(
-        default_factory=dict
-    )  # kind of the items, and their location as "place"; see `open_source`
+    source: dict[str, str] = field(default_factory=dict)  # kind and location ("place"); see `open_source`
     dim: int = 0  # D, size of an embedding
     dtype: str = "float16"  # of the embeddings
     rows: int = 0  # N, number of items
