@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# Numbers of the streams. They are part of what a run reproduces: append, never reorder. 0 is the crop of long captions.
+# Numbers of the streams. They are part of what a run reproduces: append, never reorder.
+# Stream 0 is that of `MicroBatches._crop` in `shards/reading/dataset.py`, which crops captions that are too long.
 _STREAMS = {
     name: number
     for number, name in enumerate(

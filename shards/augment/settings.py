@@ -1,6 +1,7 @@
 """Settings of the augmentation, which are the section `data.augment` of the configuration.
 
-A field named as a kind of augmentation is the probability that it is applied to a sample. Ranges are [low, high].
+A field named as a kind of augmentation is the probability that it is applied to a sample. Lists are ranges
+[low, high] from which a value is drawn.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ class SpeechAugment:
     formants: float = 0.0  # probability of another length of the vocal tract: formants move, the pitch stays
     formants_range: list[float] = field(default_factory=lambda: [0.87, 1.15])  # factor of the formants' frequencies
     reverberation: float = 0.0  # probability of a room
-    reverberation_seconds: list[float] = field(default_factory=lambda: [0.1, 0.6])  # reverberation time (RT60)
+    reverberation_seconds: list[float] = field(default_factory=lambda: [0.1, 0.6])  # reverberation time in s (RT60)
     reverberation_db: list[float] = field(default_factory=lambda: [0.0, 15.0])  # direct to reverberant energy in dB
     noise: float = 0.0  # probability of stationary noise, from white to brown
     noise_snr: list[float] = field(default_factory=lambda: [5.0, 30.0])  # signal-to-noise ratio in dB
@@ -33,10 +34,10 @@ class SpeechAugment:
     band_high: list[float] = field(default_factory=lambda: [3000.0, 7500.0])  # upper cutoff in Hz
     frequency_mask: float = 0.0  # probability of removed bands (SpecAugment)
     frequency_masks: int = 2  # largest number of removed bands
-    frequency_mask_width: list[float] = field(default_factory=lambda: [0.02, 0.1])  # its share of the mel scale
+    frequency_mask_width: list[float] = field(default_factory=lambda: [0.02, 0.1])  # width as a share of the mel scale
     time_mask: float = 0.0  # probability of silenced spans (SpecAugment)
     time_masks: int = 2  # largest number of silenced spans
-    time_mask_seconds: list[float] = field(default_factory=lambda: [0.02, 0.1])  # at most a tenth of the caption
+    time_mask_seconds: list[float] = field(default_factory=lambda: [0.02, 0.1])  # in s; at most a tenth of the caption
     gain: float = 0.0  # probability of another level
     gain_db: list[float] = field(default_factory=lambda: [-12.0, 6.0])  # change in dB; peaks are kept within full scale
 

@@ -3,6 +3,11 @@
 A module has `add_arguments(parser)` for its options and `read(options, bad) -> list[Item]`, which adds the records that
 cannot be used to `bad`. Its docstring shows the layout on disk. `load` reads a corpus, locates its files and checks it
 for duplicates.
+
+A module may also have `share_pictures(items) -> set[str]`: splits that may have pictures in common with one another,
+which is then no leak; see `places.py`.
+
+A corpus is listed in `CORPORA`; where its module has another name or is in a subpackage, also in `_MODULES`.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from shards.corpora.languages import LANGUAGES
 from shards.corpora.languages.grammar import IN_ORDER, PHRASINGS
 from shards.corpora.records import BadRecords
 from shards.corpora.synthesis.espeak import VOICES
-from shards.corpora.synthesis.voices import ListVoices, check_installed, choose, spoken
+from shards.corpora.synthesis.voices import ListVoices, check_installed, parse_voices, synthesizer_of
 from shards.errors import UserError
 
 TEST_SHARE, DEV_SHARE = 0.15, 0.05  # of the cells
@@ -135,7 +135,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number from {low} to {high}")
     if isinstance(options.voices, int) and not 1 <= options.voices <= len(VOICES):
         raise UserError(f"--voices {options.voices}: give a number from 1 to {len(VOICES)}, or names")
-    check_installed(choose(options.voices, options.test_voices, tuple(options.languages or ("en",))).values())
+    check_installed(parse_voices(options.voices, options.test_voices, tuple(options.languages or ("en",))).values())
 
 
 def _training_items(options: argparse.Namespace, twin_rate: float) -> Iterator[Item]:
@@ -143,11 +143,11 @@ def _training_items(options: argparse.Namespace, twin_rate: float) -> Iterator[I
     number = 0
     while True:
         name = f"train-{number:06d}"
-        chance = random.Random(f"{options.seed}/twin/{name}")
+        generator = random.Random(f"{options.seed}/twin/{name}")
         scene = random_scene(options.seed, "train", str(number))
         yield _item(scene, name, "train", options)
-        if chance.random() < twin_rate:
-            yield _twin_item(scene, name, chance.choice(("colour", "relation")), "train", options)
+        if generator.random() < twin_rate:
+            yield _twin_item(scene, name, generator.choice(("colour", "relation")), "train", options)
         number += 1
 
 
@@ -168,14 +168,14 @@ def _distinct_scenes(options: argparse.Namespace, split: str) -> Iterator[Scene]
 
 def _item(scene: Scene, name: str, split: str, options: argparse.Namespace, twin: str | None = None) -> Item:
     """Describe one picture; a twin has the phrasings, languages and voices of its original."""
-    voices_of = choose(options.voices, options.test_voices, tuple(options.languages or ("en",)))
+    voices_of = parse_voices(options.voices, options.test_voices, tuple(options.languages or ("en",)))
     captions: list[Caption] = []
-    for code, phrasing, chance in _phrasings(twin or name, options):
+    for code, phrasing, generator in _phrasings(twin or name, options):
         language = LANGUAGES[code]
-        text = language.caption(scene, phrasing, chance.random() < SIZE_SHARE, chance.random() < 0.5)
-        voice = voices_of[code, split != "train"].draw(chance)
-        speed = chance.randint(170, 220) + (35 if scene.third else 0)  # keeps captions below four seconds
-        audio = spoken(text, voice, round(speed * language.tempo), chance.randint(30, 70))
+        text = language.caption(scene, phrasing, generator.random() < SIZE_SHARE, generator.random() < 0.5)
+        voice = voices_of[code, split != "train"].draw(generator)
+        speed = generator.randint(170, 220) + (35 if scene.third else 0)  # keeps captions below four seconds
+        audio = synthesizer_of(text, voice, round(speed * language.tempo), generator.randint(30, 70))
         known = code if options.languages else None
         captions.append(Caption(f"{name}-{len(captions)}", audio, text, voice, language=known))
     return Item(name, split, partial(draw, scene, options.size), tuple(captions), twin)
@@ -189,13 +189,13 @@ def _phrasings(name: str, options: argparse.Namespace) -> Iterator[tuple[str, in
     languages = options.languages or ["en"]
     if options.every_language:
         for language in languages:
-            chance = random.Random(f"{options.seed}/captions/{name}" + (f"/{language}" if language != "en" else ""))
-            for phrasing in chance.sample(range(options.phrasings), options.captions):
-                yield language, phrasing, chance
+            generator = random.Random(f"{options.seed}/captions/{name}" + (f"/{language}" if language != "en" else ""))
+            for phrasing in generator.sample(range(options.phrasings), options.captions):
+                yield language, phrasing, generator
         return
-    chance, languages_drawn = (random.Random(f"{options.seed}/{use}/{name}") for use in ("captions", "languages"))
-    for phrasing in chance.sample(range(options.phrasings), options.captions):
-        yield languages_drawn.choice(languages), phrasing, chance
+    generator, languages_drawn = (random.Random(f"{options.seed}/{use}/{name}") for use in ("captions", "languages"))
+    for phrasing in generator.sample(range(options.phrasings), options.captions):
+        yield languages_drawn.choice(languages), phrasing, generator
 
 
 def _twin_item(scene: Scene, name: str, kind: str, split: str, options: argparse.Namespace) -> Item:
@@ -220,19 +220,19 @@ def _name(thing: Thing) -> tuple[str, str]:
 
 def random_scene(seed: int, split: str, number: str) -> Scene:
     """Generate the scene of this number, from the cells of its split."""
-    chance = random.Random(f"{seed}/{split}/{number}")
-    with_third = chance.random() < THIRD_SHARE
-    colours, shapes = _combination(chance, split_of_cell(seed), split, with_third)
-    sizes = (chance.choice(("small", "big")), chance.choice(("small", "big")), "small")
-    first, second, third = (_thing(chance, *parts) for parts in zip(shapes, colours, sizes, strict=True))
-    vertical = chance.random() < 0.5
-    side = chance.choice(("left", "right") if vertical else ("top", "bottom")) if with_third else ""
-    centres = _centres(chance, vertical, side)
-    return Scene(first, second, vertical, third if with_third else None, side, centres, _background(chance))
+    generator = random.Random(f"{seed}/{split}/{number}")
+    with_third = generator.random() < THIRD_SHARE
+    colours, shapes = _combination(generator, split_of_cell(seed), split, with_third)
+    sizes = (generator.choice(("small", "big")), generator.choice(("small", "big")), "small")
+    first, second, third = (_thing(generator, *parts) for parts in zip(shapes, colours, sizes, strict=True))
+    vertical = generator.random() < 0.5
+    side = generator.choice(("left", "right") if vertical else ("top", "bottom")) if with_third else ""
+    centres = _centres(generator, vertical, side)
+    return Scene(first, second, vertical, third if with_third else None, side, centres, _background(generator))
 
 
 def _combination(
-    chance: random.Random, split_of: dict[Cell, str], split: str, with_third: bool
+    generator: random.Random, split_of: dict[Cell, str], split: str, with_third: bool
 ) -> tuple[list[str], list[str]]:
     """Sample three colors and three shapes, the third for a third object.
 
@@ -241,7 +241,7 @@ def _combination(
     might fit two test pictures.
     """
     while True:
-        colours, shapes = chance.sample(list(COLOURS), 3), chance.sample(SHAPES, 3)
+        colours, shapes = generator.sample(list(COLOURS), 3), generator.sample(SHAPES, 3)
         if split_of[_cell(colours[:2], shapes[:2])] != split:
             continue
         crossed = [_cell((c, colours[2]), (s, shapes[2])) for c in colours[:2] for s in shapes[:2]]
@@ -249,25 +249,25 @@ def _combination(
             return colours, shapes
 
 
-def _thing(chance: random.Random, shape: str, colour: str, size: str) -> Thing:
-    radius = chance.uniform(0.165, 0.19) if size == "big" else chance.uniform(0.105, 0.125)
-    rgb = shade(colour, chance.uniform(-0.01, 0.01), chance.uniform(0.93, 1.07))
-    return Thing(shape, colour, rgb, size, radius, tilt=chance.uniform(-0.15, 0.15))
+def _thing(generator: random.Random, shape: str, colour: str, size: str) -> Thing:
+    radius = generator.uniform(0.165, 0.19) if size == "big" else generator.uniform(0.105, 0.125)
+    rgb = shade(colour, generator.uniform(-0.01, 0.01), generator.uniform(0.93, 1.07))
+    return Thing(shape, colour, rgb, size, radius, tilt=generator.uniform(-0.15, 0.15))
 
 
-def _background(chance: random.Random) -> RGB:
-    grey = chance.uniform(140, 175)
-    red, green, blue = (round(grey + chance.uniform(-8, 8)) for _ in range(3))
+def _background(generator: random.Random) -> RGB:
+    grey = generator.uniform(140, 175)
+    red, green, blue = (round(grey + generator.uniform(-8, 8)) for _ in range(3))
     return red, green, blue
 
 
-def _centres(chance: random.Random, vertical: bool, side: str) -> tuple[Point, Point, Point]:
+def _centres(generator: random.Random, vertical: bool, side: str) -> tuple[Point, Point, Point]:
     """Return the centers (x, y) of the three objects, far enough apart for the largest objects."""
-    half = chance.uniform(0.21, 0.25)  # of the distance along the line of the first two
-    along = 0.5 + chance.uniform(-0.03, 0.03)
-    away = {"left": 0.14, "top": 0.14, "right": -0.14, "bottom": -0.14}.get(side, chance.uniform(-0.12, 0.12))
-    across = [0.5 + away + chance.uniform(-0.04, 0.04) for _ in range(2)]
-    third = (0.5 + chance.uniform(-0.15, 0.15), 0.5 - 2.5 * away + chance.uniform(-0.02, 0.02))
+    half = generator.uniform(0.21, 0.25)  # of the distance along the line of the first two
+    along = 0.5 + generator.uniform(-0.03, 0.03)
+    away = {"left": 0.14, "top": 0.14, "right": -0.14, "bottom": -0.14}.get(side, generator.uniform(-0.12, 0.12))
+    across = [0.5 + away + generator.uniform(-0.04, 0.04) for _ in range(2)]
+    third = (0.5 + generator.uniform(-0.15, 0.15), 0.5 - 2.5 * away + generator.uniform(-0.02, 0.02))
     centres = ((along - half, across[0]), (along + half, across[1]), third)
     a, b, c = ((y, x) for x, y in centres) if vertical else centres
     return a, b, c

@@ -41,7 +41,7 @@ class Batch:
     images: torch.Tensor  # uint8 [B, 3, S, S]
     waveforms: torch.Tensor  # float32 [B, T], 16 kHz, zero-padded
     lengths: torch.Tensor  # int64 [B], samples of each waveform
-    ids: torch.Tensor  # int64 [B], sample numbers: the identity of the picture
+    ids: torch.Tensor  # int64 [B], sample numbers, by which the loss knows pairs of the same picture
     # `lengths` as integers on the host, read without synchronizing with the device.
     host_lengths: tuple[int, ...] | None = None
     # Samples that could not be read and were replaced, in the order of rows.

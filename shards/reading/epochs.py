@@ -11,6 +11,9 @@ behind it:
             [ a batch ]                               [ a batch ]
 
 Each shuffle block has an independent random stream, so that reading at any step shuffles only the blocks that are read.
+
+Pictures and captions are named by their numbers in the order of the manifest: a picture by its sample number, a caption
+by its caption row, which counts the captions of all pictures. In a mixture both continue from one data set to the next.
 """
 
 import math
@@ -60,13 +63,13 @@ class Share:
         """Largest number of pictures drawn in a step."""
         return math.ceil(self.high) - math.floor(self.low)
 
-    def drawn(self, step: int) -> int:
+    def drawn_before(self, step: int) -> int:
         """Return the number of pictures drawn before a step."""
         return math.floor(step * self.high) - math.floor(step * self.low)
 
     def step_at(self, position: int) -> int:
         """Return the step that draws picture `position` of the run; the mean must be at least one."""
-        return bisect_right(range(position + 1), position, key=self.drawn) - 1
+        return bisect_right(range(position + 1), position, key=self.drawn_before) - 1
 
 
 class EpochStream:
@@ -93,7 +96,9 @@ class EpochStream:
 
     def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return sample numbers and caption rows that a step draws, each int64 [n]."""
-        epochs, positions = np.divmod(np.arange(self.share.drawn(step), self.share.drawn(step + 1)), self.pictures)
+        epochs, positions = np.divmod(
+            np.arange(self.share.drawn_before(step), self.share.drawn_before(step + 1)), self.pictures
+        )
         samples = np.empty(len(positions), np.int64)
         for epoch in np.unique(epochs):
             samples[epochs == epoch] = self._samples(int(epoch), positions[epochs == epoch])
@@ -101,7 +106,7 @@ class EpochStream:
 
     def replacement(self, step: int, number: int, attempt: int) -> tuple[int, int]:
         """Return sample number and caption row that replace picture `number` of a step; see `Order.replacement`."""
-        first, end = self.share.drawn(step), self.share.drawn(step + 1)
+        first, end = self.share.drawn_before(step), self.share.drawn_before(step + 1)
         epoch, last = divmod(end - 1, self.pictures)
         candidate = ((attempt - 1) * (end - first) + number) % (self.pictures - (end - first))
         # Among the pictures that follow, at most those of this step are skipped.
@@ -113,7 +118,7 @@ class EpochStream:
         """Return the caption rows of samples in their epochs: each epoch uses a picture's next caption."""
         rows, local = self.source.first_caption, samples - self.source.first_sample
         first, count = rows[local], rows[local + 1] - rows[local]
-        return self.source.first_row + first + (_scramble(samples, self.seed) + epochs) % count
+        return self.source.first_row + first + (_hash(samples, self.seed) + epochs) % count
 
     def _samples(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Return the sample numbers at positions of an epoch, int64 [n].
@@ -125,7 +130,7 @@ class EpochStream:
         early = positions < self.share.maximum
         if epoch and early.any():
             begin = epoch * self.pictures
-            tail = begin - self.share.drawn(self.share.step_at(begin))
+            tail = begin - self.share.drawn_before(self.share.step_at(begin))
             first = self._shuffled(epoch, np.arange(self.share.maximum))
             repeated = np.isin(first, self._shuffled(epoch - 1, np.arange(self.pictures - tail, self.pictures)))
             samples[early] = np.concatenate([first[~repeated], first[repeated]])[positions[early]]
@@ -170,7 +175,7 @@ class EpochStream:
         return np.argsort(words, kind="stable")
 
 
-def _scramble(values: np.ndarray, seed: int) -> np.ndarray:
+def _hash(values: np.ndarray, seed: int) -> np.ndarray:
     """Hash integers (finalizer of SplitMix64), so that neighboring pictures do not start with the same caption."""
     with np.errstate(over="ignore"):
         z = values.astype(np.uint64) + np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15)

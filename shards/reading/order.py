@@ -125,7 +125,7 @@ class Order:
 
     def _source_layout(self, step: int) -> np.ndarray:
         """Return the source of each pair of a shard group, int64 [pairs]; evenly spread, so any part is a mixture."""
-        drawn = [share.drawn(step + 1) - share.drawn(step) for share in self._shares]
+        drawn = [share.drawn_before(step + 1) - share.drawn_before(step) for share in self._shares]
         spread = np.concatenate([(np.arange(n) + 0.5) / n for n in drawn if n])
         return np.repeat(np.arange(len(drawn)), drawn)[np.argsort(spread, kind="stable")]
 

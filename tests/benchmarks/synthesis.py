@@ -19,7 +19,7 @@ from table import Figure, tell
 from shards.corpora.languages import LANGUAGES
 from shards.corpora.scenes import random_scene
 from shards.corpora.synthesis import espeak, piper
-from shards.corpora.synthesis.voices import spoken
+from shards.corpora.synthesis.voices import synthesizer_of
 
 SPEED, PITCH = 190, 50
 
@@ -29,7 +29,7 @@ def milliseconds(code: str, voice: Callable[[int], str], captions: int) -> float
     language, total = LANGUAGES[code], 0.0
     for n in range(-1, captions):  # the first is not counted
         text = language.caption(random_scene(0, "train", str(n)), n % len(language.vertical))
-        speak = spoken(text, voice(n), round(SPEED * language.tempo), PITCH)
+        speak = synthesizer_of(text, voice(n), round(SPEED * language.tempo), PITCH)
         begin = time.process_time()
         speak()
         total += (time.process_time() - begin) if n >= 0 else 0.0

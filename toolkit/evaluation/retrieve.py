@@ -152,11 +152,12 @@ def _minimal_pairs(
 ) -> dict[str, Any]:
     questions = minimal_pairs.make_questions(manifest, encodings.samples, encodings.caption_picture)
     coarse = minimal_pairs.accuracy(questions, lambda pairs: cosines(encodings, pairs).cpu())
-    matching: dict[str, float] = {}
+    reranked: dict[str, float] = {}
     if match:
-        matching = minimal_pairs.accuracy(
+        reranked = minimal_pairs.accuracy(
             questions, lambda pairs: score_pairs(model, encodings, pairs, evaluation, process)
         )
-    kinds = {kind: {"coarse": coarse[kind], "matching": matching.get(kind)} for kind in coarse if kind}
-    overall = {"coarse": coarse[""], "matching": matching.get("")}
+    # The key is "matching" whatever the score: it is stored in results of earlier versions too.
+    kinds = {kind: {"coarse": coarse[kind], "matching": reranked.get(kind)} for kind in coarse if kind}
+    overall = {"coarse": coarse[""], "matching": reranked.get("")}
     return {**overall, "questions": len(questions.captions), "kinds": kinds}

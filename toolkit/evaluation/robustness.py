@@ -95,7 +95,7 @@ class Robustness:
     conditions: tuple[Condition, ...]
 
     @property
-    def clean(self) -> Condition | None:
+    def clean_condition(self) -> Condition | None:
         """The condition without perturbation; None: not measured yet."""
         return next((condition for condition in self.conditions if condition.kind == CLEAN), None)
 
@@ -172,7 +172,7 @@ def result_name(values: Mapping[str, Any]) -> str:
 def format_robustness(result: Robustness) -> str:
     """Format a result as a table, kind by kind, with the difference from clean."""
     step = "" if result.step is None else f" (step {result.step:,})"
-    clean = result.clean
+    clean = result.clean_condition
     lines = [
         f"{result.corpus} {result.split}, checkpoint {result.checkpoint}{step}: {result.pictures:,} pictures, "
         f"{result.captions:,} spoken captions",

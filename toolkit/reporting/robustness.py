@@ -80,8 +80,8 @@ def _curves(kind: str, levels: Sequence[Condition], results: _Results) -> Any:
 def _by_level(result: Robustness, kind: str, figure: str) -> dict[float, float]:
     """Return a figure by level, with that of clean where the kind has a level at which nothing changes."""
     measured = [(one.level, one) for one in result.conditions if one.kind == kind and one.level is not None]
-    if measured and result.clean and kind in KINDS:
-        measured.append((KINDS[kind].clean, result.clean))
+    if measured and result.clean_condition and kind in KINDS:
+        measured.append((KINDS[kind].clean_level, result.clean_condition))
     return {
         float(level): one.mean if figure == "mean" else getattr(one, figure)["R@1"]
         for level, one in measured
@@ -94,7 +94,7 @@ def _mean(result: Robustness, like: Condition) -> float | None:
 
 
 def _change(result: Robustness, like: Condition) -> str:
-    mean, clean = _mean(result, like), result.clean
+    mean, clean = _mean(result, like), result.clean_condition
     if mean is None:
         return ""
     return f"{mean:.1f}" if clean is None or like.kind == CLEAN else f"{mean:.1f} ({mean - clean.mean:+.1f})"

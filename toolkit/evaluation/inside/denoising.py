@@ -17,7 +17,7 @@ from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.objectives.denoising import add_noise, denoising_loss
 
 RATIOS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-_SEEN = ("noised", "right", "other", "none")  # the noised tokens themselves, and the contexts of the denoiser
+_CURVES = ("noised", "right", "other", "none")  # the noised tokens, and those rebuilt with each context of the denoiser
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def denoising_curves(
         of the rebuilt tokens given the other modality of the same pair, "other": of another pair, "none": without it};
         {"reason"} if there are no batches.
     """
-    sums = {side: torch.zeros(len(_SEEN), len(RATIOS), dtype=torch.float64) for side in denoisers}
+    sums = {side: torch.zeros(len(_CURVES), len(RATIOS), dtype=torch.float64) for side in denoisers}
     counts = {side: torch.zeros(len(RATIOS), dtype=torch.float64) for side in denoisers}
     row = 0
     for speech, image, ids in batches:
@@ -58,7 +58,7 @@ def denoising_curves(
     curves: dict[str, Any] = {}
     for side in denoisers:
         means = (sums[side] / counts[side].clamp(min=1)).tolist()
-        curves[side] = {"loss": settings.loss, "ratio": list(RATIOS), **dict(zip(_SEEN, means, strict=True))}
+        curves[side] = {"loss": settings.loss, "ratio": list(RATIOS), **dict(zip(_CURVES, means, strict=True))}
     return curves
 
 
@@ -72,13 +72,13 @@ def _losses(
     settings: Denoising,
     random: CounterRNG,
 ) -> tuple[Tensor, int]:
-    """Sum of the pairs' losses, float64 [4] in the order of `_SEEN`, and the number of pairs with noised tokens."""
+    """Sum of the pairs' losses, float64 [4] in the order of `_CURVES`, and the number of pairs with noised tokens."""
     span = settings.span if side == "speech" else 1  # as in training
     noise = (settings.noise, ratio, span, settings.snr_db, random, settings.swap_group)
     noised = add_noise(clean.tokens, clean.mask, ids, *noise)
     counted = noised.positions if ratio else clean.mask
     other = context[torch.arange(len(ids), device=ids.device).roll(1)]
-    rebuilt = [
+    compared = [
         noised.tokens,
         denoiser(noised.tokens, clean.mask, context.tokens, context.mask),
         denoiser(noised.tokens, clean.mask, other.tokens, other.mask),
@@ -86,7 +86,7 @@ def _losses(
     ]
     rows = counted.any(dim=1)
     if not rows.any():
-        return torch.zeros(len(_SEEN), dtype=torch.float64), 0
+        return torch.zeros(len(_CURVES), dtype=torch.float64), 0
     target = (clean.tokens[rows], counted[rows], clean.mask[rows], settings.loss, settings.token_temperature)
-    losses = torch.stack([denoising_loss(tokens[rows], *target) for tokens in rebuilt])
+    losses = torch.stack([denoising_loss(tokens[rows], *target) for tokens in compared])
     return losses.double().cpu() * int(rows.sum()), int(rows.sum())

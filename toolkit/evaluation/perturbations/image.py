@@ -24,7 +24,7 @@ def crop_region(level: float, seed: int, number: int, resize: Resize) -> Region 
         number: Number of the sample.
         resize: How the picture is made square otherwise; "squash" keeps the picture's aspect ratio.
     """
-    if level == KINDS["crop"].clean:
+    if level == KINDS["crop"].clean_level:
         return None
     settings = ImageAugment(crop=1.0, crop_area=[level / 100] * 2, crop_aspect=[1.0, 1.0])
     return draw_crop(settings, SampleRandomness(seed, number), resize)
@@ -47,7 +47,7 @@ def perturb_image(image: np.ndarray, kind: str, level: float, generator: np.rand
     """
     if kind not in ("jpeg", "blur", "occlusion"):
         raise ValueError(f"{kind} is not a perturbation of an image")
-    if level == KINDS[kind].clean:
+    if level == KINDS[kind].clean_level:
         return image
     if kind == "occlusion":
         return occlude(image, level, generator)

@@ -23,7 +23,7 @@ class Kind:
         unit: Unit of the level.
         levels: Levels that are measured by default, mildest first.
         bounds: Smallest and largest level.
-        clean: Level at which the input stays as it is.
+        clean_level: Level at which the input stays as it is.
         meaning: What the level is.
     """
 
@@ -31,7 +31,7 @@ class Kind:
     unit: str
     levels: tuple[float, ...]
     bounds: tuple[float, float]
-    clean: float
+    clean_level: float
     meaning: str
 
 

@@ -38,14 +38,14 @@ def perturb_speech(
     """
     if kind not in KINDS or KINDS[kind].modality != "speech":
         raise ValueError(f"{kind} is not a perturbation of speech")
-    if level == KINDS[kind].clean:
+    if level == KINDS[kind].clean_level:
         return wave
     if kind in ("babble", "noise"):
         if background is None:
             raise ValueError(f"{kind} needs a background")
         noise = mix_voices(background(generator), len(wave), generator)
         return within_full_scale(add_noise(wave, noise, level))
-    return within_full_scale(_KINDS[kind](wave, level, generator))
+    return within_full_scale(_FUNCTIONS[kind](wave, level, generator))
 
 
 def _white(wave: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:
@@ -110,7 +110,7 @@ def truncate(wave: np.ndarray, percent: float) -> np.ndarray:
     return wave[: max(1, round(len(wave) * percent / 100))]
 
 
-_KINDS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
+_FUNCTIONS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
     "white": _white,
     "reverberation": _reverberation,
     "speed": lambda wave, level, _: change_speed(wave, level),

@@ -45,10 +45,10 @@ def format_report(result: Result) -> str:
         lines.append(f"re-ranking time: {1000 * reranked['seconds_per_query']:.1f} ms per query and rank")
     if pairs := report["twins"]:
         accuracies = {"all": pairs} | {f"  {kind}": accuracy for kind, accuracy in pairs["kinds"].items()}
-        lines.append(f"\n{'minimal pairs':<20}{'coarse':>8}{'matching':>10}   accuracy, chance 50.0")
+        lines.append(f"\n{'minimal pairs':<20}{'coarse':>8}{'re-ranked':>11}   accuracy, chance 50.0")
         for kind, accuracy in accuracies.items():
-            matching = "" if accuracy["matching"] is None else f"{accuracy['matching']:.1f}"
-            lines.append(f"{kind:<20}{accuracy['coarse']:>8.1f}{matching:>10}")
+            reranked = "" if accuracy["matching"] is None else f"{accuracy['matching']:.1f}"
+            lines.append(f"{kind:<20}{accuracy['coarse']:>8.1f}{reranked:>11}")
     return "\n".join(lines)
 
 

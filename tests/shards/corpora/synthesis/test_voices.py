@@ -6,14 +6,14 @@ from collections import Counter
 import pytest
 
 from shards.corpora.synthesis.espeak import voices_of
-from shards.corpora.synthesis.voices import Voices, choose, voice_names
+from shards.corpora.synthesis.voices import Voices, parse_voices, voice_languages
 from shards.errors import UserError
 
 ENGLISH, GERMAN = voices_of("en"), voices_of("de")
 
 
 def names(spec: int | str, *languages: str) -> tuple[str, ...]:
-    chosen = choose(spec, None, languages or ("en",))
+    chosen = parse_voices(spec, None, languages or ("en",))
     return tuple(name for language in languages or ("en",) for name in chosen[language, False].names)
 
 
@@ -51,32 +51,32 @@ def test_the_first_voices_are_fixed_and_differ() -> None:
 
 
 def test_held_out_voices_are_not_in_training() -> None:
-    chosen = choose("all", "*+f1,en-us", ("en", "de"))
+    chosen = parse_voices("all", "*+f1,en-us", ("en", "de"))
     for language in ("en", "de"):
         training, tests = (set(chosen[language, held_out].names) for held_out in (False, True))
         assert not training & tests
         assert training | tests == set(voices_of(language))
     assert chosen["de", True].names == ("de+f1",)
-    separate = choose(3, "piper:joe", ("en",))
+    separate = parse_voices(3, "piper:joe", ("en",))
     assert (separate["en", False].names, separate["en", True].names) == (ENGLISH[:3], ("piper:joe",))
 
 
 def test_shares() -> None:
-    chosen = choose("all,piper:joe=0.2,en-us=0.1,*+f4=0.3", None, ("en",))["en", False]
-    chance = random.Random(0)
-    counts = Counter(chosen.draw(chance) for _ in range(20000))
+    chosen = parse_voices("all,piper:joe=0.2,en-us=0.1,*+f4=0.3", None, ("en",))["en", False]
+    generator = random.Random(0)
+    counts = Counter(chosen.draw(generator) for _ in range(20000))
     assert counts["piper:joe"] / 20000 == pytest.approx(0.2, abs=0.01)
     assert counts["en-us"] / 20000 == pytest.approx(0.1, abs=0.01)
     assert sum(count for name, count in counts.items() if name.endswith("+f4")) / 20000 == pytest.approx(0.3, abs=0.01)
     assert counts.keys() == {*ENGLISH, "piper:joe"}
-    thirds = choose("en=0.333333333333,en-us=0.333333333333,en-029=0.333333333334", None, ("en",))["en", False]
-    assert {thirds.draw(chance) for _ in range(99)} == {"en", "en-us", "en-029"}
+    thirds = parse_voices("en=0.333333333333,en-us=0.333333333333,en-029=0.333333333334", None, ("en",))["en", False]
+    assert {thirds.draw(generator) for _ in range(99)} == {"en", "en-us", "en-029"}
 
 
 def test_a_share_is_kept_where_a_later_pattern_matches_its_voice() -> None:
-    chosen = choose("en-us=0.5,all", None, ("en",))["en", False]
-    chance = random.Random(0)
-    assert sum(chosen.draw(chance) == "en-us" for _ in range(2000)) / 2000 == pytest.approx(0.5, abs=0.05)
+    chosen = parse_voices("en-us=0.5,all", None, ("en",))["en", False]
+    generator = random.Random(0)
+    assert sum(chosen.draw(generator) == "en-us" for _ in range(2000)) / 2000 == pytest.approx(0.5, abs=0.05)
 
 
 def test_without_shares_a_draw_is_one_number_of_the_stream() -> None:
@@ -105,12 +105,12 @@ def test_without_shares_a_draw_is_one_number_of_the_stream() -> None:
 )  # fmt: skip
 def test_mistakes_are_named(spec: str, tests: str | None, languages: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        choose(spec, tests, languages)
+        parse_voices(spec, tests, languages)
     assert "\n" not in str(caught.value)
 
 
 def test_every_voice_has_one_language() -> None:
-    voices = voice_names(("en", "de"))
+    voices = voice_languages(("en", "de"))
     assert voices["en-us"] == voices["piper:joe"] == "en"
     assert voices["de+f1"] == "de"
-    assert "piper:joe" not in voice_names(("de",))
+    assert "piper:joe" not in voice_languages(("de",))

@@ -27,7 +27,7 @@ def perturbed(kind, level, number=0, seed=0):
 @pytest.mark.parametrize("kind", ["jpeg", "blur", "occlusion"])
 def test_clean_levels_change_nothing_and_others_are_reproducible(kind):
     before = image()
-    assert perturb_image(before, kind, KINDS[kind].clean, generator_of(0, kind, 0)) is before
+    assert perturb_image(before, kind, KINDS[kind].clean_level, generator_of(0, kind, 0)) is before
     for level in KINDS[kind].levels:
         once = perturbed(kind, level)
         assert once.shape == before.shape

@@ -21,7 +21,7 @@ def test_levels_can_be_given():
 
 def test_default_levels_are_within_bounds_and_not_clean():
     for kind in KINDS.values():
-        assert all(kind.bounds[0] <= level <= kind.bounds[1] and level != kind.clean for level in kind.levels)
+        assert all(kind.bounds[0] <= level <= kind.bounds[1] and level != kind.clean_level for level in kind.levels)
 
 
 @pytest.mark.parametrize(

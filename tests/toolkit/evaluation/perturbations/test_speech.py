@@ -37,7 +37,7 @@ def hiss(seconds=1.0):
 @pytest.mark.parametrize("kind", SPEECH)
 def test_the_clean_level_changes_nothing(kind):
     wave = spoken()
-    assert perturbed(wave, kind, KINDS[kind].clean) is wave
+    assert perturbed(wave, kind, KINDS[kind].clean_level) is wave
 
 
 @pytest.mark.parametrize("kind", SPEECH)
