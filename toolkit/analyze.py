@@ -200,7 +200,9 @@ def text(config: Config, options: argparse.Namespace) -> None:
     samples = limited(manifest.rows(options.split), options.limit)
 
     from toolkit.distributed import initialise
-    from toolkit.evaluation.asr import (
+    from toolkit.evaluation.encode import ModelInputs
+    from toolkit.evaluation.results import format_results
+    from toolkit.evaluation.text_baselines import (
         TextBaseline,
         TextImageModel,
         load_recognizer,
@@ -208,8 +210,6 @@ def text(config: Config, options: argparse.Namespace) -> None:
         transcribe,
         word_error_rate,
     )
-    from toolkit.evaluation.encode import ModelInputs
-    from toolkit.evaluation.results import format_results
 
     _, world_size, device = initialise()
     if world_size > 1:

@@ -53,7 +53,7 @@ class Result:
         run: Run folder, or without a run the model's folder or hub id.
         corpus: Corpus of the shards.
         split: Evaluated split.
-        manifest: SHA-256 that identifies the shards.
+        manifest: SHA-256 that identifies the shards (`Manifest.hash`).
         checkpoint: Name of the exported model, such as best or last.
         step: Its training step; None if it is not known.
         protocol: Settings that influence the figures: {"rerank" (candidates per query, 0: none), "fuse" (None without
@@ -82,7 +82,7 @@ class Result:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is a baseline, which is stored beside the results of a model; see `toolkit.evaluation.asr`."""
+        """Whether this is a baseline, stored beside the results of a model; see `toolkit.evaluation.text_baselines`."""
         return bool(self.report.get("baseline"))
 
     def ranks(self, direction: str, stage: str | None = None) -> Ranks:

@@ -60,7 +60,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Robustness:
-    """Conditions measured with one checkpoint on one split.
+    """Conditions measured with one checkpoint on one split; fields are named as the keys of the JSON.
 
     Attributes:
         path: The JSON file.

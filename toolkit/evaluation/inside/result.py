@@ -7,9 +7,9 @@ RUN/inside/NAME/ is named by data set, split, checkpoint and protocol, and repla
                    "denoising"}
     attention-N.png
 
-A reference to an input, from which `Reader(manifest)` reads picture and audio, is {"sample": number of the sample,
-"caption": row of the caption or null, "id": image id, "text": of the caption or null}. This module imports neither
-torch nor a model.
+"manifest" and "model" are SHA-256 checksums. A reference to an input, from which
+`Reader(manifest)` reads picture and audio, is {"sample": number of the sample, "caption": row of the caption or null,
+"id": image id, "text": of the caption or null}. This module imports neither torch nor a model.
 """
 
 import json
@@ -30,7 +30,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Inside:
-    """What was found in one checkpoint on one split.
+    """What was found in one checkpoint on one split; fields are named as the keys of the JSON.
 
     Attributes:
         folder: Contains the JSON and the images.

@@ -33,10 +33,16 @@ from tests.toolkit import test_analyze
 from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.evaluation.test_retrieve import CPU, settings
 from toolkit import analyze
-from toolkit.evaluation import asr
-from toolkit.evaluation.asr import TextImageModel, edit_distance, load_recognizer, transcribe, word_error_rate
+from toolkit.evaluation import text_baselines
 from toolkit.evaluation.encode import ModelInputs
 from toolkit.evaluation.results import load_results
+from toolkit.evaluation.text_baselines import (
+    TextImageModel,
+    edit_distance,
+    load_recognizer,
+    transcribe,
+    word_error_rate,
+)
 
 folder, run = test_retrieve.folder, test_analyze.run
 
@@ -118,7 +124,9 @@ def test_recall_by_text_equals_loops_and_stands_beside_other_results(run, folder
     manifest = load(folder)
     pictures = manifest.rows("test").tolist()
     model, source = TextImageModel.load(str(clip), CPU), ModelInputs(manifest, manifest.rows("test"), settings(folder))
-    images = [model.embed_images(1, lambda _, at=at: asr.read_image(source, at))[0] for at in range(len(pictures))]
+    images = [
+        model.embed_images(1, lambda _, at=at: text_baselines.read_image(source, at))[0] for at in range(len(pictures))
+    ]
     hits = []
     for at, sample in enumerate(pictures):
         for number in range(len(manifest.captions(sample))):
@@ -237,6 +245,6 @@ def test_mistakes_are_one_line(run, clip, recognizer, whisper, tmp_path, argumen
 
 
 def test_without_texts_a_recognizer_is_needed(run, clip, monkeypatch):
-    monkeypatch.setattr(asr, "read_texts", lambda *_: None)
+    monkeypatch.setattr(text_baselines, "read_texts", lambda *_: None)
     with pytest.raises(UserError, match=r"not all captions have text: name a recognizer with --recognizer"):
         text(run, clip)
