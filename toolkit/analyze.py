@@ -177,7 +177,7 @@ def inside(config: Config, options: argparse.Namespace) -> None:
         values["denoising"] = {"reason": str(error)}
     result = save_inside(Path(config.run) / INSIDE / result_name(values), values, images)
     print(format_inside(result), flush=True)
-    logger.info("inside: %s", write_page(result, look.source.reader))
+    logger.info("inside: %s", write_page(result, look.inputs.reader))
 
 
 def add_text(parser: Parser) -> None:
@@ -214,19 +214,19 @@ def text(config: Config, options: argparse.Namespace) -> None:
     _, world_size, device = initialise()
     if world_size > 1:
         raise UserError("analyze.py text runs in one process: start it without a launcher")
-    source = ModelInputs(manifest, samples, config)
-    transcripts = read_texts(manifest, options.split, source)
+    inputs = ModelInputs(manifest, samples, config)
+    transcripts = read_texts(manifest, options.split, inputs)
     if transcripts is None and options.recognizer is None:
         raise UserError(f"split {options.split}: not all captions have text: name a recognizer with --recognizer")
     recognizer = load_recognizer(options.recognizer, device) if options.recognizer else None
     clip, limit = TextImageModel.load(options.clip, device), options.limit
-    baseline = TextBaseline(clip, options.clip, source, manifest, options.split, Path(config.run), limit)
+    baseline = TextBaseline(clip, options.clip, inputs, manifest, options.split, Path(config.run), limit)
     results, rate = [], None
     if transcripts is not None:
         results.append(baseline.save("oracle-text", transcripts, None))
     if recognizer:
         name = Path(options.recognizer).resolve().name
-        recognized = transcribe(source, recognizer, baseline.transcripts_file(options.recognizer))
+        recognized = transcribe(inputs, recognizer, baseline.transcripts_file(options.recognizer))
         rate = word_error_rate(transcripts, recognized) if transcripts is not None else None
         results.append(baseline.save(f"asr-{name}", recognized, rate))
     print(format_results(results), flush=True)

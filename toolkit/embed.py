@@ -90,8 +90,8 @@ def open_inputs(options: argparse.Namespace) -> "ItemSource":
     from toolkit.indexing.items import TABLES, FileSource, ShardSource, read_table
 
     if options.shards:
-        place = options.shards if is_url(options.shards) else str(Path(options.shards).resolve())
-        return ShardSource(place, options.split, options.modality)
+        location = options.shards if is_url(options.shards) else str(Path(options.shards).resolve())
+        return ShardSource(location, options.split, options.modality)
     paths = [Path(name) for name in options.inputs]
     special = [path for path in paths if path.is_dir() or path.suffix in TABLES]
     if special and len(paths) > 1:

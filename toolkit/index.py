@@ -111,8 +111,8 @@ def open_items(options: argparse.Namespace) -> "ItemSource":
     from toolkit.indexing.items import FileSource, ShardSource
 
     if options.shards:
-        place = options.shards if is_url(options.shards) else str(Path(options.shards).resolve())
-        return ShardSource(place, options.split, "audio" if options.captions else "image")
+        location = options.shards if is_url(options.shards) else str(Path(options.shards).resolve())
+        return ShardSource(location, options.split, "audio" if options.captions else "image")
     folder = Path(options.pictures or options.audio)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")

@@ -98,11 +98,11 @@ def encode(
     Raises:
         UserError: A shard is missing or holds a sample that cannot be decoded.
     """
-    source = ModelInputs(manifest, samples, config)
-    images, image_tokens = encode_images(model, source.image, len(samples), config, process, keep_tokens)
-    seconds = manifest.duration[source.captions].clip(max=config.evaluation.max_seconds)
-    speech, tokens = encode_captions(model, source.speech, seconds, config, process, image_tokens)
-    return Encodings(samples, source.captions, torch.from_numpy(source.caption_picture), images, speech, tokens)
+    inputs = ModelInputs(manifest, samples, config)
+    images, image_tokens = encode_images(model, inputs.image, len(samples), config, process, keep_tokens)
+    seconds = manifest.duration[inputs.captions].clip(max=config.evaluation.max_seconds)
+    speech, tokens = encode_captions(model, inputs.speech, seconds, config, process, image_tokens)
+    return Encodings(samples, inputs.captions, torch.from_numpy(inputs.caption_picture), images, speech, tokens)
 
 
 def encode_images(

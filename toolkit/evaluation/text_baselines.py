@@ -184,22 +184,22 @@ def _loading(option: str, folder: str, expected: str) -> Iterator[None]:
         raise UserError(f"{option} {folder}: expected {expected}, but it holds {found}: {line[:160]}") from None
 
 
-def read_image(source: ModelInputs, index: int) -> "Image.Image":
+def read_image(inputs: ModelInputs, index: int) -> "Image.Image":
     """Decode a picture: RGB, at the size of the shards."""
     from PIL import Image
 
-    stored = source.reader.picture(int(source.samples[index]))
+    stored = inputs.reader.picture(int(inputs.samples[index]))
     with Image.open(io.BytesIO(stored), formats=("JPEG", "PNG", "WEBP")) as opened:
         if opened.width * opened.height > MAX_STORED_PIXELS:
             raise UserError(f"picture {index} has more than the {MAX_STORED_PIXELS:,} pixels allowed in a shard")
         return opened.convert("RGB")
 
 
-def transcribe(source: ModelInputs, recognizer: Recognizer, path: Path) -> list[str]:
+def transcribe(inputs: ModelInputs, recognizer: Recognizer, path: Path) -> list[str]:
     """Recognize all captions, in order; those in a file of an earlier run are read from it.
 
     Args:
-        source: The captions.
+        inputs: The captions.
         recognizer: The recognizer.
         path: JSON lines {"caption": row, "text"}; a line is appended for each caption.
 
@@ -212,31 +212,31 @@ def transcribe(source: ModelInputs, recognizer: Recognizer, path: Path) -> list[
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             file.write(b"\n")  # ends a line that was not finished
-            for index in progress_range(len(source.captions), "captions", "recognizing speech"):
-                row = int(source.captions[index])
+            for index in progress_range(len(inputs.captions), "captions", "recognizing speech"):
+                row = int(inputs.captions[index])
                 if not isinstance(known.get(row), str):
-                    known[row] = recognizer(source.speech(index).numpy())
+                    known[row] = recognizer(inputs.speech(index).numpy())
                     file.write(json.dumps({"caption": row, "text": known[row]}).encode() + b"\n")
                     file.flush()
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    return [str(known[int(row)]) for row in source.captions]
+    return [str(known[int(row)]) for row in inputs.captions]
 
 
-def rank_by_text(texts: Tensor, images: Tensor, source: ModelInputs, manifest: Manifest, split: str) -> Retrieval:
+def rank_by_text(texts: Tensor, images: Tensor, inputs: ModelInputs, manifest: Manifest, split: str) -> Retrieval:
     """Rank both directions by the cosine of captions' text embeddings [C, D] and image embeddings [P, D]."""
-    caption_picture = torch.from_numpy(source.caption_picture)
+    caption_picture = torch.from_numpy(inputs.caption_picture)
     rankings = rank_both(texts, images, caption_picture, _CANDIDATES)
     report = {
         "split": split,
-        "pictures": len(source.samples),
-        "captions": len(source.captions),
-        "max_seconds": source.max_samples / SAMPLE_RATE,
+        "pictures": len(inputs.samples),
+        "captions": len(inputs.captions),
+        "max_seconds": inputs.max_samples / SAMPLE_RATE,
         "coarse": summarize_recall(*rankings),
         "reranked": None,
         "twins": None,
     }
-    return Retrieval(report, source.samples, source.captions, caption_picture, caption_picture.unique(), *rankings)
+    return Retrieval(report, inputs.samples, inputs.captions, caption_picture, caption_picture.unique(), *rankings)
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
@@ -265,11 +265,11 @@ def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
     return row[-1]
 
 
-def read_texts(manifest: Manifest, split: str, source: ModelInputs) -> list[str] | None:
-    """Read the texts of all captions of a source; None if the shards have none for some of them."""
+def read_texts(manifest: Manifest, split: str, inputs: ModelInputs) -> list[str] | None:
+    """Read the texts of all captions; None if the shards have none for some of them."""
     rows = [row for sample in manifest.rows(split).tolist() for row in manifest.captions(sample)]
     texts = dict(zip(rows, read_caption_attributes(manifest, split).text, strict=True))
-    chosen = [texts[row] for row in source.captions.tolist()]
+    chosen = [texts[row] for row in inputs.captions.tolist()]
     return None if None in chosen else [str(text) for text in chosen]
 
 
@@ -280,7 +280,7 @@ class TextBaseline:
     Attributes:
         clip: The text-image model.
         folder: Its folder.
-        source: The captions and pictures.
+        inputs: The captions and pictures.
         manifest: The shards.
         split: Name of the split.
         run: Run folder.
@@ -289,7 +289,7 @@ class TextBaseline:
 
     clip: TextImageModel
     folder: str
-    source: ModelInputs
+    inputs: ModelInputs
     manifest: Manifest
     split: str
     run: Path
@@ -297,11 +297,11 @@ class TextBaseline:
 
     @cached_property
     def _images(self) -> Tensor:
-        return self.clip.embed_images(len(self.source.samples), lambda index: read_image(self.source, index))
+        return self.clip.embed_images(len(self.inputs.samples), lambda index: read_image(self.inputs, index))
 
     def transcripts_file(self, recognizer: str) -> Path:
         """File of the texts that a recognizer, given by name or folder, found."""
-        seconds, name = self.source.max_samples / SAMPLE_RATE, Path(recognizer).resolve().name
+        seconds, name = self.inputs.max_samples / SAMPLE_RATE, Path(recognizer).resolve().name
         if recognizer != POCKETSPHINX:  # other folders may have the same name
             name += f"-{hashlib.sha256(str(Path(recognizer).resolve()).encode()).hexdigest()[:8]}"
         parts = (self.manifest.corpus, self.split, self.manifest.hash[:8], name, f"{seconds:g}s.jsonl")
@@ -316,7 +316,7 @@ class TextBaseline:
             error_rate: Word error rate in percent; None: not known.
         """
         embedded = self.clip.embed_texts(texts)
-        retrieval = rank_by_text(embedded, self._images, self.source, self.manifest, self.split)
+        retrieval = rank_by_text(embedded, self._images, self.inputs, self.manifest, self.split)
         limit = "" if self.limit is None else f"-limit-{self.limit}"
         report = retrieval.report | {
             "shards": self.manifest.location,

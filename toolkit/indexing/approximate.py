@@ -215,7 +215,7 @@ def _divide(index: Index) -> tuple[np.ndarray, np.ndarray]:
     logger.info("approximate index: k-means of %s lists", f"{lists:,}")
     means.train(_finite(index.embeddings[sample]))
     list_of_row = np.empty(len(index), np.int64)
-    with progress_bar(len(index), "embeddings", "grouping") as progress:
+    with progress_bar(len(index), "embeddings", "assigning") as progress:
         for start, chunk in index.chunks(_ROWS):
             list_of_row[start : start + len(chunk)] = means.index.search(_finite(chunk), 1)[1][:, 0]
             progress(len(chunk))

@@ -61,14 +61,14 @@ def test_stored_ranks_name_their_queries(folder):
     (found,) = evaluate_split(
         Checkpoint(random_model(), "run", "best", 3), manifest, "test", settings(folder), 0, ProcessInfo(0, 1, CPU)
     )
-    spoken, shown = (ranks_of(found.columns, direction, "coarse") for direction in DIRECTIONS)
+    by_speech, by_image = (ranks_of(found.columns, direction, "coarse") for direction in DIRECTIONS)
     pictures = [f"test{number}" for number in range(13)]
-    assert shown.query.tolist() == pictures
-    assert spoken.query.tolist() == [
+    assert by_image.query.tolist() == pictures
+    assert by_speech.query.tolist() == [
         f"{name}#{n}" for number, name in enumerate(pictures) for n in range(1 + number % 3)
     ]
-    assert spoken.picture.tolist() == [query.partition("#")[0] for query in spoken.query]
-    assert found.retrieval.speech_to_image.rank_counts.ahead.tolist() == spoken.ahead.tolist()
+    assert by_speech.picture.tolist() == [query.partition("#")[0] for query in by_speech.query]
+    assert found.retrieval.speech_to_image.rank_counts.ahead.tolist() == by_speech.ahead.tolist()
     assert all(column.dtype.kind in "iS" for column in found.columns.values())
 
 

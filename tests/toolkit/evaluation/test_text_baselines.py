@@ -123,9 +123,9 @@ def test_recall_by_text_equals_loops_and_stands_beside_other_results(run, folder
     assert (oracle.checkpoint, recognized.checkpoint) == ("oracle-text-tiny-clip", "asr-tiny-asr-tiny-clip")
     manifest = load(folder)
     pictures = manifest.rows("test").tolist()
-    model, source = TextImageModel.load(str(clip), CPU), ModelInputs(manifest, manifest.rows("test"), settings(folder))
+    model, inputs = TextImageModel.load(str(clip), CPU), ModelInputs(manifest, manifest.rows("test"), settings(folder))
     images = [
-        model.embed_images(1, lambda _, at=at: text_baselines.read_image(source, at))[0] for at in range(len(pictures))
+        model.embed_images(1, lambda _, at=at: text_baselines.read_image(inputs, at))[0] for at in range(len(pictures))
     ]
     hits = []
     for at, sample in enumerate(pictures):
@@ -165,7 +165,7 @@ def test_whisper_writes_what_its_own_generation_does_also_beyond_30_seconds(run,
 
 def test_transcripts_that_are_known_are_not_recognized_again(folder, tmp_path):
     manifest = load(folder)
-    source, heard, path = ModelInputs(manifest, manifest.rows("test"), settings(folder)), [], tmp_path / "t" / "x.jsonl"
+    inputs, heard, path = ModelInputs(manifest, manifest.rows("test"), settings(folder)), [], tmp_path / "t" / "x.jsonl"
 
     def recognize(wave):
         if len(heard) == 3:
@@ -174,11 +174,11 @@ def test_transcripts_that_are_known_are_not_recognized_again(folder, tmp_path):
         return f"heard {len(wave)}"
 
     with pytest.raises(KeyboardInterrupt):
-        transcribe(source, recognize, path)
+        transcribe(inputs, recognize, path)
     path.write_bytes(path.read_bytes() + b'{"caption": 7, "te')
-    texts = transcribe(source, lambda wave: f"heard {len(wave)}", path)
-    assert texts == [f"heard {len(source.speech(index))}" for index in range(len(source.captions))]
-    assert transcribe(source, None, path) == texts
+    texts = transcribe(inputs, lambda wave: f"heard {len(wave)}", path)
+    assert texts == [f"heard {len(inputs.speech(index))}" for index in range(len(inputs.captions))]
+    assert transcribe(inputs, None, path) == texts
 
 
 def test_word_error_rate_counts_edits_of_words():

@@ -55,7 +55,7 @@ class InsideLook:
         process: ProcessInfo,
     ) -> None:
         self.model, self.manifest, self.config, self.process = model, manifest, config, process
-        self.source = ModelInputs(manifest, samples, config)
+        self.inputs = ModelInputs(manifest, samples, config)
         texts = read_caption_attributes(manifest, split).text
         rows = [row for sample in manifest.rows(split).tolist() for row in manifest.captions(sample)]
         self.texts = dict(zip(rows, texts, strict=True))
@@ -105,9 +105,9 @@ class InsideLook:
 
     def caption_reference(self, index: int) -> dict[str, Any]:
         """Reference of a caption by its position."""
-        row = int(self.source.captions[index])
+        row = int(self.inputs.captions[index])
         return {
-            **self.picture_reference(int(self.source.caption_picture[index])),
+            **self.picture_reference(int(self.inputs.caption_picture[index])),
             "caption": row,
             "text": self.texts[row],
         }
@@ -116,14 +116,14 @@ class InsideLook:
     def attention(self) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
         """Draw the attention of captions at equal distances over their pictures: `Inside.attention`, and the PNGs."""
         pairs, drawings = [], {}
-        for index in equally_spaced(len(self.source.captions), DRAWN):
+        for index in equally_spaced(len(self.inputs.captions), DRAWN):
             query, name = self.caption_reference(index), f"attention-{index:06d}.png"
-            wave = self.source.speech(index)
+            wave = self.inputs.speech(index)
             seconds = len(wave) / SAMPLE_RATE
             speech, image = self._encode_pairs([index])
             attention = cross_attention(self.model, speech, image)
             words = align_proportionally(wave.numpy(), query["text"] or "")
-            stored = self.source.reader.picture(query["sample"])
+            stored = self.inputs.reader.picture(query["sample"])
             shown = decode_picture(stored, _SHOWN, resize=self.config.data.resize)
             match = float(attention.logits.softmax(dim=-1)[1])
             title = query["text"] or f"caption {query['caption']} of {query['id']}"
@@ -140,17 +140,17 @@ class InsideLook:
     def _pairs(self) -> Iterator[tuple[Encoded, Encoded, Tensor]]:
         """Yield encoded pairs of different pictures, in batches of at least two."""
         # The first caption of each picture that has one.
-        _, first = np.unique(self.source.caption_picture, return_index=True)
+        _, first = np.unique(self.inputs.caption_picture, return_index=True)
         chosen = first[equally_spaced(len(first), _DENOISED)]
         for start in range(0, len(chosen), _BATCH):
             batch = chosen[start : start + _BATCH].tolist()
             if len(batch) > 1:
-                ids = torch.from_numpy(self.samples[self.source.caption_picture[batch]]).to(self.process.device)
+                ids = torch.from_numpy(self.samples[self.inputs.caption_picture[batch]]).to(self.process.device)
                 yield (*self._encode_pairs(batch), ids)
 
     def _encode_pairs(self, captions: list[int]) -> tuple[Encoded, Encoded]:
         device = self.process.device
-        waves = [self.source.speech(index) for index in captions]
-        images = torch.stack([self.source.image(int(self.source.caption_picture[index])) for index in captions])
+        waves = [self.inputs.speech(index) for index in captions]
+        images = torch.stack([self.inputs.image(int(self.inputs.caption_picture[index])) for index in captions])
         lengths = torch.tensor([len(wave) for wave in waves], device=device)
         return self.model(images.to(device), pad_sequence(waves, batch_first=True).to(device), lengths)

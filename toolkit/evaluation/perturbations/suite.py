@@ -92,7 +92,7 @@ class Suite:
     noise: Noise | None = None
 
     def __post_init__(self) -> None:
-        self.source = _PerturbedInputs(self.manifest, self.samples, self.config)
+        self.inputs = _PerturbedInputs(self.manifest, self.samples, self.config)
         self._read_noise = lru_cache(_OPEN_FILES)(lambda path: read_audio(path, _MAX_FILE_SECONDS))
 
     def complete(self, result: Robustness, missing: Sequence[tuple[str, float | None]]) -> Robustness:
@@ -130,27 +130,27 @@ class Suite:
 
     @cached_property
     def _images(self) -> Tensor:
-        return encode_images(self.model, self.source.image, len(self.samples), self.config, self.process)[0]
+        return encode_images(self.model, self.inputs.image, len(self.samples), self.config, self.process)[0]
 
     @cached_property
     def _speech(self) -> Tensor:
-        return encode_captions(self.model, self.source.speech, self._seconds(1.0), self.config, self.process)[0]
+        return encode_captions(self.model, self.inputs.speech, self._seconds(1.0), self.config, self.process)[0]
 
     def _encode_images(self, kind: str, level: float) -> Tensor:
         def load(index: int) -> Tensor:
-            return self.source.perturbed_image(index, kind, level, self.seed)
+            return self.inputs.perturbed_image(index, kind, level, self.seed)
 
         return encode_images(self.model, load, len(self.samples), self.config, self.process)[0]
 
     def _encode_speech(self, kind: str, level: float) -> Tensor:
         def load(index: int) -> Tensor:
-            return self.source.perturbed_speech(index, kind, level, self.seed, self._background(kind, index))
+            return self.inputs.perturbed_speech(index, kind, level, self.seed, self._background(kind, index))
 
         seconds = self._seconds(duration_factor(kind, level))
         return encode_captions(self.model, load, seconds, self.config, self.process)[0]
 
     def _seconds(self, factor: float) -> np.ndarray:
-        durations = self.manifest.duration[self.source.captions] * np.float32(factor)
+        durations = self.manifest.duration[self.inputs.captions] * np.float32(factor)
         return durations.clip(max=self.config.evaluation.max_seconds)
 
     def _background(self, kind: str, index: int) -> Background:
@@ -159,13 +159,13 @@ class Suite:
             files = self.noise.files if self.noise else ()
             return lambda generator: [self._read_noise(files[int(generator.integers(len(files)))])]
         rows, owners = self._voices
-        others = rows[owners != self.samples[self.source.caption_picture[index]]]
+        others = rows[owners != self.samples[self.inputs.caption_picture[index]]]
         if not len(others):
             raise UserError(f"babble: split {self.split} of {self.manifest.location} has no captions of other pictures")
 
         def voices(generator: np.random.Generator) -> list[np.ndarray]:
             chosen = generator.choice(others, min(_VOICES, len(others)), replace=False)
-            return [self.source.caption(row) for row in chosen.tolist()]
+            return [self.inputs.caption(row) for row in chosen.tolist()]
 
         return voices
 
@@ -177,7 +177,7 @@ class Suite:
         return np.concatenate(spans), np.repeat(samples, [len(span) for span in spans])
 
     def _condition(self, condition: Condition, speech: Tensor, images: Tensor) -> Condition:
-        caption_picture = torch.from_numpy(self.source.caption_picture)
+        caption_picture = torch.from_numpy(self.inputs.caption_picture)
         ranks = self.process.rank, self.process.world_size
         recall = summarize_recall(*rank_both(speech, images, caption_picture, _CANDIDATES, *ranks))
         figures = {name: recall[name] for name in ("speech_to_image", "image_to_speech")}

@@ -70,7 +70,7 @@ def test_embeddings_are_those_of_perturbed_captions(folder, kind, level):
     reader = Reader(suite.manifest)
     with torch.no_grad():
         embeddings = suite._encode_speech(kind, level)
-        for at, row in list(enumerate(suite.source.captions.tolist()))[::5]:
+        for at, row in list(enumerate(suite.inputs.captions.tolist()))[::5]:
             wave = perturb_speech(decode_audio(reader.audio(row)), kind, level, generator_of(0, kind, row))
             cut = torch.from_numpy(wave[: int(SECONDS * SAMPLE_RATE)].copy())
             alone = suite.model.encode_speech(cut[None], torch.tensor([len(cut)])).embedding[0]
@@ -79,12 +79,12 @@ def test_embeddings_are_those_of_perturbed_captions(folder, kind, level):
 
 def test_babble_is_of_other_pictures(folder, monkeypatch):
     suite, heard = suite_of(folder), []
-    caption = suite.source.caption
-    suite.source.caption = lambda row: heard.append(row) or caption(row)
-    for index in range(len(suite.source.captions)):
+    caption = suite.inputs.caption
+    suite.inputs.caption = lambda row: heard.append(row) or caption(row)
+    for index in range(len(suite.inputs.captions)):
         heard.clear()
         suite._background("babble", index)(np.random.default_rng(0))
-        own = suite.manifest.captions(int(suite.samples[suite.source.caption_picture[index]]))
+        own = suite.manifest.captions(int(suite.samples[suite.inputs.caption_picture[index]]))
         assert len(heard) == 4
         assert len(set(heard)) == 4
         assert not set(heard) & set(own)
