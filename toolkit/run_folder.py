@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from toolkit.model.retrieval import SpeechImageModel
 
 PROGRESS = "progress.json"  # in a checkpoint and in an exported model
+_NOT_RUNS = (  # subfolders of a run
+    "checkpoints", "code", "export", "inside", "logs", "profile", "results", "robustness", "transcripts", "wandb",
+)  # fmt: skip
 
 # Prefixes of keys that may change when a run resumes: they do not affect what is learned. Checkpoints identify their
 # data by checksum, not by location.
@@ -196,6 +199,16 @@ def read_step(export: Path) -> int | None:
 def to_yaml(config: Config) -> str:
     """Write the complete configuration as YAML that `load_config` reads back."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)
+
+
+def runs_below(folder: Path, is_run: Callable[[Path], bool], depth: int = 2) -> Iterator[Path]:
+    """Yield the run folders in a folder, and in the folders in it down to a depth: the members of grids."""
+    for below in sorted(folder.iterdir()):
+        if below.is_dir() and below.name not in _NOT_RUNS and not below.name.startswith("."):
+            if is_run(below):
+                yield below
+            elif depth > 1:
+                yield from runs_below(below, is_run, depth - 1)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,11 +14,12 @@ from launch.slurm.client import SlurmJob, find_jobs, queued_jobs
 from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 from launch.status.follow import Controller
 from shards.errors import ExitCode, UserError
+from shards.files import read_object
 from toolkit.config.load import SAVED
 from toolkit.config.yaml_files import read_yaml
+from toolkit.run_folder import runs_below
 
 LOG, RECALL = "log.jsonl", "recall.json"
-_NOT_RUNS = ("checkpoints", "code", "export", "logs", "profile", "wandb")  # subfolders of a run
 _CHUNK = 2**16
 _SEARCH_LIMIT = 2**23  # bytes of a log that are searched backwards for the last evaluation
 _STATES = {
@@ -92,7 +93,7 @@ def find_runs(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a run folder, or a folder of runs")
-    runs = [folder] if is_run(folder) else list(_runs_below(folder, 2))
+    runs = [folder] if is_run(folder) else list(runs_below(folder, is_run))
     if not runs:
         raise UserError(f"{folder} is not a run folder and contains none")
     return runs
@@ -104,15 +105,6 @@ def is_run(folder: Path) -> bool:
         return True
     last = newest(folder)
     return last is not None and not last.submission.members
-
-
-def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
-    for below in sorted(folder.iterdir()):
-        if below.is_dir() and below.name not in _NOT_RUNS and not below.name.startswith("."):
-            if is_run(below):
-                yield below
-            elif depth > 1:
-                yield from _runs_below(below, depth - 1)
 
 
 def run_states(runs: Collection[Path]) -> list[RunState]:
@@ -168,7 +160,7 @@ def _run_state(run: Path, recorded: Recorded | None, jobs: dict[str, SlurmJob]) 
         state, reason, failure = _job_state(recorded, jobs.get(recorded.submission.id))
     elif step is not None and step == steps:
         state, reason = "done", ""
-    final = _json(run / RECALL) if state == "done" else None
+    final = read_object(run / RECALL) or None if state == "done" else None
     return RunState(
         run=run,
         recorded=recorded,
@@ -284,13 +276,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
         return record if isinstance(record, dict) else None
     return None
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        return _record(path.read_bytes())
-    except OSError:
-        return None
 
 
 def _eta(records: list[dict[str, Any]], steps: int | None) -> float | None:
