@@ -103,7 +103,7 @@ def check_run(config: Config) -> None:
         raise UserError(f"--training.resume never: {checkpoints} holds checkpoints; name another folder with --run DIR")
     if not (Path(config.run) / SAVED).is_file():
         return
-    saved, current = (_flatten(dataclasses.asdict(each)) for each in (load_run(config.run), config))
+    saved, current = (flatten(dataclasses.asdict(each)) for each in (load_run(config.run), config))
     changed = [
         f"{key} {saved.get(key)!r} there, {current.get(key)!r} here"
         for key in sorted({*saved, *current})
@@ -135,7 +135,7 @@ def fingerprint(config: Config) -> str:
     Renamed keys are hashed under their original names, so that checkpoints of earlier versions remain valid.
     """
     original_names = {f"{old.rpartition('.')[0]}.{new}": old for old, new in RENAMED_KEYS.items()}
-    flat, defaults = (_flatten(dataclasses.asdict(each)) for each in (config, Config()))
+    flat, defaults = (flatten(dataclasses.asdict(each)) for each in (config, Config()))
     for key in [key for key in flat if key.startswith(_NEW_KEYS) and flat[key] == defaults[key]]:
         del flat[key]
     hashed = {original_names.get(key, key): value for key, value in flat.items() if not key.startswith(_MUTABLE_KEYS)}
@@ -211,10 +211,11 @@ def runs_below(folder: Path, is_run: Callable[[Path], bool], depth: int = 2) -> 
                 yield from runs_below(below, is_run, depth - 1)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Map the keys of a configuration, as in `--section.key`, to their values."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,8 @@ from toolkit.config.schema import Config
 from toolkit.evaluation.results import Result, load_results
 from toolkit.reporting.curves import LOG, read_log
 from toolkit.reporting.figures import FINAL, get, read_json
-from toolkit.run_folder import fingerprint, load_run
+from toolkit.run_folder import fingerprint, flatten, load_run, runs_below
 
-_NOT_RUNS = (
-    "checkpoints",
-    "code",
-    "export",
-    "inside",
-    "logs",
-    "profile",
-    "results",
-    "robustness",
-    "transcripts",
-    "wandb",
-)  # below a run or grid
 _NOT_COMPARED = ("run", "seed", "launch.", "wandb.")  # prefixes of keys that do not make configurations different
 
 
@@ -104,7 +92,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 def _find(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a run folder, or a folder of runs")
-    found = [folder] if _is_run(folder) else list(_below(folder, 2))
+    found = [folder] if _is_run(folder) else list(runs_below(folder, _is_run))
     if not found:
         raise UserError(f"{folder} is not a run folder and contains none (no {SAVED} with a {LOG} or {FINAL})")
     order = _submitted(folder)
@@ -113,15 +101,6 @@ def _find(folder: Path) -> list[Path]:
 
 def _is_run(folder: Path) -> bool:
     return (folder / SAVED).is_file() and any((folder / name).is_file() for name in (LOG, FINAL))
-
-
-def _below(folder: Path, depth: int) -> Iterator[Path]:
-    for below in sorted(folder.iterdir()):
-        if below.is_dir() and below.name not in _NOT_RUNS and not below.name.startswith("."):
-            if _is_run(below):
-                yield below
-            elif depth > 1:
-                yield from _below(below, depth - 1)
 
 
 def _submitted(grid: Path) -> dict[str, int]:
@@ -190,7 +169,7 @@ def differences(configurations: Sequence[Configuration]) -> tuple[list[str], lis
     Returns:
         The head, and a row for each key.
     """
-    flat = [dict(_flatten(dataclasses.asdict(each.runs[0].config))) for each in configurations]
+    flat = [flatten(dataclasses.asdict(each.runs[0].config)) for each in configurations]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if not key.startswith(_NOT_COMPARED)]
     rows = [
         [key, *values]
@@ -198,14 +177,6 @@ def differences(configurations: Sequence[Configuration]) -> tuple[list[str], lis
         if len(set(values := [_text(one[key]) if key in one else "" for one in flat])) > 1
     ]
     return ["key", *(each.name for each in configurations)], rows
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _text(value: Any) -> str:
