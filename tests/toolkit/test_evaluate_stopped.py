@@ -20,7 +20,11 @@ def test_an_evaluation_that_is_interrupted_leaves_earlier_results_whole(run, mon
     monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
     evaluate.main(["--run", str(run)])
     before = results(run)
-    for place in ("toolkit.evaluation.results.json.dumps", "toolkit.evaluation.example_sheet.draw_example_sheet", "os.replace"):
+    for place in (
+        "toolkit.evaluation.results.json.dumps",
+        "toolkit.evaluation.example_sheet.draw_example_sheet",
+        "os.replace",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupt)
             with pytest.raises(KeyboardInterrupt):
