@@ -46,6 +46,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def whole_number(low: int, high: int = 10**9) -> Callable[[str], int]:
+    """Return the type of an option that takes a whole number between bounds."""
+
+    def number(text: str) -> int:
+        if text.isdecimal() and low <= int(text) <= high:
+            return int(text)
+        bounds = f"from {low} to {high}" if high < 10**9 else f"of at least {low}"
+        raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, got {text!r}")
+
+    return number
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a `UserError` ends it with its message on stderr and the error's exit code."""
     try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.errors import Parser, UserError, run_main
+from shards.errors import Parser, UserError, run_main, whole_number
 from shards.logs import add_log_level, setup_logging
 
 if TYPE_CHECKING:
@@ -35,26 +35,26 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="folder written by make_shards")
     add("--decode", type=_decode, default=200, metavar="N|all", help="samples to decode, evenly spaced (default: 200)")
-    add("--jobs", type=_number, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+    add("--jobs", type=whole_number(1), default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
     add(
         "--ranks",
-        type=_number,
+        type=whole_number(1),
         default=8,
         metavar="N",
         help="ranks of a training, for the advice on shard sizes (default: 8)",
     )
-    add("--workers", type=_number, default=4, metavar="W", help="loader workers per rank, for the same (default: 4)")
+    add(
+        "--workers",
+        type=whole_number(1),
+        default=4,
+        metavar="W",
+        help="loader workers a rank, for the same (default: 4)",
+    )
     add("--html", type=Path, metavar="FILE", help="write a page with pictures, audio and histograms")
     add("--augment", metavar="NAME|FILE", help="with --html: show the augmentation of this training configuration")
     add("--json", action="store_true", help="print JSON instead of text")
     add_log_level(parser)
     return parser
-
-
-def _number(value: str) -> int:
-    if value.isdecimal() and 1 <= int(value) <= 10**6:
-        return int(value)
-    raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {value!r}")
 
 
 def _decode(value: str) -> int | None:

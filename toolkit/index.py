@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # import from the repository root, not from the script's folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.errors import Parser, UserError, run_main
+from shards.errors import Parser, UserError, run_main, whole_number
 from shards.logs import add_log_level, setup_logging
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float16", "float32"), default="float16", help="of a new index (default: float16)")
     add(
         "--approximate-from",
-        type=positive,
+        type=whole_number(1),
         default=1_000_000,
         metavar="N",
         help="number of items from which on an approximate index is made too, with faiss (default: 1,000,000)",
@@ -58,16 +58,9 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     add("--model", required=required, metavar="MODEL", help=source)
     add("--checkpoint", metavar="best|last|DIR", help="exported model of a run (default: best, else last)")
     add("--device", help="device of torch (default: the GPU if there is one)")
-    add("--workers", type=positive, metavar="N", help="threads that decode (default: one per core, at most 8)")
+    add("--workers", type=whole_number(1), metavar="N", help="threads that decode (default: one per core, at most 8)")
     if required:
-        add("--batch-size", type=positive, default=32, metavar="N", help="items encoded at once (default: 32)")
-
-
-def positive(value: str) -> int:
-    """Parse a number of at least 1."""
-    if value.isdecimal() and 1 <= int(value) <= 10**6:
-        return int(value)
-    raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {value!r}")
+        add("--batch-size", type=whole_number(1), default=32, metavar="N", help="items encoded at once (default: 32)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ if __name__ in ("__main__", "__mp_main__"):
 
 from shards.corpora import CORPORA, Corpus, load, module
 from shards.corpora.text_files import ListFile, noted_lists
-from shards.errors import Parser, UserError, run_main
+from shards.errors import Parser, UserError, run_main, whole_number
 from shards.logs import add_log_level, setup_logging
 from shards.media.audio import MAX_SECONDS
 from shards.progress import progress_bar
@@ -69,7 +69,7 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
     )
     add("folder", type=Path, metavar="DIR", help="folder of the tars")
     add("--name", help="name of the data set (default: name of the folder)")
-    add("--jobs", type=_number(1), default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+    add("--jobs", type=whole_number(1), default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
     add("--skip-bad", action="store_true", help="leave samples that do not fit out of the index, and report them")
     add("--restart", action="store_true", help="replace an index made earlier")
     add_layout(parser)
@@ -79,10 +79,16 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write: new, empty, or unfinished")
-    add("--jobs", type=_number(1), default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
-    add("--samples-per-shard", type=_number(1), default=500, metavar="N", help="pictures per tar (default: 500)")
-    add("--short-side", type=_number(16), default=256, metavar="PX", help="larger pictures are shrunk (default: 256)")
-    add("--quality", type=_number(1, 100), default=90, help="quality of the JPEGs (default: 90)")
+    add("--jobs", type=whole_number(1), default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+    add("--samples-per-shard", type=whole_number(1), default=500, metavar="N", help="pictures per tar (default: 500)")
+    add(
+        "--short-side",
+        type=whole_number(16),
+        default=256,
+        metavar="PX",
+        help="larger pictures are shrunk (default: 256)",
+    )
+    add("--quality", type=whole_number(1, 100), default=90, help="quality of the JPEGs (default: 90)")
     add("--codec", choices=("flac", "wav", "opus"), default="flac", help="codec of the audio (default: flac)")
     add(
         "--max-seconds",
@@ -105,16 +111,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--restart", action="store_true", help="remove the shards that an earlier run wrote to --out, finished or not")
     add("--dry-run", action="store_true", help="show what would be written, and write nothing")
     add_log_level(parser)
-
-
-def _number(low: int, high: int = 10**9) -> Any:
-    def number(text: str) -> int:
-        if text.isdecimal() and low <= int(text) <= high:
-            return int(text)
-        bounds = f"from {low} to {high}" if high < 10**9 else f"of at least {low}"
-        raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, got {text!r}")
-
-    return number
 
 
 def _seconds(text: str) -> float:

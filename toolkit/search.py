@@ -8,16 +8,17 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 if __name__ == "__main__":  # import from the repository root, not from the script's folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.errors import Parser, UserError, run_main
+from shards.errors import Parser, UserError, run_main, whole_number
 from shards.logs import add_log_level, setup_logging
 from toolkit.config.schema import Fuse
-from toolkit.index import add_model, positive
+from toolkit.index import add_model
 
 if TYPE_CHECKING:
     from toolkit.indexing.search import Searcher
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("queries", nargs="*", metavar="QUERY", help="audio files, or images for an index of audio files")
     add("--serve", type=int, metavar="PORT", help="serve a page to record, upload and search, in place of QUERY")
     add("--host", metavar="ADDRESS", help="address for --serve, protected by a token (default: 127.0.0.1, no token)")
-    add("--top", type=positive, default=10, metavar="N", help="results per query (default: 10)")
+    add("--top", type=whole_number(1), default=10, metavar="N", help="results per query (default: 10)")
     add(
         "--rerank",
         type=int,
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = searcher.search_files(options.queries, options.top, options.rerank or 0)
     for query, hits in zip(options.queries, results, strict=True):
         if options.json:
-            print(json.dumps({"query": query, "results": [hit.asdict() for hit in hits]}), flush=True)
+            print(json.dumps({"query": query, "results": [asdict(hit) for hit in hits]}), flush=True)
             continue
         if len(options.queries) > 1:
             print(f"{printable(query)}:")

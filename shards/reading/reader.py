@@ -9,7 +9,9 @@ import errno
 import json
 import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -80,8 +82,8 @@ class Reader:
             cache: Cache for remote shards; without one each member is read by a range request.
         """
         self.manifests, self.cache = manifests, cache
-        self._first_sample = _starts([len(m.key) for m in manifests])
-        self._first_row = _starts([len(m.duration) for m in manifests])
+        self._first_sample = list(accumulate((len(m.key) for m in manifests), initial=0))
+        self._first_row = list(accumulate((len(m.duration) for m in manifests), initial=0))
         self._remotes = [Remote(m.url) if m.url else None for m in manifests]
         self.cached = cache is not None and any(self._remotes)
         self._max_open = MAX_OPEN
@@ -165,9 +167,7 @@ class Reader:
         """Return the number of the data set of a sample or row, and its number in that data set."""
         if not 0 <= number < starts[-1]:
             raise IndexError(f"{number} of {starts[-1]}")
-        part = 0
-        while number >= starts[part + 1]:
-            part += 1
+        part = bisect_right(starts, number) - 1  # the last of those that start here: the ones before it are empty
         return part, number - starts[part]
 
     def _read(self, part: int, shard: int, offset: int, size: int) -> bytes:
@@ -264,7 +264,3 @@ def _check_size(size: int | None, info: ShardInfo, name: str) -> None:
     if size is not None and size != info.bytes:
         how = "truncated" if size < info.bytes else "changed"
         raise UserError(f"{name} is {how}: {size:,} bytes, {info.bytes:,} in its manifest; make the shards again")
-
-
-def _starts(sizes: list[int]) -> list[int]:
-    return [sum(sizes[:n]) for n in range(len(sizes) + 1)]

@@ -6,10 +6,9 @@ weight w in the exported model, and the others follow in their order. Equal scor
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +39,6 @@ class Hit:
     match: float | None  # match logit; None: not re-ranked
     score: float  # score by which the result is ordered; without re-ranking the cosine
 
-    def asdict(self) -> dict[str, Any]:
-        """Return the values for JSON."""
-        return asdict(self)
-
 
 class Searcher:
     """Searches an index with files of the other modality: images by voice, audio files by an image.
@@ -68,14 +63,11 @@ class Searcher:
         self.find = find or partial(nearest, index)
         self.evaluation = Evaluation(fuse=fuse)
         self.query_modality: Modality = "audio" if index.head.modality == "image" else "image"
-        self._source: ItemSource | None = None
 
-    @property
+    @cached_property
     def source(self) -> ItemSource:
         """The indexed items, opened when first needed."""
-        if self._source is None:
-            self._source = open_source(self.index.head.source, self.index.head.modality)
-        return self._source
+        return open_source(self.index.head.source, self.index.head.modality)
 
     def fusion_problem(self) -> str | None:
         """Why results cannot be re-ranked by the chosen score; None: they can."""

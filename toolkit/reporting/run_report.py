@@ -48,7 +48,8 @@ def _summary(records: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
         return "no steps yet", []
     last = steps[-1]
     parts = [f"step {last['step']}", f"{float(last['seconds']) / 3600:.2f} hours of training"]
-    parts += [f"{last[key]} {words}" for key, words in (("skipped", "steps skipped"),) if last.get(key)]
+    if last.get("skipped"):
+        parts.append(f"{last['skipped']} steps skipped")
     restarts = sum(r.get("event") == "began" for r in records) - 1
     if restarts > 0:
         parts.append(f"{restarts} restart{'s' if restarts > 1 else ''}")
