@@ -184,7 +184,10 @@ class _Plan:
 
 
 def _plan(wanted: Tensor, rows: int, rank: int, device: torch.device) -> _Plan:
-    """Plan the exchange of the requests of all ranks, [requesting rank, n] on the host, with `rows` rows a rank."""
+    """Plan the exchange of the requests of all ranks, [requesting rank, n] on the host, with `rows` rows a rank.
+
+    Global row g is row `g % rows` of rank `g // rows`.
+    """
     owner = wanted // rows
     mine = owner == rank
     sent, received = mine.sum(1).tolist(), torch.bincount(owner[rank], minlength=len(wanted)).tolist()

@@ -11,7 +11,8 @@ With reconstructed tokens :math:`\hat x_{bl}`, clean tokens :math:`x_{bl}` (no g
   over the tokens k of the same row, without padding
 
 Source: the task is arXiv 2408.13705's; that patches are replaced by patches of other images in the batch is what
-second-hand descriptions of it report. Share, runs for speech, the other noises and all three distances are our reading.
+second-hand descriptions of it report. The ratio, spans of speech frames, the other noises and all three distances are
+our reading.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,8 @@ batch. But L reads the rows through their embeddings alone. With :math:`s_r, v_r
     + \frac{\partial L}{\partial \tau} \frac{d\tau}{d\theta}
 
 1. Encode all micro-batches without a graph.
-2. Gather the keys of all ranks; compute L and its partial derivatives by the embeddings and the temperature.
+2. Gather the keys of all ranks; compute L and its partial derivatives with respect to the embeddings and the
+   temperature.
 3. Run each micro-batch again with its graph: SIM and CMD as usual, and in place of SIC a surrogate with the value L,
    the gradient of which is the micro-batch's part of the sum above.
 
@@ -66,11 +67,11 @@ def cache_gradients(
     ids = torch.cat([batch.ids for batch in batches])
     keys = learner.gather_keys(teacher_speech, teacher_image, ids, differentiable=teacher is None)
     loss = learner.contrast(speech, image, keys, queue, ids, temperature, alpha)
-    by_speech, by_image, by_temperature = torch.autograd.grad(loss, (speech, image, temperature))
+    speech_grad, image_grad, temperature_grad = torch.autograd.grad(loss, (speech, image, temperature))
     count = len(batches)  # the engine takes the mean over the micro-batches, and this is a sum
-    rows = zip((count * by_speech).chunk(count), (count * by_image).chunk(count), strict=True)
+    rows = zip((count * speech_grad).chunk(count), (count * image_grad).chunk(count), strict=True)
     return [
-        CachedGradients(loss.detach(), *of_micro, by_temperature, _keys_of(keys, micro, count, learner.world_size))
+        CachedGradients(loss.detach(), *of_micro, temperature_grad, _keys_of(keys, micro, count, learner.world_size))
         for micro, of_micro in enumerate(rows)
     ]
 

@@ -15,8 +15,9 @@ _IMAGE, _SPEECH = 0, 1  # the two batches of the row exchange
 class HardNegatives:
     """A wrong picture for each utterance and a wrong utterance for each picture of a micro-batch.
 
-    The constructor draws and requests them, `fetch` waits for their tokens: what is computed between the two hides the
-    wait. With `local` negatives, keys, rank and world size are those of this rank alone.
+    The constructor draws and requests them, in a collective that every rank starts; `fetch` waits for their tokens:
+    what is computed between the two hides the wait. With `local` negatives, keys, rank and world size are those of this
+    rank alone.
 
     Attributes:
         valid: bool [2, B], False where there was no candidate; first of pictures, then of utterances.
@@ -73,16 +74,13 @@ class HardNegatives:
         Returns:
             Wrong utterances and wrong pictures, B each, padded to the longest utterance of all ranks and the queue.
         """
-        length = self._exchange.longest(_IMAGE)
+        length = self._exchange.longest(_SPEECH)  # of pictures all ranks have equally many patches
         queued = self._token_queue.tokens(length) if self._token_queue else None
-        patches = self._exchange.fetch(_IMAGE, _pad(self._image.tokens, length), queued[2] if queued else None)
+        patches = self._exchange.fetch(_IMAGE, self._image.tokens, queued.patches if queued else None)
         image = Encoded(self._image.embedding, patches, self._image.mask.new_ones(patches.shape[:2]))
-
-        length = self._exchange.longest(_SPEECH)
-        queued = self._token_queue.tokens(length) if self._token_queue else None
-        frames = self._exchange.fetch(_SPEECH, _pad(self._speech.tokens, length), queued[0] if queued else None)
+        frames = self._exchange.fetch(_SPEECH, _pad(self._speech.tokens, length), queued.frames if queued else None)
         mask = _pad_mask(self._speech.mask, length).byte()
-        mask = self._exchange.fetch(_SPEECH, mask, queued[1] if queued else None).bool()
+        mask = self._exchange.fetch(_SPEECH, mask, queued.mask if queued else None).bool()
         return Encoded(self._speech.embedding, frames, mask), image
 
 

@@ -32,8 +32,14 @@ from toolkit.training.step_randomness import StepRandomness
 
 
 @dataclass
-class Pairs:
-    """Pairs of a micro-batch for the queues: keys of all ranks, and the encoded pairs of this one."""
+class QueueEntries:
+    """What a micro-batch adds to the queues.
+
+    Attributes:
+        keys: Keys of all ranks' pairs.
+        speech: This rank's utterances, for SIM's queue; None: there is none.
+        image: Their pictures.
+    """
 
     keys: ContrastiveKeys
     speech: Encoded | None = None
@@ -46,21 +52,22 @@ class CachedGradients:
 
     Attributes:
         loss: SIC of the accumulated batch, a scalar.
-        by_speech: [B, D] gradient by the micro-batch's speech embeddings, times the number of micro-batches.
-        by_image: [B, D] gradient by its image embeddings, scaled in the same way.
-        by_temperature: Gradient by the temperature, a scalar.
+        speech_grad: [B, D] gradient with respect to the micro-batch's speech embeddings, times the number of
+            micro-batches.
+        image_grad: [B, D] gradient with respect to its image embeddings, scaled in the same way.
+        temperature_grad: Gradient with respect to the temperature, a scalar.
         keys: Keys of the micro-batch, from all ranks.
     """
 
     loss: Tensor
-    by_speech: Tensor
-    by_image: Tensor
-    by_temperature: Tensor
+    speech_grad: Tensor
+    image_grad: Tensor
+    temperature_grad: Tensor
     keys: ContrastiveKeys
 
     def surrogate_loss(self, speech: Tensor, image: Tensor, temperature: Tensor) -> Tensor:
         """Return a scalar with the value of `loss` and these gradients."""
-        term = (self.by_speech * speech).sum() + (self.by_image * image).sum() + self.by_temperature * temperature
+        term = (self.speech_grad * speech).sum() + (self.image_grad * image).sum() + self.temperature_grad * temperature
         return self.loss + (term - term.detach())
 
 
@@ -91,7 +98,7 @@ class Learner(nn.Module):
         token_queue: TokenQueue | None = None,
         measure_controls: bool = False,
         coarse: bool = False,
-    ) -> tuple[dict[str, Tensor], Pairs]:
+    ) -> tuple[dict[str, Tensor], QueueEntries]:
         """Compute the losses of one micro-batch.
 
         Args:
@@ -107,10 +114,13 @@ class Learner(nn.Module):
             coarse: Compute SIC alone.
 
         Returns:
-            Scalars by name, of which `loss` is minimized and the rest are detached, and the pairs for the queues.
+            Scalars by name, of which `loss` is minimized and the rest are detached, and what is pushed to the queues.
         """
         matching, denoising = self.objectives.matching, self.objectives.denoising
         match, denoise = matching.weight and not coarse, denoising.weight and not coarse
+        # Who supplies keys and clean tokens: the teacher, or, where `teacher` is None (no momentum encoder, or a coarse
+        # step), the student, its keys with gradient. Cached SIC brings its keys along, so that the teacher is run only
+        # as CMD's target. `config/validate.py` refuses the target "teacher" without a momentum encoder.
         needs_teacher = cached is None or (denoise and denoising.target == "teacher")
         speech, image, teacher_speech, teacher_image = self.encode(batch, teacher if needs_teacher else None)
         temperature = self.model.temperature()
@@ -138,8 +148,8 @@ class Learner(nn.Module):
         weights = {name: getattr(self.objectives, name).weight for name in ("contrastive", "matching", "denoising")}
         loss = torch.stack([weights[name] * losses[name] for name in weights if name in losses]).sum()
         scalars = {name: value.detach() for name, value in losses.items()}
-        pairs = Pairs(keys, speech.detach(), image.detach()) if token_queue else Pairs(keys)
-        return {"loss": loss, **scalars, "temperature": temperature.detach()}, pairs
+        entries = QueueEntries(keys, speech.detach(), image.detach()) if token_queue else QueueEntries(keys)
+        return {"loss": loss, **scalars, "temperature": temperature.detach()}, entries
 
     def encode(self, batch: Batch, teacher: MomentumEncoder | None) -> tuple[Encoded, Encoded, Encoded, Encoded]:
         """Encode a micro-batch: speech and image of the student, and of the teacher; without one the student's again.
@@ -209,12 +219,13 @@ class Learner(nn.Module):
     ) -> dict[str, Tensor]:
         """Compute SIM: classify matching pairs and those with a hard negative; as a control, with wrong patches."""
         wrong_speech, wrong_image = negatives.fetch()
-        spoken, shown = stack(speech, speech, wrong_speech), stack(image, wrong_image, image)
-        logits = self._match_logits(spoken, shown)
+        # Row by row: the matching pairs, each utterance with a wrong picture, each picture with a wrong utterance.
+        utterances, pictures = stack(speech, speech, wrong_speech), stack(image, wrong_image, image)
+        logits = self._match_logits(utterances, pictures)
         losses = {"matching": matching_loss(*logits, negatives.valid)}
         if measure_controls and len(speech.mask) > 1:
-            with _no_side_effects(shown.mask.device):
-                control = self._match_logits(spoken, shown[_neighbors(shown.mask)])
+            with _no_side_effects(pictures.mask.device):
+                control = self._match_logits(utterances, pictures[_neighbors(pictures.mask)])
             losses["matching_control"] = matching_loss(*control, negatives.valid)
             losses["matching_accuracy"] = matching_accuracy(*logits, negatives.valid)
             losses["matching_control_accuracy"] = matching_accuracy(*control, negatives.valid)
@@ -239,22 +250,24 @@ class Learner(nn.Module):
         """Compute CMD: rebuild each noised side by attending to the other; as a control, to another pair's."""
         sides = {"image": (image, speech, clean_image), "speech": (speech, image, clean_speech)}
         c = self.objectives.denoising
-        rebuilt: list[Tensor] = []
-        swapped: list[Tensor] = []
+        losses: list[Tensor] = []
+        control_losses: list[Tensor] = []
         for side, denoiser in self.denoisers.items():
             student, other, clean = sides[side]
-            run = c.span if side == "speech" else 1  # frames change together, patches one by one
-            noised = add_noise(student.tokens, student.mask, ids, c.noise, c.ratio, run, c.snr_db, random, c.swap_group)
+            noise_span = c.span if side == "speech" else 1  # frames change together, patches one by one
+            noised = add_noise(
+                student.tokens, student.mask, ids, c.noise, c.ratio, noise_span, c.snr_db, random, c.swap_group
+            )
             positions = noised.positions if c.positions == "noised" else student.mask
             target = (clean.tokens.detach(), positions, student.mask, c.loss, c.token_temperature)
-            rebuilt.append(denoising_loss(denoiser(noised.tokens, student.mask, other.tokens, other.mask), *target))
+            losses.append(denoising_loss(denoiser(noised.tokens, student.mask, other.tokens, other.mask), *target))
             if measure_controls and len(ids) > 1:
                 with _no_side_effects(other.mask.device):
                     wrong = other[_neighbors(other.mask)]
                     tokens = denoiser(noised.tokens, student.mask, wrong.tokens, wrong.mask)
-                    swapped.append(denoising_loss(tokens, *target))
-        losses = {"denoising": torch.stack(rebuilt).mean()}
-        return losses | ({"denoising_control": torch.stack(swapped).mean()} if swapped else {})
+                    control_losses.append(denoising_loss(tokens, *target))
+        means = {"denoising": torch.stack(losses).mean()}
+        return means | ({"denoising_control": torch.stack(control_losses).mean()} if control_losses else {})
 
     def _own_rows(self, ids: Tensor) -> slice:
         """Rows of this rank's batch in the batch of all ranks."""

@@ -41,6 +41,21 @@ class ContrastiveKeys:
         return ContrastiveKeys(self.speech.detach(), self.image.detach(), self.ids)
 
 
+@dataclass
+class QueuedTokens:
+    """A rank's rows of a token queue: those after the batch's in a row exchange.
+
+    Attributes:
+        frames: [K * B, L, H] speech.
+        mask: uint8 [K * B, L], 1 on real frames.
+        patches: [K * B, P, H].
+    """
+
+    frames: Tensor
+    mask: Tensor
+    patches: Tensor
+
+
 class EmbeddingQueue(nn.Module):
     """Ring buffer of the newest `size` pairs of embeddings with the identity of their picture.
 
@@ -100,8 +115,11 @@ class TokenQueue:
     a pair stay on the rank that encoded it, without gradient, and travel only when they are drawn. With the batch as
     block 0, pair i of rank r in block k is
 
-        candidate  k * W * B + r * B + i              index that negatives are drawn from
-        global row r * (1 + K) * B + k * B + i        index that a row exchange requests
+        candidate   k * W * B + r * B + i             index that negatives are drawn from
+        global row  r * (1 + K) * B + k * B + i       index that a row exchange requests
+        local row   k * B + i on its owner, rank r    global row modulo (1 + K) * B, and their quotient
+
+    `global_rows` converts the first to the second, the plan of a row exchange the second to the third.
 
     Attributes:
         keys: Embeddings and identities of the K * W * B pairs.
@@ -152,6 +170,11 @@ class TokenQueue:
         self._written = torch.cuda.Event() if pinned else None
 
     @property
+    def is_local(self) -> bool:
+        """Whether it holds this rank's pairs alone; with one process it does."""
+        return self.world_size == 1
+
+    @property
     def length(self) -> int:
         """Frames of the longest of this rank's blocks."""
         return max(self.lengths, default=0)
@@ -181,7 +204,7 @@ class TokenQueue:
         self.block = (self.block + 1) % self.blocks
 
     def global_rows(self, candidates: Tensor) -> Tensor:
-        """Global rows of candidates, int64 of any shape; with `world_size` 1 those of rank 0 in a world of one."""
+        """Convert candidates to global rows (see the class), int64 of any shape; a local queue's owner is rank 0."""
         block, place = candidates // (self.world_size * self.rows), candidates % (self.world_size * self.rows)
         return (place // self.rows) * (1 + self.blocks) * self.rows + block * self.rows + place % self.rows
 
@@ -226,11 +249,11 @@ class TokenQueue:
                 lengths = torch.maximum(lengths, state("lengths")[:])
         self.lengths = lengths.tolist()
 
-    def tokens(self, length: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return the rows after the batch's in a row exchange: frames [K * B, length, H], mask, patches; None: none."""
+    def tokens(self, length: int) -> QueuedTokens | None:
+        """Return this rank's rows, cut to a number of frames; None: the queue has size 0."""
         if not self.blocks:
             return None
         if self._written:
             self._written.synchronize()
         speech, mask = self.speech[:, :, :length], self.speech_mask[:, :, :length]
-        return speech.flatten(0, 1), mask.flatten(0, 1), self.image.flatten(0, 1)
+        return QueuedTokens(speech.flatten(0, 1), mask.flatten(0, 1), self.image.flatten(0, 1))

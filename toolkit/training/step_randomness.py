@@ -1,4 +1,4 @@
-"""The random numbers of a training step: functions of seed and step, so that no generator's state is ever saved."""
+"""Random numbers of a step's micro-batches: functions of seed and step, so that no generator's state is ever saved."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class StepRandomness:
 
     Attributes:
         negatives: [2, B] uniform in [0, 1), for drawing hard negatives; a row's numbers do not depend on world size.
-        noise: Generator of the denoising's noise, indexed by the rows' places in the global batch.
+        noise: Generator of the denoising's noise, indexed by the rows' places in the step's global batch.
     """
 
     negatives: Tensor
@@ -41,10 +41,12 @@ def seed_micro_batch(
     """
     number = step * accumulation + micro
     rows = order.batch_size // (accumulation * world_size)
+    # By micro-batch, because a row draws among its micro-batch's candidates.
     common = torch.Generator().manual_seed(_mix(seed, number, 0))
     uniforms = torch.rand(2, world_size * rows, generator=common)
     torch.manual_seed(_mix(seed, number, rank + 1))  # dropout
     places = rank_slice(order.batch_size, micro, accumulation, rank, world_size, order.shard_groups)
+    # The noise by step: the places distinguish the micro-batches, so that it does not depend on their number.
     return StepRandomness(
         uniforms[:, rank * rows : (rank + 1) * rows].to(device, non_blocking=True),
         CounterRNG(_mix(seed, step, 0), torch.from_numpy(places).to(device, non_blocking=True)),

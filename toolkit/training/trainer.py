@@ -30,7 +30,7 @@ from toolkit.training.fault_tolerance.nonfinite import NonFiniteDetector
 from toolkit.training.fault_tolerance.signals import StopSignals
 from toolkit.training.fault_tolerance.watchdog import Watchdog
 from toolkit.training.grad_cache import cache_gradients
-from toolkit.training.learner import Learner, Pairs
+from toolkit.training.learner import Learner, QueueEntries
 from toolkit.training.metrics.flops import FlopCounter
 from toolkit.training.metrics.log import MetricsLogger
 from toolkit.training.metrics.spans import span
@@ -176,25 +176,33 @@ class Trainer:
             seed = partial(self.seed, step)
             caches = cache_gradients(self.learner, fetched, seed, teacher, self.queue, alpha)
 
-        pairs: list[Pairs] = []
+        entries: list[QueueEntries] = []
         for micro in range(accumulation):
             batch = fetched[micro] if fetched else self.fetch(batches, coarse)
             cached = caches[micro] if fetched else None
             randomness = self.seed(step, micro)
-            losses, encoded = self.engine(
-                batch, teacher, self.queue, alpha, randomness, cached, token_queue, measure_controls, coarse
+            losses, added = self.engine(  # Learner.forward
+                batch=batch,
+                teacher=teacher,
+                queue=self.queue,
+                alpha=alpha,
+                randomness=randomness,
+                cached=cached,
+                token_queue=token_queue,
+                measure_controls=measure_controls,
+                coarse=coarse,
             )
             with span("backward"):
                 backward(self.engine, losses["loss"])
             with span("optimizer"):
-                self.engine.step()
-            pairs.append(encoded)
+                self.engine.step()  # DeepSpeed updates the weights after the last micro-batch only
+            entries.append(added)
 
         if self.engine.was_step_applied():
             self.progress.skipped_in_a_row = 0
-            self.exact_temperature.refresh()
+            self.exact_temperature.refresh()  # the optimizer's float32 value has changed
             with span("teacher's average, queue"):
-                self.update_teacher_and_queues(step, pairs)
+                self.update_teacher_and_queues(step, entries)
         else:
             self._count_skipped()
         return losses
@@ -237,18 +245,18 @@ class Trainer:
         ranks = self.rank, self.world_size
         return seed_micro_batch(self.config.seed, step, micro, accumulation, self.order, *ranks, self.device)
 
-    def update_teacher_and_queues(self, step: int, pairs: list[Pairs]) -> None:
-        """After an applied step: update the teacher's average, and push the step's pairs to the queues."""
+    def update_teacher_and_queues(self, step: int, entries: list[QueueEntries]) -> None:
+        """After an applied step: update the teacher's average, and push the step's entries to the queues."""
         coarse = is_coarse(self.config.objectives, step)
         if self.teacher:
             self.teacher.update(0.0 if coarse else None)  # equal to the student until the other losses begin
         if coarse or step < self.config.objectives.contrastive.queue_from:
             return
-        for each in pairs:
+        for each in entries:
             keys = each.keys.detach()
             self.queue.push(keys.speech, keys.image, keys.ids)
             if self.token_queue and each.speech and each.image:
-                if self.token_queue.world_size < self.world_size:  # it is this rank's alone
+                if self.token_queue.is_local:
                     rows = self.token_queue.rows
                     keys = keys[self.rank * rows : (self.rank + 1) * rows]
                 self.token_queue.push(each.speech, each.image, keys.speech, keys.image, keys.ids)
@@ -267,7 +275,7 @@ class Trainer:
             recall = retrieval.report
             if recall["reranked"]:
                 progress.match_weight = recall["reranked"].get("match_weight", -1.0)
-            self._check_lease()  # minutes later
+            self._check_lease()  # again: an evaluation is long enough for another process to take the run folder
             score = (recall.get("reranked") or recall["coarse"])["mean_R@1"]
             is_best = score > progress.best
             if is_best:

@@ -120,7 +120,8 @@ def test_a_candidates_key_and_its_tokens_on_its_rank_are_of_one_pair(size, rows,
     row = int(queues[0].global_rows(candidate))
     per_rank = (1 + queues[0].blocks) * rows
     owner, local = queues[row // per_rank], row % per_rank - rows
-    speech, mask, image = owner.tokens(FRAMES)
+    queued = owner.tokens(FRAMES)
+    speech, mask, image = queued.frames, queued.mask, queued.patches
     identity = int(queues[0].keys.ids[chosen])
     if identity != -1:
         assert image[local].eq(-identity).all()
@@ -191,4 +192,4 @@ def test_tokens_take_no_gradient_and_are_not_cut_by_what_follows():
     assert not queue.speech.requires_grad
     queue.push(*encoded(torch.tensor([3, 4]), 2), torch.zeros(2, WIDTH), torch.zeros(2, WIDTH), torch.tensor([3, 4]))
     assert queue.length == 3
-    assert queue.tokens(3)[1].sum(1).tolist() == [2, 3, 2, 1]
+    assert queue.tokens(3).mask.sum(1).tolist() == [2, 3, 2, 1]

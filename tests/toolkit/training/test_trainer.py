@@ -267,7 +267,7 @@ def test_learning_rate_and_alpha_follow_their_schedules() -> None:
 def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
     import torch
 
-    from toolkit.training.learner import Pairs
+    from toolkit.training.learner import QueueEntries
     from toolkit.training.queue import ContrastiveKeys, EmbeddingQueue
     from toolkit.training.trainer import Trainer
 
@@ -276,7 +276,7 @@ def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
     trainer = SimpleNamespace(config=whole, teacher=None, queue=EmbeddingQueue(8, 2), token_queue=None)
     for step in range(5):
         keys = ContrastiveKeys(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([step]))
-        Trainer.update_teacher_and_queues(trainer, step, [Pairs(keys)])
+        Trainer.update_teacher_and_queues(trainer, step, [QueueEntries(keys)])
     assert sorted(trainer.queue.ids[trainer.queue.ids >= 0].tolist()) == [3, 4]
 
 
