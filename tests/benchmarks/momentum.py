@@ -56,7 +56,7 @@ def loop(teacher: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
 def one_rank(model: SpeechImageModel, repeats: int) -> tuple[float, float]:
     """Median processor seconds of the update and of the loop, taken in turns; both must give the same average."""
     teacher = MomentumEncoder(model, DECAY).to(torch.device("cpu"), torch.float32)
-    theirs = [working.detach().clone() for working in teacher.working]
+    theirs = [working.detach().clone() for working in teacher.working_copy]
     weights = [p.detach() for p in teacher.student]
     for weight in weights:
         weight.mul_(1.01)
@@ -68,7 +68,7 @@ def one_rank(model: SpeechImageModel, repeats: int) -> tuple[float, float]:
             turn()
             if number:
                 times[name].append(time.process_time() - begin)
-    for ours, other in zip(teacher.working, theirs, strict=True):
+    for ours, other in zip(teacher.working_copy, theirs, strict=True):
         torch.testing.assert_close(ours.detach(), other, rtol=1e-5, atol=1e-6)
     return statistics.median(times["ours"]), statistics.median(times["theirs"])
 

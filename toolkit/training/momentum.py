@@ -7,6 +7,9 @@ change of the student's weights. The average is kept in float32 and follows the 
 those are: each rank averages its partition, and the partitions are gathered in the model's precision for the forward
 pass.
 
+The momentum encoder is the teacher of the objectives. Its float32 weights, of which a rank has its partition, are
+called the average; those in the model's precision, complete on each rank, the working copy.
+
 Bytes per trained weight of the encoders on each of N ranks, in addition to the optimizer's:
 
     stage    average    working copy, for the forward pass
@@ -30,7 +33,7 @@ from toolkit.training.zero.fragments import Fragment, Partition
 
 
 @dataclass(frozen=True, eq=False)
-class Average(Fragment):
+class AverageFragment(Fragment):
     """A fragment of the average.
 
     Attributes:
@@ -43,13 +46,13 @@ class Average(Fragment):
 
 
 class MomentumEncoder:
-    """The teacher. Frozen weights are shared with the student, and their features are computed once.
+    """The momentum encoder, or teacher. Frozen weights are shared with the student, their features computed once.
 
     Attributes:
         decay: m.
         encoder: Both encoders, with the working copy of the average.
         student: The trained parameters of the student's encoders.
-        working: The teacher's parameters, in the same order, in the model's precision.
+        working_copy: The teacher's parameters, in the same order, in the model's precision.
         average: This rank's partition of the average, float32; without an engine one flat tensor a parameter.
     """
 
@@ -62,12 +65,12 @@ class MomentumEncoder:
         """
         self.decay = decay
         self.encoder = build_teacher(student)
-        trained = {name: p for name, p in student.named_parameters() if p.requires_grad and averaged(name)}
+        trained = {name: p for name, p in student.named_parameters() if p.requires_grad and is_averaged(name)}
         copies = dict(self.encoder.named_parameters())
         self.names, self.student = list(trained), list(trained.values())
-        self.working = [copies[name] for name in self.names]
+        self.working_copy = [copies[name] for name in self.names]
         self._pending: tuple[Tensor, Tensor, Any] | None = None  # sent, received, handle
-        self._lay_out(self._own_partitions(), [w.detach().float().view(-1) for w in self.working], 0, 1)
+        self._set_storage(self._own_partitions(), [w.detach().float().view(-1) for w in self.working_copy], 0, 1)
 
     @torch.no_grad()
     def __call__(self, speech: tuple[Features, ...], image: Features) -> tuple[Encoded, Encoded]:
@@ -78,7 +81,7 @@ class MomentumEncoder:
     def to(self, device: torch.device, dtype: torch.dtype) -> "MomentumEncoder":
         """Move to a device; the working copy takes `dtype`, the average stays float32."""
         self._move(device, dtype)
-        self._lay_out(self._own_partitions(), [average.to(device) for average in self.average], 0, 1)
+        self._set_storage(self._own_partitions(), [average.to(device) for average in self.average], 0, 1)
         return self
 
     def attach(self, engine: Any, rank: int, world_size: int) -> "MomentumEncoder":
@@ -100,7 +103,7 @@ class MomentumEncoder:
         own_partitions = [each for each in partitions(engine) if not each.offsets.keys().isdisjoint(self.names)]
         where = (rank, world_size) if engine.zero_optimization_stage() else (0, 1)
         with torch.no_grad():
-            self._lay_out(own_partitions, [each.master.float().clone() for each in own_partitions], *where)
+            self._set_storage(own_partitions, [each.master.float().clone() for each in own_partitions], *where)
         return self
 
     @torch.no_grad()
@@ -128,7 +131,7 @@ class MomentumEncoder:
         for complete, parts in zip(self._gathered, gathered.split(self._sizes, dim=1), strict=True):
             complete.copy_(parts)
 
-    def local_fragments(self) -> list[Average]:
+    def local_fragments(self) -> list[AverageFragment]:
         """List this rank's fragments of the average; at stage 0 every rank has all of them."""
         shapes = dict(zip(self.names, self._shapes, strict=True))
         fragments = []
@@ -140,11 +143,11 @@ class MomentumEncoder:
                     stop = min(first + len(average) - offset, math.prod(shapes[name]))
                     if start < stop:
                         view = average[offset + start - first : offset + stop - first]
-                        fragments.append(Average(name, start, stop, shapes[name], view))
+                        fragments.append(AverageFragment(name, start, stop, shapes[name], view))
         return fragments
 
     @contextlib.contextmanager
-    def editable(self) -> Iterator[list[Average]]:
+    def editable(self) -> Iterator[list[AverageFragment]]:
         """Let the caller overwrite this rank's fragments, then update the working copy; every rank calls this."""
         with torch.no_grad():
             self.wait_pending()
@@ -158,10 +161,10 @@ class MomentumEncoder:
 
     def _move(self, device: torch.device, dtype: torch.dtype) -> None:
         self.encoder.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
-        for working in self.working:
+        for working in self.working_copy:
             working.data = working.data.to(dtype)
 
-    def _lay_out(self, partitions: list[Partition], averages: list[Tensor], rank: int, world_size: int) -> None:
+    def _set_storage(self, partitions: list[Partition], averages: list[Tensor], rank: int, world_size: int) -> None:
         """Set up the average and, as `world_size` rows of such partitions, the teacher's working copy.
 
         Args:
@@ -171,16 +174,17 @@ class MomentumEncoder:
             world_size: Number of equal partitions.
         """
         self._partitions, self.average, self._rank, self._world_size = partitions, averages, rank, world_size
-        self._shapes = [tuple(working.shape) for working in self.working]
+        self._shapes = [tuple(working.shape) for working in self.working_copy]
         self._sizes = [len(average) for average in averages]
         offset_of = {name: (n, offset) for n, each in enumerate(partitions) for name, offset in each.offsets.items()}
         self._gathered = [
             average.view(1, -1)
-            if world_size == 1 and (average.dtype, average.device) == (self.working[0].dtype, self.working[0].device)
-            else self.working[0].new_empty(world_size, len(average))
+            if world_size == 1
+            and (average.dtype, average.device) == (self.working_copy[0].dtype, self.working_copy[0].device)
+            else self.working_copy[0].new_empty(world_size, len(average))
             for average in averages
         ]
-        for name, working, shape in zip(self.names, self.working, self._shapes, strict=True):
+        for name, working, shape in zip(self.names, self.working_copy, self._shapes, strict=True):
             number, offset = offset_of[name]
             working.data = self._gathered[number].view(-1)[offset : offset + math.prod(shape)].view(shape)
         with torch.no_grad():
@@ -200,6 +204,6 @@ class MomentumEncoder:
             self._pending = (row, *begin_all_gather(row, self._world_size))
 
 
-def averaged(name: str) -> bool:
+def is_averaged(name: str) -> bool:
     """Return whether the teacher averages a trained parameter, by its name in the model or in the learner."""
     return name.removeprefix("model.").startswith(("speech.", "image."))

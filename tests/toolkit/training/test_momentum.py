@@ -11,7 +11,7 @@ from tests.distributed import run_ranks
 from tests.tiny import tiny_model
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.training.momentum import MomentumEncoder, averaged
+from toolkit.training.momentum import MomentumEncoder, is_averaged
 
 CPU = torch.device("cpu")
 CASES = [(zero, precision, "none") for precision in ("fp32", "bf16") for zero in range(4)]
@@ -91,9 +91,9 @@ def of_stages(rank: int, world_size: int, cases: list[tuple[int, str, str]]) -> 
             {
                 "held": fragments,
                 "kept": sum(average.numel() for average in teacher.average),
-                "working": dict(zip(teacher.names, [w.detach().clone() for w in teacher.working], strict=True)),
+                "working": dict(zip(teacher.names, [w.detach().clone() for w in teacher.working_copy], strict=True)),
                 "memory": {average.untyped_storage().data_ptr() for average in teacher.average}
-                & {working.untyped_storage().data_ptr() for working in teacher.working},
+                & {working.untyped_storage().data_ptr() for working in teacher.working_copy},
             }
         )
         engine.destroy()
@@ -111,7 +111,7 @@ def reference(low: torch.dtype) -> dict[str, torch.Tensor]:
         for matrices in (True, False)
     ]
     adam = torch.optim.AdamW(groups, lr=0.05, betas=(0.5, 0.9))
-    average = {name: p.detach().double().clone() for name, p in weights.items() if averaged(name)}
+    average = {name: p.detach().double().clone() for name, p in weights.items() if is_averaged(name)}
     for number in range(STEPS):
         for name, p in weights.items():
             p.grad = slope(name, p.shape, number)
@@ -221,7 +221,7 @@ def test_without_an_engine_it_follows_the_student_itself(dtype: torch.dtype) -> 
     teacher.update()
     end = dict(student.named_parameters())
     begun = dict(zip([n for n, p in student.named_parameters() if p.requires_grad], start, strict=True))
-    for name, working in zip(teacher.names, teacher.working, strict=True):
+    for name, working in zip(teacher.names, teacher.working_copy, strict=True):
         expected = 0.75 * begun[name] + 0.25 * end[name].detach().float()
         torch.testing.assert_close(
             working.data, expected.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6

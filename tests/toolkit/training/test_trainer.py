@@ -172,7 +172,7 @@ def coarse_run(rank: int, world_size: int, run: config.Config) -> dict[str, Any]
     trainer.train()
     assert trainer.teacher
     trainer.teacher.wait_pending()
-    pairs = zip(trainer.teacher.working, trainer.teacher.student, strict=True)
+    pairs = zip(trainer.teacher.working_copy, trainer.teacher.student, strict=True)
     distance = max(float((working - student.detach()).abs().max()) for working, student in pairs)
     moved = {n.split(".")[1] for n, p in trainer.learner.named_parameters() if not torch.equal(p.detach(), before[n])}
     found = {"distance": distance, "moved": moved, "keys": int((trainer.queue.ids >= 0).sum())}

@@ -7,6 +7,7 @@
         shared.safetensors            SIC's queue, buffers
         progress.json                 the marker of a complete checkpoint: progress, data, all files with checksums
     RUN/checkpoints/.step-...         a checkpoint that is being written
+        rank-00003.json               rank 3's receipt: its files are on the disk; removed before the marker is written
 
 Random numbers and the position in the data are functions of seed and step, so neither is saved.
 """
@@ -39,16 +40,16 @@ from toolkit.training.checkpointing.files import (
     CheckpointReader,
     FileInfo,
     PinnedBuffers,
+    named_tensors,
     problem_of,
-    tensor_names,
     write_tensors,
 )
 from toolkit.training.checkpointing.progress import (
     FORMAT,
     MARKER,
     SHARED,
+    Marker,
     Progress,
-    Saved,
     find_checkpoints,
     read_marker,
 )
@@ -70,7 +71,7 @@ class _PendingSave:
 
     step: int
     folder: Path  # where it is written, under a unique name
-    marker: dict[str, Any]  # content of `progress.json`, without the files
+    marker: dict[str, Any]  # content of the marker, without the files
     written: "Future[list[FileInfo]]"  # this rank's files, once they are on the disk
     # On rank 0, whether the background thread completed the checkpoint; False: `wait` has to.
     completed: "Future[bool] | None" = None
@@ -89,7 +90,7 @@ class Checkpoints:
         self,
         run: Path,
         config: Config,
-        data: list[str],
+        data_hashes: list[str],
         rank: int,
         world_size: int,
         before_complete: Callable[[], None] = lambda: None,
@@ -99,15 +100,16 @@ class Checkpoints:
         Args:
             run: The run folder.
             config: The run's configuration.
-            data: Hashes of the data sets that are trained on.
+            data_hashes: Hashes of the data sets that are trained on.
             rank: This process.
             world_size: Number of processes.
             before_complete: Called on rank 0, in a background thread, before a checkpoint is completed; may wait, and
                 raises if the run folder has another owner by now.
         """
         self.run, self.folder = run, run / "checkpoints"
-        self.keep, self.config, self.data = config.training.keep_checkpoints, fingerprint(config), data
-        self.source, self.steps = config.training.resume, config.training.steps
+        self.config_fingerprint, self.data_hashes = fingerprint(config), data_hashes
+        self.resume, self.steps = config.training.resume, config.training.steps
+        self.keep = config.training.keep_checkpoints
         self.rank, self.world_size = rank, world_size
         self._copies = PinnedBuffers()
         self._pending: _PendingSave | None = None
@@ -136,7 +138,7 @@ class Checkpoints:
         local_fragments: list[Fragment] = []
         if self.rank == 0 or engine.zero_optimization_stage():
             local_fragments = [*fragments(engine), *(teacher.local_fragments() if teacher else ())]
-        tensors = {_fragments(self.rank): {k: v for each in local_fragments for k, v in tensor_names(each).items()}}
+        tensors = {_fragments(self.rank): {k: v for each in local_fragments for k, v in named_tensors(each).items()}}
         if token_queue:
             tensors[token_file(self.rank)] = token_queue.state(index_in(token_queue, self.rank, self.world_size))
         if self.rank == 0:
@@ -151,8 +153,8 @@ class Checkpoints:
             "applied_steps": applied_steps(engine),
             "world_size": self.world_size,
             "zero": engine.zero_optimization_stage(),
-            "config": self.config,
-            "data": self.data,
+            "config": self.config_fingerprint,
+            "data": self.data_hashes,
         }
         written = run_in_background(lambda: self._write(folder, copies, shapes, ready))
         self._pending = pending = _PendingSave(progress.step, folder, marker, written)
@@ -207,20 +209,20 @@ class Checkpoints:
                 damaged, the source that `training.resume` names has none, or another run's leaves no step to train.
         """
         candidates = run_on_rank_zero(self._candidates, self.rank)
-        for folder, saved in candidates:
-            problem = saved if isinstance(saved, str) else self._problem_of(saved)
-            if isinstance(saved, Saved) and problem is None:
-                own, same_data = folder.parent == self.folder, saved.data == self.data
-                step = saved.progress.step if own or same_data else 0
+        for folder, marker in candidates:
+            problem = marker if isinstance(marker, str) else self._problem_of(marker)
+            if isinstance(marker, Marker) and problem is None:
+                own, same_data = folder.parent == self.folder, marker.data_hashes == self.data_hashes
+                step = marker.progress.step if own or same_data else 0
                 if not own and step >= self.steps:
                     raise UserError(
-                        f"--training.resume {self.source}: {folder} has {step} steps, and --training.steps "
+                        f"--training.resume {self.resume}: {folder} has {step} steps, and --training.steps "
                         f"{self.steps} leaves none to train: raise --training.steps above {step}"
                     )
                 queues = (queue, token_queue) if own or same_data else (None, None)
-                self._load(saved, engine, teacher, *queues)
+                self._load(marker, engine, teacher, *queues)
                 if own:
-                    return dataclasses.replace(saved.progress, restarts=saved.progress.restarts + 1)
+                    return dataclasses.replace(marker.progress, restarts=marker.progress.restarts + 1)
                 logger.info("starts from the checkpoint %s at step %d", folder, step)
                 return Progress(step=step)
             if self.rank == 0:
@@ -297,41 +299,41 @@ class Checkpoints:
             if path not in kept:
                 _remove(path)
 
-    def _candidates(self) -> list[tuple[Path, "Saved | str"]]:
+    def _candidates(self) -> list[tuple[Path, "Marker | str"]]:
         """List the checkpoints to start from, newest first, with their markers or what is wrong with them."""
         own = sorted(self.folder.glob("step-*"), reverse=True)
-        if not own and self.source not in ("auto", "never"):
-            own = find_checkpoints(Path(self.source))
+        if not own and self.resume not in ("auto", "never"):
+            own = find_checkpoints(Path(self.resume))
         return [(folder, read_marker(folder)) for folder in own]
 
-    def _problem_of(self, saved: Saved) -> str | None:
+    def _problem_of(self, marker: Marker) -> str | None:
         """Check the files of a checkpoint, distributed over the ranks; all return the same problem."""
-        own = saved.files[self.rank :: self.world_size]
-        problems = [problem for info in own if (problem := problem_of(saved.folder, info))]
+        own = marker.files[self.rank :: self.world_size]
+        problems = [problem for info in own if (problem := problem_of(marker.folder, info))]
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, problems)
         return next((problem for problems in gathered for problem in problems), None)
 
     def _load(
         self,
-        saved: Saved,
+        marker: Marker,
         engine: Any,
         teacher: MomentumEncoder | None,
         queue: EmbeddingQueue | None,
         token_queue: TokenQueue | None,
     ) -> None:
         def prepare() -> CheckpointReader:
-            reader = self._open(saved, engine, teacher)
-            load_shared(saved.folder / SHARED, engine.module, queue)
-            if token_queue and (reason := load_token_queue(saved, token_queue, self.rank, self.world_size)):
+            reader = self._open(marker, engine, teacher)
+            load_shared(marker.folder / SHARED, engine.module, queue)
+            if token_queue and (reason := load_token_queue(marker, token_queue, self.rank, self.world_size)):
                 logger.info(
-                    "objectives.matching.queue starts empty, that of %s does not load: %s", saved.folder, reason
+                    "objectives.matching.queue starts empty, that of %s does not load: %s", marker.folder, reason
                 )
             return reader
 
         # Errors of the files are raised here, on all ranks: what follows has collectives.
         reader = run_on_all_ranks(prepare, self.rank, self.world_size)
-        with editable(engine, saved.applied_steps) as local_fragments:
+        with editable(engine, marker.applied_steps) as local_fragments:
             for fragment in local_fragments:
                 reader.read_into(fragment)
         if teacher:
@@ -339,20 +341,20 @@ class Checkpoints:
                 for average in averages:
                     reader.read_into(average)
 
-    def _open(self, saved: Saved, engine: Any, teacher: MomentumEncoder | None) -> CheckpointReader:
+    def _open(self, marker: Marker, engine: Any, teacher: MomentumEncoder | None) -> CheckpointReader:
         """Check that a checkpoint is of this run and has all parts that this rank needs, and open it."""
-        if saved.data != self.data and saved.folder.parent == self.folder:
+        if marker.data_hashes != self.data_hashes and marker.folder.parent == self.folder:
             raise UserError(
-                f"{saved.folder} was trained on other data than is there now: restore the shards, "
+                f"{marker.folder} was trained on other data than is there now: restore the shards, "
                 f"or start another run from it with --resume {self.run} --run DIR"
             )
-        if saved.config != self.config:
-            logger.info("checkpoint %s was written with another configuration than this run's", saved.folder)
+        if marker.config_fingerprint != self.config_fingerprint:
+            logger.info("checkpoint %s was written with another configuration than this run's", marker.folder)
         own = _fragments(self.rank)
         names = sorted(
-            (info.name for info in saved.files if info.name.startswith("fragments-")), key=lambda name: name != own
+            (info.name for info in marker.files if info.name.startswith("fragments-")), key=lambda name: name != own
         )
-        reader = CheckpointReader(saved.folder / name for name in names)
+        reader = CheckpointReader(marker.folder / name for name in names)
         for part in (*fragments(engine), *(teacher.local_fragments() if teacher else ())):
             reader.check(part)
         return reader

@@ -36,10 +36,10 @@ def load_denoisers(run: Path, config: Config, model: SpeechImageModel, step: int
     if not config.objectives.denoising.weight:
         raise UserError("the run trained no denoiser (objectives.denoising.weight 0)")
     folder = run / "checkpoints" / f"step-{step or 0:08d}"
-    saved = read_marker(folder)
-    if isinstance(saved, str):
-        raise UserError(f"exports have no denoiser, and {folder} cannot be used: {saved}")
-    files = [info for info in saved.files if info.name.startswith("fragments-")]
+    marker = read_marker(folder)
+    if isinstance(marker, str):
+        raise UserError(f"exports have no denoiser, and {folder} cannot be used: {marker}")
+    files = [info for info in marker.files if info.name.startswith("fragments-")]
     for info in files:
         if problem := problem_of(folder, info):
             raise UserError(f"{folder} cannot be used: {problem}")

@@ -81,8 +81,8 @@ def problem_of(folder: Path, info: FileInfo) -> str | None:
         return f"{info.name} is not a safetensors file"
 
 
-def tensor_names(fragment: Fragment) -> dict[str, Tensor]:
-    """Return a fragment's tensors by their names in a file."""
+def named_tensors(fragment: Fragment) -> dict[str, Tensor]:
+    """Return a fragment's tensors by the names that they have in a file."""
     return {f"{part}:{fragment.start}:{fragment.name}": getattr(fragment, part) for part in fragment.parts}
 
 

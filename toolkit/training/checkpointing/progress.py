@@ -32,18 +32,18 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """Content of a complete checkpoint's marker."""
+class Marker:
+    """The marker of a complete checkpoint, `progress.json`, as it was read."""
 
     folder: Path
     progress: Progress
     applied_steps: int  # as counted by the optimizer
-    config: str
-    data: list[str]
+    config_fingerprint: str
+    data_hashes: list[str]  # of the data sets that were trained on
     files: list[FileInfo]
 
 
-def read_marker(folder: Path) -> "Saved | str":
+def read_marker(folder: Path) -> "Marker | str":
     """Read a marker, which is not trusted; return what is wrong with it if it is not valid."""
     try:
         state = json.loads((folder / MARKER).read_bytes())
@@ -60,7 +60,7 @@ def read_marker(folder: Path) -> "Saved | str":
         counts = [applied, *(value for value in asdict(progress).values() if isinstance(value, int))]
         if min(counts) < 0 or not math.isfinite(progress.best + progress.seconds):
             raise ValueError
-        return Saved(folder, progress, applied, str(state["config"]), data, files)
+        return Marker(folder, progress, applied, str(state["config"]), data, files)
     except FileNotFoundError:
         return f"{MARKER} is missing"
     except OSError as error:

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from toolkit.training.checkpointing.progress import Saved
+from toolkit.training.checkpointing.progress import Marker
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
 
 _TOKENS = re.compile(r"tokens-\d{5}\.safetensors")
@@ -50,13 +50,13 @@ def index_in(queue: TokenQueue, rank: int, world_size: int) -> int:
     return rank if queue.world_size == world_size else 0
 
 
-def load_token_queue(saved: Saved, queue: TokenQueue, rank: int, world_size: int) -> str | None:
+def load_token_queue(marker: Marker, queue: TokenQueue, rank: int, world_size: int) -> str | None:
     """Load SIM's queue from a checkpoint of any world size.
 
     Returns:
         None, or the reason why it was not loaded and is empty.
     """
-    names = sorted(info.name for info in saved.files if _TOKENS.fullmatch(info.name))
+    names = sorted(info.name for info in marker.files if _TOKENS.fullmatch(info.name))
     try:
         if queue.world_size < world_size:  # each rank has a separate queue
             if len(names) != world_size:
@@ -65,7 +65,7 @@ def load_token_queue(saved: Saved, queue: TokenQueue, rank: int, world_size: int
         if not names:
             return "it has none"
         queue.load(
-            [safe_open(saved.folder / name, "pt").get_slice for name in names], index_in(queue, rank, world_size)
+            [safe_open(marker.folder / name, "pt").get_slice for name in names], index_in(queue, rank, world_size)
         )
     except (ValueError, SafetensorError) as error:
         return " ".join(str(error).split())

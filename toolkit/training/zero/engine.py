@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from toolkit.config.schema import Config, Training
 from toolkit.model.trunk import PartlyFrozen
-from toolkit.training.momentum import averaged
+from toolkit.training.momentum import is_averaged
 from toolkit.training.schedules import SCALE
 from toolkit.training.zero.deepspeed_import import deepspeed
 from toolkit.training.zero.settings import deepspeed_config
@@ -90,7 +90,7 @@ def _parameter_groups(module: nn.Module, weight_decay: float, scales: dict[int, 
     groups, so that the average is partitioned equally, too. Each learning rate has groups of its own.
     """
     trained = [
-        (averaged(name), p.ndim > 1, scales.get(id(p), 1.0), p)
+        (is_averaged(name), p.ndim > 1, scales.get(id(p), 1.0), p)
         for name, p in module.named_parameters()
         if p.requires_grad
     ]

@@ -77,11 +77,11 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> list[OptimizerFragment]:
         if not parameter.requires_grad:
             continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for owner, offset, start, stop in locate(engine.optimizer, parameter, math.prod(shape)):
-            state = _moments(engine, owner)
+        for optimizer_tensor, offset, start, stop in locate(engine.optimizer, parameter, math.prod(shape)):
+            state = _moments(engine, optimizer_tensor)
             views = [
                 tensor.detach().view(-1).narrow(0, offset, stop - start)
-                for tensor in (owner, state["exp_avg"], state["exp_avg_sq"])
+                for tensor in (optimizer_tensor, state["exp_avg"], state["exp_avg_sq"])
             ]
             result.append(OptimizerFragment(name, start, stop, shape, *views))
     return result
@@ -89,7 +89,7 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> list[OptimizerFragment]:
 
 def applied_steps(engine: deepspeed.DeepSpeedEngine) -> int:
     """Return AdamW's step count, which its bias correction uses; skipped steps are not counted."""
-    counts = [int(_moments(engine, owner)["step"]) for owner in _owners(engine)]
+    counts = [int(_moments(engine, optimizer_tensor)["step"]) for optimizer_tensor in _optimizer_tensors(engine)]
     return max(counts, default=0)
 
 
@@ -109,8 +109,8 @@ def editable(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[list[Opt
         if stage == 3:
             optimizer.checkpoint_event_prologue()  # gathered weights would go stale
         yield fragments(engine)
-        for owner in _owners(engine):
-            _moments(engine, owner)["step"].fill_(steps)
+        for optimizer_tensor in _optimizer_tensors(engine):
+            _moments(engine, optimizer_tensor)["step"].fill_(steps)
         if stage == 3:
             for number in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(number)
@@ -124,12 +124,12 @@ def editable(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[list[Opt
 
 
 def _complete(optimizer: Any, parameter: nn.Parameter, size: int) -> Iterator[tuple[Tensor, int, int, int]]:
-    """Yield the tensor with this rank's elements, their offset in it, and their range in the parameter: all."""
+    """Yield the optimizer's tensor, offset in it and range in the parameter of this rank's elements at stage 0: all."""
     yield _master(optimizer, parameter), 0, 0, size
 
 
 def _partitioned(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Tensor, int, int, int]]:
-    """Yield the same at stages 1 and 2; nothing if all elements are on other ranks."""
+    """Yield the optimizer's tensor, offset and range of this rank's elements at stages 1 and 2, if it has any."""
     mapping = parameter._hp_mapping
     if mapping is not None:
         flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
@@ -138,7 +138,10 @@ def _partitioned(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Te
 
 
 def _sharded(optimizer: Any, parameter: Any, size: int) -> Iterator[tuple[Tensor, int, int, int]]:
-    """Yield the same at stage 3: the partitions are equal, so the last may end, or start, beyond the parameter."""
+    """Yield the optimizer's tensor, offset and range of this rank's elements at stage 3.
+
+    The partitions are equal, so the last may end, or start, beyond the parameter.
+    """
     group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = deepspeed.comm.get_rank(parameter.ds_process_group) * length
     if start < size:
@@ -156,19 +159,19 @@ def _master(optimizer: Any, parameter: nn.Parameter) -> Tensor:
     return parameter
 
 
-def _owners(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+def _optimizer_tensors(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
     """List the tensors that AdamW updates on this rank."""
     if engine.zero_optimization_stage() == 3:  # AdamW's groups have them during a step only
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [tensor for group in engine.basic_optimizer.param_groups for tensor in group["params"]]
 
 
-def _moments(engine: deepspeed.DeepSpeedEngine, owner: Tensor) -> dict[str, Tensor]:
+def _moments(engine: deepspeed.DeepSpeedEngine, optimizer_tensor: Tensor) -> dict[str, Tensor]:
     """Return AdamW's state of a tensor; before the first step, zeros as AdamW would create them."""
     adam = engine.basic_optimizer
-    state = adam.state[owner]
+    state = adam.state[optimizer_tensor]
     if not state:
         on_device = adam.defaults.get("fused") or adam.defaults.get("capturable")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device if on_device else "cpu")
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(owner), torch.zeros_like(owner)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=optimizer_tensor.device if on_device else "cpu")
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(optimizer_tensor), torch.zeros_like(optimizer_tensor)
     return state

@@ -45,9 +45,9 @@ def marker(folder: Path, **changed: Any) -> Path:
 @pytest.mark.parametrize("name", ["step", "applied_steps", "best", "best_step", "seconds", "restarts"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, -2])
 def test_a_marker_with_impossible_numbers_is_damaged(tmp_path: Path, name: str, value: float) -> None:
-    from toolkit.training.checkpointing.progress import Saved, read_marker
+    from toolkit.training.checkpointing.progress import Marker, read_marker
 
-    assert isinstance(read_marker(marker(tmp_path)), Saved)
+    assert isinstance(read_marker(marker(tmp_path)), Marker)
     actual = read_marker(marker(tmp_path, **{name: value}))
     if (name, value) not in (("best", -2), ("seconds", -2)):
         assert actual == "progress.json is damaged"
@@ -368,7 +368,7 @@ def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     import torch.distributed as dist
 
     from toolkit.training.checkpointing import checkpoint
-    from toolkit.training.checkpointing.files import tensor_names
+    from toolkit.training.checkpointing.files import named_tensors
     from toolkit.training.checkpointing.progress import Progress
     from toolkit.training.zero.state import fragments
 
@@ -400,7 +400,7 @@ def save_badly(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     if rank == 1:
         checkpoint.write_tensors = lambda *args: (go_on.wait(), write(*args))[1]
     local_fragments = fragments(engine)
-    before = {name: tensor.clone() for each in local_fragments for name, tensor in tensor_names(each).items()}
+    before = {name: tensor.clone() for each in local_fragments for name, tensor in named_tensors(each).items()}
     save(2)  # returns although rank 1 writes nothing yet
     for each in local_fragments:
         each.master.add_(1.0)  # training goes on
@@ -542,13 +542,13 @@ def fragments_of(size: int, bounds: set[int], tensors: tuple[torch.Tensor, ...])
 def test_fragments_of_any_partition_are_read_into_any_other(
     tmp_path_factory: pytest.TempPathFactory, size: int, there: set[int], here: set[int], lost: set[int]
 ) -> None:
-    from toolkit.training.checkpointing.files import CheckpointReader, tensor_names, write_tensors
+    from toolkit.training.checkpointing.files import CheckpointReader, named_tensors, write_tensors
 
     folder = tmp_path_factory.mktemp("fragments")
     tensors = tuple(torch.randn(size) for _ in range(3))
     saved = [each for number, each in enumerate(fragments_of(size, there, tensors)) if number not in lost]
     for number, each in enumerate(saved):
-        write_tensors(folder / f"{number}.safetensors", tensor_names(each), {each.name: json.dumps(each.shape)})
+        write_tensors(folder / f"{number}.safetensors", named_tensors(each), {each.name: json.dumps(each.shape)})
     reader = CheckpointReader(sorted(folder.iterdir(), reverse=True))
     wanted = fragments_of(size, here, tuple(torch.full((size,), torch.nan) for _ in range(3)))
     for each in wanted:
@@ -563,9 +563,9 @@ def test_fragments_of_any_partition_are_read_into_any_other(
 
 
 def test_a_parameter_of_another_shape_is_refused(tmp_path: Path) -> None:
-    from toolkit.training.checkpointing.files import CheckpointReader, tensor_names, write_tensors
+    from toolkit.training.checkpointing.files import CheckpointReader, named_tensors, write_tensors
 
     (saved,) = fragments_of(6, set(), tuple(torch.zeros(6) for _ in range(3)))
-    write_tensors(tmp_path / "x", tensor_names(saved), {saved.name: "[2, 3]"})
+    write_tensors(tmp_path / "x", named_tensors(saved), {saved.name: "[2, 3]"})
     with pytest.raises(UserError, match=r"a:b\.c has shape \(2, 3\) in the checkpoint, \(6,\) in this model"):
         CheckpointReader([tmp_path / "x"]).check(saved)
