@@ -1,7 +1,8 @@
 """Single-writer lock of a run folder: the newest process owns it, older ones abort.
 
 A job that was presumed dead and restarted may still be running. The owner's token is read again before each batch of
-writes; file locks, which not all shared file systems support, are not needed.
+writes; file locks, which not all shared file systems support, are not needed. It is called a lease because it can be
+lost: not at a set time, but as soon as a newer process takes it.
 """
 
 import contextlib

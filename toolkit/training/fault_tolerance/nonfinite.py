@@ -20,7 +20,7 @@ class NonFiniteDetector:
         self._checks: list[tuple[str, Tensor]] = []
         for prefix, module in modules.items():
             for name, part in module.named_modules():
-                full = ".".join(filter(None, (prefix, name))) or "the losses"
+                full = ".".join(filter(None, (prefix, name))) or "the learner's output"
                 part.register_forward_hook(lambda part, inputs, output, full=full: self._check(full, output))
 
     def reset(self) -> None:

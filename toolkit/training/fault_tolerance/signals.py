@@ -24,12 +24,12 @@ class StopSignals:
         self.number = 0
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {asking: signal.signal(asking, self._record) for asking in STOP_SIGNALS}
+            self._before = {signum: signal.signal(signum, self._record) for signum in STOP_SIGNALS}
 
     def close(self) -> None:
         """Restore the previous handlers."""
-        for asking, handler in self._before.items():
-            signal.signal(asking, handler)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
         self._before = {}
 
     def _record(self, number: int, frame: FrameType | None) -> None:

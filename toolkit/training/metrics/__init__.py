@@ -1,1 +1,1 @@
-"""What a run records: losses, throughput, FLOPs, profiles, the report, and Weights & Biases."""
+"""What a run records: losses, throughput, FLOPs, profiles, and Weights & Biases."""

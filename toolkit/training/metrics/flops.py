@@ -100,14 +100,14 @@ class FlopCounter:
         frozen_speech, speech = speech_flops(model.speech, lengths)
         frozen_image, image = image_flops(model.image, patches)
         trained = speech + rows * image
-        spared = adapted_flops(model.speech, _trunk_tokens(model.speech, lengths).sum())
-        spared += adapted_flops(model.image, rows * (patches + model.image.architecture.class_token))
+        unneeded_gradients = adapted_flops(model.speech, _trunk_tokens(model.speech, lengths).sum())
+        unneeded_gradients += adapted_flops(model.image, rows * (patches + model.image.architecture.class_token))
         similarities = 2 * 2.0 * rows * self.num_keys * model.config.embed_dim
         teacher = objectives.momentum.enabled and not coarse
         soft_targets = bool(teacher and objectives.contrastive.alpha)
         parts = {
             "frozen trunks": frozen_speech + rows * frozen_image,
-            "encoders": TRAINED * trained - spared,
+            "encoders": TRAINED * trained - unneeded_gradients,
             "teacher": trained * teacher,
             "SIC": similarities * (TRAINED + soft_targets),
         }
@@ -153,7 +153,7 @@ def image_flops(encoder: ImageEncoder, patches: int) -> tuple[float, float]:
     trained = embedding + len(encoder.layers) * each - frozen + float(_head(encoder.head, patches))
     if not encoder.has_pooling:
         return frozen, trained
-    pooling = float(_attention(encoder.token_dim, 1, tokens)) + 2.0 * _linear(encoder.trunk.head.mlp)
+    pooling = float(_attention(encoder.token_dim, 1, tokens)) + 2.0 * _linear_weights(encoder.trunk.head.mlp)
     all_frozen = encoder.frozen_layers == len(encoder.layers)
     return (frozen + pooling, trained) if all_frozen else (frozen, trained + pooling)
 
@@ -163,7 +163,7 @@ def adapted_flops(encoder: SpeechEncoder | ImageEncoder, tokens: float) -> float
     if not encoder.lora:
         return 0.0
     layers = encoder.parts.layers if isinstance(encoder, SpeechEncoder) else encoder.layers
-    return 2.0 * tokens * len(layers) * _linear(layers[0], "lora_", leave=True)
+    return 2.0 * tokens * len(layers) * _linear_weights(layers[0], without="lora_")
 
 
 def _padded_samples(encoder: SpeechEncoder, lengths: Sequence[int]) -> float:
@@ -210,8 +210,8 @@ def _patch_embedding(encoder: ImageEncoder, patches: int) -> float:
 def fusion_flops(encoder: FusionEncoder, queries: Any, context: Any) -> Any:
     """Count the FLOPs of one forward pass over query tokens and context tokens; 0 of the latter: without context."""
     width = encoder.width
-    into, other = encoder.query_input[0].in_features, encoder.context_input[0].in_features
-    total = 2.0 * width * (queries * into + context * other)
+    query_dim, context_dim = encoder.query_input[0].in_features, encoder.context_input[0].in_features
+    total = 2.0 * width * (queries * query_dim + context * context_dim)
     tokens = queries + (encoder.class_token is not None)
     for depth in range(1, len(encoder.layers) + 1):
         last = encoder.class_token is not None and depth == len(encoder.layers)
@@ -223,14 +223,14 @@ def fusion_flops(encoder: FusionEncoder, queries: Any, context: Any) -> Any:
 
 def _layer(layer: nn.Module, width: int, tokens: Any) -> Any:
     """FLOPs of a layer of a trunk, all of which are alike: linear layers, and the two products of self-attention."""
-    return 2.0 * tokens * _linear(layer) + 2 * 2.0 * tokens * tokens * width
+    return 2.0 * tokens * _linear_weights(layer) + 2 * 2.0 * tokens * tokens * width
 
 
-def _linear(layer: nn.Module, part: str = "", leave: bool = False) -> int:
-    """Weights that a token meets in linear layers with a part in their names; `leave`: in the others."""
+def _linear_weights(layer: nn.Module, without: str = "") -> int:
+    """Weights that a token meets in linear layers; `without`: only those whose names do not contain it."""
     total = 0
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and (part in name) != leave:
+        if isinstance(module, nn.Linear) and not (without and without in name):
             each = module.in_features * module.out_features
             if name.endswith("gru_rel_pos_linear"):  # WavLM's, which every head of a token meets
                 attention: Any = layer.get_submodule("attention")

@@ -21,7 +21,7 @@ _PEAKS: dict[str, tuple[float | None, float | None, float]] = {
     "V100-PCIE": (None, None, 14.0),
     "V100": (None, None, 15.7),
 }
-_MEASURED = 2048  # side of the matrices that are multiplied
+_MATRIX_SIZE = 2048  # rows and columns of the matrices that are multiplied to measure
 _MEASURED_SECONDS = 1.0
 
 
@@ -34,7 +34,7 @@ def peak_of(device: torch.device, precision: str) -> tuple[float, str]:
         if peak:
             kind = precision if precision != "fp32" else "TF32" if tf32 else "float32"
             return peak, f"{kind} of {name}, data sheet"
-    return _measure_peak(device, precision), f"measured: matrices of {_MEASURED} in {precision} on this machine"
+    return _measure_peak(device, precision), f"measured: matrices of {_MATRIX_SIZE} in {precision} on this machine"
 
 
 def table_peak(name: str, precision: str, tf32: bool) -> float | None:
@@ -48,12 +48,12 @@ def table_peak(name: str, precision: str, tf32: bool) -> float | None:
 def _measure_peak(device: torch.device, precision: str) -> float:
     """Time matrix products and return the best; ranks of one machine measure at the same time, as they train."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(2, _MEASURED, _MEASURED, device=device).to(dtype)
+    a, b = torch.randn(2, _MATRIX_SIZE, _MATRIX_SIZE, device=device).to(dtype)
     dist.all_reduce(torch.zeros(1, device=device))  # all ranks begin together
     best, until = 0.0, time.perf_counter() + _MEASURED_SECONDS
     while not best or time.perf_counter() < until:
         with Recorder(device) as recorder:
             torch.mm(a, b)
             recorder.end_step()
-        best = max(best, 2 * _MEASURED**3 / sum(recorder.seconds()[0].values()))
+        best = max(best, 2 * _MATRIX_SIZE**3 / sum(recorder.seconds()[0].values()))
     return best / 1e12

@@ -85,7 +85,7 @@ class Profile:
     tflops: float  # model TFLOP/s a rank
     peak: float  # TFLOP/s of the device, mean over the ranks
     peak_source: str  # a data sheet or a measurement
-    utilisation: float  # `tflops` / `peak`
+    utilisation: float  # `tflops` / `peak`; spelled as in the profile.json of earlier runs
 
     def text(self) -> str:
         """Format the figures for the terminal."""

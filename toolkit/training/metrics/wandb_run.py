@@ -40,6 +40,8 @@ _FINISH_OFFLINE = 20.0  # seconds to finish an offline run
 _HEADER = 7  # bytes of a wandb file without records
 _UNWRITTEN = 120.0  # seconds until wandb has written the first records of a part to the disk
 _KEPT = 50_000  # newest records in memory, to be written again after a failure
+# Stands for the key that wandb obtains for an identity token: its form, three parts, is that of such a key.
+_EXCHANGED_TOKEN = "a.b.c"
 _ROOT = Path(__file__).resolve().parents[3]
 _START_CODE = (
     "import sys; sys.path[:0] = [sys.argv[2]]; from toolkit.training.metrics.wandb_process import main; "
@@ -284,7 +286,7 @@ def _find_key() -> tuple[str | None, str]:
     if key := os.environ.get("WANDB_API_KEY"):
         return key.strip(), "WANDB_API_KEY"
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return "a.b.c", "WANDB_IDENTITY_TOKEN_FILE"  # exchanged for one by wandb
+        return _EXCHANGED_TOKEN, "WANDB_IDENTITY_TOKEN_FILE"
     host = urlsplit(_server()).netloc
     for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
         with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
