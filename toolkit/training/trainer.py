@@ -29,6 +29,7 @@ from toolkit.training.fault_tolerance import lease
 from toolkit.training.fault_tolerance.nonfinite import NonFiniteDetector
 from toolkit.training.fault_tolerance.signals import StopSignals
 from toolkit.training.fault_tolerance.watchdog import Watchdog
+from toolkit.training.from_config import make_token_queue, open_batches
 from toolkit.training.grad_cache import cache_gradients
 from toolkit.training.learner import Learner, QueueEntries
 from toolkit.training.metrics.flops import FlopCounter
@@ -37,7 +38,6 @@ from toolkit.training.metrics.spans import span
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
 from toolkit.training.schedules import is_coarse, learning_rate, set_learning_rates, soft_target_weight
-from toolkit.training.setup import make_token_queue, open_batches
 from toolkit.training.step_randomness import StepRandomness, seed_micro_batch
 from toolkit.training.zero.engine import backward, gathered_parameters, make_engine
 from toolkit.training.zero.float32 import ExactTemperature, gather_masters

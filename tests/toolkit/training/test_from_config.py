@@ -8,7 +8,7 @@ import torch
 from tests.shards.media.noise import noise
 from toolkit.config.schema import Config
 from toolkit.data import open_order
-from toolkit.training.setup import open_batches
+from toolkit.training.from_config import open_batches
 
 
 @pytest.fixture
