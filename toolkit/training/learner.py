@@ -118,10 +118,7 @@ class Learner(nn.Module):
         """
         matching, denoising = self.objectives.matching, self.objectives.denoising
         match, denoise = matching.weight and not coarse, denoising.weight and not coarse
-        # Who supplies keys and clean tokens: the teacher, or, where `teacher` is None (no momentum encoder, or a coarse
-        # step), the student, its keys with gradient. Cached SIC brings its keys along, so that the teacher is run only
-        # as CMD's target. `config/validate.py` refuses the target "teacher" without a momentum encoder.
-        needs_teacher = cached is None or (denoise and denoising.target == "teacher")
+        needs_teacher = cached is None or (denoise and denoising.target == "teacher")  # see `encode`
         speech, image, teacher_speech, teacher_image = self.encode(batch, teacher if needs_teacher else None)
         temperature = self.model.temperature()
 
@@ -154,7 +151,10 @@ class Learner(nn.Module):
     def encode(self, batch: Batch, teacher: MomentumEncoder | None) -> tuple[Encoded, Encoded, Encoded, Encoded]:
         """Encode a micro-batch: speech and image of the student, and of the teacher; without one the student's again.
 
-        Both read the same features of the frozen trunks, which are computed once.
+        Both read the same features of the frozen trunks, which are computed once. Keys and clean tokens are the
+        teacher's or, without a momentum encoder and in a coarse step, the student's, the keys with gradient. Cached SIC
+        brings its keys along, so that the teacher is run for CMD's target alone. `config/validate.py` refuses the
+        target "teacher" without a momentum encoder.
         """
         with span("frozen trunks"):
             features = self.model.frozen_features(batch.images, batch.waveforms, batch.lengths, batch.host_lengths)
