@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from plain_step import PlainStep
@@ -26,6 +27,7 @@ from table import Figure, tell
 from training import frozen_model, make_batch, open_trainer
 
 from toolkit.config import schema as config
+from toolkit.training.metrics.flops import count_patches
 from toolkit.training.queue import EmbeddingQueue
 from toolkit.training.trainer import Trainer
 
@@ -80,6 +82,16 @@ def seconds(trainer: Trainer, plain: PlainStep, batch_size: int, repeats: int) -
     return statistics.median(ours), statistics.median(theirs)
 
 
+def flops_ratio(trainer: Trainer, batch_size: int) -> float:
+    """FLOPs of the plain step relative to ours: the frozen trunks twice, and all rows as long as the longest."""
+    batch = make_batch(0, batch_size, IMAGE_SIZE, LONGEST)
+    lengths = batch.lengths.numpy()
+    patches = count_patches(trainer.learner.model.image, IMAGE_SIZE)
+    ours = trainer.flop_counter.flops(lengths, patches)
+    padded = trainer.flop_counter.flops(np.full_like(lengths, lengths.max()), patches)
+    return (sum(padded.values()) + padded["frozen trunks"]) / sum(ours.values())
+
+
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,9 +110,10 @@ def main() -> int:
         plain = PlainStep(trainer.learner, trainer.queue, configuration)
         error = check(trainer, plain, options.batch)
         ours, theirs = seconds(trainer, plain, options.batch, options.repeats)
+        arithmetic = flops_ratio(trainer, options.batch)
     what = (
         f"processor time of a step, batch {options.batch}, queue {options.queue}, frozen trunks of {options.layers} "
-        f"layers of {options.width}; losses agree to {error:.0e}"
+        f"layers of {options.width}; losses agree to {error:.0e}; by FLOPs {arithmetic:.2f} times"
     )
     figures = [Figure("step_time", ours, theirs, "s", theirs / ours, what, at_least=2.0)]
     return tell(figures, options.json)
