@@ -59,7 +59,7 @@ class Submission:
         """The job's number as squeue, scancel and submitit's files use it."""
         return self.job if self.index is None else f"{self.job}_{self.index}"
 
-    def write(self, folder: Path) -> Path:
+    def write(self, folder: Path) -> None:
         """Write the record into a log folder, atomically.
 
         Raises:
@@ -71,7 +71,6 @@ class Submission:
                 file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        return path
 
 
 @dataclass(frozen=True)

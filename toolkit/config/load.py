@@ -26,18 +26,17 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SAVED = "config.yaml"  # name of a run's configuration in its run folder
 
 
-def load_config(arguments: list[str], description: str | None = None) -> Config:
+def load_config(arguments: list[str]) -> Config:
     """Load and validate the configuration of an entry point without further options.
 
     Args:
         arguments: `--config NAME|FILE` and any number of `--section.key value`. Default of `--config`: the
             configuration saved in the run folder, if there is one, else `quickstart`.
-        description: First line of `--help`.
 
     Raises:
         UserError: A file is missing or is not YAML; a key is unknown; a value has the wrong type or is out of range.
     """
-    return parse(arguments, Parser(description))[0]
+    return parse(arguments, Parser())[0]
 
 
 def parse(arguments: list[str], parser: "Parser", initial: Config | None = None) -> tuple[Config, argparse.Namespace]:
@@ -53,7 +52,7 @@ def parse(arguments: list[str], parser: "Parser", initial: Config | None = None)
     overrides = _split_overrides(rest)
     config = Config() if initial is None else initial
     if initial is None or options.config is not None:
-        _apply_file(config, _initial_file(options.config, dict(overrides).get("run")))
+        apply_yaml(config, _initial_file(options.config, dict(overrides).get("run")))
     for key, text in overrides:
         _override(config, key, text)
     check_config(config)
@@ -83,11 +82,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """Raise a one-line error for a wrong option."""
         raise UserError(message)
-
-
-def apply_yaml(config: Config, path: Path) -> None:
-    """Update `config` in place from a YAML file."""
-    _apply_file(config, path)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -146,7 +140,7 @@ def _split_overrides(arguments: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _apply_file(config: Config, path: Path, derived: tuple[Path, ...] = ()) -> None:
+def apply_yaml(config: Config, path: Path, derived: tuple[Path, ...] = ()) -> None:
     """Update the configuration from a YAML file, after the file or name in its `base:`.
 
     Args:
@@ -160,7 +154,7 @@ def _apply_file(config: Config, path: Path, derived: tuple[Path, ...] = ()) -> N
         parent = _find_file(str(base), path.parent)
         if parent in (path, *derived):
             raise UserError(f"{path}: base {base} leads back to the file itself")
-        _apply_file(config, parent, (*derived, path))
+        apply_yaml(config, parent, (*derived, path))
     apply_values(config, values, f"{path}: ")
 
 

@@ -37,7 +37,6 @@ from toolkit.training.metrics.spans import REST, Recorder
 from toolkit.training.trainer import Trainer
 
 FOLDER = "profile"
-STEPS = 10  # timed steps, if no number is given
 WARM_UP = 3  # steps
 TRACED = 3  # steps
 
@@ -132,7 +131,7 @@ def profile_training(
     rank: int,
     world_size: int,
     device: torch.device,
-    steps: int = STEPS,
+    steps: int,
     data: tuple[list[Manifest], Order] | None = None,
     deepspeed_settings: dict[str, Any] | None = None,
 ) -> Profile:

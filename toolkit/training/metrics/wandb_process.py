@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 from typing import Any
 
@@ -83,7 +82,3 @@ def _close(run: Any, mode: str, exit_code: int) -> None:
 
 def _answer(connection: socket.socket, **values: str) -> None:
     connection.sendall(json.dumps(values).encode() + b"\n")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
