@@ -273,7 +273,7 @@ def test_help_imports_nothing_heavy():
 import sys
 from toolkit.config.load import load_config
 try:
-    load_config(["--help"], "Train")
+    load_config(["--help"])
 except SystemExit as ended:
     heavy = {"torch", "transformers", "deepspeed", "submitit", "numpy", "torchaudio"} & set(sys.modules)
     sys.exit(f"imported {heavy}" if heavy else ended.code)
