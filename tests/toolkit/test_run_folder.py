@@ -101,3 +101,11 @@ def test_augmentation_counts_only_where_it_is_not_the_default(monkeypatch):
     noisy = fingerprint(config)
     changed(config, data__augment__speech__noise_snr=[0.0, 10.0])
     assert len({before, noisy, fingerprint(config)}) == 3
+
+
+def test_runs_are_found_in_a_folder_and_in_its_grids_but_not_in_what_belongs_to_a_run(tmp_path):
+    for name in ("b", "a", "grid/c", "grid/deep/d", "logs/e", "code/f", ".hidden", "grid/results"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "marked").touch()
+    runs = run_folder.runs_below(tmp_path, lambda folder: (folder / "marked").exists())
+    assert [str(run.relative_to(tmp_path)) for run in runs] == ["a", "b", "grid/c"]
