@@ -12,6 +12,7 @@ import sys
 import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # the script's own folder is not a place to import from
@@ -250,10 +251,7 @@ def _job(recorded: Recorded) -> Local | Slurm:
     return Local(Controller(submission.job, recorded.folder), recorded.folder, submission.ranks)
 
 
-def cli() -> None:
-    """Entry point of the console command: print a `UserError` as one line, and exit with its code."""
-    run_main(main)
-
+cli = partial(run_main, main)
 
 if __name__ == "__main__":
     cli()

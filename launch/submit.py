@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # the script's own folder is not a place to import from
@@ -327,10 +328,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def cli() -> None:
-    """Entry point of the console command: print a `UserError` as one line, and exit with its code."""
-    run_main(main)
-
+cli = partial(run_main, main)
 
 if __name__ == "__main__":
     cli()

@@ -44,10 +44,11 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if the file is missing, cannot be read or holds something else."""
+def read_object(path: Path, limit: int = 16 << 20) -> dict[str, Any]:
+    """Read a JSON object; empty if the file is missing, larger than a limit in bytes, or holds something else."""
     try:
-        value = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            value = json.loads(file.read(limit))  # a truncated object is not valid JSON
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

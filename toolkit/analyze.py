@@ -291,10 +291,7 @@ def condition_key(kind: str, level: float | None, noise: "Noise | None") -> tupl
     return kind, level, noise.checksum if noise and kind == NOISE else None
 
 
-def cli() -> None:
-    """Console entry point: print a `UserError` as one line, and exit with its code."""
-    run_main(main)
-
+cli = partial(run_main, main)
 
 if __name__ == "__main__":
     cli()

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,10 +118,7 @@ def _augmentation(options: argparse.Namespace) -> "Callable[[Manifest], Section]
     return Preview(data.augment, data.train, data.image_size, data.resize, data.max_seconds, config.seed).section
 
 
-def cli() -> None:
-    """Entry point of the console command: print a `UserError` as one line, and exit with its code."""
-    run_main(main)
-
+cli = partial(run_main, main)
 
 if __name__ == "__main__":
     cli()

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,10 +104,7 @@ def open_inputs(options: argparse.Namespace) -> "ItemSource":
     return FileSource(os.path.dirname(special[0]), options.modality, read_table(special[0], options.modality))
 
 
-def cli() -> None:
-    """Console entry point: print a `UserError` as one line, and exit with its code."""
-    run_main(main)
-
+cli = partial(run_main, main)
 
 if __name__ == "__main__":
     cli()

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -160,10 +161,7 @@ def store(request: Request, evaluation: "SplitEvaluation", manifest: "Manifest",
     return result
 
 
-def cli() -> None:
-    """Console entry point: print a `UserError` as one line, and exit with its code."""
-    run_main(main)
-
+cli = partial(run_main, main)
 
 if __name__ == "__main__":
     cli()

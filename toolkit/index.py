@@ -7,6 +7,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,10 +113,7 @@ def open_items(options: argparse.Namespace) -> "ItemSource":
     return FileSource(str(folder.resolve()), "image" if options.pictures else "audio")
 
 
-def cli() -> None:
-    """Console entry point: print a `UserError` as one line, and exit with its code."""
-    run_main(main)
-
+cli = partial(run_main, main)
 
 if __name__ == "__main__":
     cli()

@@ -10,6 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -60,10 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logger.info("report: %s", out)
 
 
-def cli() -> None:
-    """Entry point of the console command: print a `UserError` as one line, and exit with its code."""
-    run_main(main)
-
+cli = partial(run_main, main)
 
 if __name__ == "__main__":
     cli()

@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -144,10 +145,7 @@ def page_rerank(searcher: "Searcher", rerank: int | None) -> int:
     return PAGE_RERANK if rerank is None else rerank
 
 
-def cli() -> None:
-    """Console entry point: print a `UserError` as one line, and exit with its code."""
-    run_main(main)
-
+cli = partial(run_main, main)
 
 if __name__ == "__main__":
     cli()

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # the script's own folder is not a place to import from
@@ -132,10 +133,7 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
     ).text()
 
 
-def cli() -> None:
-    """Entry point of the console command: print a `UserError` as one line, and exit with its code."""
-    run_main(main)
-
+cli = partial(run_main, main)
 
 if __name__ == "__main__":
     cli()

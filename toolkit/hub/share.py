@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # import from the repository root, not from the script's folder
@@ -97,10 +98,7 @@ def find_folders(model: str, checkpoint: str | None) -> tuple[Path, Path | None]
     return export, run if run and (run / SAVED).is_file() else None
 
 
-def cli() -> None:
-    """Console entry point: print a `UserError` as one line, and exit with its code."""
-    run_main(main)
-
+cli = partial(run_main, main)
 
 if __name__ == "__main__":
     cli()

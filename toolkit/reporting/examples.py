@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.reporting.figures import read_json
+from shards.files import read_object
 
 FINAL = "examples-final.json"  # of the final evaluation
 _NAME = re.compile(r"examples-\d{8}\.json")  # the only files that a log can have read
@@ -28,7 +28,7 @@ def read_examples(run: Path, records: Sequence[dict[str, Any]]) -> dict[str, Any
     names = [(FINAL, None), *((record.get("examples"), record.get("step")) for record in reversed(records))]
     for name, step in names:
         if isinstance(name, str) and (name == FINAL or _NAME.fullmatch(name)):
-            found = read_json(run / name, _MAX_BYTES)
+            found = read_object(run / name, _MAX_BYTES)
             if found and isinstance(found.get("queries"), list):
                 how = "re-ranked" if found.get("reranked") else "by the global embeddings"
                 when = "Final evaluation" if step is None else f"Step {step}"

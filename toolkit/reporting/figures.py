@@ -1,25 +1,12 @@
 """Figures of results for tables: recall in both directions, and the final evaluation of a run."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 FINAL = "recall.json"  # the run's final evaluation
 DIRECTION_LABELS = {"speech_to_image": "S>I", "image_to_speech": "I>S"}
 CUTOFFS = ("R@1", "R@5", "R@10")
 RECALL_HEAD = [*(f"{short} {cutoff}" for short in DIRECTION_LABELS.values() for cutoff in CUTOFFS), "mean R@1"]
-_MAX_BYTES = 16 << 20  # of a result file
-
-
-def read_json(path: Path, limit: int = _MAX_BYTES) -> dict[str, Any] | None:
-    """Read a JSON object; None: the file is missing, larger than a limit in bytes, or not an object."""
-    try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(limit))  # a truncated file is not valid JSON
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def get(tree: Any, *keys: str) -> Any:

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shards.files import read_object
 from shards.html.chart import line_chart
 from shards.html.render import write_html
 from toolkit.reporting.curves import CHARTS, Curve, curves_of, read_log
 from toolkit.reporting.examples import read_examples
-from toolkit.reporting.figures import FINAL, RECALL_HEAD, final_rows, get, number, read_json
+from toolkit.reporting.figures import FINAL, RECALL_HEAD, final_rows, get, number
 
 NAME = "report.html"
 
@@ -34,7 +35,7 @@ def write_report(run: Path) -> None:
         name=run.name,
         summary=summary,
         stops=stops,
-        final=_final(read_json(run / FINAL)),
+        final=_final(read_object(run / FINAL)),
         charts=[chart for chart in charts if chart],
         dev=_dev_table(curves),
         examples=read_examples(run, records),
@@ -60,8 +61,8 @@ def _summary(records: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
     return ", ".join(parts), [f"{r['event']} after step {r.get('at')}" for r in stops]
 
 
-def _final(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if report is None or not final_rows(report):
+def _final(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not final_rows(report):
         return None
     size = f"{number(report.get('pictures'), 0)} images, {number(report.get('captions'), 0)} spoken captions"
     note = f"{report.get('split')}: {size}; checkpoint {report.get('checkpoint')}, step {report.get('step')}"

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
+from shards.files import read_object
 from toolkit.config.load import SAVED
 from toolkit.config.schema import Config
 from toolkit.evaluation.results import Result, load_results
 from toolkit.reporting.curves import LOG, read_log
-from toolkit.reporting.figures import FINAL, get, read_json
+from toolkit.reporting.figures import FINAL, get
 from toolkit.run_folder import fingerprint, flatten, load_run, runs_below
 
 _NOT_COMPARED = ("run", "seed", "launch.", "wandb.")  # prefixes of keys that do not make configurations different
@@ -106,7 +107,7 @@ def _is_run(folder: Path) -> bool:
 def _submitted(grid: Path) -> dict[str, int]:
     """Return the position of each member of a grid by its name, as its last submission recorded them."""
     for path in sorted(grid.glob("logs/*/submission.json"), reverse=True):
-        members = get(read_json(path), "members")
+        members = get(read_object(path), "members")
         if isinstance(members, dict):
             indices = sorted(filter(str.isdecimal, members), key=int)
             return {Path(str(members[index])).parent.parent.name: int(index) for index in indices}
@@ -115,13 +116,13 @@ def _submitted(grid: Path) -> dict[str, int]:
 
 def _evaluations(run: Path, results: Sequence[Result]) -> list[RunEvaluation]:
     """Return the stored results; the final one without ranks where it is older than they are."""
-    final = read_json(run / FINAL)
-    same = [result for result in results if final is not None and _is_same(result, final)]
+    final = read_object(run / FINAL)
+    same = [result for result in results if _is_same(result, final)]
     evaluations = [
         RunEvaluation(result.report, _data_name(result), any(result is one for one in same[-1:]), result)
         for result in results
     ]
-    if final is not None and isinstance(get(final, "coarse", "mean_R@1"), int | float) and not same:
+    if isinstance(get(final, "coarse", "mean_R@1"), int | float) and not same:
         evaluations.append(RunEvaluation(final, _unrecorded_data(final), True, None))
     return evaluations
 
