@@ -244,6 +244,8 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> flo
 
     Words are compared in lower case, without punctuation other than apostrophes.
     """
+    from torchaudio.functional import edit_distance  # slow to import
+
     pairs = [(_words(one), _words(other)) for one, other in zip(references, hypotheses, strict=True)]
     total = sum(len(reference) for reference, _ in pairs)
     return 100 * sum(edit_distance(*pair) for pair in pairs) / max(1, total)
@@ -252,17 +254,6 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> flo
 def _words(text: str) -> list[str]:
     kept = "".join(character if character.isalnum() or character == "'" else " " for character in text.lower())
     return kept.split()
-
-
-def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
-    """Levenshtein distance."""
-    row = list(range(len(second) + 1))
-    for number, one in enumerate(first, start=1):
-        diagonal, row[0] = row[0], number
-        for column, other in enumerate(second, start=1):
-            cheapest = min(diagonal + (one != other), row[column] + 1, row[column - 1] + 1)
-            diagonal, row[column] = row[column], cheapest
-    return row[-1]
 
 
 def read_texts(manifest: Manifest, split: str, inputs: ModelInputs) -> list[str] | None:

@@ -38,7 +38,6 @@ from toolkit.evaluation.encode import ModelInputs
 from toolkit.evaluation.results import load_results
 from toolkit.evaluation.text_baselines import (
     TextImageModel,
-    edit_distance,
     load_recognizer,
     transcribe,
     word_error_rate,
@@ -185,8 +184,9 @@ def test_word_error_rate_counts_edits_of_words():
     assert word_error_rate(["A red square, here."], ["a red square here"]) == 0
     assert word_error_rate(["one two three four", "five"], ["one three for", ""]) == pytest.approx(100 * 3 / 5)
     assert word_error_rate(["one"], ["one and more"]) == 200
-    assert edit_distance("kitten", "sitting") == 3
-    assert edit_distance("", "ab") == edit_distance("ab", "") == 2
+    assert word_error_rate(list("k"), ["a b"]) == 200
+    assert word_error_rate(["k i t t e n"], ["s i t t i n g"]) == 50
+    assert word_error_rate(["a b"], [""]) == 100
 
 
 def test_long_texts_are_cut_to_the_positions_of_the_model(clip):
