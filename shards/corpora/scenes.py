@@ -6,7 +6,7 @@ espeak-ng (GPL-3, the extra `scenes`) or piper (GPL-3, the extra `voices`), in o
 The colors and the shapes of the first two objects, as two unordered pairs, are the scene's cell. Cells are divided
 among the splits, so that dev and test contain combinations never seen in training. The split `twins` has a minimal pair
 for each test picture, in which only the colors (image id TEST-colour) or the positions (TEST-relation) of two objects
-are exchanged.
+are exchanged. Either is told by the colors and their positions alone; twins in training can also exchange the shapes.
 """
 
 import argparse
@@ -29,6 +29,8 @@ from shards.errors import UserError
 TEST_SHARE, DEV_SHARE = 0.15, 0.05  # of the cells
 THIRD_SHARE = 0.25  # of the scenes have a third object
 SIZE_SHARE = 0.25  # of the captions name a size, where the sizes differ
+TWINS = ("colour", "relation", "shape")  # what a twin exchanges: colors, positions or shapes of the first two objects
+TEST_TWINS = TWINS[:2]
 
 Cell = tuple[tuple[str, ...], tuple[str, ...]]
 
@@ -55,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.5,
         metavar="SHARE",
         help="share of the training pictures that come in pairs of twins (default: 0.5)",
+    )
+    parser.add_argument(
+        "--training-twins",
+        type=_twin_kinds,
+        default=TEST_TWINS,
+        metavar="KINDS",
+        help=f"what the twins in training exchange, of {', '.join(TWINS)} (default: {','.join(TEST_TWINS)})",
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
 
@@ -91,6 +100,14 @@ def _number_or_names(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def _twin_kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(dict.fromkeys(kind.strip() for kind in text.split(",")))
+    for kind in kinds:
+        if kind not in TWINS:
+            raise argparse.ArgumentTypeError(f"no twins {kind!r}: there are {', '.join(TWINS)}")
+    return kinds
+
+
 def _languages(text: str) -> list[str] | None:
     """Return the codes; None for English alone, as in shards of earlier versions."""
     codes = list(dict.fromkeys(code.strip() for code in text.split(",")))
@@ -116,7 +133,7 @@ def read(options: argparse.Namespace, bad: BadRecords | None = None) -> list[Ite
     for n, scene in enumerate(_distinct_scenes(options, "test")):
         name = f"test-{n:06d}"
         items.append(_item(scene, name, "test", options))
-        twins.append(_twin_item(scene, name, ("colour", "relation")[n % 2], "twins", options))
+        twins.append(_twin_item(scene, name, TEST_TWINS[n % 2], "twins", options))
     return items + twins
 
 
@@ -147,7 +164,7 @@ def _training_items(options: argparse.Namespace, twin_rate: float) -> Iterator[I
         scene = random_scene(options.seed, "train", str(number))
         yield _item(scene, name, "train", options)
         if generator.random() < twin_rate:
-            yield _twin_item(scene, name, generator.choice(("colour", "relation")), "train", options)
+            yield _twin_item(scene, name, generator.choice(options.training_twins), "train", options)
         number += 1
 
 
@@ -203,10 +220,12 @@ def _twin_item(scene: Scene, name: str, kind: str, split: str, options: argparse
 
 
 def twin_of(scene: Scene, kind: str) -> Scene:
-    """Exchange the colors (kind "colour") or the positions ("relation") of the first two objects."""
+    """Exchange the colors ("colour"), the positions ("relation") or the shapes ("shape") of the first two objects."""
     first, second = scene.first, scene.second
     if kind == "relation":
         return replace(scene, first=second, second=first)
+    if kind == "shape":
+        return replace(scene, first=replace(first, shape=second.shape), second=replace(second, shape=first.shape))
     return replace(
         scene,
         first=replace(first, colour=second.colour, rgb=second.rgb),

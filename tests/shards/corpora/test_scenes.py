@@ -164,6 +164,32 @@ def test_share_of_twins_in_training(share, low, high):
     assert low <= 2 * pairs / 1000 <= high
 
 
+def test_training_twins_exchange_what_is_asked_for():
+    items = {item.image_id: item for item in read("--training-twins=shape,relation", pictures=400)}
+    kinds: Counter[str] = Counter()
+    for item in items.values():
+        if item.split == "train" and item.twin:
+            kind = item.image_id.removeprefix(f"{item.twin}-")
+            kinds[kind] += 1
+            one, other = scene_of(items[item.twin]), scene_of(item)
+            if kind == "shape":
+                assert [t.shape for t in things_of(one)][:2] == [t.shape for t in things_of(other)][1::-1]
+                assert [t.rgb for t in things_of(one)] == [t.rgb for t in things_of(other)]
+                assert (one.centres, one.third, one.background) == (other.centres, other.third, other.background)
+                assert cells_of(items[item.twin])[0] == cells_of(item)[0]
+                assert all(a.text != b.text for a, b in zip(items[item.twin].captions, item.captions, strict=True))
+    assert kinds.keys() == {"shape", "relation"}
+    assert min(kinds.values()) > 30, kinds
+    tests = {item.image_id.rpartition("-")[2] for item in items.values() if item.split == "twins"}
+    assert tests == {"colour", "relation"}
+
+
+def test_unknown_training_twins_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        read("--training-twins=colour,size")
+    assert "no twins 'size': there are colour, relation, shape" in capsys.readouterr().err
+
+
 def test_a_picture_does_not_depend_on_how_many_there_are():
     few, many = read(), {item.image_id: item for item in read(pictures=200, dev=50, test=100)}
     for item in few:
