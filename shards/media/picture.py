@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from shards.errors import UserError
 from shards.media.media_type import describe_content, read_head
@@ -137,6 +137,23 @@ def decode_picture(
         return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
     return _read(_Source(data, max_pixels, _IN_SHARDS), decode)
+
+
+def open_picture(data: bytes, max_pixels: int = MAX_STORED_PIXELS) -> Image.Image:
+    """Open an encoded picture of a shard or a request; its pixels are not decoded yet.
+
+    Raises:
+        UserError: The picture is not in a format of shards, or has more than `max_pixels` pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_IN_SHARDS)
+    except UnidentifiedImageError:
+        raise UserError("not a picture in JPEG, PNG or WebP") from None
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"cannot be decoded as a picture ({error})") from None
+    if image.width * image.height > max_pixels:
+        raise UserError(f"{image.width} x {image.height} pixels, the limit is {max_pixels:,}")
+    return image
 
 
 def _central(width: int, height: int, size: int) -> tuple[float, float, float, float]:

@@ -1,6 +1,5 @@
 """A PNG of retrieved examples: spoken queries with their pictures, and picture queries with their captions."""
 
-import io
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from shards.files import atomic_write
 from shards.manifest import Manifest
+from shards.media.picture import open_picture
 from shards.reading.reader import Reader
 from toolkit.evaluation.recall import RankCounts
 from toolkit.evaluation.retrieve import Retrieval
@@ -62,7 +62,7 @@ def examples(reader: Reader, retrieval: Retrieval) -> tuple[list[SpeechQuery], l
     """Read the examples to draw."""
 
     def picture(index: int) -> Image.Image:
-        with Image.open(io.BytesIO(reader.picture(int(retrieval.samples[index])))) as opened:
+        with open_picture(reader.picture(int(retrieval.samples[index]))) as opened:
             return ImageOps.fit(opened.convert("RGB"), (_SIDE, _SIDE))
 
     def text(index: int) -> str:

@@ -7,7 +7,6 @@ The row of the true transcripts ("oracle text") is what a recognizer without err
 """
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from shards.errors import UserError
 from shards.files import read_object, read_records
 from shards.manifest import Manifest
 from shards.media.audio import SAMPLE_RATE
-from shards.media.picture import MAX_STORED_PIXELS
+from shards.media.picture import open_picture
 from shards.progress import progress_range
 from shards.reading.caption_attributes import read_caption_attributes
 from toolkit.evaluation.encode import ModelInputs
@@ -186,12 +185,7 @@ def _loading(option: str, folder: str, expected: str) -> Iterator[None]:
 
 def read_image(inputs: ModelInputs, index: int) -> "Image.Image":
     """Decode a picture: RGB, at the size of the shards."""
-    from PIL import Image
-
-    stored = inputs.reader.picture(int(inputs.samples[index]))
-    with Image.open(io.BytesIO(stored), formats=("JPEG", "PNG", "WEBP")) as opened:
-        if opened.width * opened.height > MAX_STORED_PIXELS:
-            raise UserError(f"picture {index} has more than the {MAX_STORED_PIXELS:,} pixels allowed in a shard")
+    with open_picture(inputs.reader.picture(int(inputs.samples[index]))) as opened:
         return opened.convert("RGB")
 
 

@@ -1,7 +1,6 @@
 """The requests of the page of `search.py --serve`: search by the bytes of a query, attention, and indexed items."""
 
 import hashlib
-import io
 import math
 import threading
 from collections import OrderedDict
@@ -9,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from shards.errors import UserError
 from shards.media.audio import encode_audio, read_audio, read_recording
-from shards.media.picture import read_picture
+from shards.media.picture import open_picture, read_picture
 from toolkit.evaluation.attention import cross_attention
 from toolkit.indexing.items import Item, printable
 from toolkit.indexing.search import Hit, Searcher
@@ -24,7 +22,6 @@ MAX_BODY = 32 << 20  # bytes of a query
 MAX_PIXELS = 64_000_000  # of a posted picture, or of one in shards
 MAX_ITEM_SECONDS = 600.0  # of a recording that the page plays
 SHORT_SIDE, QUALITY = 384, 85  # of the pictures on the page
-_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other decoders are not hardened against untrusted data
 _REMEMBERED = 8  # encoded queries, in memory
 _DECODED_AT_ONCE = 2  # pictures or recordings; bounds memory
 
@@ -125,7 +122,7 @@ class PageAnswers:
         with self._decoders:
             content = self.searcher.source.content(item.name)
             if self.searcher.index.head.modality == "image":
-                picture = _opened(content) if isinstance(content, bytes) else content
+                picture = open_picture(content, MAX_PIXELS) if isinstance(content, bytes) else content
                 return "image/jpeg", read_picture(picture, SHORT_SIDE, QUALITY)
             return "audio/wav", encode_audio(read_audio(content, MAX_ITEM_SECONDS), "wav")
 
@@ -149,7 +146,7 @@ class PageAnswers:
     def _encode(self, body: bytes) -> Query:
         encoder, modality = self.searcher.encoder, self.searcher.query_modality
         if modality == "image":
-            image = encoder.processor(images=[_opened(body)])["images"][0]
+            image = encoder.processor(images=[open_picture(body, MAX_PIXELS)])["images"][0]
             return Query(encoder.encode("image", [image]), 0.0, None)
         try:
             recording = read_recording(body, encoder.processor.max_seconds)
@@ -157,19 +154,6 @@ class PageAnswers:
             raise UserError(str(error).removesuffix(" (--max-seconds)")) from None
         wave = torch.from_numpy(recording.wave)
         return Query(encoder.encode("audio", [wave]), len(wave) / encoder.processor.sampling_rate, recording.warning)
-
-
-def _opened(body: bytes) -> Image.Image:
-    """Open a picture of shards or of a request; its pixels are not decoded yet."""
-    try:
-        image = Image.open(io.BytesIO(body), formats=_FORMATS)
-    except UnidentifiedImageError:
-        raise UserError("not a picture in JPEG, PNG or WebP") from None
-    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"cannot be decoded as a picture ({error})") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise UserError(f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
-    return image
 
 
 def _shown(hit: Hit) -> dict[str, Any]:

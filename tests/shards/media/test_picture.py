@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from shards.errors import UserError
-from shards.media.picture import decode_picture, read_picture
+from shards.media.picture import decode_picture, open_picture, read_picture
 from tests.shards.media.picture_files import picture as gradient
 
 
@@ -196,3 +196,24 @@ def test_damaged_member(data):
 def test_large_member_is_refused():
     with pytest.raises(UserError, match="the limit is"):
         decode_picture(bomb(19_800, 9_000), 32)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture in JPEG, PNG or WebP"),
+        (b"", "not a picture in JPEG, PNG or WebP"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(4), "cannot be decoded as a picture|not a picture"),
+    ],
+)
+def test_open_picture_refuses_what_shards_do_not_hold(data, message):
+    with pytest.raises(UserError, match=message):
+        open_picture(data)
+
+
+def test_open_picture_checks_the_size_in_the_header():
+    content = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(content, "PNG")
+    assert open_picture(content.getvalue(), max_pixels=600).size == (30, 20)
+    with pytest.raises(UserError, match="30 x 20 pixels, the limit is 599"):
+        open_picture(content.getvalue(), max_pixels=599)
