@@ -15,7 +15,7 @@ from PIL import Image
 
 from shards.checking.duplicates import Digests, text
 from shards.checking.finding import MAX_NAMED
-from shards.checking.tar import DamagedTar, Member, TarScan
+from shards.checking.tar import Member, TarScan
 from shards.errors import UserError
 from shards.files import file_sha256
 from shards.manifest import Manifest, ShardInfo
@@ -25,6 +25,7 @@ from shards.media.picture import decode_picture
 from shards.media.signal_level import LevelMeter
 from shards.progress import Progress
 from shards.reading.reader import MAX_MEMBER, MAX_META, caption_metadata
+from shards.tars.members import DamagedTar
 
 _SIDE = 224  # side of decoded pictures in pixels, as in training
 _TOLERANCE = 0.05  # largest difference from the index, in seconds

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from shards.reading.reader import MAX_MEMBER
+from shards.tars.members import DamagedTar, parse_header
 
 _BLOCK = 1 << 20
 _KINDS = {
@@ -24,10 +25,6 @@ _KINDS = {
     tarfile.XGLTYPE: "an extended header",
     tarfile.SOLARIS_XHDTYPE: "an extended header",
 }
-
-
-class DamagedTar(Exception):
-    """The tar cannot be parsed beyond this point."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,7 @@ class TarScan:
         """
         while True:
             start = self._position
-            info = self._header()
-            if info is None:
+            if (info := parse_header(self._read(tarfile.BLOCKSIZE), start)) is None:
                 break
             name = repr(info.name)
             if not 0 <= info.size <= self._size - self._position:
@@ -78,19 +74,6 @@ class TarScan:
         """Return the SHA-256 of the file, after reading the rest of it."""
         self._skip(self._size)
         return self._digest.hexdigest()
-
-    def _header(self) -> tarfile.TarInfo | None:
-        """Read the next header; None at the end of the archive."""
-        start = self._position
-        block = self._read(tarfile.BLOCKSIZE)
-        try:
-            return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            return None
-        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
-            raise DamagedTar("it ends without the end-of-archive marker") from None
-        except (tarfile.HeaderError, ValueError) as error:
-            raise DamagedTar(f"the header at byte {start:,} is damaged ({error})") from None
 
     def _read(self, count: int) -> bytes:
         data = self._file.read(count)

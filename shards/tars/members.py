@@ -64,7 +64,7 @@ class TarListing:
     problem: str | None = None  # why the tar cannot be parsed beyond the last member; None if it is intact
 
 
-class _DamagedTar(Exception):
+class DamagedTar(Exception):
     """The tar cannot be parsed beyond this point."""
 
 
@@ -110,7 +110,7 @@ def _list(file: IO[bytes], location: str, size: int, is_text: Callable[[str], bo
                 file.seek(offset)
                 listing.texts[len(listing.members)] = file.read(length)
             listing.members.append(TarMember(location, name, offset, length, size))
-    except _DamagedTar as damage:
+    except DamagedTar as damage:
         listing.problem = str(damage)
     return listing
 
@@ -119,10 +119,10 @@ def _regular_files(file: IO[bytes], size: int) -> Iterator[tuple[str, int, int]]
     """Yield name, offset and bytes of the regular files; folders, links and devices are passed over.
 
     Raises:
-        _DamagedTar: A header is damaged, or a member ends beyond the file.
+        DamagedTar: A header is damaged, or a member ends beyond the file.
     """
     position, extended = 0, dict[bytes, bytes]()
-    while (info := _header(file, position)) is not None:
+    while (info := parse_header(_block(file, position), position)) is not None:
         start, position = position, position + tarfile.BLOCKSIZE
         length, name = info.size, info.name
         if b"size" in extended and extended[b"size"].isdigit():
@@ -131,7 +131,7 @@ def _regular_files(file: IO[bytes], size: int) -> Iterator[tuple[str, int, int]]
             name = extended[b"path"].decode("utf-8", "backslashreplace")
         if not 0 <= length <= size - position:
             name = repr(name[:_MAX_NAME])
-            raise _DamagedTar(f"member {name} at byte {start:,} claims {length:,} bytes, more than the file has")
+            raise DamagedTar(f"member {name} at byte {start:,} claims {length:,} bytes, more than the file has")
         if info.type in (*_GLOBAL, *_LOCAL, *_LONG):
             payload = _payload(file, position, length)
             if info.type in _LOCAL:
@@ -140,10 +140,10 @@ def _regular_files(file: IO[bytes], size: int) -> Iterator[tuple[str, int, int]]
                 extended[b"path"] = payload.split(b"\0")[0]
         else:
             if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(b"GNU.sparse") for key in extended):
-                raise _DamagedTar(f"member {name[:_MAX_NAME]!r} at byte {start:,} is sparse: pack the tar again")
+                raise DamagedTar(f"member {name[:_MAX_NAME]!r} at byte {start:,} is sparse: pack the tar again")
             if info.type in _REGULAR:
                 if len(name) > _MAX_NAME:
-                    raise _DamagedTar(f"the name of the member at byte {start:,} has {len(name):,} characters")
+                    raise DamagedTar(f"the name of the member at byte {start:,} has {len(name):,} characters")
                 yield name, position, length
             elif info.type in tarfile.SUPPORTED_TYPES:  # a folder, a link or a device
                 length = 0  # whatever the header says
@@ -151,25 +151,32 @@ def _regular_files(file: IO[bytes], size: int) -> Iterator[tuple[str, int, int]]
         position += -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _header(file: IO[bytes], position: int) -> tarfile.TarInfo | None:
-    """Read the header at a position; None at the end of the archive."""
-    file.seek(position)
-    block = file.read(tarfile.BLOCKSIZE)
+def parse_header(block: bytes, position: int) -> tarfile.TarInfo | None:
+    """Parse the header block at a position; None at the end of the archive.
+
+    Raises:
+        DamagedTar: The block is not a header.
+    """
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
     except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
         return None
     except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
-        raise _DamagedTar("it ends without the end-of-archive marker: it is empty or truncated") from None
+        raise DamagedTar("it ends without the end-of-archive marker: it is empty or truncated") from None
     except (tarfile.HeaderError, ValueError) as error:
         compressed = block.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"))
         hint = ": it is compressed, unpack it first, e.g. gunzip X.tar.gz" if compressed and not position else ""
-        raise _DamagedTar(f"the header at byte {position:,} is damaged ({error}){hint}") from None
+        raise DamagedTar(f"the header at byte {position:,} is damaged ({error}){hint}") from None
+
+
+def _block(file: IO[bytes], position: int) -> bytes:
+    file.seek(position)
+    return file.read(tarfile.BLOCKSIZE)
 
 
 def _payload(file: IO[bytes], position: int, length: int) -> bytes:
     if length > MAX_TEXT:
-        raise _DamagedTar(f"the extended header at byte {position:,} has {length:,} bytes, the limit is {MAX_TEXT:,}")
+        raise DamagedTar(f"the extended header at byte {position:,} has {length:,} bytes, the limit is {MAX_TEXT:,}")
     file.seek(position)
     return file.read(length)
 
@@ -180,7 +187,7 @@ def _pax_records(data: bytes, start: int) -> dict[bytes, bytes]:
     while position < len(data) and data[position]:
         match = _RECORD.match(data, position)
         if not match or not match.end() < position + int(match[1]) <= len(data):
-            raise _DamagedTar(f"the extended header at byte {start:,} is damaged")
+            raise DamagedTar(f"the extended header at byte {start:,} is damaged")
         records[match[2]] = data[match.end() : position + int(match[1]) - 1]
         position += int(match[1])
     return records

@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from shards.errors import UserError
 from toolkit.training.zero.deepspeed_import import deepspeed
 from toolkit.training.zero.fragments import Fragment, Partition
 
@@ -65,12 +64,7 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> list[OptimizerFragment]:
 
     At stages 1 to 3 the ranks' fragments together cover every trained parameter exactly once; at stage 0 every rank
     has all of them, with the same values.
-
-    Raises:
-        UserError: The state is on NVMe, where it has no address.
     """
-    if getattr(engine.optimizer, "swap_optimizer", False):
-        raise UserError("deepspeed.zero_optimization.offload_optimizer.device is nvme; use cpu, which can be saved")
     locate = {0: _complete, 1: _partitioned, 2: _partitioned, 3: _sharded}[engine.zero_optimization_stage()]
     result = []
     for name, parameter in engine.module.named_parameters():
