@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
-from table import Figure, tell
+from table import Figure, print_figures
 from torch import Tensor
 
 from toolkit.objectives.contrastive import contrastive_loss
@@ -135,7 +135,7 @@ def main() -> int:
     figures = [Figure("sic_memory", ours, plain, "MiB", ours / plain, f"peak above the inputs: {what}", at_most=0.3)]
     ours, plain = seconds(inputs, options.repeats)
     figures.append(Figure("sic_time", ours, plain, "s", ours / plain, f"median time: {what}", at_most=1.0))
-    return tell(figures, options.json)
+    return print_figures(figures, options.json)
 
 
 if __name__ == "__main__":

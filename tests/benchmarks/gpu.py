@@ -1,10 +1,10 @@
-"""What a machine's GPUs reach: pairs a second, utilisation, and the largest batch at each ZeRO stage.
+"""Throughput of a machine's GPUs: pairs a second, utilization, and the largest batch at each ZeRO stage.
 
     python tests/benchmarks/gpu.py [--json] [--config flickr8k] [--stages 0,1,2,3] [--gpus N] [--limit PAIRS]
 
 It trains the configuration with trunks of the true sizes but random weights (HuBERT-large and CLIP ViT-L/14 for
 flickr8k), on noise in shards of its own, through `toolkit/train.py --profile`, a process a GPU. The batch a rank is
-doubled until the memory is full. Utilisation is of the model's FLOPs against the data sheet's peak (see
+doubled until the memory is full. Utilization is of the model's FLOPs against the data sheet's peak (see
 `toolkit/training/metrics/profile.py`). Without a GPU it refuses, but for `--tiny`, which shows on a CPU that it works.
 """
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import corpus
 import yaml
-from table import Figure, tell
+from table import Figure, print_figures
 
 from launch.executor import count_gpus
 from launch.preflight.estimate import KNOWN
@@ -124,7 +124,7 @@ def main() -> int:
         what = f"largest batch a rank at ZeRO {stage}, against stage {first}"
         sizes = batch, found[first][0]
         figures.append(Figure(f"batch_zero{stage}", *sizes, "pairs", sizes[0] / sizes[1], what, at_least=1.0))
-    return tell(figures, options.json)
+    return print_figures(figures, options.json)
 
 
 if __name__ == "__main__":

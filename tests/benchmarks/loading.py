@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # The processes that write shards import this module too, so what they do not need is imported late.
-from table import Figure, tell
+from table import Figure, print_figures
 
 if TYPE_CHECKING:
     from shards.augment.settings import Augment
@@ -333,7 +333,7 @@ def main() -> int:
     bench = Bench(folder, options.pictures, options.workers, options.repeats)
     figures = bench.rates(wanted & set(RATES)) if wanted & set(RATES) else []
     figures += [getattr(bench, name)() for name in FIGURES[len(RATES) :] if name in wanted]
-    return tell(figures, options.json)
+    return print_figures(figures, options.json)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-from table import Figure, tell
+from table import Figure, print_figures
 
 from tests.distributed import run_ranks
 from tests.tiny import HUBERT, VIT
@@ -134,7 +134,7 @@ def main() -> int:
     figures = [Figure("momentum_update", ours, theirs, "s", theirs / ours, what, at_least=2.0)]
     del model
     figures += shared(options)
-    return tell(figures, options.json)
+    return print_figures(figures, options.json)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from table import Figure, tell
+from table import Figure, print_figures
 from torch import Tensor, nn
 from training import durations
 from transformers import HubertConfig, HubertModel
@@ -119,7 +119,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     figures = [one for cut in CUTS for one in count(options.batches, options.batch, options.groups, cut)]
     figures.append(seconds(options.batch, options.groups, options.repeats, CUTS[0]))
-    return tell(figures, options.json)
+    return print_figures(figures, options.json)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from table import Figure, tell
+from table import Figure, print_figures
 
 from toolkit.evaluation.ranking import rank_both
 from toolkit.evaluation.recall import recall_at
@@ -154,7 +154,7 @@ def main() -> int:
     ours, theirs = (rise_alone(name, options) / 2**20 for name in ("ours", "argsort"))
     peak = f"peak above the embeddings: {what}"
     figures.append(Figure("recall_memory", ours, theirs, "MiB", ours / theirs, peak, at_most=0.2))
-    return tell(figures, options.json)
+    return print_figures(figures, options.json)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from table import Figure, tell
+from table import Figure, print_figures
 from torch import Tensor
 
 from toolkit.config import schema
@@ -136,7 +136,7 @@ def main() -> int:
         Figure("rerank", ours, again, "s", again / ours, f"with encoding: {what}", at_least=5.0),
         Figure("rerank_matching", matching, again, "s", again / matching, f"after encoding: {what}", at_least=10.0),
     ]
-    return tell(figures, options.json)
+    return print_figures(figures, options.json)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from table import Figure, tell
+from table import Figure, print_figures
 from training import frozen_model, make_batch, open_trainer
 
 from toolkit.config import schema as config
@@ -138,7 +138,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     with open_trainer(configure(options)) as trainer:
         figures = measure(trainer, options)
-    return tell(figures, options.json)
+    return print_figures(figures, options.json)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from table import Figure, tell
+from table import Figure, print_figures
 
 from tests.toolkit.indexing.made_up import made_up
 from toolkit.indexing.approximate import ApproximateIndex, build
@@ -125,7 +125,7 @@ def main() -> int:
         if options.approximate:
             index = made_up(Path(folder) / "large", embeddings(options.approximate, options.dim, 3))
             figures += approximate(index, queries, options.repeats)
-    return tell(figures, options.json)
+    return print_figures(figures, options.json)
 
 
 if __name__ == "__main__":

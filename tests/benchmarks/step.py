@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from plain_step import PlainStep
-from table import Figure, tell
+from table import Figure, print_figures
 from training import frozen_model, make_batch, open_trainer
 
 from toolkit.config import schema as config
@@ -116,7 +116,7 @@ def main() -> int:
         f"layers of {options.width}; losses agree to {error:.0e}; by FLOPs {arithmetic:.2f} times"
     )
     figures = [Figure("step_time", ours, theirs, "s", theirs / ours, what, at_least=2.0)]
-    return tell(figures, options.json)
+    return print_figures(figures, options.json)
 
 
 if __name__ == "__main__":

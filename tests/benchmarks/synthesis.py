@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from table import Figure, tell
+from table import Figure, print_figures
 
 from shards.corpora.languages import LANGUAGES
 from shards.corpora.scenes import random_scene
@@ -57,7 +57,7 @@ def main() -> int:
         ours = milliseconds(code, by_espeak(code), options.captions)
         what = "a caption by espeak-ng against one in English"
         figures.append(Figure(code, ours, english, "ms", ours / english, what, at_most=2))
-    return tell(figures, options.json)
+    return print_figures(figures, options.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a benchmark prints: a table, or with `--json` a line for each figure."""
+"""Output of the benchmarks: a table, or with `--json` a line for each figure."""
 
 import json
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ class Figure:
         return self.at_most is None or self.ratio <= self.at_most
 
     def json(self) -> str:
-        """One line."""
+        """Return a line of JSON."""
         bound = {"at_least": self.at_least} if self.at_most is None else {"at_most": self.at_most}
         values: dict[str, Any] = {"figure": self.figure, "ours": self.ours, "theirs": self.theirs, "unit": self.unit}
         return json.dumps({**values, "ratio": self.ratio, **bound})
 
 
 def table(figures: list[Figure]) -> str:
-    """All figures, a line each, with what they compare."""
+    """Return a table with a row for each figure, and lines that say what was compared."""
     rows = [("figure", "ours", "theirs", "unit", "ratio", "bound", "")]
     for one in figures:
         bound = f">= {one.at_least:g}" if one.at_most is None else f"<= {one.at_most:g}"
@@ -49,7 +49,7 @@ def table(figures: list[Figure]) -> str:
     return "\n".join([*lines, "", *(f"{one.figure}: {one.what}" for one in figures)])
 
 
-def tell(figures: list[Figure], as_json: bool) -> int:
-    """Print them one way or the other, and give the exit code: 1 if a bound is missed."""
+def print_figures(figures: list[Figure], as_json: bool) -> int:
+    """Print figures as a table or as JSON lines; return the exit code, 1 if a bound is missed."""
     print("\n".join(one.json() for one in figures) if as_json else table(figures))
     return 0 if all(one.holds for one in figures) else 1

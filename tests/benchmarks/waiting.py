@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import corpus
-from table import Figure, tell
+from table import Figure, print_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES, INTERVAL = 128, 5
@@ -87,7 +87,7 @@ def main() -> int:
         f"share of a step that waits for data: quickstart on {options.ranks} ranks, {INTERVAL * len(intervals)} steps"
     )
     figure = Figure("data_wait", share * step, step, "s", share, what, at_most=0.05)
-    return tell([figure], options.json)
+    return print_figures([figure], options.json)
 
 
 if __name__ == "__main__":
