@@ -1,9 +1,9 @@
-"""What the benchmarks read: noise that costs as much to decode as photographs and speech, made once and kept.
+"""Synthetic data of the benchmarks: noise with the decoding cost of photographs and speech, created once and cached.
 
 FOLDER/
-    shards/     as make_shards writes them; webdataset reads the same files
-    epoch/      as many pictures as a real corpus: the same shards again and again, by links
-    originals/  pictures of 640 x 480 and recordings as WAV, for the writing of shards
+    shards/     written by make_shards; also read by webdataset
+    epoch/      as many pictures as in a real corpus: symbolic links to the same shards, repeated
+    originals/  pictures of 640 x 480 and WAV recordings, input of the benchmark that writes shards
 """
 
 import shutil
@@ -18,13 +18,13 @@ from shards.corpora.item import Caption, Item
 from shards.media.audio import SAMPLE_RATE, encode_audio
 from shards.writing.writer import Format, write_shards
 
-CAPTIONS = 5  # of each picture
-EPOCH = 113_000  # pictures: SpokenCOCO's training split
+CAPTIONS = 5  # per picture
+EPOCH = 113_000  # pictures in SpokenCOCO's training split
 PER_SHARD = 64
 
 
-def draw(seed: int, width: int, height: int) -> Image.Image:
-    """Draw a picture with about as much detail as a photograph: noise at every scale, the finer the fainter."""
+def make_picture(seed: int, width: int, height: int) -> Image.Image:
+    """Make a picture with roughly the detail of a photograph: multi-scale noise, weaker at finer scales."""
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width, 3), np.float32)
     for side, strength in ((2, 60.0), (5, 45.0), (12, 25.0), (30, 14.0), (80, 11.0), (200, 8.0), (width, 6.0)):
@@ -35,10 +35,14 @@ def draw(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(np.clip(total + 120.0, 0, 255).astype(np.uint8))
 
 
-def speak(seed: int) -> tuple[np.ndarray, int]:
-    """Make some seconds, float32 [1, n], of noise with the spectrum and the syllables of speech, and give the rate."""
+def make_speech(seed: int) -> tuple[np.ndarray, int]:
+    """Make 1.5 to 8 s of noise with the spectrum and syllable rate of speech.
+
+    Returns:
+        Waveform, float32 [1, n], and the sample rate.
+    """
     rng = np.random.default_rng(seed)
-    n = 1600 * int(np.clip(rng.normal(40.0, 10.0), 15, 80))  # a length that the transforms below are quick for
+    n = 1600 * int(np.clip(rng.normal(40.0, 10.0), 15, 80))  # a length for which the FFTs below are fast
     frequency = np.fft.rfftfreq(n, 1 / SAMPLE_RATE)
     shape = 1 / (1 + (frequency / 500.0) ** 2) + 0.003
     noise = np.fft.irfft(np.fft.rfft(rng.normal(size=n)) * shape, n)
@@ -49,10 +53,12 @@ def speak(seed: int) -> tuple[np.ndarray, int]:
 
 
 def make_shards(folder: Path, pictures: int, jobs: int) -> Path:
-    """Write the shards that are read, unless they are there."""
+    """Write the shards unless they exist."""
     if not (folder / manifest.MANIFEST).exists():
         items = [
-            Item(f"{n:06d}", "train", partial(draw, n, 341, 256), tuple(_caption(n, k) for k in range(CAPTIONS)))
+            Item(
+                f"{n:06d}", "train", partial(make_picture, n, 341, 256), tuple(_caption(n, k) for k in range(CAPTIONS))
+            )
             for n in range(pictures)
         ]
         write_shards(items, folder, "benchmark", Format(samples_per_shard=PER_SHARD), {}, jobs)
@@ -60,11 +66,11 @@ def make_shards(folder: Path, pictures: int, jobs: int) -> Path:
 
 
 def _caption(picture: int, number: int) -> Caption:
-    return Caption(f"{picture:06d}_{number}", partial(speak, CAPTIONS * picture + number))
+    return Caption(f"{picture:06d}_{number}", partial(make_speech, CAPTIONS * picture + number))
 
 
 def make_epoch(folder: Path, shards: Path) -> Path:
-    """Link the shards until there are `EPOCH` pictures, and write a manifest of all the links."""
+    """Link the shards repeatedly until there are at least `EPOCH` pictures, and write a manifest of all links."""
     made = manifest.load(shards)
     times, count = -(-EPOCH // len(made.key)), len(made.shards)
     if (folder / manifest.MANIFEST).exists():
@@ -86,7 +92,7 @@ def make_epoch(folder: Path, shards: Path) -> Path:
 
 
 def make_originals(folder: Path, pictures: int, times: int) -> list[Item]:
-    """Write what a corpus is before it is shards, unless it is there, and list it several times under other ids."""
+    """Write the source files of a corpus unless they exist, and return their items `times` times with distinct ids."""
     folder.mkdir(exist_ok=True)
     items = []
     for n in range(pictures):
@@ -94,8 +100,8 @@ def make_originals(folder: Path, pictures: int, times: int) -> list[Item]:
         recordings = [folder / f"{n:06d}_{k}.wav" for k in range(CAPTIONS)]
         if not picture.exists():
             for k, recording in enumerate(recordings):
-                recording.write_bytes(encode_audio(speak(CAPTIONS * n + k)[0][0], "wav"))
-            draw(n, 640, 480).save(picture, quality=92)
+                recording.write_bytes(encode_audio(make_speech(CAPTIONS * n + k)[0][0], "wav"))
+            make_picture(n, 640, 480).save(picture, quality=92)
         captions = tuple(Caption(path.stem, path) for path in recordings)
         items += [Item(f"{r}-{n:06d}", "train", picture, captions) for r in range(times)]
     return items

@@ -1,13 +1,13 @@
-"""The momentum update against the usual Python loop over parameters, and shared out among ranks.
+"""Momentum update of the teacher, against the usual Python loop over parameters, and partitioned over ranks.
 
     python tests/benchmarks/momentum.py [--json] [--hidden W] [--layers L] [--repeats R] [--threads T]
 
-The student is of HuBERT-base's size by default, wholly trained, in float32 on the CPU. One rank: the two take turns,
-and the figure is the ratio of the medians. Two ranks and four: DeepSpeed's ZeRO 1 shares out the weights, and the
-figures are the elements that a rank averages, and the time that it spends on this, against one rank's. The ranks take
-turns, and the least time counts, since here they share one machine's memory; what the gather of the working copy costs
-is not in the figures. Times are of the processor, so that waiting for a core does not count. Exit code 1: a bound is
-missed.
+The student has the size of HuBERT-base by default, all parameters trained, in float32 on the CPU. One rank: the two
+updates are measured alternately, and the figure is the ratio of the medians. Two and four ranks: DeepSpeed's ZeRO 1
+partitions the weights, and the figures are the elements that a rank averages and the time of the averaging, against one
+rank. Ranks run one after another, and the minimum time is used, since they share one machine's memory; the all-gather
+of the working copy is excluded. Times are processor times, so that waiting for a core does not count. Exit code 1: a
+bound is missed.
 """
 
 import argparse
@@ -35,8 +35,8 @@ DECAY = 0.995
 RANKS = (1, 2, 4)
 
 
-def student(hidden: int, layers: int) -> SpeechImageModel:
-    """A model with a HuBERT of so many layers of a width, all trained, beside a small picture trunk."""
+def build_student(hidden: int, layers: int) -> SpeechImageModel:
+    """Build a model with a HuBERT of the given width and depth and a small picture trunk, all parameters trained."""
     size = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden}
     base = {"conv_dim": [512] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2]}
     base |= {"num_feat_extract_layers": 7, "num_conv_pos_embeddings": 128, "num_conv_pos_embedding_groups": 16}
@@ -47,44 +47,44 @@ def student(hidden: int, layers: int) -> SpeechImageModel:
 
 
 @torch.no_grad()
-def loop(teacher: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
-    """The update as ALBEF's code writes it."""
+def update_in_loop(teacher: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+    """Update the teacher as in ALBEF's code."""
     for average, weight in zip(teacher, weights, strict=True):
         average.data = average.data * DECAY + weight.data * (1.0 - DECAY)
 
 
-def one_rank(model: SpeechImageModel, repeats: int) -> tuple[float, float]:
-    """Median processor seconds of the update and of the loop, taken in turns; both must give the same average."""
+def measure_one_rank(model: SpeechImageModel, repeats: int) -> tuple[float, float]:
+    """Return median processor seconds of the update and the loop, measured alternately; checks that they agree."""
     teacher = MomentumEncoder(model, DECAY).to(torch.device("cpu"), torch.float32)
     theirs = [working.detach().clone() for working in teacher.working_copy]
     weights = [p.detach() for p in teacher.student]
     for weight in weights:
         weight.mul_(1.01)
-    turns: dict[str, Callable[[], None]] = {"ours": teacher.update, "theirs": lambda: loop(theirs, weights)}
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(repeats + 1):
-        for name, turn in turns.items():
+    updates: dict[str, Callable[[], None]] = {"ours": teacher.update, "theirs": lambda: update_in_loop(theirs, weights)}
+    times: dict[str, list[float]] = {name: [] for name in updates}
+    for repetition in range(repeats + 1):
+        for name, update in updates.items():
             begin = time.process_time()
-            turn()
-            if number:
+            update()
+            if repetition:  # the first is a warm-up
                 times[name].append(time.process_time() - begin)
     for ours, other in zip(teacher.working_copy, theirs, strict=True):
         torch.testing.assert_close(ours.detach(), other, rtol=1e-5, atol=1e-6)
     return statistics.median(times["ours"]), statistics.median(times["theirs"])
 
 
-def of_rank(rank: int, world_size: int, hidden: int, layers: int, repeats: int) -> tuple[int, float]:
-    """Elements that this rank averages under ZeRO 1, and the least processor seconds of the averaging alone."""
+def rank_work(rank: int, world_size: int, hidden: int, layers: int, repeats: int) -> tuple[int, float]:
+    """Return the elements that this rank averages under ZeRO 1, and the minimum processor seconds of averaging."""
     from toolkit.training.zero.engine import make_engine
 
-    model = student(hidden, layers)
+    model = build_student(hidden, layers)
     teacher = MomentumEncoder(model, DECAY)
-    off = config.Objectives(denoising=config.Denoising(weight=0.0))
+    objectives = config.Objectives(denoising=config.Denoising(weight=0.0))
     training = config.Training(batch_size=world_size, precision="fp32", zero_stage=1)
-    learner = Learner(model, off, rank, world_size)
+    learner = Learner(model, objectives, rank, world_size)
     engine = make_engine(learner, config.Config(training=training), world_size, torch.device("cpu"))
     teacher.attach(engine, rank, world_size)
-    teacher._refresh = lambda: None  # type: ignore[method-assign]  # the gather depends on the network, not on this
+    teacher._refresh = lambda: None  # type: ignore[method-assign]  # all-gather: depends on the network
     times = []
     for turn in range(repeats * world_size):
         dist.barrier()
@@ -96,21 +96,21 @@ def of_rank(rank: int, world_size: int, hidden: int, layers: int, repeats: int) 
     return sum(average.numel() for average in teacher.average), min(times)
 
 
-def shared(options: argparse.Namespace) -> list[Figure]:
-    """Work of the busiest of several ranks against one rank's."""
+def partitioned_figures(options: argparse.Namespace) -> list[Figure]:
+    """Measure the work of the rank with the most work, for several ranks, against that of a single rank."""
     sizes = (options.hidden, options.layers, options.repeats)
-    found = {ranks: run_ranks(of_rank, ranks, *sizes, timeout=300) for ranks in RANKS}
-    busiest = {ranks: [max(column) for column in zip(*each, strict=True)] for ranks, each in found.items()}
+    work = {ranks: run_ranks(rank_work, ranks, *sizes, timeout=300) for ranks in RANKS}
+    busiest = {ranks: [max(column) for column in zip(*each, strict=True)] for ranks, each in work.items()}
     figures = []
     for ranks in RANKS[1:]:
         (elements, seconds), (all_elements, alone) = busiest[ranks], busiest[1]
-        share = f"the busiest of {ranks} ranks under ZeRO 1 against one rank"
+        share = f"the rank with the most work of {ranks} under ZeRO 1, against one rank"
         what = f"weights averaged by {share}"
         figures.append(
             Figure(f"momentum_elements_{ranks}", elements, all_elements, "", elements / all_elements, what,
                    at_most=1.01 / ranks)
         )  # fmt: skip
-        what = f"least processor time of the averaging by {share}"
+        what = f"minimum processor time of averaging by {share}"
         figures.append(
             Figure(f"momentum_time_{ranks}", seconds, alone, "s", seconds / alone, what, at_most=1.3 / ranks)
         )
@@ -120,20 +120,20 @@ def shared(options: argparse.Namespace) -> list[Figure]:
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line rather than a table")
-    parser.add_argument("--hidden", type=int, default=768, help="width of the HuBERT (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=12, help="its layers (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=9, help="turns (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser.add_argument("--hidden", type=int, default=768, help="hidden size of HuBERT (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=12, help="layers of HuBERT (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="repetitions (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = student(options.hidden, options.layers)
+    model = build_student(options.hidden, options.layers)
     trained = sum(p.numel() for p in MomentumEncoder(model, DECAY).student) / 1e6
-    ours, theirs = one_rank(model, options.repeats)
+    ours, theirs = measure_one_rank(model, options.repeats)
     what = f"median processor time of an update of {trained:.1f} M weights, float32"
     figures = [Figure("momentum_update", ours, theirs, "s", theirs / ours, what, at_least=2.0)]
     del model
-    figures += shared(options)
+    figures += partitioned_figures(options)
     return print_figures(figures, options.json)
 
 

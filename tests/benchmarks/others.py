@@ -1,7 +1,7 @@
-"""The same pictures and captions through other loaders, each as its documentation has it unless a function says more.
+"""Other loaders on the same pictures and captions, each used as documented unless its function states otherwise.
 
-Each function gives an iterator of batches whose `images`, `waveforms`, `lengths` and `ids` are those of
-`shards.reading.dataset.Batch`: the codecs are this project's (`decode_picture`, `decode_audio`), and so is the padding.
+Each function returns an iterator of batches with the `images`, `waveforms`, `lengths` and `ids` of
+`shards.reading.dataset.Batch`. All use this project's codecs (`decode_picture`, `decode_audio`) and padding.
 """
 
 import io
@@ -23,16 +23,16 @@ from shards.media.picture import decode_picture, read_picture
 from shards.reading.dataset import Batch
 from shards.reading.reader import Reader
 
-BUFFER = 1000  # samples that are shuffled together
-AHEAD = 4  # batches that a worker makes in advance, as in `shards.reading.dataset`
+SHUFFLE_BUFFER = 1000  # samples
+PREFETCH = 4  # batches per worker, as in `shards.reading.dataset`
 
 
-def webdataset_docs(urls: list[str], size: int, batch: int, workers: int, passes: int) -> Iterator[Batch]:
-    """webdataset as its documentation has it: `decode` decodes all of a sample, then a function takes what it needs."""
+def webdataset_docs(urls: list[str], size: int, batch: int, workers: int, epochs: int) -> Iterator[Batch]:
+    """Load with webdataset as documented: `decode` decodes all fields of a sample, a function selects from them."""
     import webdataset as wds
     from PIL import Image
 
-    def audio(name: str, data: bytes) -> np.ndarray | None:  # webdataset's own decoder is torchaudio's, which is slower
+    def audio(name: str, data: bytes) -> np.ndarray | None:  # webdataset's default, torchaudio, is slower
         return decode_audio(data) if name.endswith("flac") else None
 
     def pair(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -43,23 +43,23 @@ def webdataset_docs(urls: list[str], size: int, batch: int, workers: int, passes
         wave = sample[f"{random.randrange(CAPTIONS)}.flac"]
         return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), wave, int(sample["__key__"])
 
-    data = wds.WebDataset(urls, shardshuffle=100).shuffle(BUFFER).decode("pil", audio).map(pair)
-    data = data.batched(batch, collation_fn=_collate).repeat(passes)
+    data = wds.WebDataset(urls, shardshuffle=100).shuffle(SHUFFLE_BUFFER).decode("pil", audio).map(pair)
+    data = data.batched(batch, collation_fn=_collate).repeat(epochs)
     return iter(wds.WebLoader(data, batch_size=None, num_workers=workers))
 
 
 def webdataset_best(
-    urls: list[str], size: int, batch: int, workers: int, passes: int = 1, skip: int = 0
+    urls: list[str], size: int, batch: int, workers: int, epochs: int = 1, skip: int = 0
 ) -> Iterator[Batch]:
-    """webdataset at its quickest: of a sample, only the picture and the chosen caption are decoded.
+    """Load with webdataset at its fastest: only the picture and the selected caption of a sample are decoded.
 
     Args:
-        urls: The shards, at least one a worker.
-        size: Side of the pictures.
-        batch: Pairs in a batch.
-        workers: Processes.
-        passes: How often to read the shards.
-        skip: Samples to pass over at the beginning: read and shuffled, or the order would be another, but not decoded.
+        urls: Shards, at least one per worker.
+        size: Side of the pictures in pixels.
+        batch: Pairs per batch.
+        workers: Number of worker processes.
+        epochs: Number of times that the shards are read.
+        skip: Samples to skip at the start; they are read and shuffled, to keep the order, but not decoded.
     """
     import webdataset as wds
 
@@ -67,24 +67,24 @@ def webdataset_best(
         caption = decode_audio(sample[f"{random.randrange(CAPTIONS)}.flac"])
         return decode_picture(sample["jpg"], size), caption, int(sample["__key__"])
 
-    data = wds.WebDataset(urls, shardshuffle=len(urls), select_files=_is_needed).shuffle(BUFFER)
-    data = data.slice(skip // workers, None).map(pair).batched(batch, collation_fn=_collate).repeat(passes)
-    return iter(wds.WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=AHEAD))
+    data = wds.WebDataset(urls, shardshuffle=len(urls), select_files=_is_media).shuffle(SHUFFLE_BUFFER)
+    data = data.slice(skip // workers, None).map(pair).batched(batch, collation_fn=_collate).repeat(epochs)
+    return iter(wds.WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH))
 
 
-def _is_needed(name: str) -> bool:
+def _is_media(name: str) -> bool:
     return not name.endswith(".json")
 
 
 def mosaicml_streaming(
-    folder: Path, manifest: Manifest, size: int, batch: int, workers: int, passes: int
+    folder: Path, manifest: Manifest, size: int, batch: int, workers: int, epochs: int
 ) -> Iterator[Batch]:
-    """mosaicml-streaming, from a folder in its own format with the same encoded bytes.
+    """Load with mosaicml-streaming, from a folder in its own format with the same encoded bytes.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: The package is not installed.
     """
-    _without_torchvision()
+    _stub_torchvision()
     from streaming import MDSWriter, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
     from torch.utils.data import DataLoader
@@ -95,24 +95,24 @@ def mosaicml_streaming(
         reader = Reader(manifest)
         with MDSWriter(out=str(folder), columns=columns) as writer:
             for n in range(len(manifest.key)):
-                spoken = [reader.audio(row) for row in manifest.captions(n)]
-                writer.write({"id": n, "picture": reader.picture(n), **dict(zip(captions, spoken, strict=True))})
+                audio = [reader.audio(row) for row in manifest.captions(n)]
+                writer.write({"id": n, "picture": reader.picture(n), **dict(zip(captions, audio, strict=True))})
 
     class Pairs(StreamingDataset):
-        def __getitem__(self, at: Any) -> tuple[np.ndarray, np.ndarray, int]:
-            sample = super().__getitem__(at)
+        def __getitem__(self, index: Any) -> tuple[np.ndarray, np.ndarray, int]:
+            sample = super().__getitem__(index)
             caption = decode_audio(sample[captions[random.randrange(CAPTIONS)]])
             return decode_picture(sample["picture"], size), caption, sample["id"]
 
     clean_stale_shared_memory()
-    total = passes * len(manifest.key)
+    total = epochs * len(manifest.key)
     data = Pairs(local=str(folder), shuffle=True, batch_size=batch, epoch_size=total, num_canonical_nodes=1)
-    return iter(DataLoader(data, batch, num_workers=workers, collate_fn=_collate, prefetch_factor=AHEAD))
+    return iter(DataLoader(data, batch, num_workers=workers, collate_fn=_collate, prefetch_factor=PREFETCH))
 
 
-def _without_torchvision() -> None:
-    # mosaicml-streaming imports torchvision for data sets of its own that are not used here; where there is none, empty
-    # modules stand in for it. transformers, which it imports too, looks for torchvision itself, so it comes first.
+def _stub_torchvision() -> None:
+    # mosaicml-streaming imports torchvision for datasets that are not used here; if it is not installed, stub modules
+    # replace it. transformers, which mosaicml-streaming also imports, checks for torchvision, so it is imported first.
     try:
         import torchvision  # noqa: F401
     except ImportError:
@@ -121,16 +121,16 @@ def _without_torchvision() -> None:
         contents: dict[str, dict[str, Any]] = {"": {}, ".datasets": {"VisionDataset": object}, ".transforms": {}}
         contents[".transforms.functional"] = {"to_tensor": None}
         for name, content in contents.items():
-            surrogate_loss = types.ModuleType(f"torchvision{name}")
-            vars(surrogate_loss).update(content)
-            sys.modules.setdefault(surrogate_loss.__name__, surrogate_loss)
+            stub = types.ModuleType(f"torchvision{name}")
+            vars(stub).update(content)
+            sys.modules.setdefault(stub.__name__, stub)
 
 
-def lhotse_shar(folder: Path, manifest: Manifest, size: int, batch: int, workers: int, passes: int) -> Iterator[Batch]:
-    """lhotse's Shar: a cut for each picture with one caption only, as its tars are read from end to end.
+def lhotse_shar(folder: Path, manifest: Manifest, size: int, batch: int, workers: int, epochs: int) -> Iterator[Batch]:
+    """Load with lhotse's Shar: each cut has a picture and only one caption, since Shar reads whole tar files.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: The package is not installed.
     """
     from lhotse import CutSet
     from lhotse.dataset import DynamicCutSampler
@@ -146,12 +146,12 @@ def lhotse_shar(folder: Path, manifest: Manifest, size: int, batch: int, workers
 
     fields = {name: sorted(map(str, folder.glob(f"{name}.*"))) for name in ("cuts", "recording", "picture")}
     cuts = CutSet.from_shar(fields=fields, split_for_dataloading=True, shuffle_shards=True)
-    cuts = cuts.repeat(passes, preserve_id=True)
+    cuts = cuts.repeat(epochs, preserve_id=True)
     sampler = DynamicCutSampler(
-        cuts, max_cuts=batch, shuffle=True, shuffle_buffer_size=BUFFER, rank=0, world_size=1, drop_last=False
+        cuts, max_cuts=batch, shuffle=True, shuffle_buffer_size=SHUFFLE_BUFFER, rank=0, world_size=1, drop_last=False
     )
     data = IterableDatasetWrapper(Pairs(), sampler)
-    return iter(DataLoader(data, None, num_workers=workers, prefetch_factor=AHEAD))
+    return iter(DataLoader(data, None, num_workers=workers, prefetch_factor=PREFETCH))
 
 
 def _pair_of_cut(cut: Any, size: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -178,19 +178,19 @@ def _write_shar(folder: Path, manifest: Manifest) -> None:
     (folder / "done").touch()
 
 
-class _Shuffled:
-    """Rows of the manifest in a new order for each of the passes."""
+class _ShuffledRows:
+    """Iterable over rows of the manifest, reshuffled in each epoch."""
 
-    def __init__(self, pictures: int, passes: int) -> None:
-        self.pictures, self.passes = pictures, passes
+    def __init__(self, pictures: int, epochs: int) -> None:
+        self.pictures, self.epochs = pictures, epochs
 
     def __iter__(self) -> Iterator[int]:
-        for _ in range(self.passes):
+        for _ in range(self.epochs):
             yield from random.sample(range(self.pictures), self.pictures)
 
 
-class _Decode:
-    """A row's picture and one of its captions, read from the shards."""
+class _PairDecoder:
+    """Callable that reads and decodes a row's picture and one of its captions."""
 
     def __init__(self, manifest: Manifest, size: int) -> None:
         self.manifest, self.reader, self.size = manifest, Reader(manifest), size
@@ -200,22 +200,22 @@ class _Decode:
         return decode_picture(self.reader.picture(row), self.size), decode_audio(self.reader.audio(caption)), row
 
 
-def spdl(manifest: Manifest, size: int, batch: int, workers: int, passes: int) -> Iterator[Batch]:
-    """SPDL's pipeline of threads around these codecs, in one process beside the training, as its guide advises.
+def spdl(manifest: Manifest, size: int, batch: int, workers: int, epochs: int) -> Iterator[Batch]:
+    """Load with SPDL's thread pipeline around the same codecs, in one subprocess, as its guide recommends.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: The package is not installed.
     """
     from spdl.pipeline import PipelineBuilder, run_pipeline_in_subprocess
 
-    pipeline = PipelineBuilder().add_source(_Shuffled(len(manifest.key), passes))
-    pipeline = pipeline.pipe(_Decode(manifest, size), concurrency=workers).aggregate(batch, drop_last=True)
-    pipeline = pipeline.pipe(_collate).add_sink(AHEAD)
+    pipeline = PipelineBuilder().add_source(_ShuffledRows(len(manifest.key), epochs))
+    pipeline = pipeline.pipe(_PairDecoder(manifest, size), concurrency=workers).aggregate(batch, drop_last=True)
+    pipeline = pipeline.pipe(_collate).add_sink(PREFETCH)
     return iter(run_pipeline_in_subprocess(pipeline.get_config(), num_threads=workers + 1))
 
 
 def webdataset_writer(items: list[Item], folder: Path, jobs: int) -> None:
-    """Write items by webdataset's ShardWriter, fed by a pool of processes that convert them as make_shards does."""
+    """Write items with webdataset's ShardWriter, fed by a process pool that converts them as make_shards does."""
     import multiprocessing
 
     import webdataset as wds
@@ -235,10 +235,10 @@ def _convert(item: Item) -> dict[str, Any]:
     from shards.media.audio import encode_audio, read_audio
 
     waves = [read_audio(caption.audio, 30.0) for caption in item.captions]  # type: ignore[arg-type]
-    described = [
+    caption_records = [
         {"utterance": c.utterance, "duration": len(w) / SAMPLE_RATE} for c, w in zip(item.captions, waves, strict=True)
     ]
-    meta = {"image_id": item.image_id, "split": item.split, "captions": described}
+    meta = {"image_id": item.image_id, "split": item.split, "captions": caption_records}
     audio = {f"{k}.flac": encode_audio(wave, "flac") for k, wave in enumerate(waves)}
     picture = read_picture(item.picture, 256, 90)  # type: ignore[arg-type]
     return {"__key__": item.image_id, "json": json.dumps(meta).encode(), "jpg": picture, **audio}
@@ -250,6 +250,6 @@ def _collate(pairs: list[tuple[np.ndarray, np.ndarray, int]]) -> Batch:
     from torch.utils.data import default_collate
 
     images, waves, ids = zip(*pairs, strict=True)
-    stacked = default_collate([torch.from_numpy(image) for image in images])  # in a worker, in shared memory at once
+    stacked = default_collate([torch.from_numpy(image) for image in images])  # in a worker: directly in shared memory
     padded = pad_sequence([torch.from_numpy(wave) for wave in waves], batch_first=True)
     return Batch(stacked, padded, torch.tensor([len(wave) for wave in waves]), torch.tensor(ids))

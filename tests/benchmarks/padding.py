@@ -1,11 +1,12 @@
-"""Speech encoded in groups of like length against one padded batch: frames that are padding, frames in all, and time.
+"""Speech encoded in length groups against one padded batch: share of padding, encoded frames, and time.
 
     python tests/benchmarks/padding.py [--json] [--batch B] [--batches N] [--groups G] [--repeats R] [--threads T]
 
-Durations are log-normal with the mean and the long tail of SpokenCOCO, cut at 8 s (the reference configurations) and at
-15 s. The frames are counted where they enter the first transformer layer of a trunk with the strides of HuBERT, and the
-embeddings have to be those of the padded batch. Time is that of the processor in a forward pass of a group-norm trunk,
-a third as wide and as deep as HuBERT-base, median of turns. Exit code 1: a bound is missed.
+Durations are log-normal with the mean and long tail of SpokenCOCO, truncated at 8 s (the reference configurations) and
+15 s. Frames are counted at the input of the first transformer layer of a trunk with HuBERT's strides, and the
+embeddings must equal those of the padded batch. Time is the processor time of a forward pass of a group-norm trunk, a
+third as wide and deep as HuBERT-base; the two are measured alternately, and medians are compared. Exit code 1: a bound
+is missed.
 """
 
 import argparse
@@ -28,11 +29,11 @@ from toolkit.config import schema as config
 from toolkit.model.outputs import Encoded
 from toolkit.model.speech import SpeechEncoder
 
-CUTS = (8, 15)  # seconds
+MAX_SECONDS = (8, 15)
 
 
-class Counted:
-    """An encoder with HuBERT-base's strides and group norm that counts the frames which enter its first layer."""
+class FrameCountingEncoder:
+    """Speech encoder with HuBERT-base's strides and group norm that counts the input frames of its first layer."""
 
     def __init__(self, width: int, layers: int) -> None:
         torch.manual_seed(0)
@@ -55,70 +56,77 @@ class Counted:
 
     @torch.no_grad()
     def encode(self, waves: Tensor, lengths: list[int], groups: int) -> tuple[Encoded, int]:
-        """Encode a batch in so many groups: what comes out, and the frames it took."""
+        """Encode a batch in the given number of groups; return the encodings and the number of frames processed."""
         self.encoder.groups, self.frames = groups, 0
         encoded = self.encoder(self.encoder.frozen_features(waves, torch.tensor(lengths), lengths))
         return encoded, self.frames
 
 
-def make_batch(seed: int, size: int, cut: float) -> tuple[Tensor, list[int]]:
-    """Noise [B, T] with such durations, zero-padded, and its lengths in samples."""
-    chance = np.random.default_rng(seed)
-    lengths = [int(seconds * SAMPLE_RATE) for seconds in durations(chance, size, cut)]
+def make_batch(seed: int, size: int, max_seconds: float) -> tuple[Tensor, list[int]]:
+    """Return noise [B, T] with SpokenCOCO's durations, zero-padded, and its lengths in samples."""
+    rng = np.random.default_rng(seed)
+    lengths = [int(seconds * SAMPLE_RATE) for seconds in durations(rng, size, max_seconds)]
     waves = torch.zeros(size, max(lengths))
     for row, length in zip(waves, lengths, strict=True):
-        row[:length] = torch.from_numpy(0.1 * chance.standard_normal(length, np.float32))
+        row[:length] = torch.from_numpy(0.1 * rng.standard_normal(length, np.float32))
     return waves, lengths
 
 
-def count(batches: int, size: int, groups: int, cut: float) -> list[Figure]:
-    """The share of padding, and all frames against those of padded batches."""
-    counted = Counted(width=32, layers=1)
+def count_frames(batches: int, size: int, groups: int, max_seconds: float) -> list[Figure]:
+    """Measure the share of padding, and the number of encoded frames against that of padded batches."""
+    encoder = FrameCountingEncoder(width=32, layers=1)
     real = grouped = padded = 0
     for seed in range(batches):
-        batch = make_batch(seed, size, cut)
-        (ours, frames), (theirs, more) = (counted.encode(*batch, number) for number in (groups, 1))
+        batch = make_batch(seed, size, max_seconds)
+        (ours, frames), (theirs, padded_frames) = (encoder.encode(*batch, number) for number in (groups, 1))
         error = float((ours.embedding - theirs.embedding).abs().max())
         if not error < 1e-4:
             raise SystemExit(f"the groups' embeddings differ from those of the padded batch by {error:.1e}")
-        real, grouped, padded = real + int(ours.mask.sum()), grouped + frames, padded + more
-    what = f"{batches} batches of {size}, captions cut at {cut} s, {groups} groups"
-    share = f"frames of padding in all that are encoded, in one padded batch {1 - real / padded:.1%}: {what}"
+        real, grouped, padded = real + int(ours.mask.sum()), grouped + frames, padded + padded_frames
+    what = f"{batches} batches of {size}, captions truncated at {max_seconds} s, {groups} groups"
+    share = f"share of padding in encoded frames; {1 - real / padded:.1%} in one padded batch: {what}"
+    encoded = f"encoded frames, against one padded batch: {what}"
     return [
-        Figure(f"padding_{cut}s", grouped - real, grouped, "frames", 1 - real / grouped, share, at_most=0.10),
-        Figure(f"frames_{cut}s", grouped, padded, "frames", grouped / padded, f"frames encoded: {what}", at_most=0.65),
+        Figure(f"padding_{max_seconds}s", grouped - real, grouped, "frames", 1 - real / grouped, share, at_most=0.10),
+        Figure(f"frames_{max_seconds}s", grouped, padded, "frames", grouped / padded, encoded, at_most=0.65),
     ]
 
 
-def seconds(size: int, groups: int, repeats: int, cut: float) -> Figure:
-    """Processor time of a forward pass, the two taking turns on the same batches."""
-    counted = Counted(width=256, layers=4)
-    counted.encode(*make_batch(0, 2, 1.0), 1)
+def measure_time(size: int, groups: int, repeats: int, max_seconds: float) -> Figure:
+    """Measure the processor time of a forward pass with and without groups, alternately on the same batches."""
+    encoder = FrameCountingEncoder(width=256, layers=4)
+    encoder.encode(*make_batch(0, 2, 1.0), 1)
     times: dict[int, list[float]] = {groups: [], 1: []}
     for seed in range(repeats):
-        batch = make_batch(seed, size, cut)
+        batch = make_batch(seed, size, max_seconds)
         for number, taken in times.items():
             begin = time.process_time()
-            counted.encode(*batch, number)
+            encoder.encode(*batch, number)
             taken.append(time.process_time() - begin)
     ours, theirs = (statistics.median(taken) for taken in times.values())
-    what = f"median of {repeats} forward passes, batch {size}, captions cut at {cut} s, {groups} groups"
-    return Figure(f"encoding_{cut}s", ours, theirs, "s", ours / theirs, what, at_most=0.75)
+    what = f"median of {repeats} forward passes, batch {size}, captions truncated at {max_seconds} s, {groups} groups"
+    return Figure(f"encoding_{max_seconds}s", ours, theirs, "s", ours / theirs, what, at_most=0.75)
 
 
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line rather than a table")
-    parser.add_argument("--batch", type=int, default=32, help="utterances a rank (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=20, help="to count in (default: %(default)s)")
-    parser.add_argument("--groups", type=int, default=config.Speech().groups, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser.add_argument("--batch", type=int, default=32, help="utterances per rank (default: %(default)s)")
+    parser.add_argument(
+        "--batches", type=int, default=20, help="batches in which frames are counted (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--groups", type=int, default=config.Speech().groups, help="length groups (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    figures = [one for cut in CUTS for one in count(options.batches, options.batch, options.groups, cut)]
-    figures.append(seconds(options.batch, options.groups, options.repeats, CUTS[0]))
+    figures = []
+    for max_seconds in MAX_SECONDS:
+        figures += count_frames(options.batches, options.batch, options.groups, max_seconds)
+    figures.append(measure_time(options.batch, options.groups, options.repeats, MAX_SECONDS[0]))
     return print_figures(figures, options.json)
 
 

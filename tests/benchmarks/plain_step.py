@@ -1,6 +1,6 @@
-"""A training step as ALBEF's code writes one (arXiv 2107.07651), with this project's modules: what `step.py` beats.
+"""A training step as in ALBEF's code (arXiv 2107.07651), with this project's modules: the baseline of `step.py`.
 
-One rank. Student and teacher are whole models, trunks included; neither knows that a part of the other's work is done.
+Single rank. Student and teacher are complete models, trunks included, and share no computation.
 """
 
 import copy
@@ -21,10 +21,10 @@ from toolkit.training.step_randomness import StepRandomness
 
 
 class PlainStep:
-    """Model, teacher, queue and optimizer of the plain way, from the weights of a learner."""
+    """Model, teacher, queue and optimizer of the plain implementation, initialized from a learner."""
 
     def __init__(self, learner: Learner, queue: EmbeddingQueue, configuration: config.Config) -> None:
-        """Copy the learner, which may belong to a DeepSpeed engine already, and the queue, which is full."""
+        """Copy the learner, which may already belong to a DeepSpeed engine, and the queue, which is full."""
         self.c, training = configuration.objectives, configuration.training
         self.decay, self.clip = self.c.momentum.decay, training.grad_clip
         self.learner = Learner(build_model(configuration.model, self.c.contrastive), self.c, 0, 1)
@@ -40,19 +40,19 @@ class PlainStep:
         self.speech_queue, self.image_queue = queue.speech.T.clone(), queue.image.T.clone()
         self.queue_ids, self.pointer = queue.ids[None].clone(), 0
 
-    def step(self, batch: Batch, draws: StepRandomness, row_by_row: bool = False) -> dict[str, Tensor]:
-        """One step; negatives are drawn row by row, or else as ours draws them."""
+    def step(self, batch: Batch, randomness: StepRandomness, row_by_row: bool = False) -> dict[str, Tensor]:
+        """Run one step and return its losses; draw negatives row by row, or with the trainer's random numbers."""
         speech, image = self.model(batch.images, batch.waveforms, batch.lengths)
         temperature = self.model.temperature()
         with torch.no_grad():
-            self.move_teacher()
+            self.update_teacher()
             speech_m, image_m = self.teacher(batch.images, batch.waveforms, batch.lengths)
         losses = {"contrastive": self.contrastive(speech, image, speech_m, image_m, batch.ids, temperature)}
         with torch.no_grad():
             own = (speech.embedding, image.embedding, speech_m.embedding, image_m.embedding, batch.ids, temperature)
-            rows = draw_row_by_row(*own) if row_by_row else draw_as_ours(*own, draws.negatives)
+            rows = draw_row_by_row(*own) if row_by_row else draw_with_uniforms(*own, randomness.negatives)
         losses["matching"] = self.matching(speech, image, *rows)
-        losses["denoising"] = self.denoising(speech, image, image_m, batch.ids, draws)
+        losses["denoising"] = self.denoising(speech, image, image_m, batch.ids, randomness)
         loss = sum(getattr(self.c, name).weight * value for name, value in losses.items())
         self.optimizer.zero_grad()
         loss.backward()
@@ -64,7 +64,7 @@ class PlainStep:
     def contrastive(
         self, speech: Encoded, image: Encoded, speech_m: Encoded, image_m: Encoded, ids: Tensor, temperature: Tensor
     ) -> Tensor:
-        """SIC with the logits of batch and queue, four times over."""
+        """Compute SIC with full logits of batch and queue: four matrices."""
         alpha = self.c.contrastive.alpha
         with torch.no_grad():
             speech_keys = torch.cat([speech_m.embedding.T, self.speech_queue], dim=1)
@@ -81,45 +81,47 @@ class PlainStep:
         loss_i2s = -torch.sum(F.log_softmax(i2s, dim=1) * targets_i2s, dim=1).mean()
         return (loss_s2i + loss_i2s) / 2
 
-    def matching(self, speech: Encoded, image: Encoded, wrong_image: list[int], wrong_speech: list[int]) -> Tensor:
-        """SIM: the fusion of the pairs, then that of both kinds of negatives."""
-        right = self.model.match(speech, image)
-        images = torch.stack([image.tokens[row] for row in wrong_image])
-        image_vectors = torch.stack([image.embedding[row] for row in wrong_image])
-        tokens = torch.stack([speech.tokens[row] for row in wrong_speech])
-        masks = torch.stack([speech.mask[row] for row in wrong_speech])
-        speech_vectors = torch.stack([speech.embedding[row] for row in wrong_speech])
+    def matching(
+        self, speech: Encoded, image: Encoded, negative_images: list[int], negative_speech: list[int]
+    ) -> Tensor:
+        """Compute SIM: fusion of the positive pairs, then of both kinds of negative pairs."""
+        positive_logits = self.model.match(speech, image)
+        images = torch.stack([image.tokens[row] for row in negative_images])
+        image_embeddings = torch.stack([image.embedding[row] for row in negative_images])
+        tokens = torch.stack([speech.tokens[row] for row in negative_speech])
+        masks = torch.stack([speech.mask[row] for row in negative_speech])
+        speech_embeddings = torch.stack([speech.embedding[row] for row in negative_speech])
         speech_all = Encoded(
-            torch.cat([speech.embedding, speech_vectors]),
+            torch.cat([speech.embedding, speech_embeddings]),
             torch.cat([speech.tokens, tokens]),
             torch.cat([speech.mask, masks]),
         )
         image_all = Encoded(
-            torch.cat([image_vectors, image.embedding]),
+            torch.cat([image_embeddings, image.embedding]),
             torch.cat([images, image.tokens]),
             torch.cat([image.mask, image.mask]),
         )
-        logits = torch.cat([right, self.model.match(speech_all, image_all)])
-        rows = len(right)
+        logits = torch.cat([positive_logits, self.model.match(speech_all, image_all)])
+        rows = len(positive_logits)
         labels = torch.cat([torch.ones(rows, dtype=torch.long), torch.zeros(2 * rows, dtype=torch.long)])
         return F.cross_entropy(logits, labels)
 
     def denoising(
-        self, speech: Encoded, image: Encoded, image_m: Encoded, ids: Tensor, draws: StepRandomness
+        self, speech: Encoded, image: Encoded, image_m: Encoded, ids: Tensor, randomness: StepRandomness
     ) -> Tensor:
-        """CMD on the pictures."""
+        """Compute CMD on the image tokens."""
         c = self.c.denoising
-        noised = add_noise(image.tokens, image.mask, ids, c.noise, c.ratio, 1, c.snr_db, draws.noise, c.swap_group)
-        rebuilt = self.denoiser(noised.tokens, image.mask, speech.tokens, speech.mask)
-        return denoising_loss(rebuilt, image_m.tokens, noised.positions, image.mask, c.loss, c.token_temperature)
+        noised = add_noise(image.tokens, image.mask, ids, c.noise, c.ratio, 1, c.snr_db, randomness.noise, c.swap_group)
+        reconstructed = self.denoiser(noised.tokens, image.mask, speech.tokens, speech.mask)
+        return denoising_loss(reconstructed, image_m.tokens, noised.positions, image.mask, c.loss, c.token_temperature)
 
-    def move_teacher(self) -> None:
-        """The average, a parameter at a time, frozen ones too."""
+    def update_teacher(self) -> None:
+        """Update the moving average one parameter at a time, including frozen parameters."""
         for param, param_m in zip(self.model.parameters(), self.teacher.parameters(), strict=True):
             param_m.data = param_m.data * self.decay + param.data * (1.0 - self.decay)
 
     def push(self, speech: Tensor, image: Tensor, ids: Tensor) -> None:
-        """Put keys over the oldest ones; the queue's size is a multiple of the batch's."""
+        """Overwrite the oldest keys; the queue size must be a multiple of the batch size."""
         end = self.pointer + len(ids)
         self.speech_queue[:, self.pointer : end] = speech.T
         self.image_queue[:, self.pointer : end] = image.T
@@ -130,16 +132,16 @@ class PlainStep:
 def draw_row_by_row(
     speech: Tensor, image: Tensor, speech_m: Tensor, image_m: Tensor, ids: Tensor, temperature: Tensor
 ) -> tuple[list[int], list[int]]:
-    """For each row a wrong picture and a wrong speech by the softmax over the batch, one after another."""
+    """Draw for each row a negative image and a negative caption from the softmax over the batch, one row at a time."""
     same = torch.eq(ids[:, None], ids[None])
     weights_s2i = F.softmax(speech @ image_m.T / temperature, dim=1).masked_fill(same, 0)
     weights_i2s = F.softmax(image @ speech_m.T / temperature, dim=1).masked_fill(same, 0)
-    wrong_image = [int(torch.multinomial(weights_s2i[row], 1).item()) for row in range(len(ids))]
-    wrong_speech = [int(torch.multinomial(weights_i2s[row], 1).item()) for row in range(len(ids))]
-    return wrong_image, wrong_speech
+    negative_images = [int(torch.multinomial(weights_s2i[row], 1).item()) for row in range(len(ids))]
+    negative_speech = [int(torch.multinomial(weights_i2s[row], 1).item()) for row in range(len(ids))]
+    return negative_images, negative_speech
 
 
-def draw_as_ours(
+def draw_with_uniforms(
     speech: Tensor,
     image: Tensor,
     speech_m: Tensor,
@@ -148,6 +150,6 @@ def draw_as_ours(
     temperature: Tensor,
     uniforms: Tensor,
 ) -> tuple[list[int], list[int]]:
-    """The same by the learner's random numbers, so that losses can be compared."""
+    """Draw negatives as `draw_row_by_row` does, with the trainer's random numbers, so that losses can be compared."""
     drawn = draw_negatives(speech, image, speech_m, image_m, ids, ids, temperature, uniforms)
     return drawn.image.tolist(), drawn.speech.tolist()

@@ -1,18 +1,18 @@
-"""Recall in both directions from one product and counting, against a full argsort with loops: time and memory.
+"""Recall in both directions from blockwise products and counting, against a full argsort with loops: time and memory.
 
     python tests/benchmarks/recall.py [--json] [--pictures P] [--captions N] [--dim D] [--repeats R] [--threads T]
 
-The alternatives get the embeddings and give R@1, 5 and 10 of both directions, which have to agree to the last digit:
+The alternatives take the embeddings and return R@1, 5 and 10 of both directions, which must equal ours to 9 decimals:
 
-    argsort     as SpeechCLIP's code evaluates: the similarities of all pairs, `torch.argsort` of both directions, and a
-                loop over the queries that puts the candidates' pictures in order (N captions a picture)
-    sort_loop   as ALBEF's code evaluates: the same similarities, and for each query `numpy.argsort` and a search for
+    argsort     as in SpeechCLIP's evaluation: the similarities of all pairs, `torch.argsort` in both directions, and a
+                loop over queries that sorts the image ids of the candidates (N captions per picture)
+    sort_loop   as in ALBEF's evaluation: the same similarities, and for each query `numpy.argsort` and a search for
                 each of its correct candidates
-    products    a lower bound: the products of both directions alone, in blocks
+    products    a lower bound: only the matrix products of both directions, in blocks
 
-Ours also selects the best 10 candidates of each query and ranks every correct one. Time: they take turns, and the
-figure is the ratio of the medians. Memory: each has a process of its own, and the figure is how far its resident memory
-rises above that of the embeddings. One thread by default. Exit code 1: a bound is missed.
+Ours also selects the best 10 candidates of each query and ranks every correct one. Time: measurements alternate, and
+the figure is the ratio of the medians. Memory: each runs in its own process, and the figure is the peak growth of its
+resident memory above that of the embeddings. One thread by default. Exit code 1: a bound is missed.
 """
 
 import argparse
@@ -38,40 +38,40 @@ NAMES = ("ours", "argsort", "sort_loop", "products")
 
 
 class Inputs:
-    """Embeddings of pictures, and of captions near their picture's."""
+    """Random embeddings of pictures, and of captions close to their picture's."""
 
     def __init__(self, pictures: int, captions: int, dim: int) -> None:
         generator = torch.Generator().manual_seed(0)
         self.images = F.normalize(torch.randn(pictures, dim, generator=generator), dim=1)
         self.owner = torch.arange(pictures).repeat_interleave(captions)
         self.speech = F.normalize(torch.randn(len(self.owner), dim, generator=generator), dim=1)
-        for rows in torch.arange(len(self.owner)).split(1000):  # without a second array of this size
+        for rows in torch.arange(len(self.owner)).split(1000):  # in blocks, without a second array of this size
             self.speech[rows] = F.normalize(self.images[self.owner[rows]] + 5.5 * self.speech[rows], dim=1)
 
     def ours(self) -> list[float]:
-        """The toolkit's ranking."""
+        """Compute recall with the toolkit."""
         rankings = rank_both(self.speech, self.images, self.owner, 10)
         return [recall_at(ranking.rank_counts, k) for ranking in rankings for k in CUTOFFS]
 
     def argsort(self) -> list[float]:
-        """SpeechCLIP's way, written plainly."""
+        """Compute recall as in SpeechCLIP's evaluation."""
         scores = self.speech @ self.images.T
         figures = []
-        both = (
+        directions = (
             (scores, self.owner, torch.arange(len(self.images))),
             (scores.T, torch.arange(len(self.images)), self.owner),
         )
-        for matrix, query_ids, candidate_ids in both:
+        for matrix, query_ids, candidate_ids in directions:
             order = torch.argsort(matrix, dim=1, descending=True)
             ids = candidate_ids.repeat(len(query_ids), 1)
             for row in range(len(query_ids)):
                 ids[row] = ids[row, order[row]]
-            right = ids == query_ids[:, None]
-            figures += [100 * right[:, :k].any(dim=1).double().mean().item() for k in CUTOFFS]
+            correct_candidates = ids == query_ids[:, None]
+            figures += [100 * correct_candidates[:, :k].any(dim=1).double().mean().item() for k in CUTOFFS]
         return figures
 
     def sort_loop(self) -> list[float]:
-        """ALBEF's way, written plainly."""
+        """Compute recall as in ALBEF's evaluation."""
         scores = (self.speech @ self.images.T).numpy()
         captions = [np.flatnonzero(self.owner.numpy() == picture) for picture in range(len(self.images))]
         correct = [[[picture] for picture in self.owner.tolist()], captions]
@@ -85,15 +85,15 @@ class Inputs:
         return figures
 
     def products(self) -> list[float]:
-        """The two products, whose results are thrown away."""
+        """Compute the two matrix products and discard their results."""
         for queries, candidates in ((self.speech, self.images), (self.images, self.speech)):
             for rows in queries.split(max(1, (1 << 24) // len(candidates))):
                 rows @ candidates.T
         return []
 
 
-def seconds(inputs: Inputs, repeats: int) -> dict[str, float]:
-    """Median seconds of each, taken in turns, of which each has to give the same figures."""
+def median_seconds(inputs: Inputs, repeats: int) -> dict[str, float]:
+    """Return the median seconds of each, measured alternately; checks that all return the same recalls."""
     times: dict[str, list[float]] = {name: [] for name in NAMES}
     expected: list[float] = []
     for _ in range(repeats):
@@ -103,27 +103,27 @@ def seconds(inputs: Inputs, repeats: int) -> dict[str, float]:
             taken.append(time.perf_counter() - begin)
             expected = expected or figures
             if figures and [round(value, 9) for value in figures] != [round(value, 9) for value in expected]:
-                raise SystemExit(f"{name} gives {figures}, ours {expected}")
+                raise SystemExit(f"{name} returns {figures}, ours {expected}")
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def rise(inputs: Inputs, name: str) -> float:
-    """Bytes by which this process grows at most."""
-    getattr(Inputs(8, 2, 4), name)()  # so that libraries have their threads and buffers
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status("VmRSS")
+def memory_growth(inputs: Inputs, name: str) -> float:
+    """Return the peak growth of this process's resident memory during one evaluation, in bytes."""
+    getattr(Inputs(8, 2, 4), name)()  # warm-up: libraries allocate their threads and buffers
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
+    before = _proc_status("VmRSS")
     getattr(inputs, name)()
-    return _status("VmHWM") - before
+    return _proc_status("VmHWM") - before
 
 
-def _status(field: str) -> float:
+def _proc_status(field: str) -> float:
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return 1024.0 * int(found[1])
 
 
-def rise_alone(name: str, options: argparse.Namespace) -> float:
-    """`rise` in a process of its own."""
+def memory_growth_in_subprocess(name: str, options: argparse.Namespace) -> float:
+    """Return `memory_growth` measured in a separate process."""
     sizes = [f"--{size}={getattr(options, size)}" for size in ("pictures", "captions", "dim", "threads")]
     command = [sys.executable, __file__, *sizes, "--memory-of", name]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -132,27 +132,27 @@ def rise_alone(name: str, options: argparse.Namespace) -> float:
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line rather than a table")
-    parser.add_argument("--pictures", type=int, default=5000, help="default: %(default)s")
-    parser.add_argument("--captions", type=int, default=5, help="of each picture (default: %(default)s)")
-    parser.add_argument("--dim", type=int, default=768, help="length of the embeddings (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
-    parser.add_argument("--memory-of", choices=NAMES, help="print the bytes of one and leave")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser.add_argument("--pictures", type=int, default=5000, help="number of pictures (default: %(default)s)")
+    parser.add_argument("--captions", type=int, default=5, help="captions per picture (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=768, help="embedding dimension (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
+    parser.add_argument("--memory-of", choices=NAMES, help="print the memory growth of one variant in bytes and exit")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     inputs = Inputs(options.pictures, options.captions, options.dim)
     if options.memory_of:
-        print(rise(inputs, options.memory_of))
+        print(memory_growth(inputs, options.memory_of))
         return 0
-    what = f"{options.pictures:,} pictures, {len(inputs.owner):,} captions, embeddings of {options.dim}"
-    times = seconds(inputs, options.repeats)
+    what = f"{options.pictures:,} pictures, {len(inputs.owner):,} captions, embedding dimension {options.dim}"
+    times = median_seconds(inputs, options.repeats)
     figures = []
     for name, bound in (("argsort", 10.0), ("sort_loop", 2.5), ("products", 0.9)):
         ratio = times[name] / times["ours"]
         figures.append(Figure(f"recall_{name}", times["ours"], times[name], "s", ratio, what, at_least=bound))
-    ours, theirs = (rise_alone(name, options) / 2**20 for name in ("ours", "argsort"))
-    peak = f"peak above the embeddings: {what}"
+    ours, theirs = (memory_growth_in_subprocess(name, options) / 2**20 for name in ("ours", "argsort"))
+    peak = f"peak memory above the embeddings: {what}"
     figures.append(Figure("recall_memory", ours, theirs, "MiB", ours / theirs, peak, at_most=0.2))
     return print_figures(figures, options.json)
 

@@ -1,14 +1,14 @@
-"""Re-ranking from the encodings of both sides, against encoding both inputs of every pair again.
+"""Re-ranking from cached encodings of both modalities, against encoding both inputs of every pair again.
 
     python tests/benchmarks/reranking.py [--json] [--pictures P] [--captions N] [--k K] [--repeats R] [--threads T]
 
-The alternative is what a cross-encoder that takes pairs of inputs does (`predict` of mteb and sentence-transformers):
-speech and image of each pair are encoded, then matched, in batches of as many pairs. Both score the same pairs, the
-best k candidates of every query in both directions, and have to agree. Ours includes the encoding of every input once,
-which evaluation needs anyway; `rerank_matching` leaves it out on our side. The model has random weights and the
-proportions of the reference configurations at an eighth of their width and a third of their depth: trunks of 8 layers
-of 128, a fusion encoder of 2 layers of 96, 4 s of speech at 50 frames a second, 257 patches. They take turns; the
-figures are ratios of medians. One thread by default. Exit code 1: a bound is missed.
+The alternative does what a cross-encoder on input pairs does (`predict` of mteb and sentence-transformers): speech and
+image of each pair are encoded, then matched, in batches of the same number of pairs. Both score the same pairs, the
+best k candidates of every query in both directions, and must agree. Ours includes encoding every input once, which
+evaluation needs anyway; `rerank_matching` excludes it on our side. The model has random weights and the proportions of
+the reference configurations at an eighth of their width and a third of their depth: trunks of 8 layers of 128, a fusion
+encoder of 2 layers of 96, 4 s of speech at 50 frames per second, 257 patches. Measurements alternate; the figures are
+ratios of medians. One thread by default. Exit code 1: a bound is missed.
 """
 
 import argparse
@@ -36,8 +36,8 @@ TRUNK = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "
 CONVOLUTIONS = {"conv_dim": [64] * 7, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 
 
-def settings() -> schema.Config:
-    """The scaled-down reference."""
+def scaled_config() -> schema.Config:
+    """Return the scaled-down reference configuration."""
     speech = schema.Speech(config=TRUNK | CONVOLUTIONS, head_layers=1, head_heads=4, groups=1)
     image = schema.Image(config=TRUNK | {"image_size": SIDE, "patch_size": 14})
     fusion = schema.Fusion(width=96, layers=2, heads=4)
@@ -49,11 +49,11 @@ def settings() -> schema.Config:
 
 
 class Inputs:
-    """Noise in place of speech and pictures; the model does not mind."""
+    """A model with random weights, and noise in place of speech and pictures."""
 
     def __init__(self, pictures: int, captions: int, k: int) -> None:
         torch.manual_seed(0)
-        self.config, self.k = settings(), k
+        self.config, self.k = scaled_config(), k
         self.model = build_model(self.config.model).eval()
         self.images = torch.randint(0, 256, (pictures, 3, SIDE, SIDE), dtype=torch.uint8)
         self.owner = torch.arange(pictures).repeat_interleave(captions)
@@ -69,12 +69,12 @@ class Inputs:
         return Encodings(*numbers, self.owner, images, speech, kept)
 
     def score(self, encodings: Encodings) -> ScoredCandidates:
-        """Rank, and match the best k candidates of both directions."""
-        both = rank_both(encodings.speech, encodings.images, self.owner, self.k)
-        return score_candidates(self.model, encodings, *both, self.owner.unique(), self.k, PROCESS)
+        """Rank, and score the best k candidates of each query in both directions."""
+        rankings = rank_both(encodings.speech, encodings.images, self.owner, self.k)
+        return score_candidates(self.model, encodings, *rankings, self.owner.unique(), self.k, PROCESS)
 
-    def encode_again(self, pairs: Tensor) -> Tensor:
-        """Match logits of pairs int64 [M, 2] of caption and picture, each from its inputs."""
+    def score_from_inputs(self, pairs: Tensor) -> Tensor:
+        """Return the match logits of pairs of caption and picture, int64 [M, 2], each encoded from its inputs."""
         logits = []
         for captions, pictures in (batch.unbind(1) for batch in pairs.split(BATCH)):
             waves = self.waves[captions]
@@ -83,7 +83,7 @@ class Inputs:
         return torch.cat(logits)
 
     def pairs(self, scored: ScoredCandidates, encodings: Encodings) -> Tensor:
-        """The pairs that were scored, in the order of the logits."""
+        """Return the scored pairs, int64 [M, 2], in the order of the logits."""
         forward, backward = rank_both(encodings.speech, encodings.images, self.owner, self.k)
         pairs = torch.zeros(len(scored.logits), 2, dtype=torch.int64)
         captions, queries = torch.arange(len(self.owner))[:, None], self.owner.unique()[:, None]
@@ -97,7 +97,7 @@ class Inputs:
 
 @torch.no_grad()
 def measure(inputs: Inputs, repeats: int) -> tuple[float, float, float]:
-    """Median seconds of ours with and without the encoding, and of encoding again."""
+    """Return the median seconds of ours with and without encoding, and of encoding every pair again."""
     times: tuple[list[float], list[float], list[float]] = ([], [], [])
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -106,35 +106,35 @@ def measure(inputs: Inputs, repeats: int) -> tuple[float, float, float]:
         scored = inputs.score(encodings)
         done = time.perf_counter()
         pairs = inputs.pairs(scored, encodings)
-        again = time.perf_counter()
-        logits = inputs.encode_again(pairs)
+        ready = time.perf_counter()
+        logits = inputs.score_from_inputs(pairs)
         end = time.perf_counter()
-        for taken, value in zip(times, (done - begin, done - encoded, end - again), strict=True):
+        for taken, value in zip(times, (done - begin, done - encoded, end - ready), strict=True):
             taken.append(value)
         error = float((logits - scored.logits).abs().max())
         if not error < 1e-3:
             raise SystemExit(f"the match logits differ by up to {error:.2e}")
-    ours, matching, again = map(statistics.median, times)
-    return ours, matching, again
+    ours, matching, plain = map(statistics.median, times)
+    return ours, matching, plain
 
 
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line rather than a table")
-    parser.add_argument("--pictures", type=int, default=24, help="default: %(default)s")
-    parser.add_argument("--captions", type=int, default=2, help="of each picture (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser.add_argument("--pictures", type=int, default=24, help="number of pictures (default: %(default)s)")
+    parser.add_argument("--captions", type=int, default=2, help="captions per picture (default: %(default)s)")
     parser.add_argument("--k", type=int, default=16, help="candidates per query (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=1, help="turns (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="repetitions (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     inputs = Inputs(options.pictures, options.captions, options.k)
-    ours, matching, again = measure(inputs, options.repeats)
+    ours, matching, plain = measure(inputs, options.repeats)
     what = f"{options.pictures} pictures, {len(inputs.owner)} captions, best {options.k} of every query"
     figures = [
-        Figure("rerank", ours, again, "s", again / ours, f"with encoding: {what}", at_least=5.0),
-        Figure("rerank_matching", matching, again, "s", again / matching, f"after encoding: {what}", at_least=10.0),
+        Figure("rerank", ours, plain, "s", plain / ours, f"with encoding: {what}", at_least=5.0),
+        Figure("rerank_matching", matching, plain, "s", plain / matching, f"after encoding: {what}", at_least=10.0),
     ]
     return print_figures(figures, options.json)
 

@@ -1,13 +1,13 @@
-"""What a checkpoint costs the steps around it, against torch.save of the same state in the loop.
+"""Stall of training steps caused by a checkpoint, against torch.save of the same state in the training loop.
 
     python tests/benchmarks/saving.py [--json] [--width W] [--layers L] [--steps K] [--repeats R] [--threads T]
 
-Three stretches of K steps of the trainer take turns: undisturbed; after `Trainer.save`, which copies and has the files
-written behind the steps; and after torch.save of weights, optimizer, teacher and queue, flushed to the disk as ours
-are. The stretch with our save ends when its checkpoint and its export are complete, so that nothing of their cost is
-left out. A stall is what a stretch takes longer than the undisturbed one beside it; the figures are medians of
-wall-clock time, which wants a machine that does nothing else. On a GPU the copies do not wait for the step either; here
-the thread that writes and the one that trains share the memory. Exit code 1: a bound is missed.
+Three variants of K steps of the trainer are measured alternately: without a save; after `Trainer.save`, which copies
+the state and writes the files asynchronously; and after torch.save of weights, optimizer, teacher and queue, flushed to
+disk like ours. The time with our save includes the completion of its checkpoint and export, so that its whole cost is
+counted. A stall is the additional time relative to the steps without a save of the same repetition; the figures are
+medians of wall-clock time, so the machine must be otherwise idle. On a GPU the copies do not wait for the step either;
+here the writing and the training thread share the memory. Exit code 1: a bound is missed.
 """
 
 import argparse
@@ -28,27 +28,31 @@ from training import frozen_model, make_batch, open_trainer
 from toolkit.config import schema as config
 from toolkit.training.trainer import Trainer
 
-IMAGE_SIZE, LONGEST = 56, 0.5
+IMAGE_SIZE, MAX_SECONDS = 56, 0.5
 
 
-class Stretches:
-    """Stretches of steps, the seconds of each by what was saved in it."""
+class TimedSteps:
+    """Timed runs of a number of steps, with and without a save.
+
+    Attributes:
+        blocking: Seconds until each call of `Trainer.save` returned.
+    """
 
     def __init__(self, trainer: Trainer, steps: int) -> None:
         self.trainer, self.count, self.next = trainer, steps, 0
-        self.batch = make_batch(0, config.micro_batch(trainer.config, trainer.world_size), IMAGE_SIZE, LONGEST)
-        self.blocked: list[float] = []
+        self.batch = make_batch(0, config.micro_batch(trainer.config, trainer.world_size), IMAGE_SIZE, MAX_SECONDS)
+        self.blocking: list[float] = []
 
-    def undisturbed(self) -> float:
-        """Seconds of steps alone."""
+    def without_save(self) -> float:
+        """Measure the seconds of steps without a save."""
         return self._timed(lambda: None)
 
     def ours(self) -> float:
-        """Seconds of the trainer's save and the steps after it."""
+        """Measure the seconds of the trainer's save and the steps after it."""
         return self._timed(self._save)
 
     def plain(self) -> float:
-        """Seconds of torch.save and the steps after it."""
+        """Measure the seconds of torch.save and the steps after it."""
         return self._timed(self._torch_save)
 
     def _timed(self, save: Callable[[], None]) -> float:
@@ -64,18 +68,18 @@ class Stretches:
         begin = time.perf_counter()
         self.trainer.progress.step = self.next
         self.trainer.save()
-        self.blocked.append(time.perf_counter() - begin)
+        self.blocking.append(time.perf_counter() - begin)
 
     def _torch_save(self) -> None:
         path = self.trainer.run / "plain.pt"
         with path.open("wb") as file:
-            torch.save(state_of(self.trainer), file)
+            torch.save(plain_state(self.trainer), file)
             file.flush()
             os.fsync(file.fileno())
 
 
-def state_of(trainer: Trainer) -> dict[str, Any]:
-    """What a plain loop saves."""
+def plain_state(trainer: Trainer) -> dict[str, Any]:
+    """Return the state that a plain training loop saves."""
     assert trainer.teacher
     return {
         "model": trainer.learner.state_dict(),
@@ -86,13 +90,13 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def megabytes(path: Path) -> float:
-    """Size of a file, or of all files of a folder."""
+    """Return the size of a file, or of all files in a folder, in MB."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
 
 
 def configure(options: argparse.Namespace) -> config.Config:
-    """A state of hundreds of megabytes, on steps that are short for it."""
+    """Return a configuration with a state of hundreds of megabytes and comparatively short steps."""
     model = frozen_model(64, 2)
     model.fusion = config.Fusion(width=options.width, layers=options.layers, heads=8, dropout=0.0)
     configuration = config.Config(model=model)
@@ -106,34 +110,35 @@ def configure(options: argparse.Namespace) -> config.Config:
 
 
 def measure(trainer: Trainer, options: argparse.Namespace) -> list[Figure]:
-    """The stretches in turns, after one of each that is not counted."""
-    stretches = Stretches(trainer, options.steps)
-    kinds = (stretches.undisturbed, stretches.ours, stretches.plain)
-    rounds = [[kind() for kind in kinds] for _ in range(1 + options.repeats)][1:]
-    alone = statistics.median(each[0] for each in rounds)
+    """Measure the variants alternately, after one warm-up of each."""
+    timed_steps = TimedSteps(trainer, options.steps)
+    variants = (timed_steps.without_save, timed_steps.ours, timed_steps.plain)
+    rounds = [[variant() for variant in variants] for _ in range(1 + options.repeats)][1:]
+    baseline = statistics.median(each[0] for each in rounds)
     ours = statistics.median(each[1] - each[0] for each in rounds)
     theirs = statistics.median(each[2] - each[0] for each in rounds)
-    blocked = statistics.median(stretches.blocked[1:])
+    blocking = statistics.median(timed_steps.blocking[1:])
     sizes = [megabytes(trainer.run / name) for name in ("checkpoints", "export", "plain.pt")]
     what = (
         f"stall of a save: {sizes[0]:.0f} MB of checkpoint and {sizes[1]:.0f} MB of export against {sizes[2]:.0f} MB "
-        f"of torch.save, beside {options.steps} steps of {alone / options.steps:.2f} s"
+        f"of torch.save, in {options.steps} steps of {baseline / options.steps:.2f} s"
     )
+    returned = "time until the save returns, against the stall of torch.save"
     return [
         Figure("save_stall", ours, theirs, "s", ours / theirs, what, at_most=0.5),
-        Figure("save_blocks", blocked, theirs, "s", blocked / theirs, "until the save returns", at_most=0.5),
+        Figure("save_blocks", blocking, theirs, "s", blocking / theirs, returned, at_most=0.5),
     ]
 
 
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line rather than a table")
-    parser.add_argument("--width", type=int, default=512, help="of the fusion encoder (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=3, help="of the fusion encoder (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=6, help="of a stretch (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=15, help="turns (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser.add_argument("--width", type=int, default=512, help="width of the fusion encoder (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=3, help="layers of the fusion encoder (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="steps per measurement (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="repetitions (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with open_trainer(configure(options)) as trainer:

@@ -1,11 +1,11 @@
-"""What the wrong images of the scenes differ in, before and after re-ranking, and what the image tokens tell.
+"""Errors of image retrieval on the scenes, coarse and re-ranked, and attributes that image tokens encode.
 
     python tests/benchmarks/scene_errors.py RUN [RUN ...] --shards data/scenes [--split test] [--k 16] [--probe N]
 
-For each run: the share of captions whose first image is wrong in the shapes alone, and in anything else, coarse and
-with the best k candidates re-ranked; and how many percent of the split's images a linear probe of the image tokens,
-fitted on N training images, names the color and the shape of the first object (chance: one in the number of colors, of
-shapes). What the tokens do not tell, no objective on top of them can recover. Scenes in English; no bound.
+For each run: the percentage of captions whose top image is wrong in the shapes only, and in anything else, coarse and
+with the best k candidates re-ranked; and the accuracy in percent, on the split's images, of a linear probe of the image
+tokens, fitted on N training images, for color and shape of the first object (chance: one over the number of colors, of
+shapes). An objective on top of the tokens cannot recover what they do not encode. For scenes in English; no bound.
 """
 
 import argparse
@@ -32,32 +32,32 @@ from toolkit.evaluation.retrieve import retrieve
 from toolkit.model.retrieval import SpeechImageModel
 
 PROCESS = ProcessInfo(0, 1, torch.device("cpu"))
-Objects = list[tuple[str, str]]  # color and shape of the objects, in the order of the caption
+Objects = list[tuple[str, str]]  # color and shape of each object, in the order of the caption
 
 
 def objects(text: str) -> Objects:
-    """Return color and shape of the objects that a caption names."""
+    """Return color and shape of each object that a caption names."""
     return re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", text)
 
 
-def wrong_in_shapes_alone(right: str, first: str) -> bool:
-    """Return whether the captions of two images differ in the shapes of the first two objects, and in no color."""
-    a, b = objects(right)[:2], objects(first)[:2]
+def differ_only_in_shapes(correct: str, first: str) -> bool:
+    """Return whether the first two objects of two captions differ in shape, but not in color."""
+    a, b = objects(correct)[:2], objects(first)[:2]
     return [color for color, _ in a] == [color for color, _ in b] and a != b
 
 
 def error_shares(ranking: Ranking, owner: Tensor, texts: list[str]) -> tuple[float, float]:
-    """Return the percentages of captions whose first image is wrong in the shapes alone, and otherwise."""
+    """Return the percentages of captions whose top image is wrong in the shapes only, and in anything else."""
     first = ranking.candidates[:, 0]
     wrong = [(own, other) for own, other in zip(owner.tolist(), first.tolist(), strict=True) if own != other]
-    shapes = sum(wrong_in_shapes_alone(texts[own], texts[other]) for own, other in wrong)
+    shapes = sum(differ_only_in_shapes(texts[own], texts[other]) for own, other in wrong)
     return 100 * shapes / len(owner), 100 * (len(wrong) - shapes) / len(owner)
 
 
 def tokens_and_labels(
     model: SpeechImageModel, manifest: Manifest, split: str, count: int, config: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode images: all tokens of each [N, P x H], and color and shape of the first object, int64 [N] each."""
+    """Return all tokens of each image, [N, P x H], and color and shape of its first object, int64 [N] each."""
     samples = manifest.rows(split)[:count]
     encoded = encode(model, manifest, samples, config, PROCESS, keep_tokens=True)
     assert encoded.tokens is not None
@@ -79,7 +79,7 @@ def first_captions(manifest: Manifest, split: str) -> list[str]:
 def probe(
     inputs: Tensor, labels: Tensor, test_inputs: Tensor, test_labels: Tensor, weight_decay: float = 3e-3
 ) -> float:
-    """Fit a linear classifier, and return its accuracy on the test inputs in percent."""
+    """Fit a linear classifier and return its accuracy on the test inputs in percent."""
     mean, deviation = inputs.mean(0), inputs.std(0) + 1e-5
     inputs, test_inputs = (inputs - mean) / deviation, (test_inputs - mean) / deviation
     weight = torch.zeros(int(labels.max()) + 1, inputs.shape[1], requires_grad=True)
@@ -97,14 +97,16 @@ def probe(
 
 
 def main() -> None:
-    """Print a line for each run."""
+    """Print one line for each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--shards", required=True)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--probe", type=int, default=3000, metavar="N")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders with config.yaml and export/best"
+    )
+    parser.add_argument("--shards", required=True, help="shards of the scenes")
+    parser.add_argument("--split", default="test", help="split to evaluate (default: %(default)s)")
+    parser.add_argument("--k", type=int, default=16, help="re-ranked candidates per query (default: %(default)s)")
+    parser.add_argument("--probe", type=int, default=3000, metavar="N", help="training images (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.disable(logging.INFO)

@@ -1,9 +1,9 @@
-"""Speech for the scenes: processor time of a caption by piper and in other languages, against espeak-ng in English.
+"""Speech synthesis for the scenes: processor time per caption of piper and other languages, against English espeak-ng.
 
     python tests/benchmarks/synthesis.py [--json] [--captions N]
 
-Every caption is of another scene and by another voice. Loading of piper's model, once in a process, is not counted.
-Exit code 1: a bound is missed.
+Each caption describes a different scene and uses a different voice. Loading of piper's model, once per process, is
+excluded. Exit code 1: a bound is missed.
 """
 
 import argparse
@@ -25,19 +25,19 @@ SPEED, PITCH = 190, 50
 
 
 def milliseconds(code: str, voice: Callable[[int], str], captions: int) -> float:
-    """Mean processor time of a caption in one language, by the n-th voice each, in ms."""
+    """Return the mean processor time of a caption in one language in milliseconds; the n-th caption uses `voice(n)`."""
     language, total = LANGUAGES[code], 0.0
-    for n in range(-1, captions):  # the first is not counted
+    for n in range(-1, captions):  # the first is a warm-up
         text = language.caption(random_scene(0, "train", str(n)), n % len(language.vertical))
-        speak = synthesizer_of(text, voice(n), round(SPEED * language.tempo), PITCH)
+        synthesize = synthesizer_of(text, voice(n), round(SPEED * language.tempo), PITCH)
         begin = time.process_time()
-        speak()
+        synthesize()
         total += (time.process_time() - begin) if n >= 0 else 0.0
     return 1000 * total / captions
 
 
-def by_espeak(code: str) -> Callable[[int], str]:
-    """The n-th voice of espeak-ng in a language, spread over all."""
+def espeak_voices(code: str) -> Callable[[int], str]:
+    """Return a function that maps n to a voice of espeak-ng in a language, spread over all voices."""
     voices = espeak.voices_of(code)
     return lambda n: voices[17 * n % len(voices)]
 
@@ -45,17 +45,19 @@ def by_espeak(code: str) -> Callable[[int], str]:
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line rather than a table")
-    parser.add_argument("--captions", type=int, default=50, help="in each language (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser.add_argument("--captions", type=int, default=50, help="captions per language (default: %(default)s)")
     options = parser.parse_args()
-    english = milliseconds("en", by_espeak("en"), options.captions)
+    english = milliseconds("en", espeak_voices("en"), options.captions)
     figures = []
     for name in piper.VOICES:
         ours = milliseconds(piper.LANGUAGE, lambda n, name=name: name, options.captions)  # type: ignore[misc]
-        figures.append(Figure(name, ours, english, "ms", ours / english, "a caption against espeak-ng's", at_most=60))
+        figures.append(
+            Figure(name, ours, english, "ms", ours / english, "a caption, against espeak-ng in English", at_most=60)
+        )
     for code in LANGUAGES:
-        ours = milliseconds(code, by_espeak(code), options.captions)
-        what = "a caption by espeak-ng against one in English"
+        ours = milliseconds(code, espeak_voices(code), options.captions)
+        what = "a caption by espeak-ng, against one in English"
         figures.append(Figure(code, ours, english, "ms", ours / english, what, at_most=2))
     return print_figures(figures, options.json)
 

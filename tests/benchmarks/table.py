@@ -1,4 +1,4 @@
-"""Output of the benchmarks: a table, or with `--json` a line for each figure."""
+"""Output of the benchmarks: a table, or with `--json` one JSON object per figure."""
 
 import json
 from dataclasses import dataclass
@@ -7,11 +7,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Figure:
-    """Ours against theirs; the bound is on the ratio.
+    """A measurement of this project (ours) against an alternative (theirs), with a bound on their ratio.
 
     Attributes:
-        ratio: How many times better ours is; for a figure with `at_most`, ours divided by theirs.
-        what: A line that says what was compared.
+        figure: Name of the figure.
+        ours: Value measured for this project, in `unit`.
+        theirs: Value of the alternative, in `unit`.
+        unit: Unit of both values; empty for a dimensionless figure.
+        ratio: Factor by which ours is better; for a figure with `at_most`, ours divided by theirs.
+        what: One-line description of the comparison.
+        at_least: Lower bound on the ratio.
+        at_most: Upper bound on the ratio.
     """
 
     figure: str
@@ -25,20 +31,20 @@ class Figure:
 
     @property
     def holds(self) -> bool:
-        """Whether the bound is kept."""
+        """Whether the ratio satisfies the bound."""
         if self.at_least is not None and not self.ratio >= self.at_least:
             return False
         return self.at_most is None or self.ratio <= self.at_most
 
     def json(self) -> str:
-        """Return a line of JSON."""
+        """Return the figure as one line of JSON."""
         bound = {"at_least": self.at_least} if self.at_most is None else {"at_most": self.at_most}
         values: dict[str, Any] = {"figure": self.figure, "ours": self.ours, "theirs": self.theirs, "unit": self.unit}
         return json.dumps({**values, "ratio": self.ratio, **bound})
 
 
 def table(figures: list[Figure]) -> str:
-    """Return a table with a row for each figure, and lines that say what was compared."""
+    """Return a table with one row per figure, followed by the descriptions of the comparisons."""
     rows = [("figure", "ours", "theirs", "unit", "ratio", "bound", "")]
     for one in figures:
         bound = f">= {one.at_least:g}" if one.at_most is None else f"<= {one.at_most:g}"

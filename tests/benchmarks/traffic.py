@@ -1,8 +1,8 @@
-"""Bytes that a rank exchanges with the others, counted where torch.distributed is called.
+"""Bytes that a rank exchanges with other ranks, counted by wrapping the collectives of torch.distributed.
 
-What is counted is what a ring moves, the least that can be: of N ranks each sends and receives, on the average,
-(N - 1) / N of what a broadcast, reduction or scattering reduction is given, twice that in an all-reduce, and N - 1
-times its own part in a gather. An exchange of rows is counted as it is, without the rows that a rank keeps.
+Counts are those of a ring algorithm, which is the lower bound: with N ranks, each sends and receives on average
+(N - 1) / N of the input of a broadcast or reduce, twice that in an all-reduce, and N - 1 times its own shard in an
+all-gather or reduce-scatter. An all-to-all is counted as it is, without the rows that a rank keeps.
 """
 
 import functools
@@ -19,88 +19,99 @@ import toolkit.distributed
 
 
 class Traffic:
-    """Bytes received by kind of collective, and how many collectives there were."""
+    """Counter of the collectives that this process calls.
+
+    Attributes:
+        bytes: Bytes received, by kind of collective.
+        calls: Number of calls, by kind of collective.
+        enabled: Whether calls are counted.
+    """
 
     def __init__(self) -> None:
         self.bytes: dict[str, float] = {}
         self.calls: dict[str, int] = {}
-        self.on = False
-        self._inside = False
+        self.enabled = False
+        self._in_collective = False
 
     @property
     def total(self) -> float:
-        """All bytes."""
+        """Bytes received in all collectives."""
         return sum(self.bytes.values())
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what is done inside."""
-        self.on = True
+        """Count the collectives called within the context."""
+        self.enabled = True
         try:
             yield
         finally:
-            self.on = False
+            self.enabled = False
 
-    def watch(self) -> None:
-        """Wrap the collectives, for the rest of the process; before DeepSpeed is imported."""
-        for names, measure in _MEASURES:
+    def wrap_collectives(self) -> None:
+        """Wrap the collectives for the rest of the process; call this before DeepSpeed is imported."""
+        for names, received_bytes in _RECEIVED_BYTES:
             for name in names:
                 if hasattr(dist, name):
-                    wrapped = self._wrapped(names[0], getattr(dist, name), measure)
+                    wrapped = self._wrap(names[0], getattr(dist, name), received_bytes)
                     setattr(dist, name, wrapped)
                     setattr(distributed_c10d, name, wrapped)
         gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
         toolkit.distributed._all_gather_single = getattr(dist, gather)
 
-    def _wrapped(self, kind: str, function: Callable[..., Any], measure: Callable[..., float]) -> Callable[..., Any]:
+    def _wrap(
+        self, kind: str, function: Callable[..., Any], received_bytes: Callable[..., float]
+    ) -> Callable[..., Any]:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if not self.on or self._inside:  # one collective may be made of another
+            if not self.enabled or self._in_collective:  # a collective may be implemented by another
                 return function(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
-            self.bytes[kind] = self.bytes.get(kind, 0.0) + measure(dist.get_world_size(), *bound.args)
+            self.bytes[kind] = self.bytes.get(kind, 0.0) + received_bytes(dist.get_world_size(), *bound.args)
             self.calls[kind] = self.calls.get(kind, 0) + 1
-            self._inside = True
+            self._in_collective = True
             try:
                 return function(*args, **kwargs)
             finally:
-                self._inside = False
+                self._in_collective = False
 
         return counted
 
 
-def _size(tensor: Tensor) -> int:
+def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _shared(ranks: int, tensor: Tensor, *_: Any) -> float:
-    return (ranks - 1) / ranks * _size(tensor)
+def _bytes_broadcast(ranks: int, tensor: Tensor, *_: Any) -> float:
+    return (ranks - 1) / ranks * _nbytes(tensor)
 
 
-def _all_reduced(ranks: int, tensor: Tensor, *_: Any) -> float:
-    return 2 * (ranks - 1) / ranks * _size(tensor)
+def _bytes_all_reduce(ranks: int, tensor: Tensor, *_: Any) -> float:
+    return 2 * (ranks - 1) / ranks * _nbytes(tensor)
 
 
-def _gathered(ranks: int, _: Any, own: Tensor, *__: Any) -> float:
-    return (ranks - 1) * _size(own)
+def _bytes_all_gather(ranks: int, _: Any, own: Tensor, *__: Any) -> float:
+    return (ranks - 1) * _nbytes(own)
 
 
-def _scattered(ranks: int, own: Tensor, *_: Any) -> float:
-    return (ranks - 1) * _size(own)
+def _bytes_reduce_scatter(ranks: int, own: Tensor, *_: Any) -> float:
+    return (ranks - 1) * _nbytes(own)
 
 
-def _exchanged(ranks: int, arrived: Tensor, _: Tensor, received: list[int], *__: Any) -> float:
-    return (1 - received[dist.get_rank()] / max(1, sum(received))) * _size(arrived)
+def _bytes_all_to_all(ranks: int, output: Tensor, _: Tensor, output_split_sizes: list[int], *__: Any) -> float:
+    return (1 - output_split_sizes[dist.get_rank()] / max(1, sum(output_split_sizes))) * _nbytes(output)
 
 
-# Names of one collective, of several versions of torch, and what a rank receives in it.
-_MEASURES: list[tuple[tuple[str, ...], Callable[..., float]]] = [
-    (("all_reduce",), _all_reduced),
-    (("broadcast",), _shared),
-    (("reduce",), _shared),
-    (("all_gather", "all_gather_single", "all_gather_into_tensor", "_all_gather_base"), _gathered),
-    (("reduce_scatter", "reduce_scatter_single", "reduce_scatter_tensor", "_reduce_scatter_base"), _scattered),
-    (("all_to_all_single",), _exchanged),
+# Names of each collective across PyTorch versions, and the bytes that a rank receives in it.
+_RECEIVED_BYTES: list[tuple[tuple[str, ...], Callable[..., float]]] = [
+    (("all_reduce",), _bytes_all_reduce),
+    (("broadcast",), _bytes_broadcast),
+    (("reduce",), _bytes_broadcast),
+    (("all_gather", "all_gather_single", "all_gather_into_tensor", "_all_gather_base"), _bytes_all_gather),
+    (
+        ("reduce_scatter", "reduce_scatter_single", "reduce_scatter_tensor", "_reduce_scatter_base"),
+        _bytes_reduce_scatter,
+    ),
+    (("all_to_all_single",), _bytes_all_to_all),
 ]

@@ -1,6 +1,6 @@
-"""What the benchmarks of training share: small models in true proportion, batches with real durations, a trainer.
+"""Common parts of the training benchmarks: scaled-down models, batches with realistic durations, and a trainer.
 
-The trainer is the project's own, with its engine, teacher and queue; what it is fed here is made in memory.
+The trainer is the project's own, with its engine, teacher and queue; its batches are generated in memory.
 """
 
 import math
@@ -22,19 +22,19 @@ from toolkit.distributed import initialise
 from toolkit.training.trainer import Trainer
 
 # SpokenCOCO: 742 hours in 617,222 captions are 4.33 s each, and 384 captions are longer than 15 s.
-MEAN_SECONDS, SPREAD = 4.33, 0.41
+MEAN_SECONDS, SIGMA = 4.33, 0.41
 
 
-def durations(rng: np.random.Generator, count: int, longest: float) -> np.ndarray:
-    """Seconds of captions as in SpokenCOCO: log-normal, cut at `longest`."""
-    middle = math.log(MEAN_SECONDS) - SPREAD**2 / 2
-    return np.minimum(rng.lognormal(middle, SPREAD, count), longest)
+def durations(rng: np.random.Generator, count: int, max_seconds: float) -> np.ndarray:
+    """Return durations of captions in seconds as in SpokenCOCO: log-normal, truncated at `max_seconds`."""
+    mu = math.log(MEAN_SECONDS) - SIGMA**2 / 2
+    return np.minimum(rng.lognormal(mu, SIGMA, count), max_seconds)
 
 
-def make_batch(seed: int, size: int, image_size: int, longest: float, identities: int = 2**31) -> Batch:
-    """Pairs of noise on the CPU, as the loader gives them, with the durations of SpokenCOCO."""
+def make_batch(seed: int, size: int, image_size: int, max_seconds: float, identities: int = 2**31) -> Batch:
+    """Return a batch of noise on the CPU, in the format of the loader, with the durations of SpokenCOCO."""
     rng = np.random.default_rng(seed)
-    lengths = [int(seconds * SAMPLE_RATE) for seconds in durations(rng, size, longest)]
+    lengths = [int(seconds * SAMPLE_RATE) for seconds in durations(rng, size, max_seconds)]
     waveforms = torch.zeros(size, max(lengths))
     for row, length in zip(waveforms, lengths, strict=True):
         row[:length] = torch.from_numpy(0.1 * rng.standard_normal(length, np.float32))
@@ -44,11 +44,11 @@ def make_batch(seed: int, size: int, image_size: int, longest: float, identities
 
 
 def frozen_model(width: int = 128, layers: int = 8) -> config.Model:
-    """The large reference an eighth as wide and a third as deep: frozen trunks, a head of a layer, fusion on top.
+    """Return the large reference scaled to an eighth of its width and a third of its depth.
 
-    HuBERT-large and CLIP ViT-L/14 have 24 layers of 1024, the fusion 6 of 768. Frames and patches are as many as
-    theirs: 50 a second and 256. The convolutions are three rather than seven, since narrow ones cost a CPU more than
-    their arithmetic.
+    Frozen trunks, a speech head of one layer, and fusion. HuBERT-large and CLIP ViT-L/14 have 24 layers of 1024, the
+    fusion 6 of 768. The numbers of frames and patches are unchanged: 50 per second and 256. There are three
+    convolutions instead of seven, since narrow ones take more time on a CPU than their FLOPs suggest.
     """
     trunk = {
         "hidden_size": width,
@@ -77,21 +77,24 @@ def frozen_model(width: int = 128, layers: int = 8) -> config.Model:
     )
 
 
-def _dot() -> Image.Image:
+def _placeholder_picture() -> Image.Image:
     return Image.new("RGB", (8, 8))
 
 
-def _click() -> tuple[np.ndarray, int]:
+def _placeholder_audio() -> tuple[np.ndarray, int]:
     return np.full((1, 1600), 0.1, np.float32), SAMPLE_RATE
 
 
 @contextmanager
 def open_trainer(configuration: config.Config) -> Iterator[Trainer]:
-    """A trainer on the process group that there is, or alone, with a run folder and shards that it only opens."""
+    """Open a trainer in the process group, if any, with a temporary run folder and placeholder shards."""
     rank, world_size, device = initialise()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         configuration.data.shards = str(Path(folder, "shards"))
-        items = [Item(f"{n:03d}", "train", _dot, (Caption(f"{n:03d}", _click),)) for n in range(256)]
+        items = [
+            Item(f"{n:03d}", "train", _placeholder_picture, (Caption(f"{n:03d}", _placeholder_audio),))
+            for n in range(256)
+        ]
         write_shards(items, Path(folder, "shards"), "benchmark", Format(samples_per_shard=64), {})
         configuration.wandb.mode = "disabled"
         run = Path(folder, "run")

@@ -1,12 +1,12 @@
-"""How much of a training its steps wait for data, with the real loader.
+"""Share of training time that steps wait for data, with the real loader.
 
     python tests/benchmarks/waiting.py [--json] [--ranks N] [--steps N] [--set KEY=VALUE ...]
 
-`toolkit/train.py` trains the quickstart's model on its objectives with its loader, a worker a rank and 16 pairs a rank,
-so that a step costs what it costs there on one core; the pictures and captions are noise that is as long to decode as
-photographs and speech, made here. The figure is the share of the steps' time that the log calls waiting, over all
-intervals but the first, in which the worker starts. By default one rank: what several wait for one another is in the
-log's figure too. Exit code 1: the bound is missed.
+`toolkit/train.py` trains the quickstart's model on its objectives with its loader, with one worker and 16 pairs per
+rank, so that a step costs the same as there on one core. The pictures and captions are generated noise with the
+decoding time of photographs and speech. The figure is the share of step time that the log reports as waiting, over all
+intervals but the first, in which the worker starts. One rank by default: with several, the log's figure includes the
+time that ranks wait for one another. Exit code 1: the bound is missed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PICTURES, INTERVAL = 128, 5
 
 
 def train(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train on ranks of this machine, and give the log's intervals."""
+    """Train on ranks of this machine and return the logged intervals."""
     overrides = {
         "run": str(folder / "run"),
         "data.shards": str(corpus.make_shards(folder / "shards", PICTURES, len(os.sched_getaffinity(0)))),
@@ -56,13 +56,13 @@ def train(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         ]
         codes = [rank.wait() for rank in ranks]
         if any(codes):
-            raise SystemExit(f"the training failed:\n{(folder / 'output').read_text()[-3000:]}")
+            raise SystemExit(f"training failed:\n{(folder / 'output').read_text()[-3000:]}")
     records = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     return [record for record in records if "waiting" in record]
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -71,21 +71,20 @@ def free_port() -> int:
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line rather than a table")
-    parser.add_argument("--ranks", type=int, default=1, help="of the two of the quickstart (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configuration")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks; the quickstart uses two (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="training steps (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         intervals = train(Path(folder), options)[1:]
     if not intervals:
-        raise SystemExit(f"--steps {options.steps} is too few: the first {INTERVAL} are not counted")
+        raise SystemExit(f"--steps {options.steps} is too small: the first {INTERVAL} steps are excluded")
     step = sum(16 * options.ranks / each["pairs_per_second"] for each in intervals) / len(intervals)
     share = sum(each["waiting"] / each["pairs_per_second"] for each in intervals)
     share /= sum(1 / each["pairs_per_second"] for each in intervals)
-    what = (
-        f"share of a step that waits for data: quickstart on {options.ranks} ranks, {INTERVAL * len(intervals)} steps"
-    )
+    steps = INTERVAL * len(intervals)
+    what = f"share of step time spent waiting for data: quickstart on {options.ranks} ranks, {steps} steps"
     figure = Figure("data_wait", share * step, step, "s", share, what, at_most=0.05)
     return print_figures([figure], options.json)
 
