@@ -28,7 +28,7 @@ def run(*command: str) -> str:
 
 
 def write_table(folder: Path, pictures: int) -> Path:
-    """A corpus of coloured pictures, each with two captions, in the `table` layout."""
+    """A corpus of colored pictures, each with two captions, in the `table` layout."""
     folder.mkdir()
     chance = np.random.default_rng(0)
     rows = ["image,audio,text,speaker,split"]

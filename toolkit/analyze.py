@@ -117,13 +117,13 @@ def robustness(config: Config, options: argparse.Namespace) -> None:
     manifest = load(config.data.shards)
     samples = limited(manifest.rows(options.split), options.limit)
 
-    from toolkit.distributed import initialise
+    from toolkit.distributed import init_distributed
     from toolkit.evaluation.encode import ProcessInfo
     from toolkit.evaluation.perturbations.suite import Suite, find_noise
     from toolkit.rank_sync import run_on_rank_zero
 
     noise = find_noise(options.noise) if options.noise else None
-    rank, world_size, device = initialise()
+    rank, world_size, device = init_distributed()
     opening = partial(open_result, config, options, manifest, samples, export)
     result = run_on_rank_zero(opening, rank) if world_size > 1 else opening()  # all ranks measure the same conditions
     known = {condition.key for condition in result.conditions}
@@ -152,13 +152,13 @@ def inside(config: Config, options: argparse.Namespace) -> None:
     manifest, options.suite_seed = load(config.data.shards), 0
     samples = limited(manifest.rows(options.split), options.limit)
 
-    from toolkit.distributed import initialise
+    from toolkit.distributed import init_distributed
     from toolkit.evaluation.encode import ProcessInfo
     from toolkit.evaluation.inside.measure import InsideLook
     from toolkit.evaluation.inside.page import write_page
     from toolkit.training.checkpointing.denoisers import load_denoisers
 
-    _, world_size, device = initialise()
+    _, world_size, device = init_distributed()
     if world_size > 1:
         raise UserError("analyze.py inside runs in one process: start it without a launcher")
     model = load_model(export).eval()
@@ -199,7 +199,7 @@ def text(config: Config, options: argparse.Namespace) -> None:
     manifest = load(config.data.shards)
     samples = limited(manifest.rows(options.split), options.limit)
 
-    from toolkit.distributed import initialise
+    from toolkit.distributed import init_distributed
     from toolkit.evaluation.encode import ModelInputs
     from toolkit.evaluation.results import format_results
     from toolkit.evaluation.text_baselines import (
@@ -211,7 +211,7 @@ def text(config: Config, options: argparse.Namespace) -> None:
         word_error_rate,
     )
 
-    _, world_size, device = initialise()
+    _, world_size, device = init_distributed()
     if world_size > 1:
         raise UserError("analyze.py text runs in one process: start it without a launcher")
     inputs = ModelInputs(manifest, samples, config)

@@ -249,7 +249,7 @@ def _all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
     return arrived
 
 
-def initialise() -> tuple[int, int, torch.device]:
+def init_distributed() -> tuple[int, int, torch.device]:
     """Initialize the process group from the launcher's environment; without a launcher, with a world size of 1.
 
     Reads the variables of torchrun, the DeepSpeed launcher and `launch/job.py`: RANK, WORLD_SIZE, LOCAL_RANK,

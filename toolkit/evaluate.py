@@ -60,12 +60,12 @@ def main(arguments: list[str] | None = None) -> None:
     for manifest, split in data:
         manifest.rows(split)  # fail on an unknown split before the model is loaded
 
-    from toolkit.distributed import initialise
+    from toolkit.distributed import init_distributed
     from toolkit.evaluation.encode import ProcessInfo
     from toolkit.evaluation.evaluation import Checkpoint, checkpoint_name
 
     groups = [_groups(manifest, split, request.by) for manifest, split in data]
-    rank, world_size, device = initialise()
+    rank, world_size, device = init_distributed()
     model = load_model(request.export)
     model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
     process = ProcessInfo(rank, world_size, device, show_progress=rank == 0)

@@ -66,13 +66,13 @@ def train(config: Config, profiled_steps: int | None = None) -> None:
         profiled_steps: Steps to profile; nothing is trained then.
     """
     from toolkit.data import check_dev, open_order
-    from toolkit.distributed import initialise
+    from toolkit.distributed import init_distributed
     from toolkit.rank_sync import run_on_rank_zero
     from toolkit.training.metrics.wandb_run import check_wandb
     from toolkit.training.trainer import Trainer
     from toolkit.training.zero.settings import deepspeed_config
 
-    rank, world_size, device = initialise()
+    rank, world_size, device = init_distributed()
     # Raise errors of the configuration before a run folder is made.
     deepspeed_settings = deepspeed_config(config, world_size)
     data = open_order(config, world_size)

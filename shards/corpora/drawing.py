@@ -63,17 +63,17 @@ def draw(scene: Scene, size: int) -> Image.Image:
     side = size * _SUPERSAMPLING
     picture = Image.new("RGB", (side, side), scene.background)
     pen = ImageDraw.Draw(picture)
-    for thing, centre in zip((scene.first, scene.second, scene.third), scene.centres, strict=True):
+    for thing, center in zip((scene.first, scene.second, scene.third), scene.centres, strict=True):
         if thing is not None:
-            pen.polygon(_placed(outline(thing.shape), thing, centre, side), fill=thing.rgb)
+            pen.polygon(_placed(outline(thing.shape), thing, center, side), fill=thing.rgb)
             if thing.shape == "ring":
-                pen.polygon(_placed(_HOLE, thing, centre, side), fill=scene.background)
+                pen.polygon(_placed(_HOLE, thing, center, side), fill=scene.background)
     return picture.reduce(_SUPERSAMPLING)
 
 
-def _placed(corners: tuple[Point, ...], thing: Thing, centre: Point, side: int) -> list[Point]:
+def _placed(corners: tuple[Point, ...], thing: Thing, center: Point, side: int) -> list[Point]:
     """Rotate, scale and translate the corners of a shape of unit radius to the object's pixel coordinates."""
-    x, y = centre
+    x, y = center
     cosine, sine = math.cos(thing.tilt) * thing.radius, math.sin(thing.tilt) * thing.radius
     return [((x + cosine * u - sine * v) * side, (y + sine * u + cosine * v) * side) for u, v in corners]
 

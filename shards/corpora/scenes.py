@@ -275,8 +275,8 @@ def _thing(generator: random.Random, shape: str, colour: str, size: str) -> Thin
 
 
 def _background(generator: random.Random) -> RGB:
-    grey = generator.uniform(140, 175)
-    red, green, blue = (round(grey + generator.uniform(-8, 8)) for _ in range(3))
+    gray = generator.uniform(140, 175)
+    red, green, blue = (round(gray + generator.uniform(-8, 8)) for _ in range(3))
     return red, green, blue
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from table import Figure, print_figures
 
-from tests.toolkit.indexing.made_up import made_up
+from tests.toolkit.indexing.write_index import write_index
 from toolkit.indexing.approximate import ApproximateIndex, build
 from toolkit.indexing.nearest import nearest
 from toolkit.indexing.store import Index
@@ -123,10 +123,10 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     queries, figures = torch.from_numpy(make_embeddings(QUERIES, options.dim, 1)), []
     with tempfile.TemporaryDirectory() as folder:
-        made_up(Path(folder) / "exact", make_embeddings(options.items, options.dim, 2))
+        write_index(Path(folder) / "exact", make_embeddings(options.items, options.dim, 2))
         figures += measure_exact(Index.open(Path(folder) / "exact"), queries, options.repeats)
         if options.approximate:
-            index = made_up(Path(folder) / "large", make_embeddings(options.approximate, options.dim, 3))
+            index = write_index(Path(folder) / "large", make_embeddings(options.approximate, options.dim, 3))
             figures += measure_approximate(index, queries, options.repeats)
     return print_figures(figures, options.json)
 

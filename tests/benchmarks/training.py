@@ -18,7 +18,7 @@ from shards.media.audio import SAMPLE_RATE
 from shards.reading.dataset import Batch
 from shards.writing.writer import Format, write_shards
 from toolkit.config import schema as config
-from toolkit.distributed import initialise
+from toolkit.distributed import init_distributed
 from toolkit.training.trainer import Trainer
 
 # SpokenCOCO: 742 hours in 617,222 captions are 4.33 s each, and 384 captions are longer than 15 s.
@@ -88,7 +88,7 @@ def _placeholder_audio() -> tuple[np.ndarray, int]:
 @contextmanager
 def open_trainer(configuration: config.Config) -> Iterator[Trainer]:
     """Open a trainer in the process group, if any, with a temporary run folder and placeholder shards."""
-    rank, world_size, device = initialise()
+    rank, world_size, device = init_distributed()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         configuration.data.shards = str(Path(folder, "shards"))
         items = [

@@ -24,7 +24,7 @@ folder = test_retrieve.folder
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch):
     """A run folder as training leaves it."""
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     configured = settings(folder)
     configured.data.augment.speech.noise = 0.25
     (tmp_path / "config.yaml").write_text(to_yaml(configured))

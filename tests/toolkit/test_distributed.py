@@ -113,9 +113,9 @@ def draw(pairs: Pairs) -> tuple[Tensor, Tensor]:
 def denoising(pairs: Pairs, name: str) -> Tensor:
     speech, _, image, _ = pairs.encode(pairs.weights)
     noised = torch.where(pairs.positions[..., None], pairs.noised, speech)
-    neighbours = _mean(noised, pairs.mask)[:, None]
+    neighbors = _mean(noised, pairs.mask)[:, None]
     context = image.mean(1, keepdim=True).expand_as(noised)
-    predicted = torch.cat([noised + neighbours, context], dim=-1) @ pairs.weights["denoiser"]
+    predicted = torch.cat([noised + neighbors, context], dim=-1) @ pairs.weights["denoiser"]
     return denoising_loss(predicted, speech, pairs.positions, pairs.mask, name.split(", ")[1], 0.1)
 
 

@@ -103,7 +103,7 @@ def test_mixture_and_lanes(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], reason: str) -> None:
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, None))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, None))
     with pytest.raises(UserError, match=reason) as caught:
         main([*arguments(folder, tmp_path / "run"), *more])
     assert "\n" not in str(caught.value)

@@ -36,7 +36,7 @@ def run(folder, tmp_path):
 
 
 def test_command_writes_recall_and_picture_and_prints_a_table(run, monkeypatch, capsys):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     evaluate.main(["--run", str(run)])
     report = json.loads((run / "recall.json").read_text())
     figures = {"R@1", "R@5", "R@10"}
@@ -119,7 +119,7 @@ FINAL = "toy-test-[0-9a-f]{8}-best-step-1234-rerank-4-sum-1.0s-32-crop"
 def test_each_evaluation_has_files_of_its_own_and_the_final_one_the_plain_names(
     run, folder, tmp_path, monkeypatch, capsys, arguments, name
 ):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     random_model().save_pretrained(run / "export" / "last")
     checkpoint(run, [load(folder).hash])
     evaluate.main(["--run", str(run)])
@@ -150,7 +150,7 @@ def test_each_evaluation_has_files_of_its_own_and_the_final_one_the_plain_names(
 
 @pytest.mark.parametrize("made", [moved, others])
 def test_without_a_checkpoint_training_data_is_recognized_by_location(run, folder, tmp_path, monkeypatch, made):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     evaluate.main(["--run", str(run), *made(folder, tmp_path, monkeypatch)])
     assert "recall.json" not in results(run)
     evaluate.main(["--run", str(run), "--data.shards", str(folder / ".." / folder.name)])
@@ -158,7 +158,7 @@ def test_without_a_checkpoint_training_data_is_recognized_by_location(run, folde
 
 
 def test_a_run_without_matching_is_written_to_the_plain_file_names(run, folder, monkeypatch):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     settled = settings(folder)
     settled.objectives.matching.weight = 0
     (run / "config.yaml").write_text(to_yaml(settled))
@@ -191,7 +191,7 @@ def test_errors_are_one_line(run, arguments, message):
 
 
 def test_damaged_or_missing_export_is_one_line(run, monkeypatch):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     weights = run / "export" / "best" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be loaded as a model") as caught:
@@ -203,7 +203,7 @@ def test_damaged_or_missing_export_is_one_line(run, monkeypatch):
 
 
 def test_an_export_from_before_matching_is_not_reranked(run, folder, monkeypatch, capsys):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     settled = settings(folder)
     settled.objectives.coarse_steps = 1234
     (run / "config.yaml").write_text(to_yaml(settled))
@@ -235,7 +235,7 @@ def test_a_run_without_matching_is_reranked_neither_by_default_nor_on_request(ru
 
 
 def test_several_data_sets_in_one_table(run, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     write_shards([item(n, f"other{n}", "dev") for n in range(4)], tmp_path / "others", "elsewhere", Format(), {})
     names = [str(folder), f"{folder}:train", f"{tmp_path / 'others'}:dev"]
     evaluate.main(["--run", str(run), "--datasets", *names, "--by", "words,duration"])
@@ -254,7 +254,7 @@ def test_several_data_sets_in_one_table(run, folder, tmp_path, monkeypatch, caps
 
 
 def test_results_and_comparisons_are_shown_without_a_model(run, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     evaluate.main(["--run", str(run)])
     other = shutil.copytree(run, tmp_path / "other")
     shutil.rmtree(run / "export")
@@ -271,7 +271,7 @@ def test_results_and_comparisons_are_shown_without_a_model(run, monkeypatch, cap
 
 
 def test_runs_on_different_test_data_are_not_compared(run, folder, monkeypatch, tmp_path):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     other = shutil.copytree(run, tmp_path / "other")
     evaluate.main(["--run", str(run)])
     with pytest.raises(UserError, match="holds no results"):
@@ -297,7 +297,7 @@ def test_runs_on_different_test_data_are_not_compared(run, folder, monkeypatch, 
 
 
 def test_protocols_stand_side_by_side(run, monkeypatch, capsys):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     evaluate.main(["--run", str(run), "--protocols", "--rerank", "3"])
     printed = capsys.readouterr().out
     stored = load_results(run)
@@ -313,7 +313,7 @@ def test_protocols_stand_side_by_side(run, monkeypatch, capsys):
 
 
 def test_an_exported_folder_is_evaluated_without_its_run(run, folder, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("toolkit.distributed.initialise", lambda: (0, 1, CPU))
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     export, out = run / "export" / "best", tmp_path / "out"
     SpeechImageProcessor(32, 1.0).save_pretrained(export)
     evaluate.main(["--run", str(run)])

@@ -60,8 +60,8 @@ def test_a_training_of_each_task_says_so(tmp_path):
 
 
 def test_all_that_join_a_group_are_asked(monkeypatch):
-    from toolkit.distributed import initialise
+    from toolkit.distributed import init_distributed
 
     monkeypatch.setattr(os, "environ", {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"})
     with pytest.raises(UserError, match="srun started 2 processes"):
-        initialise()
+        init_distributed()

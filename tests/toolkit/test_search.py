@@ -16,7 +16,7 @@ from shards.errors import UserError
 from shards.manifest import load
 from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.evaluation.test_retrieve import CPU, SECONDS, SIZE, random_model, settings
-from tests.toolkit.indexing.made_up import made_up
+from tests.toolkit.indexing.write_index import write_index
 from tests.toolkit.indexing_files import EXPORT, other_model, save_audio, save_image, save_images
 from toolkit import search as command
 from toolkit.evaluation.encode import ProcessInfo
@@ -39,7 +39,7 @@ def test_search_equals_a_naive_full_sort_with_ties(tmp_path, monkeypatch, chunk,
     chance = np.random.default_rng(chunk + k)
     embeddings = chance.integers(-2, 3, (203, 4)).astype(np.float32)  # small integers: many ties, exact sums
     queries = torch.from_numpy(chance.integers(-2, 3, (9, 4)).astype(np.float32))
-    index = made_up(tmp_path / "index", embeddings)
+    index = write_index(tmp_path / "index", embeddings)
     monkeypatch.setattr(exact, "_CHUNK_VALUES", chunk * 4)
     monkeypatch.setattr(exact, "_QUERIES", 4)
     scores, rows = nearest(index, queries, k)
@@ -51,11 +51,13 @@ def test_search_equals_a_naive_full_sort_with_ties(tmp_path, monkeypatch, chunk,
 
 def test_embeddings_that_are_not_finite_are_last(tmp_path):
     embeddings = np.array([[np.nan, 0], [-1, 0], [1, 0]], np.float32)
-    assert nearest(made_up(tmp_path / "index", embeddings), torch.tensor([[1.0, 0.0]]), 3)[1].tolist() == [[2, 1, 0]]
+    assert nearest(write_index(tmp_path / "index", embeddings), torch.tensor([[1.0, 0.0]]), 3)[1].tolist() == [
+        [2, 1, 0]
+    ]
 
 
 def test_an_empty_index_finds_nothing(tmp_path):
-    index = made_up(tmp_path / "index", np.empty((0, 4), np.float32))
+    index = write_index(tmp_path / "index", np.empty((0, 4), np.float32))
     assert nearest(index, torch.ones(2, 4), 5)[1].shape == (2, 0)
 
 
@@ -71,7 +73,7 @@ def resident(path):
 
 
 def test_the_index_is_not_loaded_into_memory(tmp_path):
-    index = made_up(tmp_path / "index", np.random.default_rng(0).standard_normal((40_000, 128), np.float32))
+    index = write_index(tmp_path / "index", np.random.default_rng(0).standard_normal((40_000, 128), np.float32))
     path = index.folder / index.head.embeddings_name
     assert resident(path) < path.stat().st_size / 4
     most = 0

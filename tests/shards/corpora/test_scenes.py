@@ -74,8 +74,8 @@ def is_true(text: str, scene: Scene) -> bool:
     result = []
     for size, colour, shape in objects:
         where = [
-            centre
-            for thing, centre in zip((scene.first, scene.second, scene.third), scene.centres, strict=True)
+            center
+            for thing, center in zip((scene.first, scene.second, scene.third), scene.centres, strict=True)
             if thing and (thing.colour, thing.shape) == (colour, shape) and size in ("", thing.size)
         ]
         if len(where) != 1:

@@ -49,7 +49,7 @@ def test_quality(tmp_path):
         (Image.new("RGB", (20, 20), (0, 0, 255)).quantize(4), (0, 0, 255)),
         (Image.fromarray(np.full((20, 20), 0x8000, np.uint16)), (128, 128, 128)),
     ],
-    ids=["grey", "transparent", "grey and alpha", "black and white", "palette", "16 bit"],
+    ids=["gray", "transparent", "gray and alpha", "black and white", "palette", "16 bit"],
 )
 def test_any_mode_becomes_rgb(tmp_path, image, expected):
     image.save(tmp_path / "a.png")
@@ -113,7 +113,7 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, reason):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (300, 200), (200, 300), (40, 400)])
-def test_decoded_square_is_the_centre(size):
+def test_decoded_square_is_the_center(size):
     square = decode_picture(read_picture(gradient(*size), 500, 95), 64)
     assert square.shape == (3, 64, 64)
     assert square.dtype == np.uint8

@@ -11,11 +11,11 @@ from shards.media.picture import decode_picture, read_picture
 from tests.shards.media.picture_files import png, tiff
 
 LEVELS = [52, 87, 130, 240]
-GREY = np.kron(np.array(LEVELS).reshape(2, 2), np.ones((16, 16), int))
-COLOUR = np.stack([GREY] * 3, axis=2)
+GRAY = np.kron(np.array(LEVELS).reshape(2, 2), np.ones((16, 16), int))
+COLOUR = np.stack([GRAY] * 3, axis=2)
 WHITE = [52, 255, 130, 240]  # where the second level is transparent
-OPACITY = np.where(GREY == 87, 0, 65535)[..., None]
-SEEN = np.where(GREY == 87, 0, GREY)
+OPACITY = np.where(GRAY == 87, 0, 65535)[..., None]
+SEEN = np.where(GRAY == 87, 0, GRAY)
 BRIGHTEST = [55, 92, 138, 255]  # where the brightest is taken for white
 STRETCHED = [0, 47, 106, 255]
 
@@ -31,22 +31,22 @@ def stored(tmp_path: Path, data: bytes) -> list[int]:
 
 
 TIFFS = {  # values, sample format, photometric, extra samples, expected
-    "16 bits": (np.uint16(GREY * 257), 1, 1, None, LEVELS),
-    "8 bits in 16": (np.uint16(GREY), 1, 1, None, LEVELS),
-    "12 bits in 16": (np.uint16(GREY * 16), 1, 1, None, LEVELS),
-    "signed 16 bits": (np.int16(GREY * 128), 2, 1, None, LEVELS),
-    "signed 16 bits below 0": (np.int16(GREY * 257 - 32768), 2, 1, None, STRETCHED),
-    "int32 of 8 bits": (np.int32(GREY), 2, 1, None, LEVELS),
-    "int32 of 16 bits": (np.int32(GREY * 257), 2, 1, None, LEVELS),
-    "int32": (np.int32(GREY * 8421504), 2, 1, None, LEVELS),
-    "float of 1": (np.float32(GREY / 255), 3, 1, None, LEVELS),
-    "float of 255": (np.float32(GREY), 3, 1, None, LEVELS),
-    "float of 65535": (np.float32(GREY * 257), 3, 1, None, LEVELS),
-    "float a little beyond 0 to 1": (np.float32((GREY - 55) / 184), 3, 1, None, [0, 44, 104, 255]),
-    "float of much light": (np.float32(GREY / 50), 3, 1, None, BRIGHTEST),
-    "float of 1e30": (np.float32(GREY * 1e30), 3, 1, None, BRIGHTEST),
-    "float of 1e-9": (np.float32(GREY * 1e-9), 3, 1, None, BRIGHTEST),
-    "float of -1 to 1": (np.float32(GREY / 127.5 - 1), 3, 1, None, STRETCHED),
+    "16 bits": (np.uint16(GRAY * 257), 1, 1, None, LEVELS),
+    "8 bits in 16": (np.uint16(GRAY), 1, 1, None, LEVELS),
+    "12 bits in 16": (np.uint16(GRAY * 16), 1, 1, None, LEVELS),
+    "signed 16 bits": (np.int16(GRAY * 128), 2, 1, None, LEVELS),
+    "signed 16 bits below 0": (np.int16(GRAY * 257 - 32768), 2, 1, None, STRETCHED),
+    "int32 of 8 bits": (np.int32(GRAY), 2, 1, None, LEVELS),
+    "int32 of 16 bits": (np.int32(GRAY * 257), 2, 1, None, LEVELS),
+    "int32": (np.int32(GRAY * 8421504), 2, 1, None, LEVELS),
+    "float of 1": (np.float32(GRAY / 255), 3, 1, None, LEVELS),
+    "float of 255": (np.float32(GRAY), 3, 1, None, LEVELS),
+    "float of 65535": (np.float32(GRAY * 257), 3, 1, None, LEVELS),
+    "float a little beyond 0 to 1": (np.float32((GRAY - 55) / 184), 3, 1, None, [0, 44, 104, 255]),
+    "float of much light": (np.float32(GRAY / 50), 3, 1, None, BRIGHTEST),
+    "float of 1e30": (np.float32(GRAY * 1e30), 3, 1, None, BRIGHTEST),
+    "float of 1e-9": (np.float32(GRAY * 1e-9), 3, 1, None, BRIGHTEST),
+    "float of -1 to 1": (np.float32(GRAY / 127.5 - 1), 3, 1, None, STRETCHED),
     "colours of 16 bits": (np.uint16(COLOUR * 257), 1, 2, None, LEVELS),
     "colours of 12 bits in 16": (np.uint16(COLOUR * 16), 1, 2, None, LEVELS),
     "colours of 8 bits in 16": (np.uint16(COLOUR), 1, 2, None, LEVELS),
@@ -54,8 +54,8 @@ TIFFS = {  # values, sample format, photometric, extra samples, expected
     "alpha of 16 bits, colours of 12": (np.uint16(np.dstack([COLOUR * 16, OPACITY])), 1, 2, 2, WHITE),
     "alpha multiplied in": (np.uint16(np.dstack([COLOUR * 257 * (OPACITY > 0), OPACITY])), 1, 2, 1, WHITE),
     "alpha of 8 bits multiplied in": (np.uint8(np.dstack([SEEN, SEEN, SEEN, OPACITY // 257])), 1, 2, 1, WHITE),
-    "grey with alpha": (np.uint8(np.dstack([GREY, OPACITY // 257])), 1, 1, 2, WHITE),
-    "grey with alpha multiplied in": (np.uint8(np.dstack([SEEN, OPACITY // 257])), 1, 1, 1, WHITE),
+    "gray with alpha": (np.uint8(np.dstack([GRAY, OPACITY // 257])), 1, 1, 2, WHITE),
+    "gray with alpha multiplied in": (np.uint8(np.dstack([SEEN, OPACITY // 257])), 1, 1, 1, WHITE),
 }  # fmt: skip
 
 
@@ -69,9 +69,9 @@ def test_tiff(tmp_path, values, kind, photometric, extra, expected, order, compr
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_tiff_that_pillow_reads_in_one_byte_order_only(tmp_path, compressed):
-    unsigned = (GREY.astype(np.uint64) * 16843009).astype(np.uint32)  # beyond 2^31 where Pillow's mode is signed
+    unsigned = (GRAY.astype(np.uint64) * 16843009).astype(np.uint32)  # beyond 2^31 where Pillow's mode is signed
     assert stored(tmp_path, tiff(unsigned, 1, compressed=compressed)) == pytest.approx(LEVELS, abs=2)
-    inverted = np.uint16(65535 - GREY * 257)
+    inverted = np.uint16(65535 - GRAY * 257)
     assert stored(tmp_path, tiff(inverted, 1, 0, compressed=compressed)) == pytest.approx(LEVELS, abs=2)
 
 
@@ -79,27 +79,27 @@ def test_tiff_that_pillow_reads_in_one_byte_order_only(tmp_path, compressed):
 @pytest.mark.parametrize("compressed", [False, True])
 def test_pixels_that_are_not_finite_are_refused(tmp_path, order, compressed):
     for bad in (np.nan, np.inf):
-        data = tiff(np.float32(np.where(GREY == 52, bad, GREY)), 3, 1, order, compressed)
+        data = tiff(np.float32(np.where(GRAY == 52, bad, GRAY)), 3, 1, order, compressed)
         with pytest.raises(UserError, match=r"a\.tif: has pixels that are not finite numbers: save it with 8 or 16"):
             stored(tmp_path, data)
 
 
-@pytest.mark.parametrize("values", [np.float64(GREY), np.float16(GREY), np.float32(COLOUR)])
+@pytest.mark.parametrize("values", [np.float64(GRAY), np.float16(GRAY), np.float32(COLOUR)])
 def test_tiff_that_pillow_does_not_read_is_refused(tmp_path, values):
     with pytest.raises(UserError, match="a TIFF picture that is damaged or of a variant that Pillow does not read: c"):
         stored(tmp_path, tiff(values, 3, 2 if values.ndim == 3 else 1))
 
 
 PNGS = {  # values, bits, colour type, transparent level, expected
-    "grey": (GREY * 257, 16, 0, None, LEVELS),
-    "grey, transparent": (GREY * 257, 16, 0, [87 * 257], WHITE),
-    "grey of 12 bits, transparent": (GREY * 16, 16, 0, [87 * 16], WHITE),
-    "grey of 12 bits, white is transparent": (np.where(GREY == 87, 65535, GREY * 16), 16, 0, [65535], WHITE),
-    "grey of 8 bits, transparent": (GREY, 8, 0, [87], WHITE),
-    "grey of 4 bits, transparent": (GREY // 16, 4, 0, [5], [51, 255, 136, 255]),
-    "grey of 2 bits, transparent": (GREY // 64, 2, 0, [1], [0, 255, 170, 255]),
-    "black and white, black is transparent": (GREY // 128, 1, 0, [0], [255] * 4),
-    "black and white, white is transparent": (GREY // 128, 1, 0, [1], [0, 0, 255, 255]),
+    "gray": (GRAY * 257, 16, 0, None, LEVELS),
+    "gray, transparent": (GRAY * 257, 16, 0, [87 * 257], WHITE),
+    "gray of 12 bits, transparent": (GRAY * 16, 16, 0, [87 * 16], WHITE),
+    "gray of 12 bits, white is transparent": (np.where(GRAY == 87, 65535, GRAY * 16), 16, 0, [65535], WHITE),
+    "gray of 8 bits, transparent": (GRAY, 8, 0, [87], WHITE),
+    "gray of 4 bits, transparent": (GRAY // 16, 4, 0, [5], [51, 255, 136, 255]),
+    "gray of 2 bits, transparent": (GRAY // 64, 2, 0, [1], [0, 255, 170, 255]),
+    "black and white, black is transparent": (GRAY // 128, 1, 0, [0], [255] * 4),
+    "black and white, white is transparent": (GRAY // 128, 1, 0, [1], [0, 0, 255, 255]),
     "colours": (COLOUR * 257, 16, 2, None, LEVELS),
     "colours of 12 bits": (COLOUR * 16, 16, 2, None, LEVELS),
     "colours, transparent": (COLOUR * 257, 16, 2, [87 * 257] * 3, WHITE),
@@ -108,7 +108,7 @@ PNGS = {  # values, bits, colour type, transparent level, expected
     "colours of 8 bits, transparent": (COLOUR, 8, 2, [87] * 3, WHITE),
     "alpha": (np.dstack([COLOUR * 257, OPACITY]), 16, 6, None, WHITE),
     "alpha, colours of 12 bits": (np.dstack([COLOUR * 16, OPACITY]), 16, 6, None, WHITE),
-    "grey with alpha": (np.dstack([GREY * 257, OPACITY]), 16, 4, None, WHITE),
+    "gray with alpha": (np.dstack([GRAY * 257, OPACITY]), 16, 4, None, WHITE),
 }  # fmt: skip
 
 
@@ -121,18 +121,18 @@ def test_png(tmp_path, values, bits, colour, transparent, expected):
 
 
 def test_colors_that_cannot_be_scaled_are_refused(tmp_path):
-    data = png(np.dstack([GREY * 16, OPACITY]), 16, 4)
+    data = png(np.dstack([GRAY * 16, OPACITY]), 16, 4)
     with pytest.raises(UserError, match=r"a\.tif: its 16-bit values are almost all black in 8 bits: save it with 8"):
         stored(tmp_path, data)
 
 
 PNMS = {
-    "PGM": b"P5 32 32 65535\n" + (GREY * 257).astype(">u2").tobytes(),
-    "PGM of 12 bits": b"P5 32 32 4095\n" + (GREY * 16).astype(">u2").tobytes(),
+    "PGM": b"P5 32 32 65535\n" + (GRAY * 257).astype(">u2").tobytes(),
+    "PGM of 12 bits": b"P5 32 32 4095\n" + (GRAY * 16).astype(">u2").tobytes(),
     "PPM": b"P6 32 32 65535\n" + (COLOUR * 257).astype(">u2").tobytes(),
     "PPM of 12 bits": b"P6 32 32 4095\n" + (COLOUR * 16).astype(">u2").tobytes(),
-    "PFM": b"Pf\n32 32\n-1.0\n" + (GREY[::-1] / 255).astype("<f4").tobytes(),
-    "PFM, big-endian": b"Pf\n32 32\n1.0\n" + (GREY[::-1] / 255).astype(">f4").tobytes(),
+    "PFM": b"Pf\n32 32\n-1.0\n" + (GRAY[::-1] / 255).astype("<f4").tobytes(),
+    "PFM, big-endian": b"Pf\n32 32\n1.0\n" + (GRAY[::-1] / 255).astype(">f4").tobytes(),
 }
 
 
@@ -148,8 +148,8 @@ def test_colour_pfm_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize(
     "values",
-    [GREY.astype(np.uint8), GREY.astype(np.int32), (GREY * 257).astype("<u2"), (GREY * 257).astype(">u2"),
-     (GREY / 255).astype(np.float32)],
+    [GRAY.astype(np.uint8), GRAY.astype(np.int32), (GRAY * 257).astype("<u2"), (GRAY * 257).astype(">u2"),
+     (GRAY / 255).astype(np.float32)],
     ids=["L", "I", "I;16", "I;16B", "F"],
 )  # fmt: skip
 def test_pictures_in_memory(values):
@@ -172,7 +172,7 @@ def test_pictures_of_one_level_are_not_stretched(level):
 
 def test_scaling_takes_strips(tmp_path, monkeypatch):
     monkeypatch.setattr(pixel_depth, "_STRIP", 5 * 32)
-    for data in (png(COLOUR * 16, 16, 2), tiff(np.float32(GREY / 255), 3)):
+    for data in (png(COLOUR * 16, 16, 2), tiff(np.float32(GRAY / 255), 3)):
         assert stored(tmp_path, data) == pytest.approx(LEVELS, abs=2)
 
 

@@ -116,7 +116,7 @@ def test_quiet_recordings_are_kept_and_named(wave: np.ndarray, subtype: str, war
     assert stored.any()
 
 
-def test_normalised_speech_is_not_called_clipped() -> None:
+def test_normalized_speech_is_not_called_clipped() -> None:
     for seed in range(5):
         assert level_warning(speech(1.0, seed).astype(np.float32)) is None
         assert "clipped: " in str(level_warning((3 * speech(1.0, seed)).clip(-1, 1).astype(np.float32)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shards.errors import UserError
-from tests.toolkit.indexing.made_up import made_up
+from tests.toolkit.indexing.write_index import write_index
 from tests.toolkit.indexing_files import EXPORT, save_audio, save_image, save_images
 from toolkit import search as command
 from toolkit.indexing import approximate
@@ -31,7 +31,7 @@ def clustered(count, dim=16, clusters=40, seed=0):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    index = made_up(tmp_path_factory.mktemp("approximate") / "index", clustered(3000))
+    index = write_index(tmp_path_factory.mktemp("approximate") / "index", clustered(3000))
     assert refresh(index, 3001) is None
     return index, refresh(index, 3000)
 
@@ -80,7 +80,7 @@ def test_equal_and_not_finite_embeddings(tmp_path):
     embeddings = clustered(300)
     embeddings[5] = np.nan
     embeddings[200] = embeddings[100]
-    index = made_up(tmp_path / "index", embeddings)
+    index = write_index(tmp_path / "index", embeddings)
     refresh(index, 1)
     rows = open_approximate(index).nearest(torch.from_numpy(embeddings[100])[None], 300)[1][0].tolist()
     assert rows[:2] == [100, 200]
@@ -89,13 +89,13 @@ def test_equal_and_not_finite_embeddings(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 12])
 def test_small_indexes(tmp_path, count):
-    index = made_up(tmp_path / "index", clustered(count))
+    index = write_index(tmp_path / "index", clustered(count))
     assert refresh(index, 1).recall >= 0.99 or count == 1
     assert len(open_approximate(index).nearest(torch.ones(1, 16), 10)[1][0]) == min(count, 10)
 
 
 def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, monkeypatch):
-    index = made_up(tmp_path / "index", clustered(400))
+    index = write_index(tmp_path / "index", clustered(400))
 
     def fail(*_):
         raise KeyboardInterrupt
@@ -110,7 +110,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, monkeypatch):
 
 
 def test_without_faiss_search_is_exact_and_says_so(tmp_path, monkeypatch, caplog):
-    index = made_up(tmp_path / "index", clustered(50))
+    index = write_index(tmp_path / "index", clustered(50))
     real = builtins.__import__
 
     def missing(name, *rest):
@@ -147,7 +147,7 @@ def damage_rows(folder):
     ],
 )
 def test_damage_is_one_line(tmp_path, damage):
-    index = made_up(tmp_path / "index", clustered(400))
+    index = write_index(tmp_path / "index", clustered(400))
     refresh(index, 1)
     damage(index.folder / index.head.approximate_name)
     with pytest.raises(UserError, match=r"damaged .*(--exact|index again)") as caught:

@@ -37,9 +37,9 @@ def make_waves(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
     return nn.utils.rnn.pad_sequence(waves, batch_first=True), torch.tensor(lengths)
 
 
-def reference(trunk: HubertModel, waves, lengths, normalise: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+def reference(trunk: HubertModel, waves, lengths, normalize: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Hidden states and frame mask computed by transformers; the last state after the trunk's final norm."""
-    extractor = Wav2Vec2FeatureExtractor(do_normalize=normalise, return_attention_mask=True)
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=True)
     rows = [wave[:length].numpy() for wave, length in zip(waves, lengths, strict=True)]
     inputs = extractor(rows, sampling_rate=16000, padding=True, return_tensors="pt")
     mask = inputs.attention_mask if inputs.attention_mask.min() == 0 else None
@@ -79,10 +79,10 @@ def test_the_trained_part_does_not_affect_the_result(values, train):
     assert torch.equal(got.mask, wanted.mask)
 
 
-def stock_difference(trunk: HubertModel, waves, lengths, normalise: bool) -> float:
+def stock_difference(trunk: HubertModel, waves, lengths, normalize: bool) -> float:
     """How much transformers' last states of an utterance change with padding, given an attention mask."""
-    together, mask = reference(trunk, waves, lengths, normalise)
-    alone = [reference(trunk, waves[row : row + 1], lengths[row : row + 1], normalise)[0] for row in range(len(waves))]
+    together, mask = reference(trunk, waves, lengths, normalize)
+    alone = [reference(trunk, waves[row : row + 1], lengths[row : row + 1], normalize)[0] for row in range(len(waves))]
     moved = [
         (together[-1][row, :count] - states[-1][0, :count]).abs().max()
         for row, (states, count) in enumerate(zip(alone, mask.sum(1).tolist(), strict=True))

@@ -97,15 +97,15 @@ def test_another_resize_than_the_trunks_is_refused(tmp_path, name, values, resiz
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("normalise", [None, True, False])
+@pytest.mark.parametrize("normalize", [None, True, False])
 @pytest.mark.parametrize("loudness", [1.0, 0.01])
-def test_waveforms_are_normalized_as_in_the_trunks_training(tmp_path, normalise, nested, loudness):
+def test_waveforms_are_normalized_as_in_the_trunks_training(tmp_path, normalize, nested, loudness):
     write_trunk("hubert-large", tmp_path)
-    if normalise is not None:
-        write_inputs(tmp_path, Wav2Vec2FeatureExtractor(do_normalize=normalise).to_dict(), nested)
+    if normalize is not None:
+        write_inputs(tmp_path, Wav2Vec2FeatureExtractor(do_normalize=normalize).to_dict(), nested)
     wave = loudness * torch.randn(1, 8000, generator=torch.Generator().manual_seed(3)) + 0.1 * loudness
     (features,) = build(speech=tmp_path).speech.frozen_features(F.pad(wave, (0, 500)), torch.tensor([8000]))
-    wanted = wave if normalise is False else F.layer_norm(wave, wave.shape[-1:], eps=1e-5)  # as fairseq
+    wanted = wave if normalize is False else F.layer_norm(wave, wave.shape[-1:], eps=1e-5)  # as fairseq
     torch.testing.assert_close(features.hidden[:, :8000], wanted, atol=1e-5, rtol=0)
 
 

@@ -31,9 +31,9 @@ def test_uniform_numbers_are_uniform_and_uncorrelated(stream):
     assert 1 - 1e-4 < drawn.max() < 1
     counts = torch.histc(drawn, 100, 0, 1)
     assert (((counts - 2000) ** 2) / 2000).sum() < 100 + 5 * 200**0.5
-    centred = drawn - drawn.mean()
-    for other in (centred.roll(1, 0), centred.roll(1, 1)):  # neighbors in the batch, and in a row
-        assert abs((centred * other).mean() / centred.var()) < 5 / drawn.numel() ** 0.5
+    centered = drawn - drawn.mean()
+    for other in (centered.roll(1, 0), centered.roll(1, 1)):  # neighbors in the batch, and in a row
+        assert abs((centered * other).mean() / centered.var()) < 5 / drawn.numel() ** 0.5
 
 
 def test_normal_numbers_have_the_distribution():

@@ -17,7 +17,7 @@ def lengths_to_mask(lengths: list[int], longest: int) -> torch.Tensor:
     return torch.arange(longest) < torch.tensor(lengths)[:, None]
 
 
-def labelled(mask: torch.Tensor) -> torch.Tensor:
+def labeled(mask: torch.Tensor) -> torch.Tensor:
     """Tokens [B, L, 2] that contain their own row and position."""
     batch, length = mask.shape
     return torch.stack(torch.meshgrid(torch.arange(batch), torch.arange(length), indexing="ij"), dim=-1).float()
@@ -119,7 +119,7 @@ def test_swap_takes_spans_of_other_pictures_without_padding(span):
     mask = lengths_to_mask([10, 7, 2, 10, 6, 0], 10)
     mask[3, 4] = False  # padding may be anywhere
     ids = torch.tensor([1, 1, 2, 3, 3, 4])
-    tokens = labelled(mask)
+    tokens = labeled(mask)
     for seed in range(20):
         noised = noise(tokens, mask, "swap", seed, ids=ids, span=span, ratio=0.6)
         for b, t in noised.positions.nonzero().tolist():
@@ -130,7 +130,7 @@ def test_swap_takes_spans_of_other_pictures_without_padding(span):
 
 def test_swapped_spans_are_consecutive_frames_of_one_row():
     mask = torch.ones(6, 30, dtype=torch.bool)
-    noised = noise(labelled(mask), mask, "swap", span=5, ratio=1.0)
+    noised = noise(labeled(mask), mask, "swap", span=5, ratio=1.0)
     same_row = noised.tokens[:, 1:, 0] == noised.tokens[:, :-1, 0]
     following = noised.tokens[:, 1:, 1] == noised.tokens[:, :-1, 1] + 1
     breaks = (~(same_row & following)).sum(1)
@@ -140,7 +140,7 @@ def test_swapped_spans_are_consecutive_frames_of_one_row():
 def test_swap_samples_rows_and_positions_uniformly():
     rows, length = 400, 20
     mask = torch.ones(rows, length, dtype=torch.bool)
-    tokens = labelled(mask)
+    tokens = labeled(mask)
     noised = noise(tokens, mask, "swap", ids=torch.arange(rows) % 4, ratio=1.0)
     assert noised.positions.all()
     for label, choices in ((0, rows), (1, length)):
@@ -152,7 +152,7 @@ def test_swap_samples_rows_and_positions_uniformly():
 
 def test_swap_leaves_rows_without_another_picture_unchanged():
     mask = lengths_to_mask([4, 4, 0], 4)
-    tokens = labelled(mask)
+    tokens = labeled(mask)
     noised = noise(tokens, mask, "swap", ids=torch.tensor([7, 7, 8]), ratio=1.0)  # the third row is padding only
     assert not noised.positions.any()
     assert noised.tokens.equal(tokens)
@@ -227,7 +227,7 @@ def test_the_noise_of_a_row_does_not_depend_on_world_size_and_padding(kind, span
 
 def test_swap_takes_from_the_rows_of_its_group():
     mask = torch.ones(12, 40, dtype=torch.bool)
-    taken = noise(labelled(mask), mask, "swap", ratio=1.0, swap_group=4).tokens[..., 0].long()
+    taken = noise(labeled(mask), mask, "swap", ratio=1.0, swap_group=4).tokens[..., 0].long()
     for row in range(12):
         assert set(taken[row].tolist()) == {n for n in range(12) if n // 4 == row // 4 and n != row}
 

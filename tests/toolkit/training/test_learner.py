@@ -46,7 +46,7 @@ NEIGHBOURS = [1, 0, 3, 2]
 
 
 @pytest.mark.parametrize("side", ["image", "speech"])
-def test_the_control_of_denoising_attends_to_the_neighbours_tokens(side: str) -> None:
+def test_the_control_of_denoising_attends_to_the_neighbors_tokens(side: str) -> None:
     learner = learner_of(denoising=config.Denoising(side=side, target="own", layers=1, noise="mask"))
     images, waves = pairs()
     right = losses(learner, images, waves)

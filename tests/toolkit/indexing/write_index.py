@@ -1,11 +1,11 @@
-"""Indexes of made-up embeddings."""
+"""An index of given embeddings, written without a model."""
 
 from toolkit.indexing.items import Item
 from toolkit.indexing.store import Head, Index, write_head
 from toolkit.indexing.writer import Journal, commit
 
 
-def made_up(out, embeddings, dtype="float16"):
+def write_index(out, embeddings, dtype="float16"):
     """An index of given embeddings [N, D]."""
     out.mkdir()
     head = Head("image", "0" * 64, "", {"kind": "files"}, embeddings.shape[1], dtype)
