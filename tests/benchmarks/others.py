@@ -37,9 +37,12 @@ def webdataset_docs(urls: list[str], size: int, batch: int, workers: int, epochs
 
     def pair(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
         image = sample["jpg"]
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        short = min(image.size)
+        wide, high = size * image.width // short, size * image.height // short  # as in `decode_picture`
+        left, top = (wide - size) // 2, (high - size) // 2
+        scale_x, scale_y = image.width / wide, image.height / high
+        box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
+        square = image.resize((size, size), Image.Resampling.BICUBIC, box)
         wave = sample[f"{random.randrange(CAPTIONS)}.flac"]
         return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), wave, int(sample["__key__"])
 
