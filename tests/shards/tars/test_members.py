@@ -4,7 +4,7 @@ import tarfile
 import pytest
 
 from shards.errors import UserError
-from shards.tars.members import MAX_TEXT, list_tar
+from shards.tars.members import MAX_TEXT, DamagedTar, list_tar, parse_header
 from tests.shards.tars.stock_tars import members, one_caption_each, pack
 
 FILES = {"a.jpg": b"x" * 700, "b/" + "c" * 150 + ".wav": b"", "é.txt": "text é", "d.json": {"a": 1}}
@@ -114,3 +114,11 @@ def test_a_tar_that_shrank(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="is missing"):
         member.read()
+
+
+def test_only_the_first_header_can_be_of_a_compressed_file() -> None:
+    block = b"\x1f\x8b".ljust(512, b"\1")
+    with pytest.raises(DamagedTar, match=r"byte 0 is damaged .* it is compressed, unpack it first"):
+        parse_header(block, 0)
+    with pytest.raises(DamagedTar, match=r"byte 1,024 is damaged \([^)]*\)$"):
+        parse_header(block, 1024)
