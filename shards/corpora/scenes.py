@@ -6,7 +6,7 @@ espeak-ng (GPL-3, the extra `scenes`) or piper (GPL-3, the extra `voices`), in o
 The colors and the shapes of the first two objects, as two unordered pairs, are the scene's cell. Cells are divided
 among the splits, so that dev and test contain combinations never seen in training. The split `twins` has a minimal pair
 for each test picture, in which only the colors (image id TEST-colour) or the positions (TEST-relation) of two objects
-are exchanged. Either is told by the colors and their positions alone; twins in training can also exchange the shapes.
+are exchanged. Colors and their positions suffice to distinguish them; twins in training can also exchange the shapes.
 """
 
 import argparse

@@ -184,7 +184,7 @@ def test_word_error_rate_counts_edits_of_words():
     assert word_error_rate(["A red square, here."], ["a red square here"]) == 0
     assert word_error_rate(["one two three four", "five"], ["one three for", ""]) == pytest.approx(100 * 3 / 5)
     assert word_error_rate(["one"], ["one and more"]) == 200
-    assert word_error_rate(list("k"), ["a b"]) == 200
+    assert word_error_rate(["k"], ["a b"]) == 200
     assert word_error_rate(["k i t t e n"], ["s i t t i n g"]) == 50
     assert word_error_rate(["a b"], [""]) == 100
 
