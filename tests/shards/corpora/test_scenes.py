@@ -21,6 +21,7 @@ from shards.corpora import scenes
 from shards.corpora.drawing import COLOURS, SHAPES, Scene, Thing
 from shards.corpora.item import Item
 from shards.corpora.scenes import IN_ORDER
+from shards.corpora.synthesis import espeak
 from shards.corpora.synthesis.espeak import ACCENTS, VOICES, speak, voices_of
 from shards.errors import UserError
 
@@ -249,6 +250,14 @@ def test_english_speech_stays_as_it_was():
         for caption in item.captions:
             samples.update((caption.audio()[0] * 32768).astype("<i2").tobytes())
     assert samples.hexdigest() == "e826401ac9d1a2133a800c0e403d2f5da711e2fe62a255c1df1488da7863372f"
+
+
+def test_a_voice_found_by_its_file_speaks_as_the_one_found_by_its_name(monkeypatch):
+    voices = [accent + variant for accents in ACCENTS.values() for accent in accents for variant in ("", "+f4")]
+    by_file = [speak("uno: two, drei!", voice, 190, 44)[0] for voice in voices]
+    monkeypatch.setattr(espeak, "_voice_files", lambda data: {})
+    for voice, samples in zip(voices, by_file, strict=True):
+        assert np.array_equal(samples, speak("uno: two, drei!", voice, 190, 44)[0]), voice
 
 
 def test_other_languages_do_not_change_the_pictures_nor_english_captions():
