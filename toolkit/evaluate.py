@@ -21,7 +21,7 @@ from toolkit.config.schema import Config, Fuse
 from toolkit.evaluation.request import Request, build_parser, is_final, read_arguments
 from toolkit.evaluation.results import Result, save_result
 from toolkit.evaluation.summaries.stored import show_stored
-from toolkit.run_folder import load_model, load_run, read_step
+from toolkit.run_folder import RECALL, load_model, load_run, read_step
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECALL, RETRIEVED = "recall.json", "retrieved.png"
+RETRIEVED = "retrieved.png"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from toolkit.config.yaml_files import FLOAT
 if TYPE_CHECKING:
     from toolkit.model.retrieval import SpeechImageModel
 
+LOG, RECALL, ENVIRONMENT = "log.jsonl", "recall.json", "environment.json"  # "recall.json": the final evaluation
 PROGRESS = "progress.json"  # in a checkpoint and in an exported model
 _NOT_RUNS = (  # subfolders of a run
     "checkpoints", "code", "export", "inside", "logs", "profile", "results", "robustness", "transcripts", "wandb",

@@ -17,9 +17,8 @@ from shards.errors import ExitCode, UserError
 from shards.files import read_object
 from toolkit.config.load import SAVED
 from toolkit.config.yaml_files import read_yaml
-from toolkit.run_folder import runs_below
+from toolkit.run_folder import LOG, RECALL, runs_below
 
-LOG, RECALL = "log.jsonl", "recall.json"
 _CHUNK = 2**16
 _SEARCH_LIMIT = 2**23  # bytes of a log that are searched backwards for the last evaluation
 _STATES = {

@@ -16,7 +16,7 @@ from shards.checking.check import CheckResult, split_rows
 from shards.checking.check_shard import STOCK_PICTURES, problem_of_audio, problem_of_picture, text
 from shards.errors import UserError
 from shards.html.chart import histogram, waveform
-from shards.html.render import data_url, write_html
+from shards.html.render import audio_url, data_url, write_html
 from shards.manifest import Manifest
 from shards.media.audio import SAMPLE_RATE
 from shards.reading.reader import MAX_META
@@ -24,7 +24,6 @@ from shards.reading.reader import MAX_META
 SHOWN = 24  # samples
 _MAX_BYTES = 2 << 20  # of a picture or audio file that is shown
 _MAX_CAPTIONS = 5  # shown per sample
-_MIME = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def recording(data: bytes, note: str, problem: str | None = None, **values: Any)
     """
     values = {"text": "", "picture": None, **values, "note": note, "problem": problem, "waveform": "", "audio": None}
     if problem is None:
-        values["audio"] = data_url(_MIME.get(data[:4], "application/octet-stream"), data)
+        values["audio"] = audio_url(data)
         try:
             wave, _ = soundfile.read(io.BytesIO(data), dtype="float32")
             values["waveform"] = waveform(wave, SAMPLE_RATE)

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from shards.files import atomic_write
 
 _HERE = Path(__file__).parent
+_AUDIO_TYPES = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}  # by the first bytes
 
 
 def write_html(path: Path, template: Path, **values: Any) -> None:
@@ -39,6 +40,11 @@ def environment(folder: Path = _HERE) -> Environment:
 def render_macro(template: str, macro: str, *arguments: Any) -> Markup:
     """Render one macro of a template in this folder."""
     return getattr(environment().get_template(template).module, macro)(*arguments)
+
+
+def audio_url(data: bytes) -> str:
+    """Encode an audio file of a shard as a data URL."""
+    return data_url(_AUDIO_TYPES.get(data[:4], "audio/mpeg"), data)
 
 
 def data_url(mime: str, data: bytes) -> str:

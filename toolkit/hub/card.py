@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
 from shards.files import read_object
-from toolkit.run_folder import PROGRESS, load_run, trained_data
+from toolkit.run_folder import ENVIRONMENT, PROGRESS, RECALL, load_run, trained_data
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -86,7 +86,7 @@ def model_card(export: Path, run: Path | None, name: str, license_id: str | None
         model_name=name if results else None,
         tags=_TAGS,
     )
-    environment = read_object(run / "environment.json") if run else {}
+    environment = read_object(run / ENVIRONMENT) if run else {}
     sections = [
         f"# {name}\n\nEmbeds spoken captions and images in one space of {model['embed_dim']} dimensions, so that a "
         "recording finds its image\nand an image its recordings, without text in between.\n",
@@ -139,7 +139,7 @@ def _config(run: Path | None) -> "Config | None":
 
 def _recall(export: Path, run: Path | None) -> dict[str, Any]:
     """Read the run's final results, if they are those of this export."""
-    recall = read_object(run / "recall.json") if run else {}
+    recall = read_object(run / RECALL) if run else {}
     if recall and recall.get("step") != read_object(export / PROGRESS).get("step"):
         logger.warning("%s/recall.json is of another step than %s: left out of the model card", run, export)
         return {}

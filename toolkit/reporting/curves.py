@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.files import read_records
+from toolkit.run_folder import LOG
 
-LOG = "log.jsonl"
 _MAX_STEP = 2**53  # a larger one is no step, and would not fit a float
 
 # Title, and the keys of the curves in it with their names.

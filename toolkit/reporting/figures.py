@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-FINAL = "recall.json"  # the run's final evaluation
 DIRECTION_LABELS = {"speech_to_image": "S>I", "image_to_speech": "I>S"}
 CUTOFFS = ("R@1", "R@5", "R@10")
 RECALL_HEAD = [*(f"{short} {cutoff}" for short in DIRECTION_LABELS.values() for cutoff in CUTOFFS), "mean R@1"]

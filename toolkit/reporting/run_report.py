@@ -13,7 +13,8 @@ from shards.html.chart import line_chart
 from shards.html.render import write_html
 from toolkit.reporting.curves import CHARTS, Curve, curves_of, read_log
 from toolkit.reporting.examples import read_examples
-from toolkit.reporting.figures import FINAL, RECALL_HEAD, final_rows, get, number
+from toolkit.reporting.figures import RECALL_HEAD, final_rows, get, number
+from toolkit.run_folder import RECALL
 
 NAME = "report.html"
 
@@ -35,7 +36,7 @@ def write_report(run: Path) -> None:
         name=run.name,
         summary=summary,
         stops=stops,
-        final=_final(read_object(run / FINAL)),
+        final=_final(read_object(run / RECALL)),
         charts=[chart for chart in charts if chart],
         dev=_dev_table(curves),
         examples=read_examples(run, records),

@@ -13,9 +13,9 @@ from shards.files import read_object
 from toolkit.config.load import SAVED
 from toolkit.config.schema import Config
 from toolkit.evaluation.results import Result, load_results
-from toolkit.reporting.curves import LOG, read_log
-from toolkit.reporting.figures import FINAL, get
-from toolkit.run_folder import fingerprint, flatten, load_run, runs_below
+from toolkit.reporting.curves import read_log
+from toolkit.reporting.figures import get
+from toolkit.run_folder import LOG, RECALL, fingerprint, flatten, load_run, runs_below
 
 _NOT_COMPARED = ("run", "seed", "launch.", "wandb.")  # prefixes of keys that do not make configurations different
 
@@ -95,13 +95,13 @@ def _find(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: no such folder; give a run folder, or a folder of runs")
     found = [folder] if _is_run(folder) else list(runs_below(folder, _is_run))
     if not found:
-        raise UserError(f"{folder} is not a run folder and contains none (no {SAVED} with a {LOG} or {FINAL})")
+        raise UserError(f"{folder} is not a run folder and contains none (no {SAVED} with a {LOG} or {RECALL})")
     order = _submitted(folder)
     return sorted(found, key=lambda run: order.get(run.name, len(order)))
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / SAVED).is_file() and any((folder / name).is_file() for name in (LOG, FINAL))
+    return (folder / SAVED).is_file() and any((folder / name).is_file() for name in (LOG, RECALL))
 
 
 def _submitted(grid: Path) -> dict[str, int]:
@@ -116,7 +116,7 @@ def _submitted(grid: Path) -> dict[str, int]:
 
 def _evaluations(run: Path, results: Sequence[Result]) -> list[RunEvaluation]:
     """Return the stored results; the final one without ranks where it is older than they are."""
-    final = read_object(run / FINAL)
+    final = read_object(run / RECALL)
     same = [result for result in results if _is_same(result, final)]
     evaluations = [
         RunEvaluation(result.report, _data_name(result), any(result is one for one in same[-1:]), result)

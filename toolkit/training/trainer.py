@@ -121,6 +121,8 @@ class Trainer:
         training, progress = self.config.training, self.progress
         last = min(training.steps, progress.step + (training.stop_after or training.steps))
         self.metrics.start(self.learner, self.order.pictures, self.training_manifests)
+        gc.collect()
+        gc.freeze()  # a collection during a step passes over what exists now, so that no rank waits for another's
         with self.watchdog:
             batches = self.batches(range(progress.step, last))
             for step in range(progress.step, last):
@@ -316,6 +318,7 @@ class Trainer:
             self.lease.release()
         self.engine.destroy()
         del self.engine
+        gc.unfreeze()
         gc.collect()
 
     def _evaluation_is_due(self) -> bool:

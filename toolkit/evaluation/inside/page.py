@@ -8,12 +8,11 @@ from markupsafe import Markup
 
 from shards.errors import UserError
 from shards.html.chart import bar_chart, line_chart
-from shards.html.render import data_url, write_html
+from shards.html.render import audio_url, data_url, write_html
 from shards.reading.reader import Reader
 from toolkit.evaluation.inside.result import Inside, describe_gap
 
 PAGE = "inside.html"
-_AUDIO = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
 _NAMES = {"noised": "noised tokens", "right": "rebuilt with its pair", "other": "with another pair's", "none": "alone"}
 
 
@@ -128,5 +127,4 @@ def _image(reference: dict[str, Any], reader: Reader) -> str:
 
 
 def _audio(reference: dict[str, Any], reader: Reader) -> str:
-    stored = reader.audio(reference["caption"])
-    return data_url(_AUDIO.get(stored[:4], "audio/mpeg"), stored)
+    return audio_url(reader.audio(reference["caption"]))

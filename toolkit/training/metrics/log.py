@@ -26,7 +26,7 @@ from toolkit.config.validate import batch_warnings
 from toolkit.data import shared_pictures
 from toolkit.reporting.curves import flat
 from toolkit.reporting.run_report import NAME, write_report
-from toolkit.run_folder import git_state
+from toolkit.run_folder import ENVIRONMENT, LOG, git_state
 from toolkit.training.checkpointing.progress import Progress
 from toolkit.training.metrics.flops import BatchStats
 from toolkit.training.metrics.wandb_run import open_wandb
@@ -34,7 +34,6 @@ from toolkit.training.schedules import trunk_rate
 
 logger = logging.getLogger(__name__)
 
-LOG = "log.jsonl"
 # SIM and CMD with the tokens of another pair, measured at the last step of an interval only.
 CONTROLS = ("matching_control", "matching_accuracy", "matching_control_accuracy", "denoising_control")
 
@@ -69,8 +68,8 @@ class MetricsLogger:
         trained = sum(_size(p) for p in learner.parameters() if p.requires_grad)
         total = sum(_size(p) for p in learner.parameters())
         if self.rank == 0:
-            with self._writing("environment.json"):
-                (self.run / "environment.json").write_text(json.dumps(_environment(self.world_size), indent=1))
+            with self._writing(ENVIRONMENT):
+                (self.run / ENVIRONMENT).write_text(json.dumps(_environment(self.world_size), indent=1))
             for line in (*batch_warnings(c, self.world_size), *shared_pictures(manifests, c.data.train)):
                 logger.warning(line)
         logger.info(

@@ -20,9 +20,8 @@ from toolkit.config.load import SAVED
 from toolkit.config.schema import Wandb
 from toolkit.config.yaml_files import read_yaml
 from toolkit.reporting.curves import flat
+from toolkit.run_folder import ENVIRONMENT, LOG, RECALL
 from toolkit.training.metrics.wandb_run import choose_mode, init_seconds
-
-LOG, RECALL, ENVIRONMENT = "log.jsonl", "recall.json", "environment.json"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The DeepSpeed engine around the learner."""
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,9 +38,10 @@ def make_engine(
         group["lr"] = training.lr * group.get(SCALE, 1.0)
     for state in optimizer.state.values():
         state["step"].zero_()
-    if engine.optimizer is optimizer:  # stage 0 in float32: the others check gradients themselves
+    if engine.optimizer is optimizer:  # stage 0 in float32: the others check and clip gradients themselves
         optimizer.overflow = False  # DeepSpeed reads it after a step
-        optimizer.register_step_pre_hook(_skip_bad_step)
+        optimizer.register_step_pre_hook(partial(_clip_or_skip, training.grad_clip))
+        engine.clip_fp32_gradients = lambda: None  # it takes one norm after the other, and another collective
     return engine
 
 
@@ -61,15 +63,15 @@ def backward(engine: deepspeed.DeepSpeedEngine, loss: Tensor) -> None:
     engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
 
 
-def _skip_bad_step(optimizer: Any, *_: Any) -> None:
-    """Before a step of PyTorch's optimizer: if a gradient is not finite, clear all, and set DeepSpeed's overflow flag.
+def _clip_or_skip(max_norm: float, optimizer: Any, *_: Any) -> None:
+    """Before a step of PyTorch's optimizer: clip gradients; if one is not finite, clear all, and set the overflow flag.
 
-    DeepSpeed's optimizers do the same. Reads the norms of the gradients on the host once a step, as they do. The
+    DeepSpeed's optimizers do the same. Reads the norm of the gradients on the host once a step, as they do. The
     gradients are reduced already, so all ranks decide alike.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norms = torch._foreach_norm([p.grad for p in parameters]) if parameters else [torch.zeros(())]
-    optimizer.overflow = not bool(torch.stack(norms).isfinite().all())
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or torch.inf, foreach=True)
+    optimizer.overflow = not bool(norm.isfinite())
     if optimizer.overflow:
         for parameter in parameters:
             parameter.grad = None
