@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from tests.tiny import HUBERT
 from toolkit.model.build import set_mel_filters
 from toolkit.model.layers import Head
 from toolkit.model.speech import LayerMix, SpeechEncoder, thirds
+from toolkit.model.speech_trunks import BlockConvolution
 
 BASE = {**HUBERT, "feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}  # as HuBERT-base
 LARGE = dict(HUBERT)  # as HuBERT-large
@@ -47,6 +50,30 @@ def reference(trunk: HubertModel, waves, lengths, normalize: bool) -> tuple[list
         output = trunk(inputs.input_values, attention_mask=mask, output_hidden_states=True)
     states = [*output.hidden_states[:-1], output.last_hidden_state]
     return states, trunk._get_feature_vector_attention_mask(states[0].shape[1], inputs.attention_mask)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 40), st.sampled_from([1, 3]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_convolution_by_blocks_equals_a_convolution(stride, strides, more, channels, bias):
+    torch.manual_seed(more)
+    plain = nn.Conv1d(channels, 4, stride * strides, stride, bias=bias)
+    by_blocks = copy.deepcopy(plain)
+    by_blocks.__class__ = BlockConvolution
+    hidden = torch.randn(2, channels, stride * strides + more)
+    results = []
+    for convolution in (plain, by_blocks):
+        inputs = hidden.clone().requires_grad_()
+        output = convolution(inputs)
+        output.square().sum().backward()
+        results.append((output, inputs.grad, *(parameter.grad for parameter in convolution.parameters())))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_convolutions_of_large_models_are_by_blocks_where_the_stride_divides_the_kernel():
+    trunk = make_encoder(conv_kernel=(10, 3, 2), conv_stride=(5, 2, 2), conv_dim=(32, 32, 32)).trunk
+    kinds = [type(layer.conv) for layer in trunk.feature_extractor.conv_layers]
+    assert kinds == [BlockConvolution, nn.Conv1d, BlockConvolution]
 
 
 @pytest.mark.parametrize(
