@@ -122,7 +122,7 @@ class Trainer:
         last = min(training.steps, progress.step + (training.stop_after or training.steps))
         self.metrics.start(self.learner, self.order.pictures, self.training_manifests)
         gc.collect()
-        gc.freeze()  # a collection during a step passes over what exists now, so that no rank waits for another's
+        gc.freeze()  # collections during steps skip what exists now: all ranks would wait for the one that collects
         with self.watchdog:
             batches = self.batches(range(progress.step, last))
             for step in range(progress.step, last):

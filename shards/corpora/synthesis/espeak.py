@@ -143,7 +143,7 @@ def _synthesize(library: ctypes.CDLL, data: str, text: str, voice: str, speed: i
 
 @cache
 def _voice_files(data: str) -> dict[str, str]:
-    """Return the file of each accent, by which espeak-ng finds it without reading the files of all languages (4 ms)."""
+    """Return the file of each accent; given a name, espeak-ng reads the files of all languages, which takes 4 ms."""
     folder = Path(data, "lang")
     return {file.name.lower(): str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
