@@ -1,8 +1,8 @@
 """Collectives on tensors: gathers with and without gradient, several tensors at once, and the exchange of single rows.
 
 Rank and world size are arguments; with a world size of 1 no process group is used. Every rank calls each function, in
-the same order. The global batch is the concatenation of the ranks' batches: row `r` of rank `o` is global row
-`o * B + r`.
+the same order. The global batch is the concatenation of the ranks' batches: row `i` of rank `r` is global row
+`r * B + i`.
 
 Gradients are those of the sum of the ranks' losses. With the ranks' gradients averaged afterwards, as in data
 parallelism, N ranks with a loss that is a mean over B rows have exactly one rank's gradient on N * B rows.
@@ -146,8 +146,8 @@ class RowExchange:
         Args:
             batch: Index of the batch, below K.
             tensor: [B, ...], of equal shape and dtype on all ranks.
-            constant: [C, ...], further rows after those of `tensor`, without gradient, on the device or the CPU; rank o
-                then owns the global rows from o * (B + C) on.
+            constant: [C, ...], further rows after those of `tensor`, without gradient, on the device or the CPU; rank r
+                then owns the global rows from r * (B + C) on.
 
         Returns:
             [n, ...], the rows in the order of the index.
@@ -224,7 +224,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # All-reduce and a cut, because gloo's reduce-scatter came later than the oldest torch that is supported.
+        # All-reduce and a slice: in the oldest supported torch, gloo has no reduce-scatter.
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total[ctx.first : ctx.first + ctx.rows], None, None

@@ -4,8 +4,8 @@ A module has `add_arguments(parser)` for its options and `read(options, bad) -> 
 cannot be used to `bad`. Its docstring shows the layout on disk. `load` reads a corpus, locates its files and checks it
 for duplicates.
 
-A module may also have `share_pictures(items) -> set[str]`: splits that may have pictures in common with one another,
-which is then no leak; see `places.py`.
+A module may also have `splits_sharing_pictures(items) -> set[str]`: splits that may have pictures in common with one
+another, which is then no leak; see `places.py`.
 
 A corpus is listed in `CORPORA`; where its module has another name or is in a subpackage, also in `_MODULES`.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Name of the module -> its line in the help.
+# Name of the corpus -> its line in the help.
 CORPORA = {
     "scenes": "drawn scenes with synthetic speech, made here",
     "flickr8k": "Flickr8k Audio Caption Corpus",
@@ -63,7 +63,7 @@ def load(name: str, options: argparse.Namespace) -> Corpus:
     """Read a corpus and check all of it before anything is written.
 
     Args:
-        name: Name of the corpus's module.
+        name: Name of the corpus.
         options: Options of the module, and `skip_bad`: whether bad records and duplicates are dropped.
 
     Raises:
@@ -83,8 +83,8 @@ def load(name: str, options: argparse.Namespace) -> Corpus:
         check_split_names(items)
         files = FileFinder()
         items = located(items, files, options.skip_bad)
-        share_pictures = getattr(module(name), "share_pictures", lambda items: ())(items)
-        repeats = RepeatFinder(bad, files, share_pictures)
+        splits_sharing_pictures = getattr(module(name), "splits_sharing_pictures", lambda items: ())(items)
+        repeats = RepeatFinder(bad, files, splits_sharing_pictures)
         items = repeats.without_repeats(items)
         bad.raise_if_any("keep one of the two, or --skip-bad drops and reports duplicates")
     if not items and bad.dropped:

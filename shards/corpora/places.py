@@ -63,7 +63,7 @@ def read(options: argparse.Namespace, bad: BadRecords) -> list[Item]:
     return items
 
 
-def share_pictures(items: Sequence[Item]) -> set[str]:
+def splits_sharing_pictures(items: Sequence[Item]) -> set[str]:
     """Return the splits that may share pictures: those of seen and of unseen speakers."""
     return {item.split for item in items} - {"train"}
 

@@ -53,10 +53,10 @@ _Key = Callable[[_Use], str | None]
 class RepeatFinder:
     """Removes duplicates from a corpus."""
 
-    def __init__(self, bad: BadRecords, files: FileFinder, share_pictures: Collection[str] = ()) -> None:
+    def __init__(self, bad: BadRecords, files: FileFinder, splits_sharing_pictures: Collection[str] = ()) -> None:
         self._bad = bad
         self._files = files
-        self._shared = set(share_pictures)
+        self._shared = set(splits_sharing_pictures)
         self._removed: set[int] = set()  # ids of items and captions
         self._shared_audio: list[str] = []
 

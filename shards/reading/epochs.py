@@ -46,8 +46,8 @@ class Share:
     """Number of pairs that one source has in a shard group's part of each batch, exact for any number of steps.
 
     The sources divide the interval from 0 to the number of pairs; this one has the part from `low` to `high`. Rounding
-    the ends down, rather than the lengths, fills every batch, and the number of pictures drawn before any step differs
-    from the source's weight by less than one.
+    the ends down, rather than the lengths, fills every batch, and the number of pictures drawn before step `s` differs
+    from `s * mean` by less than one.
     """
 
     low: Fraction

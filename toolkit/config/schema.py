@@ -132,7 +132,7 @@ class Momentum:
 class Contrastive:
     """Speech-image contrastive loss (SIC): coarse alignment of the embeddings."""
 
-    weight: float = 1.0  # loss weight; 0: off
+    weight: float = 1.0  # loss weight; 0: computed, but not trained
     temperature: float = 0.07  # initial temperature
     learn_temperature: bool = True
     min_temperature: float = 0.001  # lower bound of a learned temperature

@@ -1,7 +1,7 @@
 """Rank both directions at once: every caption against all pictures, and every picture against all captions.
 
 The scores of all pairs are computed once, tile by tile, and serve both directions. A tile is compared with the scores
-of the correct pairs while it is in the processor's cache: how many candidates are below a correct one, or equal to it,
+of the correct pairs while it is in the CPU's cache: how many candidates are below a correct one, or equal to it,
 determines recall and all other measures, and needs no sorting. Only the best k candidates of each query are selected.
 """
 

@@ -40,7 +40,7 @@ class ScoredCandidates:
     logits: Tensor  # float32 [M], match logits
     pairs: tuple[Tensor, Tensor]  # int64 [Q, k] of each direction, positions among the pairs
     correct: tuple[Tensor, Tensor]  # bool [Q, k] of each direction, True for correct candidates
-    seconds: float  # per query and rank
+    seconds: float  # of one process, per query
 
     def fit_weight(self) -> float:
         """Fit the weight of the match logit to these candidates; see `fit_weight`."""

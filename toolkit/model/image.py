@@ -160,14 +160,14 @@ class ImageEncoder(PartlyFrozen):
         """Yield the modules that are never trained, from the input up."""
         if self.frozen_layers is None:
             return
-        yield from self.stack()[0]
+        yield from self.inputs_and_layers()[0]
         yield from self.layers[: self.frozen_layers]
         if self._all_frozen:
             yield self.final_norm
             if self.has_pooling:
                 yield self.trunk.head
 
-    def stack(self) -> tuple[tuple[nn.Module, ...], nn.ModuleList]:
+    def inputs_and_layers(self) -> tuple[tuple[nn.Module, ...], nn.ModuleList]:
         """Return the trunk's modules before its layers, and its layers."""
         inputs = [getattr(self.trunk, name) for name in ("embeddings", "pre_layrnorm") if hasattr(self.trunk, name)]
         return tuple(inputs), self.layers

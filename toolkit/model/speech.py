@@ -115,7 +115,7 @@ class SpeechEncoder(PartlyFrozen):
             yield parts.norm
         yield from parts.layers[: self.frozen_layers]
 
-    def stack(self) -> tuple[tuple[nn.Module, ...], nn.ModuleList]:
+    def inputs_and_layers(self) -> tuple[tuple[nn.Module, ...], nn.ModuleList]:
         """Return the trunk's modules before its layers, and its layers."""
         return self.parts.inputs, self.parts.layers
 

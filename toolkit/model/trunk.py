@@ -86,7 +86,7 @@ class PartlyFrozen(nn.Module, abc.ABC):
         """Yield the parts that are never trained."""
 
     @abc.abstractmethod
-    def stack(self) -> tuple[tuple[nn.Module, ...], nn.ModuleList]:
+    def inputs_and_layers(self) -> tuple[tuple[nn.Module, ...], nn.ModuleList]:
         """Return the trunk's modules before its layers, and its layers."""
 
     def freeze(self) -> None:
@@ -109,7 +109,7 @@ class PartlyFrozen(nn.Module, abc.ABC):
         Raises:
             UserError: peft is not installed, or there are no such linear layers.
         """
-        add_adapters(self.trunk, self.stack()[1], rank, alpha, targets, key)
+        add_adapters(self.trunk, self.inputs_and_layers()[1], rank, alpha, targets, key)
         self.lora, self.frozen_layers = True, 0
         self.freeze()
 
@@ -126,7 +126,7 @@ class PartlyFrozen(nn.Module, abc.ABC):
 
         Layers count from 1; what is before them is layer 0, and what is after them belongs to the last.
         """
-        inputs, layers = self.stack()
+        inputs, layers = self.inputs_and_layers()
         found = {id(parameter): len(layers) for parameter in self.trunk.parameters()}
         found |= {id(parameter): 0 for module in inputs for parameter in module.parameters()}
         for depth, layer in enumerate(layers, start=1):

@@ -84,7 +84,7 @@ class HardNegatives:
         return Encoded(self._speech.embedding, frames, mask), image
 
 
-def stack(*parts: Encoded) -> Encoded:
+def concatenate(*parts: Encoded) -> Encoded:
     """Concatenate batches along their rows, padded to the longest."""
     length = max(part.tokens.shape[1] for part in parts)
     return Encoded(

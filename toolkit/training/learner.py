@@ -4,7 +4,7 @@ batch -> frozen trunks (once) -> student: embeddings, tokens
                               -> teacher: keys, clean tokens          no gradient
 SIC  student embeddings against the keys of all ranks and the queue
 SIM  fusion of matching pairs and of hard negatives drawn by SIC's similarities
-CMD  noised tokens of one modality rebuilt by attending to the other
+CMD  noised tokens of one modality reconstructed by attending to the other
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from toolkit.objectives.contrastive import contrastive_loss
 from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.objectives.denoising import add_noise, denoising_loss
 from toolkit.objectives.matching import matching_accuracy, matching_loss
-from toolkit.training.hard_negatives import HardNegatives, stack
+from toolkit.training.hard_negatives import HardNegatives, concatenate
 from toolkit.training.metrics.spans import span
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import ContrastiveKeys, EmbeddingQueue, TokenQueue
@@ -109,16 +109,16 @@ class Learner(nn.Module):
             randomness: Random numbers of negatives and noise.
             cached: Gradients of SIC, where it was computed over the accumulated batch.
             token_queue: Pairs of earlier batches, further candidates for SIM's negatives.
-            measure_controls: Also measure SIM and CMD with the tokens of another pair in place of the right ones; a
-                loss that does not get worse by that does not use them.
+            measure_controls: Also compute SIM and CMD with the tokens of another pair in place of the right ones; if
+                a loss does not increase, the objective ignores those tokens.
             coarse: Compute SIC alone.
 
         Returns:
             Scalars by name, of which `loss` is minimized and the rest are detached, and what is pushed to the queues.
         """
         matching, denoising = self.objectives.matching, self.objectives.denoising
-        match, denoise = matching.weight and not coarse, denoising.weight and not coarse
-        needs_teacher = cached is None or (denoise and denoising.target == "teacher")  # see `encode`
+        use_matching, use_denoising = matching.weight and not coarse, denoising.weight and not coarse
+        needs_teacher = cached is None or (use_denoising and denoising.target == "teacher")  # see `encode`
         speech, image, teacher_speech, teacher_image = self.encode(batch, teacher if needs_teacher else None)
         temperature = self.model.temperature()
 
@@ -131,15 +131,15 @@ class Learner(nn.Module):
             embeddings = speech.embedding, image.embedding
             losses = {"contrastive": self.contrast(*embeddings, keys, queue, batch.ids, temperature, alpha)}
 
-        if match:
+        if use_matching:
             uniforms = randomness.negatives
             negatives = self.request_negatives(speech, image, keys, batch.ids, temperature, uniforms, token_queue)
-        if denoise:  # between request and fetch of the negatives: it hides the wait for them
+        if use_denoising:  # between request and fetch of the negatives: it hides the wait for them
             clean = (speech, image) if denoising.target == "own" else (teacher_speech, teacher_image)
             denoising_losses = self.denoise(speech, image, *clean, batch.ids, randomness.noise, measure_controls)
-        if match:
+        if use_matching:
             losses |= self.match(speech, image, negatives, measure_controls)
-        if denoise:
+        if use_denoising:
             losses |= denoising_losses
 
         weights = {name: getattr(self.objectives, name).weight for name in ("contrastive", "matching", "denoising")}
@@ -165,7 +165,7 @@ class Learner(nn.Module):
         with span("teacher"):
             return (*student, *teacher(*features))
 
-    @span("gather of keys")
+    @span("gather keys")
     def gather_keys(self, speech: Tensor, image: Tensor, ids: Tensor, differentiable: bool) -> ContrastiveKeys:
         """Gather the keys of all ranks: one collective for both modalities and the identities."""
         embeddings, integers = gather_packed([speech, image], [ids], self.rank, self.world_size, differentiable)
@@ -217,10 +217,10 @@ class Learner(nn.Module):
     def match(
         self, speech: Encoded, image: Encoded, negatives: HardNegatives, measure_controls: bool
     ) -> dict[str, Tensor]:
-        """Compute SIM: classify matching pairs and those with a hard negative; as a control, with wrong patches."""
-        wrong_speech, wrong_image = negatives.fetch()
-        # Row by row: the matching pairs, each utterance with a wrong picture, each picture with a wrong utterance.
-        utterances, pictures = stack(speech, speech, wrong_speech), stack(image, wrong_image, image)
+        """Compute SIM: classify matching pairs and those with a hard negative; as a control, with other patches."""
+        negative_speech, negative_image = negatives.fetch()
+        # Row by row: matching pairs, each utterance with a negative picture, each picture with a negative utterance.
+        utterances, pictures = concatenate(speech, speech, negative_speech), concatenate(image, negative_image, image)
         logits = self._match_logits(utterances, pictures)
         losses = {"matching": matching_loss(*logits, negatives.valid)}
         if measure_controls and len(speech.mask) > 1:
@@ -232,7 +232,7 @@ class Learner(nn.Module):
         return losses
 
     def _match_logits(self, speech: Encoded, image: Encoded) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [B, 2] of matching pairs, of pairs with a wrong picture, and of pairs with a wrong utterance."""
+        """Logits [B, 2] of matching pairs, of pairs with a negative picture, and of pairs with a negative utterance."""
         positive, negative_image, negative_speech = self.model.match(speech, image).chunk(3)
         return positive, negative_image, negative_speech
 
@@ -247,7 +247,7 @@ class Learner(nn.Module):
         random: CounterRNG,
         measure_controls: bool,
     ) -> dict[str, Tensor]:
-        """Compute CMD: rebuild each noised side by attending to the other; as a control, to another pair's."""
+        """Compute CMD: reconstruct each noised side by attending to the other; as a control, to another pair's."""
         sides = {"image": (image, speech, clean_image), "speech": (speech, image, clean_speech)}
         c = self.objectives.denoising
         losses: list[Tensor] = []
@@ -263,8 +263,8 @@ class Learner(nn.Module):
             losses.append(denoising_loss(denoiser(noised.tokens, student.mask, other.tokens, other.mask), *target))
             if measure_controls and len(ids) > 1:
                 with _no_side_effects(other.mask.device):
-                    wrong = other[_neighbors(other.mask)]
-                    tokens = denoiser(noised.tokens, student.mask, wrong.tokens, wrong.mask)
+                    control = other[_neighbors(other.mask)]
+                    tokens = denoiser(noised.tokens, student.mask, control.tokens, control.mask)
                     control_losses.append(denoising_loss(tokens, *target))
         means = {"denoising": torch.stack(losses).mean()}
         return means | ({"denoising_control": torch.stack(control_losses).mean()} if control_losses else {})

@@ -112,8 +112,8 @@ class Trainer:
         """Take the remaining steps; evaluate, save and log as configured.
 
         A signal that requests a stop lets the step under way complete; it is saved, and an evaluation that is due is
-        left out, since the sender will not wait for it. While steps are being skipped, periodic
-        checkpoints are left out: an older one may be the last with finite weights.
+        left out unless training is complete, since the sender will not wait for it. While steps are being skipped,
+        periodic checkpoints are left out: an older one may be the last with finite weights.
 
         Raises:
             UserError: Too many steps in a row had a loss or gradient that is not finite.
@@ -203,7 +203,7 @@ class Trainer:
         if self.engine.was_step_applied():
             self.progress.skipped_in_a_row = 0
             self.exact_temperature.refresh()  # the optimizer's float32 value has changed
-            with span("teacher's average, queue"):
+            with span("update teacher and queues"):
                 self.update_teacher_and_queues(step, entries)
         else:
             self._count_skipped()
@@ -229,7 +229,7 @@ class Trainer:
         The ranks' stop signals are reduced in the same collective, so that all of them stop after the same step.
         """
         failure: Exception | None = None
-        with span("agreement of the ranks"):
+        with span("rank synchronization"):
             try:
                 with span("data"):
                     batch = next(batches)

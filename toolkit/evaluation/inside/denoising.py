@@ -1,4 +1,4 @@
-"""How well the denoiser of CMD rebuilds noised tokens, by the ratio of noise and by what it sees of the other modality.
+"""How well CMD's denoiser reconstructs noised tokens, by the ratio of noise and by what it sees of the other modality.
 
 The loss is the run's own (`objectives.denoising.loss`) over the noised tokens, at ratio 0 over all tokens, against the
 model's own clean tokens. In training the clean tokens are those of `objectives.denoising.target`, by default of the
@@ -17,7 +17,7 @@ from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.objectives.denoising import add_noise, denoising_loss
 
 RATIOS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-_CURVES = ("noised", "right", "other", "none")  # the noised tokens, and those rebuilt with each context of the denoiser
+_CURVES = ("noised", "right", "other", "none")  # noised tokens, and those reconstructed with each context
 
 
 @torch.no_grad()
@@ -30,15 +30,15 @@ def denoising_curves(
     """Measure the loss by ratio of noise.
 
     Args:
-        denoisers: Denoiser in evaluation mode, float32, by the modality that it rebuilds.
+        denoisers: Denoiser in evaluation mode, float32, by the modality that it reconstructs.
         batches: Encoded speech and images of pairs of different pictures, and their sample numbers int64 [B], B > 1.
         settings: Kind of noise, and loss; the ratio is not used.
         seed: Seed of the noise.
 
     Returns:
         For each modality {"loss": its name, "ratio": `RATIOS`, "noised": loss of the noised tokens themselves, "right":
-        of the rebuilt tokens given the other modality of the same pair, "other": of another pair, "none": without it};
-        {"reason"} if there are no batches.
+        of the reconstructed tokens given the other modality of the same pair, "other": of another pair, "none": without
+        it}; {"reason"} if there are no batches.
     """
     sums = {side: torch.zeros(len(_CURVES), len(RATIOS), dtype=torch.float64) for side in denoisers}
     counts = {side: torch.zeros(len(RATIOS), dtype=torch.float64) for side in denoisers}

@@ -13,7 +13,12 @@ from shards.reading.reader import Reader
 from toolkit.evaluation.inside.result import Inside, describe_gap
 
 PAGE = "inside.html"
-_NAMES = {"noised": "noised tokens", "right": "rebuilt with its pair", "other": "with another pair's", "none": "alone"}
+_NAMES = {
+    "noised": "noised tokens",
+    "right": "reconstructed with its pair",
+    "other": "with another pair's",
+    "none": "alone",
+}
 
 
 def write_page(result: Inside, reader: Reader) -> Path:

@@ -55,8 +55,8 @@ class Inside:
         attention: Pairs drawn in `attention-N.png`: {"image": file name, "query": reference, "match": probability of a
             match, "words": [{"word", "start", "end"}] in seconds, or null without text}; {"reason"} if there are none.
         denoising: By modality: {"loss": name of CMD's loss, "ratio" [n], and losses of the noised tokens "noised" [n],
-            and of tokens rebuilt from the "right" [n], "other" [n] or "none" [n] of the other modality; {"reason"} if
-            the denoiser is not available.
+            and of tokens reconstructed from the "right" [n], "other" [n] or "none" [n] of the other modality;
+            {"reason"} if the denoiser is not available.
     """
 
     folder: Path

@@ -28,7 +28,7 @@ def load_denoisers(run: Path, config: Config, model: SpeechImageModel, step: int
     """Load the denoisers that were trained with an exported model.
 
     Returns:
-        Denoisers with float32 weights in evaluation mode, on the CPU, by the modality that they rebuild.
+        Denoisers with float32 weights in evaluation mode, on the CPU, by the modality that they reconstruct.
 
     Raises:
         UserError: The run trained none, it has no checkpoint of this step, or the checkpoint is damaged.

@@ -43,17 +43,17 @@ TRACED = 3  # steps
 # Spans in the order of a step, with their titles.
 _PARTS = {
     "data": "waiting for data",
-    "agreement of the ranks": "waiting for the other ranks' data",
+    "rank synchronization": "waiting for the other ranks' data",
     "frozen trunks": "frozen trunks",
     "encoders": "heads and trained layers",
     "teacher": "teacher's heads and trained layers",
-    "gather of keys": "gather of keys",
+    "gather keys": "gather keys",
     "SIC": "SIC",
     "SIM": "SIM: negatives, fusion",
     "CMD": "CMD",
     "backward": "backward",
     "optimizer": "optimizer",
-    "teacher's average, queue": "teacher's average, queue",
+    "update teacher and queues": "update teacher and queues",
     REST: "rest",
 }
 

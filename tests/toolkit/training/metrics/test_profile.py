@@ -257,7 +257,7 @@ def test_a_profile_divides_the_time_of_steps_and_leaves_the_run_unchanged(shards
     assert sum(result.parts.values()) == pytest.approx(result.step)
     assert set(result.parts) == set(profile._PARTS)
     assert result.parts_slowest["data"] > 0.1 > result.parts["data"] > 0.05, "two micro-batches of 50 ms on one of two"
-    assert result.parts_slowest["agreement of the ranks"] > 0.06, "the other rank waits for them"
+    assert result.parts_slowest["rank synchronization"] > 0.06, "the other rank waits for them"
     assert result.parts["optimizer"] > 0.2
     assert result.fastest <= result.step <= result.slowest
     assert result.pairs_per_second * result.step == pytest.approx(8)
