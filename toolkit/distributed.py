@@ -11,16 +11,13 @@ parallelism, N ranks with a loss that is a mean over B rows have exactly one ran
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from toolkit.launcher import check_alone
-
-T = TypeVar("T")
-
 
 # torch 2.13 renamed all_gather_into_tensor and warns of the old name; earlier versions have only that one.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -1,6 +1,6 @@
 """Validation of the configuration: the range of each value, and combinations that are not allowed."""
 
-import functools
+from operator import attrgetter
 from typing import Any
 
 from shards.augment.settings import IMAGE_KINDS, SPEECH_KINDS
@@ -16,7 +16,7 @@ def check_config(config: Config) -> None:
     """
     for expected, (is_valid, keys) in _RANGES.items():
         for key in keys.split():
-            value = _get(config, key)
+            value = attrgetter(key)(config)
             if not all(is_valid(item) for item in (value if isinstance(value, list) else [value])):
                 raise UserError(f"--{key} is {value}; expected {expected}")
     rules = (_objective_rules, _model_rules, _trunk_rules, _training_rules, _augment_rules)
@@ -252,7 +252,7 @@ def _augment_rules(config: Config) -> list[Rule]:
     rules = []
     for (low, high), keys in _AUGMENT_LIMITS.items():
         for key in keys.split():
-            value = _get(config, f"data.augment.{key}")
+            value = attrgetter(key)(config.data.augment)
             is_valid = len(value) == 2 and low <= value[0] <= value[1] <= high
             expected = f"two numbers from {low} to {high}, the smaller first"
             rules.append((not is_valid, f"--data.augment.{key} is {value}; expected {expected}"))
@@ -306,7 +306,3 @@ def batch_warnings(config: Config, world_size: int) -> list[str]:
                 f"CMD's noise depends on the number of ranks; set it to {best}"
             )
     return warnings
-
-
-def _get(config: Config, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)

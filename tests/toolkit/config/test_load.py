@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,7 @@ def test_precedence_is_command_line_file_base_default(tmp_path):
 )
 def test_values(key, text, expected):
     for arguments in ([f"--{key}", text], [f"--{key}={text}"]):
-        value = load_config(arguments)
-        for name in key.split("."):
-            value = getattr(value, name)
+        value = attrgetter(key)(load_config(arguments))
         assert value == expected
         assert type(value) is type(expected)
 

@@ -1,7 +1,7 @@
 """Keys of earlier versions are still read, with one warning that names the new key; a saved run needs none."""
 
-import functools
 import json
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,9 @@ def new_name(old):
     return f"{old.rpartition('.')[0]}.{RENAMED_KEYS[old]}"
 
 
-def get(config, key):
-    return functools.reduce(getattr, key.split("."), config)
-
-
 def other_value(key):
     """A valid value that is not the default."""
-    default = get(Config(), key)
+    default = attrgetter(key)(Config())
     return not default if isinstance(default, bool) else default + 1
 
 
@@ -46,9 +42,9 @@ def renamed(request):
 
 def test_new_keys_exist_and_old_ones_do_not():
     for old in RENAMED_KEYS:
-        get(Config(), new_name(old))
+        attrgetter(new_name(old))(Config())
         with pytest.raises(AttributeError):
-            get(Config(), old)
+            attrgetter(old)(Config())
 
 
 @pytest.mark.parametrize("dotted", [False, True])
@@ -56,7 +52,7 @@ def test_in_a_file(renamed, dotted, tmp_path, capsys):
     old, new, value = renamed
     file = tmp_path / "mine.yaml"
     file.write_text(f"{old}: {json.dumps(value)}" if dotted else nested(old, value))
-    assert get(load_config(["--config", str(file)]), new) == value
+    assert attrgetter(new)(load_config(["--config", str(file)])) == value
     assert capsys.readouterr().err == f"warning: {file}: {old} is now {new}\n"
 
 
@@ -66,7 +62,7 @@ def test_in_a_base_file(renamed, tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text("base: parent.yaml\nseed: 3")
     config = load_config(["--config", str(file)])
-    assert (get(config, new), config.seed) == (value, 3)
+    assert (attrgetter(new)(config), config.seed) == (value, 3)
     assert capsys.readouterr().err == f"warning: {tmp_path / 'parent.yaml'}: {old} is now {new}\n"
 
 
@@ -74,13 +70,13 @@ def test_in_a_base_file(renamed, tmp_path, capsys):
 def test_on_the_command_line(renamed, joined, capsys):
     old, new, value = renamed
     text = json.dumps(value)
-    assert get(load_config([f"--{old}={text}"] if joined else [f"--{old}", text]), new) == value
+    assert attrgetter(new)(load_config([f"--{old}={text}"] if joined else [f"--{old}", text])) == value
     assert capsys.readouterr().err == f"warning: --{old} is now {new}\n"
 
 
 def test_the_new_key_needs_no_warning(renamed, capsys):
     _, new, value = renamed
-    assert get(load_config([f"--{new}", json.dumps(value)]), new) == value
+    assert attrgetter(new)(load_config([f"--{new}", json.dumps(value)])) == value
     assert capsys.readouterr().err == ""
 
 
@@ -107,8 +103,8 @@ def test_in_a_sweep(renamed, tmp_path, caplog):
 def test_in_a_saved_run(renamed, tmp_path, capsys):
     old, new, value = renamed
     (tmp_path / "config.yaml").write_text(nested(old, value))
-    assert get(load_run(tmp_path), new) == value
-    assert get(load_config(["--run", str(tmp_path)]), new) == value
+    assert attrgetter(new)(load_run(tmp_path)) == value
+    assert attrgetter(new)(load_config(["--run", str(tmp_path)])) == value
     assert capsys.readouterr().err == ""
 
 
