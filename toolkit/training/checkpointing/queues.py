@@ -1,6 +1,5 @@
 """State of the queues and of the model's buffers in a checkpoint."""
 
-import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -9,8 +8,6 @@ from torch import Tensor, nn
 from shards.errors import UserError
 from toolkit.training.checkpointing.progress import Marker
 from toolkit.training.queue import EmbeddingQueue, TokenQueue
-
-_TOKENS = re.compile(r"tokens-\d{5}\.safetensors")
 
 
 def shared_state(module: nn.Module, queue: EmbeddingQueue) -> dict[str, Tensor]:
@@ -56,7 +53,7 @@ def load_token_queue(marker: Marker, queue: TokenQueue, rank: int, world_size: i
     Returns:
         None, or the reason why it was not loaded and is empty.
     """
-    names = sorted(info.name for info in marker.files if _TOKENS.fullmatch(info.name))
+    names = sorted(info.name for info in marker.files if info.name.startswith("tokens-"))
     try:
         if queue.world_size < world_size:  # each rank has a separate queue
             if len(names) != world_size:
