@@ -54,7 +54,6 @@ def add_noise(
     snr_db: float,
     random: CounterRNG,
     swap_group: int,
-    mask_token: Tensor | None = None,
 ) -> Noised:
     """Noise a fraction of the tokens in spans, without synchronizing with the device.
 
@@ -64,7 +63,7 @@ def add_noise(
       group and the positions in that row, without padding (a row shorter than the span is repeated). A row whose group
       has no other picture keeps its tokens, with `positions` False. With span 1, single tokens are swapped.
     - gaussian: white noise is added, at `snr_db` below the mean power of the row's tokens.
-    - mask: tokens are replaced by zeros or `mask_token`.
+    - mask: tokens are replaced by zeros.
 
     The noise of a row does not depend on how the batch is distributed over ranks, if no swap group is split.
 
@@ -78,7 +77,6 @@ def add_noise(
         snr_db: Signal-to-noise ratio of Gaussian noise, in dB.
         random: Random numbers of the rows.
         swap_group: Rows of the global batch per group: rows 0 to swap_group - 1, and so on.
-        mask_token: [H], for mask; None: zeros.
 
     Raises:
         ValueError: The noise is unknown, or the span is not positive.
@@ -93,7 +91,7 @@ def add_noise(
     elif noise == "gaussian":
         replacement = tokens + _white_noise(tokens, mask, snr_db, random)
     elif noise == "mask":
-        replacement = torch.zeros_like(tokens) if mask_token is None else mask_token.to(tokens).expand_as(tokens)
+        replacement = torch.zeros_like(tokens)
     else:
         raise ValueError(f"noise is {noise!r}, expected swap, gaussian or mask")
     return Noised(torch.where(positions[..., None], replacement, tokens), positions)
