@@ -23,8 +23,6 @@ from toolkit.evaluation.recall import RankCounts, Ranking
 from toolkit.evaluation.retrieve import Retrieval
 from toolkit.reporting.examples import FINAL
 
-shards = test_trainer.shards
-
 
 def retrieval(folder: Path, shift: int) -> Retrieval:
     """On dev: for each caption the pictures in order, starting `shift` after the correct one."""

@@ -29,7 +29,6 @@ from transformers import (
 from shards.errors import UserError
 from tests.tiny import HUBERT, VIT, tiny_model
 from tests.toolkit.model.test_retrieval import results
-from tests.toolkit.training.test_trainer import losses, shards, train  # noqa: F401  the fixture
 from toolkit.config import schema as config
 from toolkit.config.validate import check_config
 from toolkit.model.build import build_model

@@ -20,7 +20,7 @@ from shards.errors import UserError
 from tests.distributed import run_ranks
 from tests.tiny import HUBERT, tiny_model
 from tests.toolkit.model.test_trunk import TRUNKS, build, clip_folder, pictures, write_trunk
-from tests.toolkit.training.test_trainer import losses, shards, train  # noqa: F401  the fixture
+from tests.toolkit.training.test_trainer import losses, train
 from tests.toolkit.training.test_trainer import settings as run_settings
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
@@ -170,7 +170,7 @@ def test_a_model_of_an_earlier_version_computes_the_same(tmp_path):
 
 
 @pytest.mark.timeout(240)
-def test_a_frozen_projection_equals_clips_at_every_zero_stage(shards, tmp_path):  # noqa: F811
+def test_a_frozen_projection_equals_clips_at_every_zero_stage(shards, tmp_path):
     """The teacher shares it: under ZeRO-3 it must be complete there, too, and in bf16 have the right precision."""
     clip = clip_folder(tmp_path / "clip")
     runs = []
@@ -199,7 +199,7 @@ def inputs_of(rank, world_size, *runs):
 
 
 @pytest.mark.timeout(120)
-def test_a_resumed_run_keeps_the_preprocessing_of_its_trunks(shards, tmp_path):  # noqa: F811
+def test_a_resumed_run_keeps_the_preprocessing_of_its_trunks(shards, tmp_path):
     """Also a run of an earlier version, whose export lacks these values, and whose pictures were cropped for BLIP-2."""
     write_trunk("hubert-large", tmp_path / "hubert")
     write_trunk("blip2-vision", tmp_path / "blip2")

@@ -18,7 +18,6 @@ from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
 from toolkit.reporting.run_report import write_report
 
-shards = test_trainer.shards
 EVIL = "</p><script>alert(1)</script>"
 
 

@@ -8,7 +8,6 @@ import torch
 
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
-from tests.toolkit.training import test_trainer
 from tests.toolkit.training.checkpointing import test_checkpoint
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
@@ -18,8 +17,6 @@ from toolkit.training.learner import Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
 from toolkit.training.step_randomness import StepRandomness
-
-shards = test_trainer.shards
 
 
 def with_dropout() -> config.Model:

@@ -20,7 +20,6 @@ from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
 from toolkit.training.step_randomness import StepRandomness
 
-shards = test_trainer.shards
 ROWS, SAMPLES = 8, 6000
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 3, 6])  # some pictures have two captions
 

@@ -9,48 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from shards.corpora.item import Caption, Item
 from shards.manifest import load
-from shards.writing.writer import Format, write_shards
 from tests.distributed import device_of, run_ranks
 from tests.shards.media.noise import spoil
 from tests.tiny import tiny_model
 from toolkit.config import schema as config
-
-RATE = 16000
-
-
-def drawn(seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST)
-
-
-def spoken(seed: int) -> tuple[np.ndarray, int]:
-    chance = np.random.default_rng(seed)
-    return chance.uniform(-0.5, 0.5, (1, chance.integers(RATE // 4, RATE))).astype(np.float32), RATE
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    items = [
-        Item(
-            f"{split}{n}",
-            split,
-            partial(drawn, n),
-            tuple(Caption(f"{split}{n}-{k}", partial(spoken, 9 * n + k)) for k in range(2)),
-        )
-        for split, count in (("train", 40), ("dev", 6))
-        for n in range(count)
-    ]
-    folder = tmp_path_factory.mktemp("shards") / "noise"
-    write_shards(items, folder, "noise", Format(samples_per_shard=7), {})
-    return folder
 
 
 def settings(shards: Path, run: Path, **training: Any) -> config.Config:
@@ -224,7 +191,7 @@ def complete_run(rank: int, world_size: int, run: config.Config) -> dict[str, An
         return None
     model = SpeechImageModel.from_pretrained(Path(run.run) / "export" / "best")
     with torch.no_grad():
-        embedding = model.encode_speech(torch.randn(1, RATE), torch.tensor([RATE])).embedding
+        embedding = model.encode_speech(torch.randn(1, 16000), torch.tensor([16000])).embedding
     return {"norm": float(embedding.norm()), "denoisers": [n for n, _ in model.named_parameters() if "denois" in n]}
 
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from tests.distributed import device_of, run_ranks
 from tests.tiny import tiny_model
-from tests.toolkit.training import test_trainer
 from tests.toolkit.training.test_trainer import losses, settings, train
 from toolkit.config import schema as config
 from toolkit.config.validate import check_config
@@ -23,8 +22,6 @@ from toolkit.training.learner import Learner
 from toolkit.training.metrics.log import MetricsLogger
 from toolkit.training.schedules import learning_rate, set_learning_rates, trunk_rate
 from toolkit.training.zero.engine import _parameter_groups, _rate_scales
-
-shards = test_trainer.shards
 
 
 def groups_of(run: config.Config) -> tuple[Learner, list[dict[str, Any]]]:

@@ -12,12 +12,10 @@ from safetensors.torch import load_file
 from tests.distributed import device_of, run_ranks
 from tests.toolkit.model.small_trunks import with_trunk, write_trunk
 from tests.toolkit.model.test_spectrogram import settings as spectrogram_settings
-from tests.toolkit.training import test_trainer
 from tests.toolkit.training.test_trainer import losses, settings
 from toolkit.config import schema as config
 from toolkit.model.retrieval import SpeechImageModel
 
-shards = test_trainer.shards
 PAIRS = [("wavlm-large", "siglip"), ("wav2vec2-base", "dinov2"), ("whisper", "siglip-vision"), ("wavlm-base", "dinov2")]
 
 

@@ -16,7 +16,6 @@ from tests.distributed import RankError, run_ranks
 from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
 
-shards = test_trainer.shards
 SCORES = {1: 20.0, 2: 50.0, 3: 30.0, 4: 10.0}
 
 

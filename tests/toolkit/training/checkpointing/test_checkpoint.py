@@ -29,7 +29,6 @@ from tests.toolkit.training.log_lines import collect_lines
 from tests.toolkit.training.zero import test_state
 from toolkit.config import schema as config
 
-shards = test_trainer.shards
 STEPS = 4
 LOSSES = ("step", "loss", "contrastive", "matching", "denoising", "denoising_control", "temperature", "lr")
 

@@ -18,8 +18,6 @@ from toolkit.config import schema as config
 from toolkit.run_folder import prepare_run, save_configuration
 from toolkit.training.fault_tolerance import lease
 
-shards = test_trainer.shards
-
 
 def taken_by_another_host(run: Path) -> None:
     holder = {"host": "elsewhere", "pid": 7, "token": "other", "time": "2000-01-01 00:00:00"}

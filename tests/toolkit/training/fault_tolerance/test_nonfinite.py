@@ -16,7 +16,6 @@ from tests.toolkit.training.log_lines import collect_lines
 from toolkit.config import schema as config
 from toolkit.training.fault_tolerance.nonfinite import NonFiniteDetector
 
-shards = test_trainer.shards
 STEPS, BAD = 5, 2  # of which the step with number 2 is bad
 
 

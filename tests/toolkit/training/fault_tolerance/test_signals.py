@@ -18,7 +18,6 @@ from toolkit.config import schema as config
 from toolkit.run_folder import to_yaml
 from toolkit.training.fault_tolerance.signals import STOP_SIGNALS, StopSignals
 
-shards = test_trainer.shards
 STEPS = 6
 
 

@@ -16,7 +16,6 @@ from tests.distributed import RankError, device_of, run_ranks
 from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
 
-shards = test_trainer.shards
 STEPS = 6
 WAYS = {0: [0], 1: [1], 2: [0, 1], 3: [1]}  # ZeRO stage: the ranks that are killed
 

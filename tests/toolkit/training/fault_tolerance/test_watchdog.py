@@ -12,8 +12,6 @@ from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
 from toolkit.training.fault_tolerance.watchdog import Watchdog
 
-shards = test_trainer.shards
-
 
 def stall_at_step_2(rank: int, world_size: int, run: config.Config, folder: Path) -> None:
     from toolkit.training.trainer import Trainer

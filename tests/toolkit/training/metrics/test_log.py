@@ -20,7 +20,6 @@ from toolkit.training.checkpointing.progress import Progress
 from toolkit.training.metrics.flops import BatchStats
 from toolkit.training.metrics.log import MetricsLogger, logger
 
-shards = test_trainer.shards
 CPU = torch.device("cpu")
 
 

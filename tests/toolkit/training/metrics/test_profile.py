@@ -30,7 +30,6 @@ from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
 from toolkit.training.step_randomness import StepRandomness
 
-shards = test_trainer.shards
 ROWS, SAMPLES, PATCHES = 4, 9000, 16
 
 

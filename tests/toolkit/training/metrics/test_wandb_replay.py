@@ -18,7 +18,6 @@ from tests.toolkit.training.metrics.wandb_file import configuration, history, su
 from tests.toolkit.training.metrics.wandb_server import WandbServer
 from toolkit.training.metrics.wandb_replay import read_history, replay
 
-shards = test_trainer.shards
 environment, server = test_wandb_run.environment, test_wandb_run.server
 ROOT = Path(__file__).parents[4]
 pytestmark = pytest.mark.timeout(120)

@@ -24,7 +24,6 @@ from toolkit.training.checkpointing.progress import Progress
 from toolkit.training.metrics import wandb_run
 from toolkit.training.metrics.wandb_run import WandbRun, check_wandb, open_wandb
 
-shards = test_trainer.shards
 ROOT = Path(__file__).parents[4]
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import device_of, run_ranks
-from tests.toolkit.training.test_trainer import settings, shards, train  # noqa: F401  the fixture
+from tests.toolkit.training.test_trainer import settings, train
 from toolkit.config import schema as config
 from toolkit.run_folder import load_model
 
@@ -58,10 +58,7 @@ def watch(rank: int, world_size: int, *runs: config.Config) -> list[tuple[list[f
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("world_size", "stages"), [(1, (2,)), (2, (0, 1, 3))])
 def test_the_temperature_moves_by_its_float32_steps(
-    shards: Path,  # noqa: F811
-    tmp_path: Path,
-    world_size: int,
-    stages: tuple[int, ...],
+    shards: Path, tmp_path: Path, world_size: int, stages: tuple[int, ...]
 ) -> None:
     """Steps of 1e-3 of its logarithm, where bf16 has 1.6e-2 between two numbers."""
     runs = [
@@ -79,7 +76,7 @@ def test_the_temperature_moves_by_its_float32_steps(
 
 
 @pytest.mark.timeout(120)
-def test_a_fixed_temperature_is_the_configured_one(shards: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_fixed_temperature_is_the_configured_one(shards: Path, tmp_path: Path) -> None:
     fixed = plain(settings(shards, tmp_path / "fixed", zero_stage=1, steps=2))
     fixed.objectives.contrastive.learn_temperature = False
     ((seen, _, _, _),) = run_ranks(watch, 1, fixed)[0]
@@ -104,7 +101,7 @@ def export_weights(rank: int, world_size: int, *runs: config.Config) -> list[dic
 
 
 @pytest.mark.timeout(240)
-def test_exports_can_hold_the_optimizers_weights(shards: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_exports_can_hold_the_optimizers_weights(shards: Path, tmp_path: Path) -> None:
     runs = [
         plain(settings(shards, tmp_path / f"{zero}", zero_stage=zero, steps=2, export_dtype="fp32"))
         for zero in range(4)
@@ -129,7 +126,7 @@ def test_exports_can_hold_the_optimizers_weights(shards: Path, tmp_path: Path) -
 
 
 @pytest.mark.timeout(120)
-def test_exports_are_in_the_models_precision_unless_requested(shards: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_exports_are_in_the_models_precision_unless_requested(shards: Path, tmp_path: Path) -> None:
     run_ranks(train, 1, plain(settings(shards, tmp_path / "run", zero_stage=1, steps=1)))
     folder = tmp_path / "run" / "export" / "last"
     assert {p.dtype for p in load_model(folder).parameters()} == {torch.bfloat16}

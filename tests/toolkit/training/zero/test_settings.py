@@ -9,12 +9,9 @@ from torch import nn
 
 from shards.errors import UserError
 from tests.distributed import run_ranks
-from tests.toolkit.training import test_trainer
 from tests.toolkit.training.checkpointing import test_checkpoint
 from toolkit.config.schema import Config
 from toolkit.training.zero.settings import deepspeed_config
-
-shards = test_trainer.shards
 
 
 def config(**free):
