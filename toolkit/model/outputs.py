@@ -1,7 +1,10 @@
 """Data passed between the parts of the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -44,3 +47,18 @@ class Encoded:
     def detach(self) -> "Encoded":
         """Detach embedding and tokens from the graph."""
         return Encoded(self.embedding.detach(), self.tokens.detach(), self.mask)
+
+
+def concatenate(parts: Sequence[Encoded]) -> Encoded:
+    """Concatenate batches along their rows, padded to the longest."""
+    length = max(part.tokens.shape[1] for part in parts)
+    return Encoded(
+        torch.cat([part.embedding for part in parts]),
+        torch.cat([pad(part.tokens, length) for part in parts]),
+        torch.cat([pad(part.mask, length) for part in parts]),
+    )
+
+
+def pad(rows: Tensor, length: int) -> Tensor:
+    """Pad rows [B, L, ...] with zeros to a length: [B, length, ...]."""
+    return F.pad(rows, (0, 0) * (rows.ndim - 2) + (0, length - rows.shape[1]))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shards.length_groups import group_by_length
 from toolkit.model.architectures import TRUNKS, SpeechArchitecture
 from toolkit.model.layers import Head
-from toolkit.model.outputs import Encoded, Features
+from toolkit.model.outputs import Encoded, Features, concatenate
 from toolkit.model.speech_trunks import Parts
 from toolkit.model.trunk import PartlyFrozen, trained_layers
 
@@ -167,11 +167,7 @@ class SpeechEncoder(PartlyFrozen):
         if len(encoded) == 1 and features[0].rows is None:
             return encoded[0]
         order = torch.cat([part.rows for part in features if part.rows is not None]).argsort()
-        return Encoded(
-            torch.cat([part.embedding for part in encoded])[order],
-            _concatenate_padded([part.tokens for part in encoded])[order],
-            _concatenate_padded([part.mask for part in encoded])[order],
-        )
+        return concatenate(encoded)[order]
 
     def _encode(self, features: Features) -> Encoded:
         hidden, mask = features.hidden, features.mask
@@ -212,9 +208,3 @@ def thirds(frames: Tensor, mask: Tensor) -> Tensor:
     # With a single frame, the outer parts have no weight up to rounding: their means stay zero.
     weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-3)
     return (weight.to(frames.dtype) @ frames.masked_fill(~mask.unsqueeze(-1), 0)).flatten(1)
-
-
-def _concatenate_padded(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate tensors [b, L, ...] along the batch, zero-padded to the longest L."""
-    longest = max(part.shape[1] for part in parts)
-    return torch.cat([F.pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1])) for part in parts])

@@ -1,10 +1,10 @@
 """Hard negatives of SIM: drawn by SIC's similarities, their tokens fetched from the ranks that encoded them."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolkit.distributed import RowExchange
-from toolkit.model.outputs import Encoded
+from toolkit.model.outputs import Encoded, pad
 from toolkit.objectives.matching import draw_negatives
 from toolkit.training.metrics.spans import span
 from toolkit.training.queue import ContrastiveKeys, TokenQueue
@@ -78,25 +78,7 @@ class HardNegatives:
         queued = self._token_queue.tokens(length) if self._token_queue else None
         patches = self._exchange.fetch(_IMAGE, self._image.tokens, queued.patches if queued else None)
         image = Encoded(self._image.embedding, patches, self._image.mask.new_ones(patches.shape[:2]))
-        frames = self._exchange.fetch(_SPEECH, _pad(self._speech.tokens, length), queued.frames if queued else None)
-        mask = _pad_mask(self._speech.mask, length).byte()
+        frames = self._exchange.fetch(_SPEECH, pad(self._speech.tokens, length), queued.frames if queued else None)
+        mask = pad(self._speech.mask, length).byte()
         mask = self._exchange.fetch(_SPEECH, mask, queued.mask if queued else None).bool()
         return Encoded(self._speech.embedding, frames, mask), image
-
-
-def concatenate(*parts: Encoded) -> Encoded:
-    """Concatenate batches along their rows, padded to the longest."""
-    length = max(part.tokens.shape[1] for part in parts)
-    return Encoded(
-        torch.cat([part.embedding for part in parts]),
-        torch.cat([_pad(part.tokens, length) for part in parts]),
-        torch.cat([_pad_mask(part.mask, length) for part in parts]),
-    )
-
-
-def _pad(tokens: Tensor, length: int) -> Tensor:
-    return nn.functional.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
-
-
-def _pad_mask(mask: Tensor, length: int) -> Tensor:
-    return nn.functional.pad(mask, (0, length - mask.shape[1]))

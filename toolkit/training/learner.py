@@ -18,13 +18,13 @@ from shards.reading.dataset import Batch
 from toolkit.config import schema as config
 from toolkit.distributed import gather_packed
 from toolkit.model.fusion import Denoiser
-from toolkit.model.outputs import Encoded
+from toolkit.model.outputs import Encoded, concatenate
 from toolkit.model.retrieval import SpeechImageModel
 from toolkit.objectives.contrastive import contrastive_loss
 from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.objectives.denoising import add_noise, denoising_loss
 from toolkit.objectives.matching import matching_accuracy, matching_loss
-from toolkit.training.hard_negatives import HardNegatives, concatenate
+from toolkit.training.hard_negatives import HardNegatives
 from toolkit.training.metrics.spans import span
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import ContrastiveKeys, EmbeddingQueue, TokenQueue
@@ -220,7 +220,7 @@ class Learner(nn.Module):
         """Compute SIM: classify matching pairs and those with a hard negative; as a control, with other patches."""
         negative_speech, negative_image = negatives.fetch()
         # Row by row: matching pairs, each utterance with a negative picture, each picture with a negative utterance.
-        utterances, pictures = concatenate(speech, speech, negative_speech), concatenate(image, negative_image, image)
+        utterances, pictures = concatenate([speech, speech, negative_speech]), concatenate([image, negative_image, image])
         logits = self._match_logits(utterances, pictures)
         losses = {"matching": matching_loss(*logits, negatives.valid)}
         if measure_controls and len(speech.mask) > 1:
