@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shards.files import read_records
 from shards.manifest import load
 from tests.distributed import device_of, run_ranks
 from tests.shards.media.noise import spoil
@@ -49,24 +50,36 @@ def settings(shards: Path, run: Path, **training: Any) -> config.Config:
     )
 
 
-def train(rank: int, world_size: int, *runs: config.Config) -> None:
-    """Train several runs one after the other on this rank."""
-
+def make_trainer(rank: int, world_size: int, run: config.Config) -> Any:
+    """Prepare the run folder, and make this rank's trainer."""
     from toolkit.rank_sync import run_on_rank_zero
     from toolkit.run_folder import prepare_run
     from toolkit.training.trainer import Trainer
 
+    run_on_rank_zero(partial(prepare_run, run), rank)
+    return Trainer(run, Path(run.run), rank, world_size, device_of(rank))
+
+
+def train(rank: int, world_size: int, *runs: config.Config) -> None:
+    """Train several runs one after the other on this rank."""
     for each in runs:
-        run_on_rank_zero(partial(prepare_run, each), rank)
-        trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
+        trainer = make_trainer(rank, world_size, each)
         trainer.train()
         trainer.close()
 
 
 def losses(run: Path) -> list[dict[str, float]]:
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    names = ("step", "loss", "contrastive", "matching", "denoising", "denoising_control", "temperature")
-    return [{name: r[name] for name in names if name in r} for r in records if "loss" in r]
+    names = ("step", "loss", "contrastive", "matching", "denoising", "denoising_control", "temperature", "lr")
+    return [{name: r[name] for name in names if name in r} for r in read_records(run / "log.jsonl") if "loss" in r]
+
+
+def losses_by_step(run: Path, steps: int) -> dict[int, dict[str, float]]:
+    """Losses of steps 1 to `steps`; a step that was taken twice must have given the same numbers."""
+    result: dict[int, dict[str, float]] = {}
+    for one in losses(run):
+        assert result.setdefault(int(one["step"]), one) == one, "a step that was taken twice gave other numbers"
+    assert list(result) == list(range(1, steps + 1))
+    return result
 
 
 def assert_same(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float) -> None:
@@ -128,13 +141,7 @@ def test_stopped_and_continued_equals_unbroken(shards: Path, tmp_path: Path) -> 
 
 def coarse_run(rank: int, world_size: int, run: config.Config) -> dict[str, Any]:
     """Train, and give how far the teacher is from the student, and which weights have moved."""
-    import torch
-
-    from toolkit.run_folder import prepare_run
-    from toolkit.training.trainer import Trainer
-
-    prepare_run(run)
-    trainer = Trainer(run, Path(run.run), rank, world_size, device_of(rank))
+    trainer = make_trainer(rank, world_size, run)
     before = {name: p.detach().clone() for name, p in trainer.learner.named_parameters()}
     trainer.train()
     assert trainer.teacher
@@ -182,8 +189,6 @@ def test_coarse_steps_decay_unused_weights_alike_at_every_zero_stage(shards: Pat
 
 def complete_run(rank: int, world_size: int, run: config.Config) -> dict[str, Any] | None:
     """Train with evaluation and wandb, then read the exported model back."""
-    import torch
-
     from toolkit.model.retrieval import SpeechImageModel
 
     train(rank, world_size, run)
@@ -207,8 +212,7 @@ def test_a_run_leaves_checkpoints_exports_and_logs(shards: Path, tmp_path: Path)
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     best = json.loads((folder / "export" / "best" / "progress.json").read_text())["step"]
     assert kept == sorted({f"step-{step:08d}" for step in (best, 3, 4)})
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    recalls = [r for r in records if "dev" in r]
+    recalls = [r for r in read_records(folder / "log.jsonl") if "dev" in r]
     assert [r["step"] for r in recalls] == [2, 4]
     assert recalls[0]["dev"]["pictures"] == 6
     assert list((folder / "wandb").glob("offline-run-*")), "no wandb record"
@@ -232,8 +236,6 @@ def test_learning_rate_and_alpha_follow_their_schedules() -> None:
 
 
 def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
-    import torch
-
     from toolkit.training.learner import QueueEntries
     from toolkit.training.queue import ContrastiveKeys, EmbeddingQueue
     from toolkit.training.trainer import Trainer
@@ -313,8 +315,7 @@ def test_a_bad_sample_is_replaced_and_logged_and_a_missing_shard_ends_all_ranks(
     manifest = load(folder)
     spoil(manifest, int(manifest.rows("train")[0]))
     run_ranks(train, 2, settings(folder, tmp_path / "run", steps=5), timeout=100)  # all 40 pictures
-    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert sum(record.get("bad_samples", 0) for record in records) == 1
+    assert sum(record.get("bad_samples", 0) for record in read_records(tmp_path / "run/log.jsonl")) == 1
     (folder / manifest.shards[int(manifest.shard[manifest.rows("train")[0]])].name).unlink()
     with pytest.raises(AssertionError, match=r"UserError: .*cannot open shard .*No such file"):
         run_ranks(train, 2, settings(folder, tmp_path / "other", steps=5), timeout=60)

@@ -1,6 +1,5 @@
 """Learning rates of trunks by layer, and LoRA: the same at every ZeRO stage, and after a restart at another one."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +10,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.distributed import device_of, run_ranks
+from shards.files import read_records
+from tests.distributed import run_ranks
 from tests.tiny import tiny_model
-from tests.toolkit.training.test_trainer import losses, settings, train
+from tests.toolkit.training.test_trainer import losses, make_trainer, settings, train
 from toolkit.config import schema as config
 from toolkit.config.validate import check_config
 from toolkit.model.build import build_model
-from toolkit.run_folder import fingerprint, load_run
+from toolkit.run_folder import fingerprint
 from toolkit.training.learner import Learner
 from toolkit.training.metrics.log import MetricsLogger
 from toolkit.training.schedules import learning_rate, set_learning_rates, trunk_rate
@@ -74,11 +74,7 @@ def test_the_step_line_has_the_trunks_rate_only_if_it_differs() -> None:
     assert both == plain.replace("lr 1.0e-04", "lr 1.0e-04 (trunk 1.0e-05)")
 
 
-def test_checkpoints_of_earlier_versions_still_fit() -> None:
-    saved = sorted((Path(__file__).parents[2] / "compatibility").glob("*/run/checkpoints/*/progress.json"))
-    assert saved
-    for path in saved:
-        assert fingerprint(load_run(path.parents[2])) == json.loads(path.read_text())["config"]
+def test_newer_keys_count_where_they_are_not_the_default() -> None:
     default = config.Config()
     for edit in (
         lambda c: setattr(c.training, "trunk_lr", 1e-5),
@@ -121,15 +117,11 @@ def tuned(shards: Path, folder: Path, **training: Any) -> config.Config:
 
 def first_step(rank: int, world_size: int, *runs: config.Config) -> list[dict[str, float]]:
     """How far each trained weight of the student moves in a run's first step."""
-    from toolkit.run_folder import prepare_run
-    from toolkit.training.trainer import Trainer
     from toolkit.training.zero.engine import gathered_parameters
 
     moved = []
     for run in runs:
-        if rank == 0:
-            prepare_run(run)
-        trainer = Trainer(run, Path(run.run), rank, world_size, device_of(rank))
+        trainer = make_trainer(rank, world_size, run)
         parameters = dict(trainer.learner.named_parameters())
         with gathered_parameters(trainer.engine, list(parameters.values())):
             before = {name: p.detach().float().clone() for name, p in parameters.items() if p.requires_grad}
@@ -171,8 +163,7 @@ def test_every_zero_stage_trains_with_the_same_losses(shards: Path, tmp_path: Pa
     for zero in ("1", "2", "3", "recomputed"):
         for found, expected in zip(losses(tmp_path / zero), reference, strict=True):
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), f"step {expected['step']}, ZeRO {zero}"
-    records = [json.loads(line) for line in (tmp_path / "0/log.jsonl").read_text().splitlines()]
-    for record in records:
+    for record in read_records(tmp_path / "0/log.jsonl"):
         if "lr" in record:
             assert record["trunk_lr"] == pytest.approx(0.4 * record["lr"])
     check_saved(tmp_path / "0")

@@ -2,17 +2,16 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed import device_of, run_ranks
+from tests.distributed import run_ranks
 from tests.toolkit.model.small_trunks import with_trunk, write_trunk
 from tests.toolkit.model.test_spectrogram import settings as spectrogram_settings
-from tests.toolkit.training.test_trainer import losses, settings
+from tests.toolkit.training.test_trainer import losses, make_trainer, settings
 from toolkit.config import schema as config
 from toolkit.model.retrieval import SpeechImageModel
 
@@ -21,14 +20,10 @@ PAIRS = [("wavlm-large", "siglip"), ("wav2vec2-base", "dinov2"), ("whisper", "si
 
 def exported(rank: int, world_size: int, *runs: config.Config) -> None:
     """Train, and check that the export computes what the trained model computes."""
-    from toolkit.rank_sync import run_on_rank_zero
-    from toolkit.run_folder import prepare_run
-    from toolkit.training.trainer import Trainer
     from toolkit.training.zero.engine import gathered_parameters
 
     for run in runs:
-        run_on_rank_zero(partial(prepare_run, run), rank)
-        trainer = Trainer(run, Path(run.run), rank, world_size, device_of(rank))
+        trainer = make_trainer(rank, world_size, run)
         trainer.train()
         generator = torch.Generator().manual_seed(3)
         waves, lengths = 0.1 * torch.randn(2, 9000, generator=generator), torch.tensor([9000, 6000])

@@ -22,15 +22,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from shards.errors import UserError
-from shards.files import file_sha256
-from tests.distributed import RankError, device_of, run_ranks
+from shards.files import file_sha256, read_records
+from tests.distributed import RankError, run_ranks
 from tests.toolkit.training import test_trainer
 from tests.toolkit.training.log_lines import collect_lines
 from tests.toolkit.training.zero import test_state
 from toolkit.config import schema as config
 
 STEPS = 4
-LOSSES = ("step", "loss", "contrastive", "matching", "denoising", "denoising_control", "temperature", "lr")
 
 
 def marker(folder: Path, **changed: Any) -> Path:
@@ -64,13 +63,8 @@ def settings(shards: Path, run: Path, **training: Any) -> config.Config:
 
 def train(rank: int, world_size: int, runs: list[tuple[config.Config, int | None, str]]) -> None:
     """Train several runs one after the other, each to its end or as far as the step at which it is ended."""
-    from toolkit.rank_sync import run_on_rank_zero
-    from toolkit.run_folder import prepare_run
-    from toolkit.training.trainer import Trainer
-
     for each, last, how in runs:
-        run_on_rank_zero(lambda each=each: prepare_run(each), rank)
-        trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
+        trainer = test_trainer.make_trainer(rank, world_size, each)
         take = trainer.train_step
 
         def step(number: int, batches: Any, take: Any = take, last: int | None = last, how: str = how) -> Any:
@@ -89,15 +83,7 @@ def train(rank: int, world_size: int, runs: list[tuple[config.Config, int | None
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
-    """By step; a step that was taken twice must have given the same numbers."""
-    actual: dict[int, dict[str, float]] = {}
-    for line in (run / "log.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if "loss" in record:
-            numbers = {name: record[name] for name in LOSSES if name in record}
-            assert actual.setdefault(record["step"], numbers) == numbers
-    assert sorted(actual) == list(range(1, STEPS + 1))
-    return actual
+    return test_trainer.losses_by_step(run, STEPS)
 
 
 def exported(run: Path) -> dict[str, torch.Tensor]:
@@ -171,7 +157,7 @@ def test_a_run_begins_from_anothers_checkpoint_or_never_from_one(shards: Path, t
     branch, again = (settings(shards, tmp_path / "branch", resume=str(each)) for each in (marked, tmp_path / "first"))
     # The second begins where the branch is, not at the end of the first, which it names.
     run_ranks(train, 2, [(branch, 3, "raise"), (again, None, "")], timeout=100)
-    records = [json.loads(line) for line in (tmp_path / "branch" / "log.jsonl").read_text().splitlines()]
+    records = list(read_records(tmp_path / "branch" / "log.jsonl"))
     actual = {record["step"]: record["loss"] for record in records if "loss" in record}
     assert actual == {step: losses(tmp_path / "first")[step]["loss"] for step in (3, 4)}
     assert [record["at"] for record in records if record.get("event") == "began"] == [2, 3]
@@ -200,8 +186,7 @@ def test_a_run_on_other_data_begins_at_step_0_with_what_another_has_learned(shar
     tuned.training.resume = str(tmp_path / "first")
     run_ranks(train, 1, [(first, None, ""), (tuned, 0, "raise")], timeout=100)
     run_ranks(train, 1, [(tuned, None, "")], timeout=100)
-    records = [json.loads(line) for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records if "loss" in record] == [1, 2]
+    assert [record["step"] for record in test_trainer.losses(tmp_path / "tuned")] == [1, 2]
     old, new = (
         load_file(tmp_path / name / "checkpoints" / step / "fragments-00000.safetensors")
         for name, step in (("first", "step-00000004"), ("tuned", "step-00000001"))

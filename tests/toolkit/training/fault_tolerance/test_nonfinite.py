@@ -1,8 +1,6 @@
 """Numbers that are not finite: one rank's are every rank's, and the step leaves no trace but its count."""
 
-import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.distributed import RankError, device_of, run_ranks
+from shards.files import read_records
+from tests.distributed import RankError, run_ranks
 from tests.toolkit.training import test_trainer
 from tests.toolkit.training.log_lines import collect_lines
 from toolkit.config import schema as config
@@ -33,19 +32,14 @@ def train(rank: int, world_size: int, runs: list[config.Config], how: str) -> li
         how: "loss", "gradient" or "picture" is not finite in the step's first micro-batch on the last rank, or the
             step is "left out".
     """
-    from toolkit.rank_sync import run_on_rank_zero
-    from toolkit.run_folder import prepare_run
-    from toolkit.training import trainer as module
-
     ends = []
     for each in runs:
-        run_on_rank_zero(partial(prepare_run, each), rank)
-        trainer = module.Trainer(each, Path(each.run), rank, world_size, device_of(rank))
+        trainer = test_trainer.make_trainer(rank, world_size, each)
         if how == "left out":
             leave_out(trainer)
         else:
             micro = BAD * each.training.accumulation if rank == world_size - 1 else -1
-            spoil(module, trainer, how, micro)
+            spoil(trainer, how, micro)
         lines = collect_lines()
         progress = trainer.train()
         counted = {"skipped": progress.skipped, "step": progress.step, "in a row": progress.skipped_in_a_row}
@@ -55,7 +49,10 @@ def train(rank: int, world_size: int, runs: list[config.Config], how: str) -> li
     return ends
 
 
-def spoil(module: Any, trainer: Any, how: str, bad_micro: int) -> None:
+def spoil(trainer: Any, how: str, bad_micro: int) -> None:
+    from toolkit.training import trainer as module
+    from toolkit.training.zero.engine import backward
+
     micro = iter(range(10**6))
     now = [-1]
     real = trainer.next_batch
@@ -69,7 +66,7 @@ def spoil(module: Any, trainer: Any, how: str, bad_micro: int) -> None:
 
     def spoil_loss(engine: Any, loss: torch.Tensor) -> None:
         bad = how == "loss" and now[0] == bad_micro
-        trainer_backward(engine, loss + math.nan if bad else loss)  # the gradient of the sum is finite
+        backward(engine, loss + math.nan if bad else loss)  # the gradient of the sum is finite
 
     def spoil_gradient(gradient: torch.Tensor) -> torch.Tensor:
         return gradient * math.inf if how == "gradient" and now[0] == bad_micro else gradient
@@ -77,12 +74,6 @@ def spoil(module: Any, trainer: Any, how: str, bad_micro: int) -> None:
     trainer.next_batch = fetch
     module.backward = spoil_loss
     next(p for name, p in trainer.learner.named_parameters() if "fusion" in name).register_hook(spoil_gradient)
-
-
-def trainer_backward(engine: Any, loss: torch.Tensor) -> None:
-    from toolkit.training.zero.engine import backward
-
-    backward(engine, loss)
 
 
 def leave_out(trainer: Any) -> None:
@@ -98,10 +89,6 @@ def leave_out(trainer: Any) -> None:
     trainer.train_step = step
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.timeout(300)
 def test_a_non_finite_loss_on_one_rank_of_four_changes_nothing_at_any_stage(shards: Path, tmp_path: Path) -> None:
     runs = [settings(shards, tmp_path / str(zero), zero_stage=zero) for zero in range(4)]
@@ -115,7 +102,7 @@ def test_a_non_finite_loss_on_one_rank_of_four_changes_nothing_at_any_stage(shar
         assert [r["step"] for r in after] == [1, 2, 4, 5]
         for one, other in zip(after, left_out, strict=True):
             assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
-        intervals = [r for r in records(tmp_path / str(zero)) if "skipped" in r]
+        intervals = [r for r in read_records(tmp_path / f"{zero}/log.jsonl") if "skipped" in r]
         assert [r["skipped"] for r in intervals] == [0, 0, 1, 1, 1]
         output = (tmp_path / str(zero) / "output0").read_text()
         assert output.count("step 3 skipped: loss or gradient not finite") == 1
@@ -140,7 +127,7 @@ def test_a_non_finite_gradient_is_skipped_at_any_stage(shards: Path, tmp_path: P
 def test_the_first_bad_module_is_named_with_its_rank(shards: Path, tmp_path: Path) -> None:
     run = settings(shards, tmp_path / "run", detect_nonfinite=True)
     run_ranks(train, 2, [run], "picture", timeout=100)
-    named = [r["first bad module"] for r in records(tmp_path / "run") if r.get("event") == "skipped"]
+    named = [r["first bad module"] for r in read_records(tmp_path / "run/log.jsonl") if r.get("event") == "skipped"]
     assert len(named) == 1
     assert named[0].startswith("first in rank 0: ")
     assert ", rank 1: model.image." in named[0], "where the picture went in"

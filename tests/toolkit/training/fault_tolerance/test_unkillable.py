@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from shards.reading.dataset import Batch
-from tests.distributed import RankError, device_of, run_ranks
+from tests.distributed import RankError, run_ranks
 from tests.toolkit.training import test_trainer
 from toolkit.config import schema as config
 
@@ -35,17 +35,11 @@ def settings(shards: Path, run: Path, zero: int) -> config.Config:
 
 def train(rank: int, world_size: int, attempts: list[tuple[config.Config, Accident | None]]) -> None:
     """Train several runs one after the other, each until its accident, and note which samples each step used."""
-
-    from toolkit.rank_sync import run_on_rank_zero
-    from toolkit.run_folder import prepare_run
-    from toolkit.training.trainer import Trainer
-
     for run, accident in attempts:
-        run_on_rank_zero(lambda run=run: prepare_run(run), rank)
-        trainer = Trainer(run, Path(run.run), rank, world_size, device_of(rank))
+        trainer = test_trainer.make_trainer(rank, world_size, run)
         following = trainer.next_batch
 
-        def noted(batches: Iterator[Batch], trainer: Trainer = trainer, following: Any = following) -> Batch:
+        def noted(batches: Iterator[Batch], trainer: Any = trainer, following: Any = following) -> Batch:
             batch = following(batches)
             with (trainer.run / f"used{rank}.jsonl").open("a") as file:
                 file.write(json.dumps([trainer.progress.step, batch.ids.tolist()]) + "\n")
@@ -73,14 +67,6 @@ def used(run: Path) -> dict[int, list[int]]:
     return {step: result[step, 0] + result[step, 1] for step in range(STEPS)}
 
 
-def losses(run: Path) -> dict[int, dict[str, float]]:
-    result: dict[int, dict[str, float]] = {}
-    for one in test_trainer.losses(run):
-        assert result.setdefault(int(one["step"]), one) == one, "a step that was taken twice gave other numbers"
-    assert list(result) == list(range(1, STEPS + 1))
-    return result
-
-
 @pytest.mark.timeout(600)
 def test_killed_and_stopped_at_random_equals_unbroken_at_every_stage(shards: Path, tmp_path: Path) -> None:
     chance = random.Random()
@@ -100,7 +86,8 @@ def test_killed_and_stopped_at_random_equals_unbroken_at_every_stage(shards: Pat
 
     for zero in WAYS:
         one, other = tmp_path / f"broken{zero}", tmp_path / f"unbroken{zero}"
-        assert losses(one) == losses(other), f"ZeRO {zero}"
+        same = test_trainer.losses_by_step(one, STEPS) == test_trainer.losses_by_step(other, STEPS)
+        assert same, f"ZeRO {zero}"
         assert used(one) == used(other), f"ZeRO {zero}"
         assert sorted(n for step in range(5) for n in used(one)[step]) == list(range(40)), "a pass of 40 pictures"
         progress = json.loads((one / f"checkpoints/step-{STEPS:08d}/progress.json").read_text())

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed import device_of, run_ranks
-from tests.toolkit.training.test_trainer import settings, train
+from tests.distributed import run_ranks
+from tests.toolkit.training.test_trainer import make_trainer, settings, train
 from toolkit.config import schema as config
 from toolkit.run_folder import load_model
 
@@ -27,15 +26,11 @@ def plain(each: config.Config) -> config.Config:
 
 def watch(rank: int, world_size: int, *runs: config.Config) -> list[tuple[list[float], list[float], float]]:
     """Train, and give what each step computed with, the optimizer's own value after it, and one resumed from there."""
-    from toolkit.rank_sync import run_on_rank_zero
-    from toolkit.run_folder import prepare_run
-    from toolkit.training.trainer import Trainer
     from toolkit.training.zero.state import fragments
 
     result = []
     for each in runs:
-        run_on_rank_zero(partial(prepare_run, each), rank)
-        trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
+        trainer = make_trainer(rank, world_size, each)
         name = "model.temperature.log_temperature"
         seen, masters = [], []
         batches = trainer.batches(range(each.training.steps))
@@ -47,7 +42,7 @@ def watch(rank: int, world_size: int, *runs: config.Config) -> list[tuple[list[f
         trainer.save()
         trainer.checkpoints.wait()
         trainer.close()
-        again = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
+        again = make_trainer(rank, world_size, each)
         shown = again.learner.model.temperature.exact
         own = [float(one.master[0].exp()) for one in fragments(again.engine) if one.name == name]
         again.close()
@@ -85,15 +80,11 @@ def test_a_fixed_temperature_is_the_configured_one(shards: Path, tmp_path: Path)
 
 def export_weights(rank: int, world_size: int, *runs: config.Config) -> list[dict[str, torch.Tensor]]:
     """Train each; on every rank the float32 weights that the optimizer has of the last step, by name, in parts."""
-    from toolkit.rank_sync import run_on_rank_zero
-    from toolkit.run_folder import prepare_run
-    from toolkit.training.trainer import Trainer
     from toolkit.training.zero.state import fragments
 
     kept: list[Any] = []
     for each in runs:
-        run_on_rank_zero(partial(prepare_run, each), rank)
-        trainer = Trainer(each, Path(each.run), rank, world_size, device_of(rank))
+        trainer = make_trainer(rank, world_size, each)
         trainer.train()
         kept.append([(one.name, one.start, one.stop, one.master.clone()) for one in fragments(trainer.engine)])
         trainer.close()
