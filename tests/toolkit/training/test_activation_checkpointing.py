@@ -8,7 +8,7 @@ import torch
 
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
-from tests.toolkit.training.checkpointing import test_checkpoint
+from tests.toolkit.training.checkpointing import resumed_runs
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.objectives.counter_rng import CounterRNG
@@ -81,9 +81,9 @@ def test_it_trains_alike(shards: Path, tmp_path: Path) -> None:
     for zero, precision in cases:
         for again in (False, True):
             options = {"zero_stage": zero, "precision": precision, "activation_checkpointing": again}
-            run = test_checkpoint.settings(shards, tmp_path / f"{zero}{again}", save_every=9, **options)
+            run = resumed_runs.settings(shards, tmp_path / f"{zero}{again}", save_every=9, **options)
             run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 300}}
             runs.append((run, None, ""))
-    run_ranks(test_checkpoint.train, 2, runs, timeout=220)
+    run_ranks(resumed_runs.train, 2, runs, timeout=220)
     for zero, _ in cases:
-        test_checkpoint.assert_equal(tmp_path / f"{zero}True", tmp_path / f"{zero}False")
+        resumed_runs.assert_equal(tmp_path / f"{zero}True", tmp_path / f"{zero}False")

@@ -9,7 +9,7 @@ from torch import nn
 
 from shards.errors import UserError
 from tests.distributed import run_ranks
-from tests.toolkit.training.checkpointing import test_checkpoint
+from tests.toolkit.training.checkpointing import resumed_runs
 from toolkit.config.schema import Config
 from toolkit.training.zero.settings import deepspeed_config
 
@@ -304,29 +304,29 @@ OFFLOADS = {
 
 @pytest.mark.timeout(400)
 def test_offloading_to_the_cpu_trains_alike_and_resumes_bit_for_bit(shards: Path, tmp_path: Path) -> None:
-    runs = [(test_checkpoint.settings(shards, tmp_path / "plain", zero_stage=2), None, "")]
+    runs = [(resumed_runs.settings(shards, tmp_path / "plain", zero_stage=2), None, "")]
     for zero, offload in OFFLOADS.items():
         for name, last in (("unbroken", None), ("broken", 2), ("broken", None)):
-            run = test_checkpoint.settings(shards, tmp_path / f"{name}{zero}", zero_stage=zero)
+            run = resumed_runs.settings(shards, tmp_path / f"{name}{zero}", zero_stage=zero)
             run.deepspeed = {"zero_optimization": offload}
             runs.append((run, last, "raise"))
-    run_ranks(test_checkpoint.train, 2, runs, timeout=350)
-    plain = test_checkpoint.losses(tmp_path / "plain")
+    run_ranks(resumed_runs.train, 2, runs, timeout=350)
+    plain = resumed_runs.losses(tmp_path / "plain")
     for zero in OFFLOADS:
-        for step, result in test_checkpoint.losses(tmp_path / f"unbroken{zero}").items():
+        for step, result in resumed_runs.losses(tmp_path / f"unbroken{zero}").items():
             assert result == pytest.approx(plain[step], rel=1e-5, abs=1e-5)
-        test_checkpoint.assert_equal(tmp_path / f"broken{zero}", tmp_path / f"unbroken{zero}")
+        resumed_runs.assert_equal(tmp_path / f"broken{zero}", tmp_path / f"unbroken{zero}")
 
 
 @pytest.mark.timeout(240)
 def test_frozen_trunks_train_alike_where_no_parameter_is_complete(shards: Path, tmp_path: Path) -> None:
     runs = []
     for zero in (0, 3):
-        run = test_checkpoint.settings(shards, tmp_path / str(zero), zero_stage=zero, save_every=9)
+        run = resumed_runs.settings(shards, tmp_path / str(zero), zero_stage=zero, save_every=9)
         run.model.speech.train = run.model.image.train = "none"
         run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         runs.append((run, None, ""))
-    run_ranks(test_checkpoint.train, 2, runs, timeout=220)
-    expected = test_checkpoint.losses(tmp_path / "0")
-    for step, result in test_checkpoint.losses(tmp_path / "3").items():
+    run_ranks(resumed_runs.train, 2, runs, timeout=220)
+    expected = resumed_runs.losses(tmp_path / "0")
+    for step, result in resumed_runs.losses(tmp_path / "3").items():
         assert result == pytest.approx(expected[step], rel=1e-5, abs=1e-5)
