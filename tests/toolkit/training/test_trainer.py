@@ -122,23 +122,6 @@ def test_ranks_leave_twenty_steps_losses_and_weights_alone(shards: Path, tmp_pat
                 torch.testing.assert_close(exported[name], value, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.timeout(240)
-def test_stopped_and_continued_equals_unbroken(shards: Path, tmp_path: Path) -> None:
-    unbroken = [settings(shards, tmp_path / f"unbroken{zero}", zero_stage=zero, accumulation=2) for zero in (0, 2)]
-    halves = [
-        settings(shards, tmp_path / f"halves{zero}", zero_stage=zero, accumulation=2, stop_after=2)
-        for zero in (0, 2)
-        for _ in "12"
-    ]
-    for each in (*unbroken, *halves):
-        each.objectives.coarse_steps = 1
-    run_ranks(train, 2, *unbroken, *halves, timeout=200)
-    for zero in (0, 2):
-        assert_same(losses(tmp_path / f"halves{zero}"), losses(tmp_path / f"unbroken{zero}"), 0)
-        progress = json.loads((tmp_path / f"halves{zero}/checkpoints/step-00000004/progress.json").read_text())
-        assert progress["restarts"] == 1
-
-
 def coarse_run(rank: int, world_size: int, run: config.Config) -> dict[str, Any]:
     """Train, and give how far the teacher is from the student, and which weights have moved."""
     trainer = make_trainer(rank, world_size, run)
@@ -247,32 +230,6 @@ def test_the_queue_takes_keys_from_the_configured_step_on() -> None:
         keys = ContrastiveKeys(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([step]))
         Trainer.update_teacher_and_queues(trainer, step, [QueueEntries(keys)])
     assert sorted(trainer.queue.ids[trainer.queue.ids >= 0].tolist()) == [3, 4]
-
-
-def updates(rank: int, world_size: int, run: config.Config) -> list[int]:
-    """Train, and give the step of each update of the teacher."""
-    from toolkit.training.momentum import MomentumEncoder
-    from toolkit.training.trainer import Trainer
-
-    now, found = [], []
-    update, take = MomentumEncoder.update, Trainer.train_step
-
-    def noted_update(self: MomentumEncoder, decay: float | None = None) -> None:
-        found.append(now[-1])
-        update(self, decay)
-
-    def noted_step(self: Trainer, step: int, batches: Any) -> Any:
-        now.append(step)
-        return take(self, step, batches)
-
-    MomentumEncoder.update, Trainer.train_step = noted_update, noted_step  # type: ignore[method-assign]
-    train(rank, world_size, run)
-    return found
-
-
-@pytest.mark.timeout(120)
-def test_the_teacher_follows_once_a_step_however_many_micro_batches_it_has(shards: Path, tmp_path: Path) -> None:
-    assert run_ranks(updates, 2, settings(shards, tmp_path / "run", accumulation=2), timeout=100) == 2 * [[0, 1, 2, 3]]
 
 
 def test_best_is_the_best_on_dev_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
