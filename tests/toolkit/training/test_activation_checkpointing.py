@@ -9,14 +9,13 @@ import torch
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
 from tests.toolkit.training.checkpointing import resumed_runs
+from tests.toolkit.training.micro_batches import even_draws, tiny_batch
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.training.activation_checkpointing import recompute_activations
 from toolkit.training.learner import Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
-from toolkit.training.step_randomness import StepRandomness
 
 
 def with_dropout() -> config.Model:
@@ -29,8 +28,6 @@ def with_dropout() -> config.Model:
 
 def step(again: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
     """Losses and gradients of a step of all objectives, and the bytes kept for its backward pass."""
-    from shards.reading.dataset import Batch
-
     torch.manual_seed(0)
     objectives = config.Objectives(denoising=config.Denoising(side="both"))
     model = build_model(with_dropout())
@@ -38,13 +35,7 @@ def step(again: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
     learner = Learner(model, objectives, 0, 1)
     if again:
         recompute_activations(learner)
-    rows = 4
-    batch = Batch(
-        torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8),
-        torch.randn(rows, 9000),
-        torch.tensor([9000, 8000, 7000, 9000]),
-        torch.arange(rows),
-    )
+    batch = tiny_batch(9000, 8000, 7000, 9000)
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,9 +43,8 @@ def step(again: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
         return tensor
 
     torch.manual_seed(1)
-    draws = StepRandomness(torch.full((2, rows), 0.5), CounterRNG(0, torch.arange(rows)))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses, _ = learner(batch, teacher, EmbeddingQueue(4, 16), 0.4, draws)
+        losses, _ = learner(batch, teacher, EmbeddingQueue(4, 16), 0.4, even_draws(4))
     weights = {p.untyped_storage().data_ptr() for p in learner.parameters()}
     losses["loss"].backward()
     gradients = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}

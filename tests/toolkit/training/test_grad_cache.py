@@ -11,14 +11,13 @@ from shards.reading.dataset import Batch
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
 from tests.toolkit.training import test_trainer
+from tests.toolkit.training.micro_batches import even_draws
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.training.grad_cache import cache_gradients
 from toolkit.training.learner import Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
-from toolkit.training.step_randomness import StepRandomness
 
 ROWS, SAMPLES = 8, 6000
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 3, 6])  # some pictures have two captions
@@ -52,10 +51,6 @@ class Setting:
         return [Batch(*part) for part in zip(*columns, strict=True)]
 
 
-def draws(rows: int) -> StepRandomness:
-    return StepRandomness(torch.full((2, rows), 0.5), CounterRNG(0, torch.arange(rows)))
-
-
 def step(rank: int, world_size: int, teacher: bool, count: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """SIC of each micro-batch, and the gradients that the optimizer would get; one micro-batch: without a cache."""
     setting = Setting(rank, world_size, teacher, tiny_model())
@@ -63,7 +58,7 @@ def step(rank: int, world_size: int, teacher: bool, count: int) -> tuple[list[fl
     caches = cache_gradients(setting.learner, micros, lambda _: None, *others) if count > 1 else [None]
     found, ids = [], []
     for micro, cache in zip(micros, caches, strict=True):
-        losses, pairs = setting.learner(micro, *others, draws(len(micro.ids)), cache)
+        losses, pairs = setting.learner(micro, *others, even_draws(len(micro.ids)), cache)
         (losses["loss"] / count).backward()
         found.append(float(losses["contrastive"]))
         ids.append(pairs.keys.ids.view(world_size, -1))
@@ -107,7 +102,7 @@ def test_both_passes_draw_the_same_dropout() -> None:
     caches = cache_gradients(setting.learner, micros, torch.manual_seed, *others)
     for place, (micro, cache) in enumerate(zip(micros, caches, strict=True)):
         torch.manual_seed(place)
-        setting.learner(micro, *others, draws(len(micro.ids)), cache)
+        setting.learner(micro, *others, even_draws(len(micro.ids)), cache)
     first, second = seen[:2], seen[2:]
     torch.testing.assert_close(first, second)
     torch.manual_seed(5)

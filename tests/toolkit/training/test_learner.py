@@ -10,15 +10,14 @@ import torch.distributed as dist
 from shards.reading.dataset import Batch
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
+from tests.toolkit.training.micro_batches import even_draws, tiny_batch
 from toolkit import distributed as across_ranks
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.model.outputs import Encoded
-from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.training.learner import Learner
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
-from toolkit.training.step_randomness import StepRandomness
 
 
 def learner_of(**objectives: Any) -> Learner:
@@ -27,19 +26,15 @@ def learner_of(**objectives: Any) -> Learner:
     return Learner(build_model(tiny_model()), made, rank=0, world_size=1)
 
 
-def losses(
-    learner: Learner, images: torch.Tensor, waveforms: torch.Tensor, order: list[int] | None = None
-) -> dict[str, float]:
-    rows = len(images)
-    batch = Batch(images, waveforms, torch.full((rows,), waveforms.shape[1]), torch.arange(rows))
-    draws = StepRandomness(torch.full((2, rows), 0.5), CounterRNG(0, torch.arange(rows)))
-    found, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, measure_controls=True)
+def losses(learner: Learner, batch: Batch, controls: bool = True) -> dict[str, float]:
+    draws = even_draws(len(batch.ids))
+    found, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, measure_controls=controls)
     return {name: value.item() for name, value in found.items()}
 
 
-def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+def pairs() -> Batch:
     torch.manual_seed(1)
-    return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.randn(4, 9000)
+    return tiny_batch(9000, 9000, 9000, 9000)
 
 
 NEIGHBOURS = [1, 0, 3, 2]
@@ -48,11 +43,10 @@ NEIGHBOURS = [1, 0, 3, 2]
 @pytest.mark.parametrize("side", ["image", "speech"])
 def test_the_control_of_denoising_attends_to_the_neighbors_tokens(side: str) -> None:
     learner = learner_of(denoising=config.Denoising(side=side, target="own", layers=1, noise="mask"))
-    images, waves = pairs()
-    right = losses(learner, images, waves)
-    swapped = (
-        losses(learner, images, waves[NEIGHBOURS]) if side == "image" else losses(learner, images[NEIGHBOURS], waves)
-    )
+    batch = pairs()
+    right = losses(learner, batch)
+    other = "waveforms" if side == "image" else "images"
+    swapped = losses(learner, replace(batch, **{other: getattr(batch, other)[NEIGHBOURS]}))
     assert right["denoising_control"] == pytest.approx(swapped["denoising"], rel=1e-5)
     assert right["denoising_control"] != pytest.approx(right["denoising"], rel=1e-5), "the other modality is not used"
 
@@ -61,13 +55,13 @@ def test_a_denoiser_that_ignores_the_other_modality_has_a_control_like_its_loss(
     learner = learner_of(denoising=config.Denoising(target="own", layers=1))
     for layer in learner.denoisers["image"].fusion.layers:
         torch.nn.init.zeros_(layer.cross_attention.output.weight)
-    found = losses(learner, *pairs())
+    found = losses(learner, pairs())
     assert found["denoising_control"] == pytest.approx(found["denoising"], abs=1e-7)
 
 
 def test_matching_and_its_control_read_tokens_and_nothing_else() -> None:
     learner = learner_of(denoising=config.Denoising(weight=0))
-    found = losses(learner, *pairs())
+    found = losses(learner, pairs())
     assert found["matching_control"] != pytest.approx(found["matching"], rel=1e-5)
     assert 0 <= found["matching_control_accuracy"] <= 1
     match, seen = learner.model.match, []
@@ -78,7 +72,7 @@ def test_matching_and_its_control_read_tokens_and_nothing_else() -> None:
         return match(replace(speech, embedding=nothing[0]), replace(image, embedding=nothing[1]))
 
     learner.model.match = without_vectors
-    assert losses(learner, *pairs()) == found
+    assert losses(learner, pairs()) == found
     assert seen == [12, 12]
 
 
@@ -87,23 +81,16 @@ def test_controls_leave_the_losses_and_their_dropout_alone() -> None:
     for module in learner.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.3
-    images, waves = pairs()
-    batch = Batch(images, waves, torch.full((4,), 9000), torch.arange(4))
-    draws = StepRandomness(torch.full((2, 4), 0.5), CounterRNG(0, torch.arange(4)))
-    found = []
+    batch, found = pairs(), []
     for controls in (False, True):
         torch.manual_seed(3)
-        losses, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws, measure_controls=controls)
-        found.append({name: losses[name].item() for name in ("contrastive", "matching", "denoising")})
+        measured = losses(learner, batch, controls)
+        found.append({name: measured[name] for name in ("contrastive", "matching", "denoising")})
     assert found[0] == found[1]
 
 
 def test_controls_are_measured_only_when_asked_for() -> None:
-    learner = learner_of()
-    images, waves = pairs()
-    batch = Batch(images, waves, torch.full((4,), 9000), torch.arange(4))
-    draws = StepRandomness(torch.full((2, 4), 0.5), CounterRNG(0, torch.arange(4)))
-    found, _ = learner(batch, None, EmbeddingQueue(0, 16), 0.0, draws)
+    found, _ = learner_of()(pairs(), None, EmbeddingQueue(0, 16), 0.0, even_draws(4))
     assert set(found) == {"loss", "contrastive", "matching", "denoising", "temperature"}
 
 
@@ -126,10 +113,8 @@ def collectives(rank: int, world_size: int, objectives: config.Objectives) -> li
     teacher = MomentumEncoder(model, 0.9) if objectives.momentum.enabled else None
     learner = Learner(model, objectives, rank, world_size)
     rows, samples = 2, 6000 + 3000 * rank
-    lengths, ids = torch.full((rows,), samples), torch.arange(rows) + rows * rank + 2**40
-    batch = Batch(torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8), torch.randn(rows, samples), lengths, ids)
-    draws = StepRandomness(torch.full((2, rows), 0.5), CounterRNG(0, torch.arange(rows)))
-    _, found = learner(batch, teacher, EmbeddingQueue(4, 16), 0.0, draws)
+    batch = replace(tiny_batch(samples, samples), ids=torch.arange(rows) + rows * rank + 2**40)
+    _, found = learner(batch, teacher, EmbeddingQueue(4, 16), 0.0, even_draws(rows))
     assert found.keys.ids.tolist() == [2**40 + row for row in range(rows * world_size)]
     return seen
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.distributed import run_ranks
 from tests.tiny import tiny_model
+from tests.toolkit.training.zero.test_state import slope
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
 from toolkit.training.momentum import MomentumEncoder, is_averaged
@@ -32,11 +33,6 @@ class Driven(nn.Module):
         """A loss whose gradients are `slope`."""
         pulls = {name: slope(name, shape, step) for name, shape in self.shapes.items()}
         return torch.stack([(p.float() * pulls[n]).sum() for n, p in self.named_parameters() if n in pulls]).sum()
-
-
-def slope(name: str, shape: torch.Size, step: int) -> torch.Tensor:
-    count = torch.arange(math.prod(shape)).view(shape)
-    return ((count * 5 + len(name) + step * 3) % 8 - 3.5) / 4
 
 
 def driven(

@@ -20,15 +20,16 @@ from toolkit.training.checkpointing.progress import Progress
 from toolkit.training.metrics.flops import BatchStats
 from toolkit.training.metrics.log import MetricsLogger, logger
 
-CPU = torch.device("cpu")
+
+def logger_of(rank: int, world_size: int, run: Path, progress: Progress) -> MetricsLogger:
+    settings = config.Config(wandb=config.Wandb(mode="disabled"))
+    return MetricsLogger(run, settings, progress, rank, world_size, torch.device("cpu"))
 
 
 def intervals(rank: int, world_size: int, run: Path) -> None:
     """Two intervals of one step; rank r has (r + 1) times as much work in them."""
-    settings = config.Config(wandb=config.Wandb(mode="disabled"))
-    settings.training.batch_size = 12
-    progress = Progress()
-    log = MetricsLogger(run, settings, progress, rank, world_size, torch.device("cpu"))
+    log = logger_of(rank, world_size, run, progress := Progress())
+    log.config.training.batch_size = 12
     for step, times in ((1, 1), (2, 3)):
         share = times * (rank + 1)
         log.stats.add(
@@ -53,9 +54,7 @@ def test_an_interval_has_tokens_speech_and_flops_of_all_ranks(tmp_path: Path) ->
 
 def controls(rank: int, world_size: int, run: Path) -> None:
     """Two intervals of two steps; the last step of the first has a control, greater on rank 1."""
-    log = MetricsLogger(
-        run, config.Config(wandb=config.Wandb(mode="disabled")), progress := Progress(), rank, world_size, CPU
-    )
+    log = logger_of(rank, world_size, run, progress := Progress())
     for step in range(1, 5):
         losses = {"loss": 1.0, "contrastive": 1.0, "matching": float(step)}
         losses |= {"matching_control": 5.0 + rank} if step == 2 else {}
@@ -75,9 +74,7 @@ def test_a_control_is_of_the_intervals_last_step_and_the_mean_of_the_ranks(tmp_p
 
 def begun_within(rank: int, world_size: int, run: Path) -> None:
     """An interval of three steps, in the last two of which SIM takes part."""
-    log = MetricsLogger(
-        run, config.Config(wandb=config.Wandb(mode="disabled")), progress := Progress(), rank, world_size, CPU
-    )
+    log = logger_of(rank, world_size, run, progress := Progress())
     for step in range(1, 4):
         losses = {"loss": float(step), "contrastive": 1.0} | ({"matching": 10.0 * step + rank} if step > 1 else {})
         log.step({name: torch.tensor(value) for name, value in losses.items()}, 1e-3)
@@ -93,8 +90,7 @@ def test_a_loss_that_begins_within_an_interval_is_averaged_over_its_own_steps(tm
 
 def log_on_a_full_disk(rank: int, world_size: int, run: Path) -> None:
     """Nothing more can be written, then it can again."""
-    settings = config.Config(wandb=config.Wandb(mode="disabled"))
-    log = MetricsLogger(run, settings, Progress(), rank, world_size, torch.device("cpu"))
+    log = logger_of(rank, world_size, run, Progress())
     lines = collect_lines()
     log._write({"step": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

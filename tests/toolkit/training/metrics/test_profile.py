@@ -20,15 +20,14 @@ from tests.distributed import run_ranks
 from tests.tiny import tiny_model
 from tests.toolkit.model.small_trunks import RANDOM, with_random
 from tests.toolkit.training import test_trainer
+from tests.toolkit.training.micro_batches import even_draws
 from toolkit import train
 from toolkit.config import schema as config
 from toolkit.model.build import build_model
-from toolkit.objectives.counter_rng import CounterRNG
 from toolkit.training.learner import Learner
 from toolkit.training.metrics import flops, peak, profile, spans
 from toolkit.training.momentum import MomentumEncoder
 from toolkit.training.queue import EmbeddingQueue
-from toolkit.training.step_randomness import StepRandomness
 
 ROWS, SAMPLES, PATCHES = 4, 9000, 16
 
@@ -123,9 +122,8 @@ def test_flops_of_a_step_are_nearly_those_that_torch_counts(rank: int) -> None:
     settings.model.speech.lora_rank = settings.model.image.lora_rank = rank
     learner, count = build_learner(settings)
     teacher, queue = MomentumEncoder(learner.model, 0.9), EmbeddingQueue(12, 16)
-    draws = StepRandomness(torch.full((2, ROWS), 0.5), CounterRNG(0, torch.arange(ROWS)))
     one = batch(*[SAMPLES] * ROWS)
-    _, done = count_flops(lambda: learner(one, teacher, queue, 0.4, draws)[0]["loss"].backward())
+    _, done = count_flops(lambda: learner(one, teacher, queue, 0.4, even_draws(ROWS))[0]["loss"].backward())
     assert count.count(one).total_flops == pytest.approx(done, rel=0.05)
 
 
