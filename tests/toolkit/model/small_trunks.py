@@ -57,7 +57,7 @@ RANDOM = {  # configuration of random weights by architecture
 
 
 def side_of(name: str) -> str:
-    return "speech" if name in SPEECH else "image"
+    return "speech" if name in SPEECH or name.startswith("hubert") else "image"
 
 
 def write_trunk(name: str, folder: Path) -> PreTrainedModel:

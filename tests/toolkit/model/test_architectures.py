@@ -14,12 +14,14 @@ from transformers import (
     BitImageProcessor,
     PreTrainedModel,
     SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
 )
 
 from shards.errors import UserError
-from tests.tiny import tiny_model
+from tests.tiny import VIT, tiny_model
 from tests.toolkit.model.small_trunks import IMAGE, RANDOM, SPEECH, TEXT, side_of, with_random, with_trunk, write_trunk
 from tests.toolkit.model.test_retrieval import results
 from tests.toolkit.model.test_speech import check_batch_independence, make_waves
@@ -286,10 +288,6 @@ def test_pictures_are_resized_as_the_folder_says(tmp_path, name, resize):
 
 
 def test_siglip_without_attention_pooling_is_refused_or_averaged(tmp_path):
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-
-    from tests.tiny import VIT
-
     SiglipVisionModel(SiglipVisionConfig(**VIT, vision_use_head=False)).save_pretrained(tmp_path)
     settings = with_trunk("siglip", tmp_path)
     with pytest.raises(UserError, match=r"has no attention pooling: set --model\.image\.pool mean"):

@@ -22,9 +22,10 @@ def make_trunk(architecture="clip", **more):
     return model(config(**{**VIT, **more})).eval()
 
 
-def make_encoder(trunk, train="none", head_layers=0) -> ImageEncoder:
+def make_encoder(trunk, train="none", head_layers=0, **more) -> ImageEncoder:
     torch.manual_seed(1)
-    return ImageEncoder(getattr(trunk, "vision_model", trunk), 16, train, head_layers, head_heads=4, dropout=0.0).eval()
+    trunk = getattr(trunk, "vision_model", trunk)
+    return ImageEncoder(trunk, 16, train, head_layers, head_heads=4, dropout=0.0, **more).eval()
 
 
 def make_pictures(size=32) -> torch.Tensor:
@@ -111,11 +112,7 @@ def test_more_layers_than_there_are_is_refused():
 
 @pytest.mark.parametrize("size", [32, 48])
 def test_a_grid_is_the_mean_of_each_cells_patches(size):
-    trunk = make_trunk(patch_size=4)
-    torch.manual_seed(1)
-    encoder = ImageEncoder(
-        getattr(trunk, "vision_model", trunk), 16, "all", 0, head_heads=4, dropout=0.0, pool="grid"
-    ).eval()
+    encoder = make_encoder(make_trunk(patch_size=4), "all", pool="grid")
     with torch.no_grad():
         encoded = encoder(encoder.frozen_features(make_pictures(size)))
         side = size // 4
@@ -134,10 +131,8 @@ def test_a_grid_is_the_mean_of_each_cells_patches(size):
 
 @pytest.mark.parametrize("architecture", ["clip", "blip2"])
 def test_a_stem_replaces_the_patch_projection(architecture):
-    trunk = make_trunk(architecture)
-    trunk = getattr(trunk, "vision_model", trunk)
-    encoder = ImageEncoder(trunk, 16, "all", 0, 4, 0.0, stem="convolutions").eval()
-    stem = trunk.embeddings.patch_embedding
+    encoder = make_encoder(make_trunk(architecture), "all", stem="convolutions")
+    stem = encoder.trunk.embeddings.patch_embedding
     assert isinstance(stem, ConvolutionalStem)
     pictures = make_pictures()
     encoded = encoder(encoder.frozen_features(pictures))

@@ -12,7 +12,7 @@ from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPModel, HubertC
 
 from shards.errors import UserError
 from tests.tiny import HUBERT, VIT, tiny_model
-from tests.toolkit.model.small_trunks import BASE, IMAGE, SPEECH, with_trunk, write_trunk
+from tests.toolkit.model.small_trunks import BASE, IMAGE, SPEECH, side_of, with_trunk, write_trunk
 from tests.toolkit.model.test_retrieval import results
 from tests.toolkit.model.test_speech import make_waves
 from tests.toolkit.model.test_trunk import clip_folder, pictures
@@ -35,22 +35,15 @@ def adapted(name: str, folder: Path, rank: int = 3, **more: Any) -> config.Model
     torch.manual_seed(4)
     if name in OLDER:
         OLDER[name](folder)
-        settings = tiny_model()
-        side: Any = settings.speech if name.startswith("hubert") else settings.image
-        side.trunk, side.config = str(folder), {}
     else:
         write_trunk(name, folder)
-        settings = with_trunk(name, folder)
-        side = settings.speech if name in SPEECH else settings.image
+    settings = with_trunk(name, folder)
+    side = getattr(settings, side_of(name))
     settings.speech.train = settings.image.train = "none"
     side.lora_rank = rank
     for key, value in more.items():
         setattr(side, key, value)
     return settings
-
-
-def side_of(name: str) -> str:
-    return "speech" if name in SPEECH or name.startswith("hubert") else "image"
 
 
 def train_adapters(model: SpeechImageModel) -> None:
@@ -66,10 +59,10 @@ def test_an_export_has_them_merged(tmp_path: Path, name: str) -> None:
     settings = adapted(name, tmp_path / "trunk")
     torch.manual_seed(1)
     model = build_model(settings)
-    getattr(settings, side_of(name)).lora_rank = 0
+    side = side_of(name)
+    getattr(settings, side).lora_rank = 0
     torch.manual_seed(1)
     plain = build_model(settings)
-    side = side_of(name)
     for part in ("head", "mix"):
         if hasattr(getattr(model, side), part):
             getattr(getattr(model, side), part).load_state_dict(getattr(getattr(plain, side), part).state_dict())

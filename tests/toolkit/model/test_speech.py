@@ -10,12 +10,12 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from shards.errors import UserError
 from tests.tiny import HUBERT
+from tests.toolkit.model.small_trunks import BASE  # as HuBERT-base
 from toolkit.model.build import set_mel_filters
 from toolkit.model.layers import Head
 from toolkit.model.speech import LayerMix, SpeechEncoder, thirds
 from toolkit.model.speech_trunks import BlockConvolution
 
-BASE = {**HUBERT, "feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}  # as HuBERT-base
 LARGE = dict(HUBERT)  # as HuBERT-large
 
 
@@ -194,14 +194,6 @@ def test_a_padded_utterance_equals_transformers_unpadded_one(values):
         for state, wanted in zip(features.states, expected, strict=True):
             wanted = F.layer_norm(wanted, wanted.shape[-1:]) if values is LARGE else wanted
             torch.testing.assert_close(state[row, :frames], wanted[0, :frames], atol=1e-5, rtol=0)
-
-
-def test_speech_shorter_than_a_frame_still_has_one():
-    encoder = make_encoder()
-    waves, lengths = make_waves(1, 40)
-    encoded = encoder(encoder.frozen_features(waves, lengths))
-    assert encoded.mask.tolist() == [[True], [True]]
-    assert encoded.embedding.isfinite().all()
 
 
 @pytest.mark.parametrize("values", [BASE, LARGE])

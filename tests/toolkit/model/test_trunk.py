@@ -28,14 +28,13 @@ from transformers import (
 
 from shards.errors import UserError
 from tests.tiny import HUBERT, VIT, tiny_model
+from tests.toolkit.model.small_trunks import BASE, TEXT, side_of
 from tests.toolkit.model.test_retrieval import results
 from toolkit.config import schema as config
 from toolkit.config.validate import check_config
 from toolkit.model.build import build_model
 from toolkit.model.retrieval import SpeechImageModel, build_teacher
 
-BASE = {**HUBERT, "feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
-TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
 OPT = {"model_type": "opt", "hidden_size": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 1, "ffn_dim": 32}
 OPT |= {"vocab_size": 50, "num_attention_heads": 2}
 
@@ -65,13 +64,8 @@ def write_trunk(name: str, folder: Path) -> dict[str, torch.Tensor]:
     torch.manual_seed(5)
     model = TRUNKS[name]()
     model.save_pretrained(folder)
-    prefixes = ("hubert.", "vision_model.")
-    weights = {}
-    for key, tensor in model.state_dict().items():
-        for prefix in prefixes:
-            key = key.removeprefix(prefix)
-        weights[key] = tensor
-    return weights
+    state = model.state_dict().items()
+    return {key.removeprefix("hubert.").removeprefix("vision_model."): tensor for key, tensor in state}
 
 
 def build(**trunks) -> SpeechImageModel:
@@ -86,13 +80,8 @@ def build(**trunks) -> SpeechImageModel:
 @pytest.mark.parametrize("name", TRUNKS)
 def test_trunks_are_loaded_from_folders_of_transformers(tmp_path, name):
     weights = write_trunk(name, tmp_path / "trunk")
-    side = "speech" if name.startswith("hubert") else "image"
-    model_config = tiny_model()
-    getattr(model_config, side).trunk = str(tmp_path / "trunk")
-    model_config.image.architecture = "blip2" if name.startswith("blip2") else "clip"
-    model = build_model(model_config)
-
-    trunk = getattr(model, side).trunk.state_dict()
+    model = build(**{side_of(name): tmp_path / "trunk"})
+    trunk = getattr(model, side_of(name)).trunk.state_dict()
     assert len(trunk) > 20
     for key, tensor in trunk.items():
         assert torch.equal(tensor, weights[key]), f"{key} differs from the folder's"
@@ -202,12 +191,8 @@ def test_a_trunk_is_never_partly_random(tmp_path, name, edit, problem):
     weights = load_file(tmp_path / "model.safetensors")
     edit(weights)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    side = "speech" if name.startswith("hubert") else "image"
-    model = tiny_model()
-    model.image.architecture = "blip2" if name.startswith("blip2") else "clip"
-    getattr(model, side).trunk = str(tmp_path)
-    with pytest.raises(UserError, match=rf"model\.{side}\.trunk: .*({problem})") as raised:
-        build_model(model)
+    with pytest.raises(UserError, match=rf"model\.{side_of(name)}\.trunk: .*({problem})") as raised:
+        build(**{side_of(name): tmp_path})
     assert "\n" not in str(raised.value)
 
 
@@ -241,9 +226,7 @@ def test_weights_outside_the_trunk_are_ignored_whatever_their_names(tmp_path, na
     stored = load_file(tmp_path / "model.safetensors")
     strange = ["embeddings.position_embeddings.weight", "encoder.layers.7.mlp.fc1.bias", "post_layernorm.scale"]
     save_file(stored | {key: torch.ones(3) for key in strange}, tmp_path / "model.safetensors", {"format": "pt"})
-    model = tiny_model()
-    model.image.architecture, model.image.trunk = name.split("-")[0], str(tmp_path)
-    for key, tensor in build_model(model).image.trunk.state_dict().items():
+    for key, tensor in build(image=tmp_path).image.trunk.state_dict().items():
         assert torch.equal(tensor, weights[key]), key
 
 
@@ -267,11 +250,8 @@ def pictures() -> torch.Tensor:
 def test_image_embeddings_are_initialized_as_clips(tmp_path, cls, freeze):
     clip = clip_folder(tmp_path / "clip", cls=cls)
     settings = tiny_model()
-    settings.image.trunk, settings.image.train, settings.image.freeze_projection = (
-        str(tmp_path / "clip"),
-        "none",
-        freeze,
-    )
+    image = settings.image
+    image.trunk, image.train, image.freeze_projection = str(tmp_path / "clip"), "none", freeze
     model = build_model(settings).eval()
     pixels = CLIPImageProcessor(do_resize=False, do_center_crop=False)(list(pictures()), return_tensors="pt")
     with torch.no_grad():
