@@ -5,7 +5,7 @@ import wave
 
 import pytest
 
-from tests.toolkit.indexing.browser import CHROMIUM, opened
+from tests.toolkit.browser import CHROMIUM, opened
 from tests.toolkit.indexing.served import serving
 from tests.toolkit.indexing_files import EXPORT, save_audio, save_image, save_images
 from toolkit.indexing.items import FileSource
@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not insta
 
 NAMES = "[...document.querySelectorAll('#results li')].map(entry => entry.hit.name)"
 STATUS = "document.getElementById('status').textContent"
+READY = "document.getElementById('keys').textContent"
 RERANKED = f"{STATUS}.includes('were re-ranked')"
 
 
@@ -67,7 +68,7 @@ async def check_attention(tab):
 async def check_widths(tab):
     for dark in (False, True):
         for width in (1300, 400):
-            await tab.show(width, dark)
+            await tab.show(width, dark, phone=width < 600)
             assert await tab.run("document.documentElement.scrollWidth <= innerWidth")
         colors = await tab.run(
             "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
@@ -91,6 +92,7 @@ def test_images_are_found_by_voice(tmp_path):
 
     async def check(address):
         async with opened(tmp_path / "profile", address, microphone) as tab:
+            await tab.until(READY)
             await tab.show(1300)
             uploaded = await check_by_voice(tab, recording, duration)
             await check_attention(tab)
@@ -113,7 +115,8 @@ def test_recordings_are_found_by_an_image(tmp_path):
 
     async def check(address):
         async with opened(tmp_path / "profile", address) as tab:
-            await tab.show(400, dark=True)
+            await tab.until(READY)
+            await tab.show(400, dark=True, phone=True)
             assert await tab.run("document.getElementById('record').hidden")
             await tab.choose_file("#file", picture)
             await tab.until(RERANKED)

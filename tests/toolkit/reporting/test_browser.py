@@ -9,8 +9,9 @@ from shards.checking.check import check_folder
 from shards.checking.page import write_page
 from tests.shards.checking import damage
 from tests.toolkit import test_analyze
+from tests.toolkit.browser import CHROMIUM
 from tests.toolkit.evaluation import test_retrieve
-from tests.toolkit.reporting.browser import CHROMIUM, look
+from tests.toolkit.reporting.browser import look
 from tests.toolkit.reporting.run_folders import write_baseline, write_inside, write_run
 from toolkit import analyze, report
 from toolkit.reporting.run_report import write_report

@@ -1,7 +1,6 @@
 """A headless Chromium, driven through the DevTools protocol."""
 
 import asyncio
-import base64
 import contextlib
 import shutil
 import subprocess
@@ -27,17 +26,18 @@ KEYS = {"Enter": 13, "Escape": 27, "ArrowRight": 39, "ArrowLeft": 37}
 
 
 class Tab:
-    """One page, and the messages of its console."""
+    """One page, the messages of its console, and the addresses that it requests."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket, self.count = socket, 0
         self.problems: list[str] = []
+        self.requests: list[str] = []
 
     async def call(self, method, **values):
         self.count += 1
         await self.socket.send_json({"id": self.count, "method": method, "params": values})
         while True:
-            message = await self.socket.receive_json(timeout=30)
+            message = await self.socket.receive_json(timeout=60)
             if message.get("id") == self.count:
                 assert "error" not in message, message
                 return message["result"]
@@ -49,8 +49,10 @@ class Tab:
             self.problems.append(str(values["exceptionDetails"]))
         if method == "Log.entryAdded" and values["entry"]["level"] in ("error", "warning"):
             self.problems.append(str(values["entry"]))
-        if method == "Runtime.consoleAPICalled" and values["type"] in ("error", "warning", "assert"):
+        if method == "Runtime.consoleAPICalled":
             self.problems.append(str(values["args"]))
+        if method == "Network.requestWillBeSent":
+            self.requests.append(values["request"]["url"])
 
     async def run(self, script):
         """The value of an expression; promises are awaited."""
@@ -77,18 +79,13 @@ class Tab:
         node = await self.call("DOM.querySelector", nodeId=root["root"]["nodeId"], selector=selector)
         await self.call("DOM.setFileInputFiles", files=[str(path)], nodeId=node["nodeId"])
 
-    async def show(self, width, dark=False):
-        """Set the width, and light or dark."""
-        phone = width < 600
+    async def show(self, width, dark=False, phone=False):
+        """Set the width, light or dark, and whether it is a phone's screen."""
         await self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=phone
         )
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         await self.call("Emulation.setEmulatedMedia", features=features)
-
-    async def screenshot(self, path):
-        picture = await self.call("Page.captureScreenshot", format="png")
-        Path(path).write_bytes(base64.b64decode(picture["data"]))
 
 
 @contextlib.asynccontextmanager
@@ -113,10 +110,10 @@ async def opened(folder: Path, address: str, microphone: Path | None = None) -> 
                 (page,) = [one for one in await answer.json(content_type=None) if one["type"] == "page"]
             async with session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=1 << 26) as socket:
                 tab = Tab(socket)
-                for domain in ("Page", "Runtime", "Log", "DOM"):
+                for domain in ("Page", "Runtime", "Log", "DOM", "Network"):
                     await tab.call(f"{domain}.enable")
                 await tab.call("Page.navigate", url=address)
-                await tab.until("document.readyState === 'complete' && document.getElementById('keys').textContent")
+                await tab.until("location.href !== 'about:blank' && document.readyState === 'complete'")
                 yield tab
     finally:
         process.terminate()
