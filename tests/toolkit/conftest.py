@@ -1,5 +1,6 @@
-"""Fixtures of these tests."""
+"""Shards of noise to train on, toy shards, and a run folder as training leaves it."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -39,3 +40,36 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "noise"
     write_shards(items, folder, "noise", Format(samples_per_shard=7), {})
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Shards of 3 train and 13 test pictures of 1 to 3 captions, and twins of test pictures 2, 3, 4 and 5."""
+    from tests.toolkit.evaluation.test_retrieve import item
+
+    items = [item(number, f"train{number}", "train") for number in range(3)]
+    items += [item(number, f"test{number}", "test") for number in range(13)]
+    for number in range(2, 6):
+        kind = ("colour", "relation")[number % 2]
+        items.append(item(40 + number, f"test{number}-{kind}", "twins", twin=f"test{number}"))
+    out = tmp_path_factory.mktemp("shards") / "toy"
+    write_shards(items, out, "toy", Format(samples_per_shard=5), {})
+    return out
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    """A run folder, on which commands work in this process."""
+    from tests.toolkit.evaluation.test_retrieve import CPU, random_model, settings
+    from toolkit.model.processor import SpeechImageProcessor
+    from toolkit.run_folder import to_yaml
+
+    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
+    configured = settings(folder)
+    configured.data.augment.speech.noise = 0.25
+    (tmp_path / "config.yaml").write_text(to_yaml(configured))
+    export = tmp_path / "export" / "best"
+    random_model().save_pretrained(export)
+    SpeechImageProcessor(32, 1.0).save_pretrained(export)
+    (export / "progress.json").write_text(json.dumps({"step": 1234}))
+    return tmp_path

@@ -1,6 +1,5 @@
 """The command analyze.py: results in the run folder, continued where it stopped, and errors of one line."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,31 +7,12 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from tests.toolkit.evaluation import test_retrieve
-from tests.toolkit.evaluation.test_retrieve import CPU, random_model, settings
+from tests.toolkit.evaluation.test_retrieve import random_model
 from toolkit import analyze
 from toolkit.evaluation.perturbations.suite import Suite
 from toolkit.evaluation.robustness import load_robustness
-from toolkit.model.processor import SpeechImageProcessor
-from toolkit.run_folder import to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-
-folder = test_retrieve.folder
-
-
-@pytest.fixture
-def run(folder, tmp_path, monkeypatch):
-    """A run folder as training leaves it."""
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
-    configured = settings(folder)
-    configured.data.augment.speech.noise = 0.25
-    (tmp_path / "config.yaml").write_text(to_yaml(configured))
-    export = tmp_path / "export" / "best"
-    random_model().save_pretrained(export)
-    SpeechImageProcessor(32, 1.0).save_pretrained(export)
-    (export / "progress.json").write_text(json.dumps({"step": 1234}))
-    return tmp_path
 
 
 def robustness(run, *arguments):

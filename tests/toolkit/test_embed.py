@@ -11,13 +11,10 @@ import torch
 
 from shards.errors import UserError
 from shards.manifest import load
-from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.indexing_files import EXPORT, hostile_files, save_audio, save_image, save_images
 from toolkit import embed as command
 from toolkit.indexing.encoder import Encoder
 from toolkit.indexing.items import read_table
-
-folder = test_retrieve.folder
 
 
 def embed(out, *arguments):

@@ -13,30 +13,15 @@ from PIL import Image
 from shards.errors import UserError
 from shards.manifest import load
 from shards.writing.writer import Format, write_shards
-from tests.toolkit.evaluation import test_retrieve
-from tests.toolkit.evaluation.test_retrieve import CPU, item, random_model, settings
+from tests.toolkit.evaluation.test_retrieve import item, random_model, settings
 from toolkit import evaluate
 from toolkit.evaluation.results import describe_protocol, load_results
-from toolkit.model.processor import SpeechImageProcessor
 from toolkit.run_folder import to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
-folder = test_retrieve.folder
 
-
-@pytest.fixture
-def run(folder, tmp_path):
-    """A run folder as training leaves it."""
-    (tmp_path / "config.yaml").write_text(to_yaml(settings(folder)))
-    export = tmp_path / "export" / "best"
-    random_model().save_pretrained(export)
-    (export / "progress.json").write_text(json.dumps({"step": 1234}))
-    return tmp_path
-
-
-def test_command_writes_recall_and_picture_and_prints_a_table(run, monkeypatch, capsys):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
+def test_command_writes_recall_and_picture_and_prints_a_table(run, capsys):
     evaluate.main(["--run", str(run)])
     report = json.loads((run / "recall.json").read_text())
     figures = {"R@1", "R@5", "R@10"}
@@ -67,17 +52,17 @@ def results(run):
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
-def moved(folder, tmp_path, monkeypatch):
+def moved(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "moved")
     return ["--data.shards", str(tmp_path / "moved")]
 
 
-def others(folder, tmp_path, monkeypatch):
+def others(folder, tmp_path):
     write_shards([item(7, "other", "test")], tmp_path / "others", "toy", Format(), {})
     return ["--data.shards", str(tmp_path / "others")]
 
 
-def made_again(folder, tmp_path, monkeypatch):
+def made_again(folder, tmp_path):
     """Other data at the location in the run's configuration."""
     shards = tmp_path / "again"
     write_shards([item(8, "again", "test")], shards, "toy", Format(), {})
@@ -117,9 +102,8 @@ FINAL = "toy-test-[0-9a-f]{8}-best-step-1234-rerank-4-sum-1.0s-32-crop"
     ],
 )
 def test_each_evaluation_has_files_of_its_own_and_the_final_one_the_plain_names(
-    run, folder, tmp_path, monkeypatch, capsys, arguments, name
+    run, folder, tmp_path, capsys, arguments, name
 ):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     random_model().save_pretrained(run / "export" / "last")
     checkpoint(run, [load(folder).hash])
     evaluate.main(["--run", str(run)])
@@ -128,7 +112,7 @@ def test_each_evaluation_has_files_of_its_own_and_the_final_one_the_plain_names(
     assert {path.rpartition(".")[2] for path in before} == {"json", "npz", "png"}
     assert len(before) == 4
     capsys.readouterr()
-    given = arguments if isinstance(arguments, list) else arguments(folder, tmp_path, monkeypatch)
+    given = arguments if isinstance(arguments, list) else arguments(folder, tmp_path)
     evaluate.main(["--run", str(run), *given])
     printed, after = capsys.readouterr().out, results(run)
     if set(after) == set(before):
@@ -149,16 +133,14 @@ def test_each_evaluation_has_files_of_its_own_and_the_final_one_the_plain_names(
 
 
 @pytest.mark.parametrize("made", [moved, others])
-def test_without_a_checkpoint_training_data_is_recognized_by_location(run, folder, tmp_path, monkeypatch, made):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
-    evaluate.main(["--run", str(run), *made(folder, tmp_path, monkeypatch)])
+def test_without_a_checkpoint_training_data_is_recognized_by_location(run, folder, tmp_path, made):
+    evaluate.main(["--run", str(run), *made(folder, tmp_path)])
     assert "recall.json" not in results(run)
     evaluate.main(["--run", str(run), "--data.shards", str(folder / ".." / folder.name)])
     assert "recall.json" in results(run)
 
 
-def test_a_run_without_matching_is_written_to_the_plain_file_names(run, folder, monkeypatch):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
+def test_a_run_without_matching_is_written_to_the_plain_file_names(run, folder):
     settled = settings(folder)
     settled.objectives.matching.weight = 0
     (run / "config.yaml").write_text(to_yaml(settled))
@@ -190,8 +172,7 @@ def test_errors_are_one_line(run, arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_damaged_or_missing_export_is_one_line(run, monkeypatch):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
+def test_damaged_or_missing_export_is_one_line(run):
     weights = run / "export" / "best" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be loaded as a model") as caught:
@@ -202,8 +183,7 @@ def test_damaged_or_missing_export_is_one_line(run, monkeypatch):
         evaluate.main(["--run", str(run)])
 
 
-def test_an_export_from_before_matching_is_not_reranked(run, folder, monkeypatch, capsys):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
+def test_an_export_from_before_matching_is_not_reranked(run, folder, capsys):
     settled = settings(folder)
     settled.objectives.coarse_steps = 1234
     (run / "config.yaml").write_text(to_yaml(settled))
@@ -234,8 +214,7 @@ def test_a_run_without_matching_is_reranked_neither_by_default_nor_on_request(ru
         evaluate.read_arguments([*command, "--rerank", "8"])
 
 
-def test_several_data_sets_in_one_table(run, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
+def test_several_data_sets_in_one_table(run, folder, tmp_path, capsys):
     write_shards([item(n, f"other{n}", "dev") for n in range(4)], tmp_path / "others", "elsewhere", Format(), {})
     names = [str(folder), f"{folder}:train", f"{tmp_path / 'others'}:dev"]
     evaluate.main(["--run", str(run), "--datasets", *names, "--by", "words,duration"])
@@ -253,8 +232,7 @@ def test_several_data_sets_in_one_table(run, folder, tmp_path, monkeypatch, caps
         evaluate.main(["--run", str(run), "--datasets", str(folder), f"{folder}:nope"])
 
 
-def test_results_and_comparisons_are_shown_without_a_model(run, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
+def test_results_and_comparisons_are_shown_without_a_model(run, capsys, tmp_path):
     evaluate.main(["--run", str(run)])
     other = shutil.copytree(run, tmp_path / "other")
     shutil.rmtree(run / "export")
@@ -270,8 +248,7 @@ def test_results_and_comparisons_are_shown_without_a_model(run, monkeypatch, cap
     assert {one["p"] for one in json.loads(capsys.readouterr().out)[0]["differences"]} == {1.0}
 
 
-def test_runs_on_different_test_data_are_not_compared(run, folder, monkeypatch, tmp_path):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
+def test_runs_on_different_test_data_are_not_compared(run, folder, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     evaluate.main(["--run", str(run)])
     with pytest.raises(UserError, match="holds no results"):
@@ -296,8 +273,7 @@ def test_runs_on_different_test_data_are_not_compared(run, folder, monkeypatch, 
         evaluate.main(["--compare", str(run), str(other)])
 
 
-def test_protocols_stand_side_by_side(run, monkeypatch, capsys):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
+def test_protocols_stand_side_by_side(run, capsys):
     evaluate.main(["--run", str(run), "--protocols", "--rerank", "3"])
     printed = capsys.readouterr().out
     stored = load_results(run)
@@ -312,10 +288,8 @@ def test_protocols_stand_side_by_side(run, monkeypatch, capsys):
     assert "(BLIP)" in printed
 
 
-def test_an_exported_folder_is_evaluated_without_its_run(run, folder, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
+def test_an_exported_folder_is_evaluated_without_its_run(run, folder, tmp_path, capsys):
     export, out = run / "export" / "best", tmp_path / "out"
-    SpeechImageProcessor(32, 1.0).save_pretrained(export)
     evaluate.main(["--run", str(run)])
     (run / "config.yaml").unlink()
     model = ["--model", str(export), "--out", str(out), "--datasets", str(folder)]

@@ -7,17 +7,12 @@ import sys
 
 import pytest
 
-from tests.toolkit import test_evaluate
-from tests.toolkit.evaluation.test_retrieve import CPU
 from tests.toolkit.test_evaluate import FINAL, ROOT, results
 from toolkit import evaluate
 from toolkit.evaluation.results import load_results
 
-folder, run = test_evaluate.folder, test_evaluate.run
-
 
 def test_an_evaluation_that_is_interrupted_leaves_earlier_results_whole(run, monkeypatch):
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     evaluate.main(["--run", str(run)])
     before = results(run)
     for place in (
@@ -55,7 +50,6 @@ for file in range(5):
 
 def test_an_evaluation_that_is_killed_before_any_of_its_files_leaves_results_whole(run, monkeypatch):
     """By SIGKILL, once it has written a file and before it gives it its name."""
-    monkeypatch.setattr("toolkit.distributed.init_distributed", lambda: (0, 1, CPU))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     evaluate.main(["--run", str(run), "--split", "train"])
     evaluate.main(["--run", str(run)])

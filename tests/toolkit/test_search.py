@@ -14,7 +14,6 @@ import torch
 
 from shards.errors import UserError
 from shards.manifest import load
-from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.evaluation.test_retrieve import CPU, SECONDS, SIZE, random_model, settings
 from tests.toolkit.indexing.write_index import write_index
 from tests.toolkit.indexing_files import EXPORT, other_model, save_audio, save_image, save_images
@@ -29,8 +28,6 @@ from toolkit.indexing.search import Searcher
 from toolkit.indexing.store import Index, write_head
 from toolkit.indexing.update import update
 from toolkit.model.processor import SpeechImageProcessor
-
-folder = test_retrieve.folder
 
 
 @pytest.mark.parametrize("chunk", [8, 20, 1000])

@@ -6,14 +6,11 @@ import torch
 
 from shards.manifest import load
 from tests.distributed import run_ranks
-from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.evaluation.test_retrieve import CPU, random_model, settings
 from toolkit.evaluation.encode import ProcessInfo
 from toolkit.evaluation.evaluation import Checkpoint, audio_limits, checkpoint_name, evaluate_split
 from toolkit.evaluation.results import DIRECTIONS, ranks_of
 from toolkit.evaluation.retrieve import retrieve
-
-folder = test_retrieve.folder
 
 
 def evaluated(rank, world_size, folder):

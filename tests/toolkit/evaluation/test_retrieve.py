@@ -14,7 +14,6 @@ from shards.manifest import load
 from shards.media.audio import SAMPLE_RATE, decode_audio
 from shards.media.picture import decode_picture
 from shards.reading.reader import Reader
-from shards.writing.writer import Format, write_shards
 from tests.distributed import run_ranks
 from tests.shards.media.noise import spoil
 from tests.tiny import tiny_model
@@ -49,19 +48,6 @@ def item(number, name, split, twin=None):
     several = range(1 + number % 3)
     captions = [Caption(f"{name}/{n}", partial(spoken, 100 * number + n), f"caption {n} of {name}") for n in several]
     return Item(name, split, partial(drawn, number), tuple(captions), twin)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Shards of 3 train and 13 test pictures of 1 to 3 captions, and twins of test pictures 2, 3, 4 and 5."""
-    items = [item(number, f"train{number}", "train") for number in range(3)]
-    items += [item(number, f"test{number}", "test") for number in range(13)]
-    for number in range(2, 6):
-        kind = ("colour", "relation")[number % 2]
-        items.append(item(40 + number, f"test{number}-{kind}", "twins", twin=f"test{number}"))
-    out = tmp_path_factory.mktemp("shards") / "toy"
-    write_shards(items, out, "toy", Format(samples_per_shard=5), {})
-    return out
 
 
 def settings(folder, fuse="sum"):

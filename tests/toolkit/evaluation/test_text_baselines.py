@@ -29,8 +29,6 @@ from shards.files import read_records
 from shards.manifest import load
 from shards.media.audio import SAMPLE_RATE, decode_audio, read_audio
 from shards.reading.reader import Reader
-from tests.toolkit import test_analyze
-from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.evaluation.test_retrieve import CPU, settings
 from toolkit import analyze
 from toolkit.evaluation import text_baselines
@@ -42,8 +40,6 @@ from toolkit.evaluation.text_baselines import (
     transcribe,
     word_error_rate,
 )
-
-folder, run = test_retrieve.folder, test_analyze.run
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,11 @@ import pytest
 from shards.checking.check import check_folder
 from shards.checking.page import write_page
 from tests.shards.checking import damage
-from tests.toolkit import test_analyze
 from tests.toolkit.browser import CHROMIUM
-from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.reporting.browser import look
 from tests.toolkit.reporting.run_folders import write_baseline, write_inside, write_run
 from toolkit import analyze, report
 from toolkit.reporting.run_report import write_report
-
-folder, run = test_retrieve.folder, test_analyze.run
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 WIDTHS = pytest.mark.parametrize(("width", "dark"), [(1300, False), (400, True)])

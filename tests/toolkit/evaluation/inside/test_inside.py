@@ -12,7 +12,6 @@ from PIL import Image
 from shards.errors import UserError
 from shards.manifest import load
 from shards.reading.reader import Reader
-from tests.toolkit import test_analyze
 from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.evaluation.test_retrieve import CPU, cosine, random_model, settings
 from toolkit import analyze
@@ -30,7 +29,7 @@ from toolkit.evaluation.recall import RankCounts, Ranking
 from toolkit.model.outputs import Encoded
 from toolkit.run_folder import to_yaml
 
-folder, singly, run = test_retrieve.folder, test_retrieve.singly, test_analyze.run
+singly = test_retrieve.singly
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,11 @@ from shards.manifest import load
 from shards.media.audio import SAMPLE_RATE, decode_audio
 from shards.reading.reader import Reader
 from tests.distributed import run_ranks
-from tests.toolkit.evaluation import test_retrieve
 from tests.toolkit.evaluation.test_retrieve import CPU, SECONDS, measure, random_model, settings
 from toolkit.evaluation.encode import ProcessInfo
 from toolkit.evaluation.perturbations.kinds import KINDS, generator_of
 from toolkit.evaluation.perturbations.speech import perturb_speech
 from toolkit.evaluation.perturbations.suite import Suite, find_noise
-
-folder = test_retrieve.folder
 
 
 def suite_of(folder, rank=0, world_size=1, noise=None, seed=0):
