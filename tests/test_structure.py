@@ -26,13 +26,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "toolkit": (
         "toolkit.config",
+        "toolkit.objectives",
         "toolkit.model",
         "toolkit.evaluation",
         "toolkit.hub",
         "toolkit.reporting",
         "toolkit.training",
     ),
-    "objectives": ("toolkit.objectives", "toolkit.training"),
+    "evaluate": ("toolkit.evaluate", "toolkit.training"),
     "launch": ("launch.slurm.client", "launch.status", "launch.slurm.requeue", "launch.submit"),
 }
 
