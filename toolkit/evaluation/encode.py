@@ -7,10 +7,10 @@ the last round encodes the last batch again, and that result is dropped.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -252,7 +252,7 @@ class _BatchSchedule:
         calls = -(-len(batches) // ranks)
         own = [batches[min(call * ranks + rank, len(batches) - 1)] for call in range(calls)]
         with ThreadPoolExecutor(max(1, self.threads)) as pool:
-            inputs = _prefetch(pool, load, own)
+            inputs = prefetch(pool, load, [rows.tolist() for rows in own])
             for call in progress_range(calls, "batches", f"encoding {title}", self.process.show_progress):
                 loaded = run_on_all_ranks(lambda: next(inputs), rank, ranks)
                 yield batches[call * ranks : (call + 1) * ranks], loaded
@@ -285,13 +285,13 @@ class _RowBuffer:
         return self.rows
 
 
-def _prefetch(
-    pool: ThreadPoolExecutor, load: Callable[[int], Tensor], batches: Sequence[np.ndarray]
-) -> Iterator[list[Tensor]]:
+def prefetch(
+    pool: ThreadPoolExecutor, load: Callable[[Any], Any], batches: Iterable[Iterable[Any]]
+) -> Iterator[list[Any]]:
     """Load batches in order, with a few of them in flight."""
     pending: deque = deque()
     for batch in batches:
-        pending.append([pool.submit(load, int(row)) for row in batch])
+        pending.append([pool.submit(load, each) for each in batch])
         if len(pending) > _PREFETCH:
             yield [future.result() for future in pending.popleft()]
     while pending:

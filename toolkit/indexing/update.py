@@ -2,9 +2,8 @@
 
 import logging
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from shards.errors import TransientError, UserError
 from shards.progress import progress_bar
+from toolkit.evaluation.encode import prefetch
 from toolkit.indexing.approximate import MIN_ITEMS, refresh
 from toolkit.indexing.encoder import Encoder, model_checksum
 from toolkit.indexing.items import Item, ItemSource, printable
@@ -22,7 +22,6 @@ from toolkit.indexing.writer import Journal, commit, locked, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
-_PREFETCH = 2  # batches decoded while the model computes
 UNITS = {"image": "images", "audio": "audio files"}
 
 
@@ -214,13 +213,7 @@ def decode_batches(
 
     count = workers or min(8, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(count) as pool:
-        pending: deque[list[Future[Tensor | str]]] = deque()
         try:
-            for batch in batches:
-                pending.append([pool.submit(load, item) for item in batch])
-                if len(pending) > _PREFETCH:
-                    yield [future.result() for future in pending.popleft()]
-            while pending:
-                yield [future.result() for future in pending.popleft()]
+            yield from prefetch(pool, load, batches)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
