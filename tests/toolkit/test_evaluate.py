@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -310,15 +308,3 @@ def test_an_exported_folder_is_evaluated_without_its_run(run, folder, tmp_path, 
     (tmp_path / "foreign").mkdir()
     with pytest.raises(UserError, match="foreign"):
         evaluate.main(["--model", str(tmp_path / "foreign"), *model[2:]])
-
-
-def test_help_and_errors_need_no_torch():
-    script = str(ROOT / "toolkit" / "evaluate.py")
-    shown = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0
-    assert "--rerank" in shown.stdout
-    assert " torch\n" not in shown.stderr
-    wrong = subprocess.run([sys.executable, script, "--run", "/nowhere"], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: /nowhere")
-    assert wrong.stderr.count("\n") == 1

@@ -323,14 +323,3 @@ def test_errors_are_one_line(tmp_path, arguments, message, monkeypatch):
 def test_another_device_is_one_line(pictures, tmp_path):
     with pytest.raises(UserError, match="--device quantum"):
         update(tmp_path / "index", FileSource(str(pictures), "image"), EXPORT, device="quantum")
-
-
-@pytest.mark.parametrize("script", ["index.py", "embed.py", "search.py"])
-def test_help_needs_no_torch(script):
-    path = str(ROOT / "toolkit" / script)
-    shown = subprocess.run([sys.executable, "-X", "importtime", path, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0
-    assert " torch\n" not in shown.stderr
-    assert " numpy\n" not in shown.stderr
-    wrong = subprocess.run([sys.executable, path, "--nonsense"], capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
