@@ -98,9 +98,7 @@ def retrieve_each(
     samples = manifest.rows(split)
     with_twins = np.concatenate([samples, minimal_pairs.find_minimal_pairs(manifest, samples)])
     encodings = encode(model, manifest, with_twins, config, process, keep_tokens=rerank > 0)
-    coarse = _coarse(encodings, len(samples), max(rerank, _MIN_CANDIDATES), process)
-    size = {"pictures": len(coarse.samples), "captions": len(coarse.captions)}
-    coarse.report = {"split": split, **size, "max_seconds": config.evaluation.max_seconds, **coarse.report}
+    coarse = rank_coarse(encodings, len(samples), split, config.evaluation.max_seconds, rerank, process)
     scored = None
     if rerank:
         both = coarse.speech_to_image, coarse.image_to_speech
@@ -119,14 +117,20 @@ def retrieve_each(
     return retrievals
 
 
-def _coarse(encodings: Encodings, count: int, k: int, process: ProcessInfo) -> Retrieval:
+def rank_coarse(
+    encodings: Encodings, count: int, split: str, max_seconds: float, k: int, process: ProcessInfo
+) -> Retrieval:
     """Rank by the embeddings among the first `count` pictures; the twins after them are left out."""
     captions = int((encodings.caption_picture < count).sum())
     images, speech = encodings.images[:count], encodings.speech[:captions]
     caption_picture = encodings.caption_picture[:captions]
     queries = caption_picture.unique()
-    speech_to_image, image_to_speech = rank_both(speech, images, caption_picture, k, process.rank, process.world_size)
-    report = {"coarse": summarize_recall(speech_to_image, image_to_speech), "reranked": None, "twins": None}
+    speech_to_image, image_to_speech = rank_both(
+        speech, images, caption_picture, max(k, _MIN_CANDIDATES), process.rank, process.world_size
+    )
+    size = {"pictures": count, "captions": captions, "max_seconds": max_seconds}
+    recall = summarize_recall(speech_to_image, image_to_speech)
+    report = {"split": split, **size, "coarse": recall, "reranked": None, "twins": None}
     rows = encodings.samples[:count], encodings.captions[:captions]
     return Retrieval(report, *rows, caption_picture, queries, speech_to_image, image_to_speech)
 

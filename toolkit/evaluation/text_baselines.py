@@ -30,20 +30,18 @@ from shards.media.audio import SAMPLE_RATE
 from shards.media.picture import open_picture
 from shards.progress import progress_range
 from shards.reading.caption_attributes import read_caption_attributes
-from toolkit.evaluation.encode import ModelInputs
+from toolkit.evaluation.encode import Encodings, ModelInputs, ProcessInfo
 from toolkit.evaluation.evaluation import rank_columns
-from toolkit.evaluation.ranking import rank_both
-from toolkit.evaluation.recall import summarize_recall
 from toolkit.evaluation.results import FOLDER as RESULTS
 from toolkit.evaluation.results import Result, save_result
-from toolkit.evaluation.retrieve import Retrieval
+from toolkit.evaluation.retrieve import rank_coarse
 from toolkit.model.trunk import quiet
 
 if TYPE_CHECKING:
     from PIL import Image
 
 POCKETSPHINX = "pocketsphinx"
-_BATCH, _CANDIDATES = 64, 10
+_BATCH = 64
 _WHISPER_SECONDS = 30  # of its input
 
 Recognizer = Callable[[np.ndarray], str]  # from float32 [n] at 16 kHz to text
@@ -217,22 +215,6 @@ def transcribe(inputs: ModelInputs, recognizer: Recognizer, path: Path) -> list[
     return [str(known[int(row)]) for row in inputs.captions]
 
 
-def rank_by_text(texts: Tensor, images: Tensor, inputs: ModelInputs, manifest: Manifest, split: str) -> Retrieval:
-    """Rank both directions by the cosine of captions' text embeddings [C, D] and image embeddings [P, D]."""
-    caption_picture = torch.from_numpy(inputs.caption_picture)
-    rankings = rank_both(texts, images, caption_picture, _CANDIDATES)
-    report = {
-        "split": split,
-        "pictures": len(inputs.samples),
-        "captions": len(inputs.captions),
-        "max_seconds": inputs.max_samples / SAMPLE_RATE,
-        "coarse": summarize_recall(*rankings),
-        "reranked": None,
-        "twins": None,
-    }
-    return Retrieval(report, inputs.samples, inputs.captions, caption_picture, caption_picture.unique(), *rankings)
-
-
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     """Substituted, deleted and inserted words over the words of the references, in percent.
 
@@ -300,8 +282,11 @@ class TextBaseline:
             texts: [C].
             error_rate: Word error rate in percent; None: not known.
         """
-        embedded = self.clip.embed_texts(texts)
-        retrieval = rank_by_text(embedded, self._images, self.inputs, self.manifest, self.split)
+        inputs, images, embedded = self.inputs, self._images, self.clip.embed_texts(texts)
+        caption_picture, process = torch.from_numpy(inputs.caption_picture), ProcessInfo(0, 1, images.device)
+        encodings = Encodings(inputs.samples, inputs.captions, caption_picture, images, embedded, tokens=None)
+        seconds = inputs.max_samples / SAMPLE_RATE
+        retrieval = rank_coarse(encodings, len(images), self.split, seconds, 0, process)
         limit = "" if self.limit is None else f"-limit-{self.limit}"
         report = retrieval.report | {
             "shards": self.manifest.location,
@@ -313,7 +298,7 @@ class TextBaseline:
             "protocol": {
                 "rerank": 0,
                 "fuse": None,
-                "max_seconds": retrieval.report["max_seconds"],
+                "max_seconds": seconds,
                 "image_size": self.clip.image_size,
                 "resize": "crop",
             },
