@@ -234,11 +234,11 @@ def _decode_rows(
     values = [dataset[int(row)][modality] for row in rows]
     if modality == "image":
         return list(processor(images=values)["images"])
-    inputs = processor(speech=[_wave(value, processor.sampling_rate) for value in values])
+    inputs = processor(speech=[_wave(value) for value in values])
     return [wave[:length] for wave, length in zip(inputs["waveforms"], inputs["lengths"].tolist(), strict=True)]
 
 
-def _wave(value: dict[str, Any], rate: int) -> np.ndarray:
+def _wave(value: dict[str, Any]) -> np.ndarray:
     """Decode a value of a column of audio: a file, or an array with its sampling rate."""
     if value.get("array") is not None:
         wave = np.asarray(value["array"], dtype=np.float32)

@@ -176,9 +176,9 @@ def test_decoded_audio_is_taken_as_it_is():
     from toolkit.hub.mteb_model import _wave
 
     wave = (0.5 * np.sin(np.arange(800) / 5)).astype(np.float32)
-    assert np.array_equal(_wave({"array": wave, "sampling_rate": 16000}, 16000), wave)
-    assert np.allclose(_wave({"array": np.stack([wave, wave]), "sampling_rate": 16000}, 16000), wave)
-    assert len(_wave({"array": wave, "sampling_rate": 8000}, 16000)) == 1600
+    assert np.array_equal(_wave({"array": wave, "sampling_rate": 16000}), wave)
+    assert np.allclose(_wave({"array": np.stack([wave, wave]), "sampling_rate": 16000}), wave)
+    assert len(_wave({"array": wave, "sampling_rate": 8000})) == 1600
 
 
 def test_what_mteb_stores_of_the_model():

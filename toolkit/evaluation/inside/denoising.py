@@ -25,7 +25,6 @@ def denoising_curves(
     denoisers: Mapping[str, Any],
     batches: Iterable[tuple[Encoded, Encoded, Tensor]],
     settings: Denoising,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Measure the loss by ratio of noise.
 
@@ -33,7 +32,6 @@ def denoising_curves(
         denoisers: Denoiser in evaluation mode, float32, by the modality that it reconstructs.
         batches: Encoded speech and images of pairs of different pictures, and their sample numbers int64 [B], B > 1.
         settings: Kind of noise, and loss; the ratio is not used.
-        seed: Seed of the noise.
 
     Returns:
         For each modality {"loss": its name, "ratio": `RATIOS`, "noised": loss of the noised tokens themselves, "right":
@@ -44,7 +42,7 @@ def denoising_curves(
     counts = {side: torch.zeros(len(RATIOS), dtype=torch.float64) for side in denoisers}
     row = 0
     for speech, image, ids in batches:
-        random = CounterRNG(seed, torch.arange(row, row + len(ids), device=ids.device))
+        random = CounterRNG(0, torch.arange(row, row + len(ids), device=ids.device))
         row += len(ids)
         speech, image = (Encoded(each.embedding, each.tokens.float(), each.mask) for each in (speech, image))
         for side, denoiser in denoisers.items():

@@ -40,10 +40,10 @@ def expected_recall(ranking: Ranking, k: int) -> Tensor:
     return _sum_by_query(ranking, (torch.arange(1, k + 1) > 0).double()) / _correct_counts(ranking)
 
 
-def expected_ndcg(ranking: Ranking, depth: int = DEPTH) -> Tensor:
+def expected_ndcg(ranking: Ranking) -> Tensor:
     """Expected normalized discounted cumulative gain of each query, with binary relevance: float64 [Q]."""
-    discounts = 1 / torch.log2(torch.arange(2, depth + 2, dtype=torch.float64))
-    best = discounts.cumsum(0)[_correct_counts(ranking).clamp(max=depth) - 1]
+    discounts = 1 / torch.log2(torch.arange(2, DEPTH + 2, dtype=torch.float64))
+    best = discounts.cumsum(0)[_correct_counts(ranking).clamp(max=DEPTH) - 1]
     return _sum_by_query(ranking, discounts) / best
 
 
