@@ -7,8 +7,8 @@ import pytest
 
 from shards.errors import UserError
 from tests.html_page import Page
+from tests.toolkit.evaluation import test_robustness
 from tests.toolkit.reporting.run_folders import (
-    PICTURES,
     write_baseline,
     write_examples,
     write_inside,
@@ -16,7 +16,7 @@ from tests.toolkit.reporting.run_folders import (
     write_run,
 )
 from toolkit import report
-from toolkit.evaluation.robustness import Condition, Robustness, save_robustness
+from toolkit.evaluation.robustness import Condition, save_robustness
 from toolkit.reporting import published
 
 EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)>\"'"
@@ -35,19 +35,8 @@ def write_robustness(run: Path, **more: object) -> None:
         return Condition(kind, modality, level, unit, None, ways, ways, mean)
 
     measured = (condition("clean", None, 57.5), condition("white", 20.0, 43.25), condition("white", 0.0, 11.5))
-    protocol = {"limit": None, "seed": 0, "max_seconds": 60.0, "image_size": 32, "resize": "crop"}
-    values: dict[str, object] = {
-        "conditions": measured,
-        "corpus": "scenes",
-        "split": "test",
-        "manifest": "a" * 64,
-        "checkpoint": "best",
-        "step": 5,
-        "model": "c" * 64,
-    }
-    sizes = {"pictures": PICTURES, "captions": 2 * PICTURES, "augmentation": {"babble": 0.5}}
-    result = Robustness(path=Path(), run=str(run), shards="data", protocol=protocol, **values | sizes | more)  # type: ignore[arg-type]
-    save_robustness(Robustness(**{**vars(result), "path": run / "robustness/one.json"}))
+    values = {"corpus": "scenes", "augmentation": {"babble": 0.5}, "conditions": measured}
+    save_robustness(test_robustness.result(run, **values | more))
 
 
 def test_everything_that_was_measured_is_shown(tmp_path: Path) -> None:
