@@ -1,6 +1,6 @@
 """Captions in English."""
 
-from shards.corpora.languages.grammar import Language
+from shards.corpora.languages.grammar import Language, mirrored
 
 
 def _noun_phrase(colour: str, shape: str, size: str, definite: bool) -> str:
@@ -23,17 +23,13 @@ ENGLISH = Language(
         "above {B} is {a}",
         "below {A} is {b}",
     ),
-    horizontal=(
+    horizontal=mirrored(
+        {"left": "right"},
         "{a} left of {b}",
         "{a} to the left of {b}",
         "{A} is left of {B}",
         "{a} with {b} on its right",
-        "{b} right of {a}",
-        "{b} to the right of {a}",
-        "{B} is right of {A}",
-        "{b} with {a} on its left",
         "left of {B} is {a}",
-        "right of {A} is {b}",
     ),
     sides={"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"},
     conjunction="and",

@@ -1,6 +1,6 @@
 """Captions in German, Dutch and Swedish: the adjectives agree with gender and article, in German also with case."""
 
-from shards.corpora.languages.grammar import Language, NounPhrase
+from shards.corpora.languages.grammar import Language, NounPhrase, mirrored
 
 # Noun, its dative, and gender, masculine or neuter.
 _GERMAN_NOUNS = {
@@ -44,29 +44,21 @@ def _german(colour: str, shape: str, size: str, definite: bool) -> NounPhrase:
 
 
 GERMAN = Language(
-    vertical=(
+    vertical=mirrored(
+        {"über": "unter", "oberhalb": "unterhalb"},
         "{a} über {b.dative}",
         "{a} oberhalb von {b.dative}",
         "{A} ist über {B.dative}",
         "{a} mit {b.dative} darunter",
-        "{b} unter {a.dative}",
-        "{b} unterhalb von {a.dative}",
-        "{B} ist unter {A.dative}",
-        "{b} mit {a.dative} darüber",
         "über {B.dative} ist {a}",
-        "unter {A.dative} ist {b}",
     ),
-    horizontal=(
+    horizontal=mirrored(
+        {"links": "rechts"},
         "{a} links von {b.dative}",
         "{a} links neben {b.dative}",
         "{A} ist links von {B.dative}",
         "{a} mit {b.dative} rechts davon",
-        "{b} rechts von {a.dative}",
-        "{b} rechts neben {a.dative}",
-        "{B} ist rechts von {A.dative}",
-        "{b} mit {a.dative} links davon",
         "links von {B.dative} ist {a}",
-        "rechts von {A.dative} ist {b}",
     ),
     sides={"left": "links", "right": "rechts", "top": "oben", "bottom": "unten"},
     conjunction="und",
@@ -108,29 +100,21 @@ def _dutch(colour: str, shape: str, size: str, definite: bool) -> str:
 
 
 DUTCH = Language(
-    vertical=(
+    vertical=mirrored(
+        {"boven": "onder", "hoger": "lager"},
         "{a} boven {b}",
         "{a} hoger dan {b}",
         "{A} staat boven {B}",
         "{a} met {b} eronder",
-        "{b} onder {a}",
-        "{b} lager dan {a}",
-        "{B} staat onder {A}",
-        "{b} met {a} erboven",
         "boven {B} staat {a}",
-        "onder {A} staat {b}",
     ),
-    horizontal=(
+    horizontal=mirrored(
+        {"links": "rechts", "linker": "rechter"},
         "{a} links van {b}",
         "{a} aan de linkerkant van {b}",
         "{A} staat links van {B}",
         "{a} met {b} rechts ervan",
-        "{b} rechts van {a}",
-        "{b} aan de rechterkant van {a}",
-        "{B} staat rechts van {A}",
-        "{b} met {a} links ervan",
         "links van {B} staat {a}",
-        "rechts van {A} staat {b}",
     ),
     sides={"left": "links", "right": "rechts", "top": "bovenaan", "bottom": "onderaan"},
     conjunction="en",
@@ -186,17 +170,13 @@ SWEDISH = Language(
         "ovanför {B} finns {a}",
         "nedanför {A} finns {b}",
     ),
-    horizontal=(
+    horizontal=mirrored(
+        {"vänster": "höger"},
         "{a} till vänster om {b}",
         "{a} vänster om {b}",
         "{A} är till vänster om {B}",
         "{a} med {b} till höger om sig",
-        "{b} till höger om {a}",
-        "{b} höger om {a}",
-        "{B} är till höger om {A}",
-        "{b} med {a} till vänster om sig",
         "till vänster om {B} finns {a}",
-        "till höger om {A} finns {b}",
     ),
     sides={"left": "till vänster", "right": "till höger", "top": "högst upp", "bottom": "längst ner"},
     conjunction="och",

@@ -1,6 +1,7 @@
 """What the captions of a language are made of: noun phrases, and templates for the relations of the objects."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shards.corpora.drawing import Scene, Thing
@@ -14,6 +15,21 @@ class NounPhrase(str):
 
     dative: str  # in German
     of: str  # preceded by the preposition de or di, in Romance languages
+
+
+def mirrored(opposites: Mapping[str, str], *templates: str) -> tuple[str, ...]:
+    """Complete templates by those that say the same the other way round: a and b change places, words their meaning.
+
+    Args:
+        opposites: Opposite of each word that names the relation.
+        templates: The `IN_ORDER` templates that mention the first object first, and one that ends with it.
+    """
+    exchanged = {"a": "b", "A": "B", **opposites}
+    exchanged |= {other: one for one, other in exchanged.items()}
+    words = sorted(opposites.keys() | opposites.values(), key=len, reverse=True)  # a word may contain another
+    pattern = re.compile(rf"(?<={{)[abAB]|{'|'.join(words)}")
+    reverse = [pattern.sub(lambda match: exchanged[match[0]], template) for template in templates]
+    return (*templates[:IN_ORDER], *reverse[:IN_ORDER], templates[-1], reverse[-1])
 
 
 # Colour, shape, size ("": not named), and whether the article is definite.

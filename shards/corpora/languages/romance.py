@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from shards.corpora.languages.grammar import Language, NounPhrase
+from shards.corpora.languages.grammar import Language, NounPhrase, mirrored
 
 # Each shape's noun and gender; the order of the shapes is the same for all languages.
 _SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "moon")
@@ -56,17 +56,13 @@ FRENCH = Language(
         "au-dessus {B.of} se trouve {a}",
         "en dessous {A.of} se trouve {b}",
     ),
-    horizontal=(
+    horizontal=mirrored(
+        {"gauche": "droite"},
         "{a} à gauche {b.of}",
         "{a} sur la gauche {b.of}",
         "{A} est à gauche {B.of}",
         "{a} avec {b} à sa droite",
-        "{b} à droite {a.of}",
-        "{b} sur la droite {a.of}",
-        "{B} est à droite {A.of}",
-        "{b} avec {a} à sa gauche",
         "à gauche {B.of} se trouve {a}",
-        "à droite {A.of} se trouve {b}",
     ),
     sides={"left": "à gauche", "right": "à droite", "top": "en haut", "bottom": "en bas"},
     conjunction="et",
@@ -92,29 +88,21 @@ FRENCH = Language(
 )
 
 ITALIAN = Language(
-    vertical=(
+    vertical=mirrored(
+        {"sopra": "sotto"},
         "{a} sopra {b}",
         "{a} al di sopra {b.of}",
         "{A} è sopra {B}",
         "{a} con {b} sotto",
-        "{b} sotto {a}",
-        "{b} al di sotto {a.of}",
-        "{B} è sotto {A}",
-        "{b} con {a} sopra",
         "sopra {B} c'è {a}",
-        "sotto {A} c'è {b}",
     ),
-    horizontal=(
+    horizontal=mirrored(
+        {"sinistra": "destra"},
         "{a} a sinistra {b.of}",
         "{a} alla sinistra {b.of}",
         "{A} è a sinistra {B.of}",
         "{a} con {b} alla sua destra",
-        "{b} a destra {a.of}",
-        "{b} alla destra {a.of}",
-        "{B} è a destra {A.of}",
-        "{b} con {a} alla sua sinistra",
         "a sinistra {B.of} c'è {a}",
-        "a destra {A.of} c'è {b}",
     ),
     sides={"left": "a sinistra", "right": "a destra", "top": "in alto", "bottom": "in basso"},
     conjunction="e",
@@ -141,29 +129,21 @@ ITALIAN = Language(
 )
 
 PORTUGUESE = Language(
-    vertical=(
+    vertical=mirrored(
+        {"acima": "abaixo", "cima": "baixo"},
         "{a} acima {b.of}",
         "{a} por cima {b.of}",
         "{A} está acima {B.of}",
         "{a} com {b} por baixo",
-        "{b} abaixo {a.of}",
-        "{b} por baixo {a.of}",
-        "{B} está abaixo {A.of}",
-        "{b} com {a} por cima",
         "acima {B.of} há {a}",
-        "abaixo {A.of} há {b}",
     ),
-    horizontal=(
+    horizontal=mirrored(
+        {"esquerda": "direita", "esquerdo": "direito"},
         "{a} à esquerda {b.of}",
         "{a} do lado esquerdo {b.of}",
         "{A} está à esquerda {B.of}",
         "{a} com {b} à sua direita",
-        "{b} à direita {a.of}",
-        "{b} do lado direito {a.of}",
-        "{B} está à direita {A.of}",
-        "{b} com {a} à sua esquerda",
         "à esquerda {B.of} há {a}",
-        "à direita {A.of} há {b}",
     ),
     sides={"left": "à esquerda", "right": "à direita", "top": "em cima", "bottom": "em baixo"},
     conjunction="e",
@@ -190,29 +170,21 @@ PORTUGUESE = Language(
 )
 
 SPANISH = Language(
-    vertical=(
+    vertical=mirrored(
+        {"encima": "debajo", "sobre": "bajo"},
         "{a} encima {b.of}",
         "{a} sobre {b}",
         "{A} está encima {B.of}",
         "{a} con {b} debajo",
-        "{b} debajo {a.of}",
-        "{b} bajo {a}",
-        "{B} está debajo {A.of}",
-        "{b} con {a} encima",
         "encima {B.of} hay {a}",
-        "debajo {A.of} hay {b}",
     ),
-    horizontal=(
+    horizontal=mirrored(
+        {"izquierda": "derecha", "izquierdo": "derecho"},
         "{a} a la izquierda {b.of}",
         "{a} al lado izquierdo {b.of}",
         "{A} está a la izquierda {B.of}",
         "{a} con {b} a su derecha",
-        "{b} a la derecha {a.of}",
-        "{b} al lado derecho {a.of}",
-        "{B} está a la derecha {A.of}",
-        "{b} con {a} a su izquierda",
         "a la izquierda {B.of} hay {a}",
-        "a la derecha {A.of} hay {b}",
     ),
     sides={"left": "a la izquierda", "right": "a la derecha", "top": "arriba", "bottom": "abajo"},
     conjunction="y",
