@@ -1,7 +1,5 @@
 """Augmented pictures: crops and colors in range, never a mirror image."""
 
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,14 +8,9 @@ from shards.augment.image import augment_colors, change_colors, draw_crop
 from shards.augment.randomness import SampleRandomness
 from shards.augment.settings import IMAGE_KINDS, ImageAugment
 from shards.media.picture import Resize, decode_picture
+from tests.shards.media.picture_files import saved
 
 SIZES = [(640, 480), (300, 900), (500, 500), (1200, 100)]
-
-
-def jpeg(image: np.ndarray, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def ramp(width: int, height: int) -> np.ndarray:
@@ -65,7 +58,7 @@ def test_area_and_aspect_are_in_range(size: tuple[int, int], resize: Resize) -> 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_crop_is_where_it_was_drawn_and_never_mirrored(size: tuple[int, int], kind: str) -> None:
-    data = jpeg(ramp(*size), kind)
+    data = saved(kind, Image.fromarray(ramp(*size)))
     settings = ImageAugment(crop=1.0, crop_area=[0.2, 1.0], crop_aspect=[0.7, 1.4])
     for position in range(12):
         region = draw_crop(settings, SampleRandomness(2, position))
@@ -82,7 +75,7 @@ def test_a_crop_is_where_it_was_drawn_and_never_mirrored(size: tuple[int, int], 
 
 
 def test_the_largest_crop_of_a_square_is_the_picture() -> None:
-    data = jpeg(np.ascontiguousarray(noise(3, 64).transpose(1, 2, 0)))
+    data = saved("PNG", Image.fromarray(np.ascontiguousarray(noise(3, 64).transpose(1, 2, 0))))
     same = ImageAugment(crop=1.0, crop_area=[1.0, 1.0], crop_aspect=[1.0, 1.0])
     region = draw_crop(same, SampleRandomness(0, 0))
     assert np.array_equal(decode_picture(data, 32, region=region), decode_picture(data, 32))

@@ -16,9 +16,10 @@ def picture(width=64, height=48):
     return Image.fromarray(np.stack([x, y, np.full_like(x, 60)], axis=2).astype(np.uint8))
 
 
-def saved(kind, **options):
+def saved(kind, image=None, **options):
+    """A picture in a format of Pillow."""
     buffer = io.BytesIO()
-    picture().save(buffer, kind, **options)
+    (image or picture()).save(buffer, kind, **options)
     return buffer.getvalue()
 
 

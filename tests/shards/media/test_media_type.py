@@ -6,9 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
 
 from shards.media.media_type import HEAD_BYTES, describe_content, read_head
+from tests.shards.media.picture_files import saved
 
 
 def iso(major, *compatible):
@@ -123,12 +123,6 @@ def test_files_that_are_neither_audio_nor_picture(head, clause, kind):
     assert re.search(clause, describe_content(head, kind))
 
 
-def encoded(kind):
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(buffer, kind)
-    return buffer.getvalue()
-
-
 def recorded(container, subtype):
     buffer = io.BytesIO()
     soundfile.write(buffer, np.zeros(3_000), 16_000, format=container, subtype=subtype)
@@ -137,9 +131,9 @@ def recorded(container, subtype):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO"])
 def test_pictures_that_pillow_reads_are_described_only_where_audio_is_expected(kind):
-    assert describe_content(encoded(kind), "picture") is None
-    assert describe_content(encoded(kind), "audio").endswith("where audio is expected: check the columns or paths")
-    assert describe_content(encoded(kind))
+    assert describe_content(saved(kind), "picture") is None
+    assert describe_content(saved(kind), "audio").endswith("where audio is expected: check the columns or paths")
+    assert describe_content(saved(kind))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +157,7 @@ def test_unknown_bytes_have_no_description():
 
 def test_every_clause_is_one_line_of_any_bytes():
     rng = np.random.default_rng(1)
-    heads = [encoded("PNG"), *(head for head, *_ in AUDIO.values()), b"<html>", "é\n".encode() * 300]
+    heads = [saved("PNG"), *(head for head, *_ in AUDIO.values()), b"<html>", "é\n".encode() * 300]
     for head in heads:
         for end in range(len(head[:80])):
             damaged = head[:end] + rng.integers(0, 256, 9).astype(np.uint8).tobytes()

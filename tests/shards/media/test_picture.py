@@ -8,6 +8,7 @@ from PIL import Image
 
 from shards.errors import UserError
 from shards.media.picture import decode_picture, open_picture, read_picture
+from tests.shards.media.picture_files import chunk, saved
 from tests.shards.media.picture_files import picture as gradient
 
 
@@ -65,10 +66,8 @@ def test_cmyk_jpeg(tmp_path):
 
 def bomb(width, height):
     """A PNG that declares many pixels but has none."""
-    chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(100)))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100)))
 
 
 def test_a_picture_that_no_shard_may_hold_is_refused(tmp_path):
@@ -136,12 +135,6 @@ def textured(width, height):
     return Image.fromarray(values.transpose(1, 2, 0).astype(np.uint8))
 
 
-def jpeg(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
 def psnr(one, other):
     """Peak signal-to-noise ratio of two arrays of bytes, in dB."""
     error = ((one.astype(float) - other) ** 2).mean()
@@ -162,20 +155,20 @@ SHRUNK_BY_LIBJPEG = [(640, 480), (500, 500), (501, 501), (900, 601)]  # to half 
 
 @pytest.mark.parametrize("size", SHARDED + SHRUNK_BY_LIBJPEG)
 def test_crop_gives_the_pixels_of_clips_own_processor(size):
-    data = jpeg(textured(*size))
+    data = saved("JPEG", textured(*size), quality=90)
     expected = processed("CLIP", data, size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
     assert psnr(decode_picture(data, 224), expected) > (50 if size in SHARDED else 36)
 
 
 @pytest.mark.parametrize("size", SHARDED + SHRUNK_BY_LIBJPEG)
 def test_squash_gives_the_pixels_of_blips_own_processor(size):
-    data = jpeg(textured(*size))
+    data = saved("JPEG", textured(*size), quality=90)
     expected = processed("Blip", data, size={"height": 224, "width": 224})
     assert psnr(decode_picture(data, 224, resize="squash"), expected) > (90 if size in SHARDED else 36)
 
 
 def test_squash_shows_the_complete_picture():
-    square = decode_picture(jpeg(gradient(300, 100)), 64, resize="squash").astype(float)
+    square = decode_picture(saved("JPEG", gradient(300, 100), quality=90), 64, resize="squash").astype(float)
     assert square[0][:, -1].mean() - square[0][:, 0].mean() > 245
     assert square[1][-1].mean() - square[1][0].mean() > 245
 
@@ -212,8 +205,7 @@ def test_open_picture_refuses_what_shards_do_not_hold(data, message):
 
 
 def test_open_picture_checks_the_size_in_the_header():
-    content = io.BytesIO()
-    Image.new("RGB", (30, 20)).save(content, "PNG")
-    assert open_picture(content.getvalue(), max_pixels=600).size == (30, 20)
+    content = saved("PNG", Image.new("RGB", (30, 20)))
+    assert open_picture(content, max_pixels=600).size == (30, 20)
     with pytest.raises(UserError, match="30 x 20 pixels, the limit is 599"):
-        open_picture(content.getvalue(), max_pixels=599)
+        open_picture(content, max_pixels=599)

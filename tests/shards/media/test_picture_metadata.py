@@ -158,11 +158,10 @@ def test_nothing_but_pixels_is_stored(tmp_path, kind):
         data = read_picture(image, 256, 95)
         assert image.info["comment"] == mark  # the caller's own
     else:
-        buffer = io.BytesIO()
         options = {} if kind == "GIF" else {"exif": EXIF + exif([(270, 2, 8, b"no pixel")]), "icc_profile": mark[:5000]}
-        image.save(buffer, kind, comment=mark, **options)
-        assert b"no pixel" in buffer.getvalue()
-        data = stored(tmp_path, buffer.getvalue())
+        original = files.saved(kind, image, comment=mark, **options)
+        assert b"no pixel" in original
+        data = stored(tmp_path, original)
     assert b"no pixel" not in data
     assert set(re.findall(rb"\xff[\xe1-\xef\xfe]", data[: data.index(b"\xff\xda")])) == set()
     assert len(data) < 4_000

@@ -23,6 +23,7 @@ from shards.reading.loader import load_batches
 from shards.reading.order import Order, order_of, rank_slice
 from shards.reading.reader import Reader
 from tests.shards.media.noise import drawn, noise, spoil
+from tests.shards.media.picture_files import saved
 
 MAX_SECONDS = 0.3
 ROOT = Path(__file__).parents[3]
@@ -214,12 +215,6 @@ def test_the_shuffle_block_of_every_shard_group_that_a_rank_reads_has_to_fit_the
 # Bad samples.
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
 def hour() -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.zeros(3600 * SAMPLE_RATE, np.int16), SAMPLE_RATE, format="FLAC")
@@ -254,8 +249,8 @@ class Stuck(Reader):
 def test_bombs_and_endless_audio_are_replaced_and_named(manifest: Manifest) -> None:
     reader = Poisoned(manifest)
     reader.pictures = {
-        2: encoded(Image.new("1", (9000, 9000)), "PNG"),
-        3: encoded(Image.new("L", (40, 40)), "PPM"),
+        2: saved("PNG", Image.new("1", (9000, 9000))),
+        3: saved("PPM", Image.new("L", (40, 40))),
         4: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     }
     reader.captions = dict.fromkeys(manifest.captions(5), hour())

@@ -12,12 +12,12 @@ import soundfile
 from PIL import Image
 from webdataset import ShardWriter, TarWriter
 
+from tests.shards.media.picture_files import saved
+
 
 def picture(name: str, kind: str = "JPEG", size: tuple[int, int] = (40, 32)) -> bytes:
     """A picture of one color, which its name gives."""
-    buffer = io.BytesIO()
-    Image.new("RGB", size, tuple(crc32(name.encode()).to_bytes(4, "big")[:3])).save(buffer, kind)
-    return buffer.getvalue()
+    return saved(kind, Image.new("RGB", size, tuple(crc32(name.encode()).to_bytes(4, "big")[:3])))
 
 
 @cache  # the serial numbers of Ogg streams are random
