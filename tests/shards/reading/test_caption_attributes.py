@@ -2,7 +2,7 @@
 
 import json
 import logging
-import tarfile
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from shards.reading.cache import Cache
 from shards.reading.caption_attributes import CaptionAttributes, read_caption_attributes
 from shards.writing.writer import Format, write_shards
 from tests.shards.media.noise import drawn, spoken
+from tests.shards.tars.stock_tars import members
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,9 @@ def naive(folder: Path, split: str) -> list[dict]:
     """The captions of a split, by another library and without the index."""
     captions: list[dict] = []
     for path in sorted(folder.glob(f"{split}-*.tar")):
-        with tarfile.open(path) as tar:
-            for info in tar:
-                if info.name.endswith(".json"):
-                    captions += json.loads(tar.extractfile(info).read())["captions"]
+        for name, data in members(path).items():
+            if name.endswith(".json"):
+                captions += json.loads(data)["captions"]
     return captions
 
 
@@ -81,9 +81,7 @@ def test_an_unknown_split_is_named(manifest: Manifest) -> None:
 def test_damaged_json_is_unknown_and_reported(
     manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
 ) -> None:
-    for path in manifest.folder.iterdir():
-        if path.is_file():
-            (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(manifest.folder, tmp_path, dirs_exist_ok=True)
     copy, captions = load(tmp_path), naive(manifest.folder, "test")
     sample = int(copy.rows("test")[1])
     with (tmp_path / copy.shards[copy.shard[sample]].name).open("r+b") as file:

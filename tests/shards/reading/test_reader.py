@@ -3,7 +3,7 @@
 import errno
 import os
 import pickle
-import tarfile
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +24,7 @@ from shards.reading.bad_samples import UnreadableSampleError
 from shards.reading.cache import Cache
 from shards.reading.reader import Reader
 from tests.shards.media.noise import noise
+from tests.shards.tars.stock_tars import members
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +38,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def data(written: Path, tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
-    for source in sorted(written.rglob("*")):
-        target = tmp_path / source.relative_to(written)
-        target.mkdir() if source.is_dir() else target.write_bytes(source.read_bytes())
-    return tmp_path
-
-
-def members(folder: Path) -> dict[str, bytes]:
-    """All members of a folder's tars, read by another library."""
-    members_read = {}
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            members_read |= {info.name: tar.extractfile(info).read() for info in tar}
-    return members_read
+    return Path(shutil.copytree(written, tmp_path, dirs_exist_ok=True))
 
 
 def everything(reader: Reader) -> dict[str, bytes]:
-    """The same, read by sample and caption number, of all data sets; keys that two share get a number."""
+    """All pictures and captions, read by number, of all data sets; keys that two share get a number."""
     members_read = {}
     sample = row = 0
     for number, m in enumerate(reader.manifests):
@@ -68,10 +57,12 @@ def everything(reader: Reader) -> dict[str, bytes]:
 
 
 def expected(*folders: Path) -> dict[str, bytes]:
+    """The same, read by another library."""
     return {
         f"{number}/{name}": content
         for number, folder in enumerate(folders)
-        for name, content in members(folder).items()
+        for path in folder.glob("*.tar")
+        for name, content in members(path).items()
         if not name.endswith("json")
     }
 

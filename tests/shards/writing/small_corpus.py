@@ -1,7 +1,6 @@
 """A small corpus of drawn pictures and tones, and the contents of its shards."""
 
 import os
-import tarfile
 from functools import partial
 
 import numpy as np
@@ -31,11 +30,6 @@ def drawn(image_id, split="train", captions=2, rate=16000, **how):
 
 def write(items, folder, **how):
     return write_shards(items, folder, "tiny", Format(**how), {"corpus": "tiny"})
-
-
-def members(path):
-    with tarfile.open(path) as tar:
-        return {info.name: tar.extractfile(info).read() for info in tar}
 
 
 ITEMS = [

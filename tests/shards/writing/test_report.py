@@ -16,7 +16,8 @@ from shards.report import Dropped, Report, load_report
 from shards.writing.folder_lock import Part
 from shards.writing.writer import Format, estimate_sizes, merge_shards, plan_shards, write_part, write_shards
 from tests.shards import tiny_corpora as tiny
-from tests.shards.writing.small_corpus import ITEMS, drawn, members, tone, write, write_one_part
+from tests.shards.tars.stock_tars import members
+from tests.shards.writing.small_corpus import ITEMS, drawn, tone, write, write_one_part
 
 
 def test_report(tmp_path):

@@ -20,7 +20,8 @@ from shards.report import load_report
 from shards.writing import writer as module
 from shards.writing.writer import Format, plan_shards, sample_key, write_shards
 from tests.shards import tiny_corpora as tiny
-from tests.shards.writing.small_corpus import ITEMS, drawn, members, no_voice, tone, write
+from tests.shards.tars.stock_tars import members
+from tests.shards.writing.small_corpus import ITEMS, drawn, no_voice, tone, write
 
 
 def test_members_in_their_order(tmp_path):
