@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from shards.manifest import load
+from tests.shards.writing.small_corpus import identities
 from toolkit.make_shards import main
 
 ROOT = Path(__file__).parents[2]
@@ -18,15 +19,6 @@ def start(*arguments, **how):
     """Run the script as a user does, in another folder."""
     command = [sys.executable, ROOT / "toolkit/make_shards.py", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", **how)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def identities(folder):
-    """What a shard keeps if no one writes it again."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.tar")}
 
 
 def finished(folder):

@@ -9,7 +9,8 @@ from shards.corpora import CORPORA
 from shards.errors import UserError
 from shards.manifest import load
 from tests.shards import tiny_corpora as tiny
-from tests.toolkit.shard_runs import contents, counts, finished, identities, make, start
+from tests.shards.writing.small_corpus import contents, identities
+from tests.toolkit.shard_runs import counts, finished, make, start
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in CORPORA)])

@@ -1,6 +1,5 @@
 """make_shards stopped or killed: finished shards are kept, and the next run resumes."""
 
-import json
 import os
 import random
 import re
@@ -10,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from shards.manifest import load
 from tests.shards import tiny_corpora as tiny
-from tests.toolkit.shard_runs import ROOT, contents, finished, identities, make, start
-
-SHARED = ROOT.parent / "shared/data"
+from tests.shards.writing.small_corpus import contents, identities
+from tests.toolkit.shard_runs import finished, make, start
 
 
 @pytest.fixture
@@ -105,15 +102,3 @@ def test_rerun_after_kills_ends_with_the_same_bytes(slow_corpus, tmp_path):
     assert kept.items() <= identities(out).items()
     make(*slow_arguments(slow_corpus, tmp_path / "undisturbed"))
     assert contents(out) == contents(tmp_path / "undisturbed")
-
-
-@pytest.mark.skipif(not (SHARED / "audio-fixtures").is_dir(), reason="no audio fixtures")
-def test_real_audio_that_decoders_trip_over(tmp_path):
-    folder = SHARED / "audio-fixtures"
-    tiny.photo(tmp_path / "1.png")
-    rows = [{"image": "1.png", "audio": str(path)} for path in sorted(folder.iterdir())]
-    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    make("table", "--root", tmp_path / "t.jsonl", "--out", tmp_path / "out", "--jobs", 1)
-    made = load(tmp_path / "out")
-    assert len(made.duration) == len(rows)
-    assert made.duration.min() >= 0.09

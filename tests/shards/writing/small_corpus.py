@@ -67,6 +67,21 @@ def undisturbed(folder, items, **how):
     return contents(folder / "undisturbed")
 
 
+def longer(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def other_content(path):
+    """As long as before; the time of change is set, since that of the file system may not be fine enough."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(1, 1))
+
+
+CHANGES = [(longer, "has another size"), (other_content, "has other content")]
+
+
 def identities(folder):
     """What a shard keeps if no one writes it again."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.tar")}

@@ -11,6 +11,7 @@ from shards.writing.folder_lock import UNFINISHED, Part, claim_folder
 from shards.writing.writer import Format, merge_shards, plan_shards, write_shards
 from tests.shards import tiny_corpora as tiny
 from tests.shards.writing.small_corpus import (
+    CHANGES,
     ITEMS,
     contents,
     identities,
@@ -20,21 +21,6 @@ from tests.shards.writing.small_corpus import (
     write,
     write_one_part,
 )  # fmt: skip
-
-
-def longer(path):
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def other_content(path):
-    """As long as before; the time of change is set, since that of the file system may not be fine enough."""
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(1, 1))
-
-
-CHANGES = [(longer, "has another size"), (other_content, "has other content")]
 
 
 @pytest.mark.parametrize(("change", "line"), CHANGES)
