@@ -18,7 +18,7 @@ from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.report import load_report
 from shards.writing import writer as module
-from shards.writing.writer import Format, plan_shards, sample_key, write_shards
+from shards.writing.writer import Format, plan_shards, sample_key
 from tests.shards import tiny_corpora as tiny
 from tests.shards.tars.stock_tars import members
 from tests.shards.writing.small_corpus import ITEMS, drawn, no_voice, tone, write
@@ -261,12 +261,6 @@ def test_failing_synthesis_is_no_bad_file(tmp_path):
 def test_a_shard_does_not_depend_on_where_the_corpus_names_its_samples():
     moved = [replace(item, where="t.csv line 9") for item in ITEMS]
     assert plan_shards(moved, "tiny", Format(), {}).plan == plan_shards(ITEMS, "tiny", Format(), {}).plan
-
-
-def test_progress_counts_every_picture(tmp_path):
-    done = []
-    write_shards(ITEMS, tmp_path, "tiny", Format(), {}, progress=done.append)
-    assert sum(done) == len(ITEMS)
 
 
 def test_folder_with_other_files_is_refused_and_left_alone(tmp_path):
