@@ -8,39 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import manifest
 from shards.errors import UserError
 from shards.manifest import Manifest, ShardInfo
 from shards.reading.dry_run import ReadingPlan, advise, plan_reading
 from shards.reading.order import Order, order_of, rank_slice
+from tests.shards.reading.sources import saved
 
 BATCH = 16
 
 
 def made(folder: Path, shards: int = 12, pictures: int = 10, seed: int = 0) -> Manifest:
     """A manifest without shards: pictures of 1,000 to 2,000 bytes with 1 to 3 captions of 1 to 9 seconds."""
-    folder.mkdir()
     chance = np.random.default_rng(seed)
     samples = (shards + 2) * pictures
     captions = chance.integers(1, 4, samples)
     rows = int(captions.sum())
-    names = [f"train-{n:06d}.tar" for n in range(shards)] + ["dev-000000.tar", "dev-000001.tar"]
     columns = {
-        "key": [b"%d" % n for n in range(samples)],
-        "image_id": [b"%d" % n for n in range(samples)],
-        "shard": np.repeat(np.arange(shards + 2), pictures),
-        "split": np.repeat([0, 1], [shards * pictures, 2 * pictures]),
-        "twin": np.full(samples, -1),
-        "first_caption": np.cumsum([0, *captions]),
         "image_bytes": chance.integers(1000, 2000, samples),
         "audio_bytes": chance.integers(5000, 9000, rows),
         "duration": chance.uniform(1, 9, rows),
-        **dict.fromkeys(("meta_offset", "meta_bytes", "image_offset"), np.zeros(samples)),
-        "audio_offset": np.zeros(rows),
     }
-    infos = [ShardInfo(name, 100_000 + n, "0" * 64, pictures) for n, name in enumerate(names)]
-    manifest.save(folder, "made", infos, ["train", "dev"], columns, {})
-    return manifest.load(folder)
+    return saved(folder, {"train": [pictures] * shards, "dev": [pictures] * 2}, captions, **columns)
 
 
 @pytest.fixture

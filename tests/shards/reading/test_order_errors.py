@@ -7,24 +7,8 @@ import numpy as np
 import pytest
 
 from shards.errors import UserError
-from shards.manifest import COLUMNS, Manifest, ShardInfo, save
 from shards.reading.order import Order, Selection, order_of, rank_slice, source_of
-from tests.shards.reading.sources import mix, same_shards
-
-
-def saved(folder: Path, counts: dict[str, list[int]], captions: int) -> Manifest:
-    """A manifest of these splits: pictures in each shard."""
-    folder.mkdir()
-    shards = [(name, n) for name, shards in counts.items() for n in shards]
-    pictures = sum(n for _, n in shards)
-    columns = {
-        name: np.zeros(pictures * captions if "audio" in name or name == "duration" else pictures) for name in COLUMNS
-    }
-    columns["shard"] = np.repeat(np.arange(len(shards)), [n for _, n in shards])
-    columns["split"] = np.repeat([list(counts).index(name) for name, _ in shards], [n for _, n in shards])
-    columns["first_caption"] = np.arange(pictures + 1) * captions
-    infos = [ShardInfo(f"{name}-{n}.tar", 0, "", count) for n, (name, count) in enumerate(shards)]
-    return save(folder, "noise", infos, list(counts), columns, {})
+from tests.shards.reading.sources import mix, same_shards, saved
 
 
 def test_an_order_of_manifests_numbers_them_end_to_end(tmp_path: Path) -> None:
