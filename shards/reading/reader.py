@@ -11,8 +11,10 @@ import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,9 @@ from shards.remote import Remote
 MAX_MEMBER = 64 << 20  # bytes; a larger picture or caption is refused
 MAX_META = 1 << 20  # bytes of a sample's JSON
 MAX_OPEN = 64  # shards kept open at a time
+
+# Reads the bytes of an open shard at an offset, with a size; raises the errors of `Reader.picture`.
+_ReadMember = Callable[[int, int], bytes]
 
 # Errors of a network file system or of the connection to it.
 _NETWORK_ERRORS = (
@@ -173,9 +178,9 @@ class Reader:
     def _read(self, part: int, shard: int, offset: int, size: int) -> bytes:
         if size > MAX_MEMBER:
             raise UnreadableSampleError(f"member of {size:,} bytes, the limit is {MAX_MEMBER:,}")
-        return self._get_shard(part, shard).read(offset, size)
+        return self._get_shard(part, shard)(offset, size)
 
-    def _get_shard(self, part: int, shard: int) -> "_Shard":
+    def _get_shard(self, part: int, shard: int) -> _ReadMember:
         if self._process != os.getpid():
             self._reset()
         with self._lock:
@@ -190,25 +195,20 @@ class Reader:
                 self._shards.popitem(last=False)  # closed after the last read from it
         return opened
 
-    def _open_shard(self, part: int, info: ShardInfo) -> "_Shard":
+    def _open_shard(self, part: int, info: ShardInfo) -> _ReadMember:
         name, remote = f"{self.manifests[part].location}/{info.name}", self._remotes[part]
         if remote is None:
-            return _LocalShard(_open_local(name, info), name)
+            return _LocalShard(_open_local(name, info), name).read
         descriptor = self.cache.open(remote, info) if self.cache else None
         if descriptor is not None:
-            return _LocalShard(descriptor, name)
+            return _LocalShard(descriptor, name).read
         _check_size(remote.size(info.name), info, name)
-        return _RemoteShard(remote, info.name)
+        return partial(remote.read_range, info.name)
 
     def _reset(self) -> None:
         """Start without open shards; those of a parent process are not used."""
         self._process, self._lock = os.getpid(), threading.Lock()
-        self._shards: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
-
-
-class _Shard(Protocol):
-    def read(self, offset: int, size: int) -> bytes:
-        """Read a member; raises the errors of `Reader.picture`."""
+        self._shards: OrderedDict[tuple[int, int], _ReadMember] = OrderedDict()
 
 
 class _LocalShard:
@@ -232,17 +232,6 @@ class _LocalShard:
         if len(data) != size:
             raise UserError(f"{self.name} is shorter than in its manifest: make the shards again")
         return data
-
-
-class _RemoteShard:
-    """A remote file, read by range requests."""
-
-    def __init__(self, remote: Remote, name: str) -> None:
-        self.remote, self.name = remote, name
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Read a member."""
-        return self.remote.read_range(self.name, offset, size)
 
 
 def _open_local(name: str, info: ShardInfo) -> int:
