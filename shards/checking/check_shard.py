@@ -30,7 +30,7 @@ from shards.tars.members import DamagedTar
 _SIDE = 224  # side of decoded pictures in pixels, as in training
 _TOLERANCE = 0.05  # largest difference from the index, in seconds
 _BLOCK = 1 << 16
-_KEY = re.compile(r"[A-Za-z0-9_-]+")
+KEY = re.compile(r"[A-Za-z0-9_-]+")
 STOCK_PICTURES = ("JPEG", "PNG", "WEBP")  # formats that tars of other programs may have
 
 
@@ -175,7 +175,7 @@ def _expected_members(task: ShardTask, findings: ShardFindings) -> dict[int, _In
     indexed: dict[int, _IndexedMember] = {}
     captions = 0
     for number, sample in enumerate(task.samples):
-        if not _KEY.fullmatch(sample.key):
+        if not KEY.fullmatch(sample.key):
             findings.problems.append(f"sample {sample.key!r}: a key must consist of letters, digits, _ and -")
         names: list[tuple[str, ...]] = [(f"{sample.key}.json",), (f"{sample.key}.jpg",)]
         names += [tuple(f"{sample.key}.{n}.{codec}" for codec in CODECS) for n in range(len(sample.durations))]

@@ -8,7 +8,6 @@ our shards, by a JSON with `text`, `speaker` and `language`, or by a text; `Read
 import io
 import logging
 import os
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from shards import manifest
-from shards.checking.check_shard import STOCK_PICTURES, problem_of_audio, problem_of_picture
+from shards.checking.check_shard import KEY, STOCK_PICTURES, problem_of_audio, problem_of_picture
 from shards.checking.duplicates import Digests, digest, find_duplicates, gather_digests
 from shards.corpora.records import BadRecord, optional_text
 from shards.errors import UserError
@@ -45,7 +44,6 @@ from shards.writing.sources import split_order
 
 logger = logging.getLogger(__name__)
 
-KEY = re.compile(r"[A-Za-z0-9_-]+")
 _MB = 1 << 20
 
 
