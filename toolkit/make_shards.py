@@ -9,8 +9,9 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -156,14 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from shards.report import Report
     from shards.writing.writer import Format, estimate_sizes, resume_hint
 
-    form = Format(
-        options.samples_per_shard,
-        options.short_side,
-        options.quality,
-        options.codec,
-        options.max_seconds,
-        options.skip_bad,
-    )
+    form = Format(**{one.name: getattr(options, one.name) for one in fields(Format)})
     if options.dry_run:
         print(estimate_sizes(corpus.items, form))
         if corpus.dropped:
@@ -320,14 +314,10 @@ def _print_finished(out: Path, how: str) -> None:
     print(load_report(out).text())
 
 
-def _exit_cleanly(number: int, frame: Any) -> NoReturn:
-    sys.exit(128 + number)
-
-
 def cli() -> None:
     """Entry point of the console command: print a `UserError` as one line, and exit with its code."""
     # On SIGTERM, which schedulers send, clean up as on Ctrl-C.
-    signal.signal(signal.SIGTERM, _exit_cleanly)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # Each process resamples on one core. torch reads this at import, here and in child processes.
     os.environ["OMP_NUM_THREADS"] = "1"
     run_main(main)
