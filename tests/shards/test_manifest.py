@@ -265,12 +265,6 @@ def test_remote_manifest_that_cannot_be_read_is_named(url, reason):
         load(url)
 
 
-def test_manifest_is_readable_json(tmp_path):
-    write(tmp_path)
-    head = json.loads((tmp_path / "manifest.json").read_text())
-    assert [shard["name"] for shard in head["shards"]] == ["train-000000.tar", "test-000000.tar"]
-
-
 def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")

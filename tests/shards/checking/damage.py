@@ -13,21 +13,16 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from PIL import Image
 
 from shards import files, manifest
 from shards.corpora.item import Caption, Item
 from shards.media.audio import SAMPLE_RATE
 from shards.writing.writer import Format, write_shards
-from tests.shards.media.noise import spoken
+from tests.shards.media.noise import drawn, spoken
 
 SPLITS = {"train": 7, "dev": 2, "test": 2}
 PREFIX = {"train": "t", "dev": "d", "test": "e"}
 SHARD = "train-000001.tar"  # holds t3, t4, t5
-
-
-def drawn(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (24, 32, 3), dtype=np.uint8))
 
 
 def silent() -> tuple[np.ndarray, int]:
@@ -147,10 +142,6 @@ def recording(seconds: float, rate: int = SAMPLE_RATE, channels: int = 1, amplit
     return buffer.getvalue()
 
 
-def _turn_bits(path: Path, chance: random.Random) -> None:
-    edit(path, lambda data: data.__setitem__(at := chance.randrange(len(data)), data[at] ^ chance.randrange(1, 256)))
-
-
 def _turn_one_bit(path: Path, chance: random.Random) -> None:
     edit(path, lambda data: data.__setitem__(at := chance.randrange(len(data)), data[at] ^ 1 << chance.randrange(8)))
 
@@ -200,7 +191,6 @@ def _make_dangling(path: Path, chance: random.Random) -> None:
 
 # What may become of any file: each is called with its path and the source of chance.
 DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
-    "bits turned": _turn_bits,
     "a bit turned": _turn_one_bit,
     "truncated": _truncate,
     "cut out": _cut_out,

@@ -12,7 +12,6 @@ import pytest
 import soundfile
 from PIL import Image
 
-from shards import manifest
 from shards.checking import page as module
 from shards.checking.check import check_folder
 from shards.checking.page import write_page
@@ -142,14 +141,6 @@ def test_histograms_count_everything(tmp_path: Path) -> None:
     bars = [line.split("</title>")[0].split(": ") for line in (tmp_path / "page.html").read_text().split("<title>")[2:]]
     assert sum(int(count) for _, count in bars) == 22 + 11 + 11 + 22
     assert ["1.5 to 2.5", "11"] in bars
-
-
-def test_folder_without_a_manifest(tmp_path: Path) -> None:
-    folder = damage.write(tmp_path / "shards")
-    (folder / manifest.INDEX).unlink()
-    page = page_of(folder)
-    assert "NOT HEALTHY" in page.words
-    assert "index.npz is missing" in page.words
 
 
 def test_a_page_that_cannot_be_written_and_text_that_is_not_utf_8(tmp_path: Path) -> None:
