@@ -11,7 +11,6 @@ import numpy as np
 from shards.corpora.synthesis.espeak import ACCENTS
 from shards.manifest import Manifest
 from shards.reading.bad_samples import UnreadableSampleError
-from shards.reading.cache import Cache
 from shards.reading.reader import MAX_META, Reader
 
 logger = logging.getLogger(__name__)
@@ -34,13 +33,12 @@ class CaptionAttributes:
     duration: np.ndarray  # seconds, float32 [captions]
 
 
-def read_caption_attributes(manifest: Manifest, split: str, cache: Cache | None = None) -> CaptionAttributes:
+def read_caption_attributes(manifest: Manifest, split: str) -> CaptionAttributes:
     """Read text, speaker and language of all captions of a split from the JSON of its samples.
 
     Args:
         manifest: The data set.
-        split: Name of the split.
-        cache: Cache of remote shards; without one each sample takes a request.
+        split: Name of the split. In remote shards, each of its samples takes a request.
 
     Raises:
         UserError: There is no such split, or a shard is missing or differs in size from the manifest.
@@ -50,7 +48,7 @@ def read_caption_attributes(manifest: Manifest, split: str, cache: Cache | None 
     rows = np.concatenate([np.arange(0), *(manifest.captions(sample) for sample in samples.tolist())])
     attributes = CaptionAttributes([], [], [], [], manifest.duration[rows])
     unreadable = 0
-    for sample, captions in zip(samples.tolist(), _captions(manifest, samples, cache), strict=True):
+    for sample, captions in zip(samples.tolist(), _captions(manifest, samples), strict=True):
         count = len(manifest.captions(sample))
         if len(captions) != count:
             captions, unreadable = [{}] * count, unreadable + 1
@@ -67,9 +65,9 @@ def read_caption_attributes(manifest: Manifest, split: str, cache: Cache | None 
     return attributes
 
 
-def _captions(manifest: Manifest, samples: np.ndarray, cache: Cache | None) -> Iterable[list[Any]]:
+def _captions(manifest: Manifest, samples: np.ndarray) -> Iterable[list[Any]]:
     """Yield the captions in the JSON of each sample; an empty list if it is damaged."""
-    reader = Reader(manifest, cache=cache)
+    reader = Reader(manifest)
 
     def captions(sample: int) -> list[Any]:
         if manifest.meta_bytes[sample] > MAX_META:

@@ -12,7 +12,6 @@ import pytest
 from shards.corpora.item import Caption, Item
 from shards.errors import UserError
 from shards.manifest import Manifest, load
-from shards.reading.cache import Cache
 from shards.reading.caption_attributes import CaptionAttributes, read_caption_attributes
 from shards.writing.writer import Format, write_shards
 from tests.shards.media.noise import drawn, spoken
@@ -64,10 +63,9 @@ def test_all_captions_of_a_split_in_order(manifest: Manifest, split: str) -> Non
     assert_same(read_caption_attributes(manifest, split), captions)
 
 
-def test_remote_shards_with_and_without_a_cache(manifest: Manifest, tmp_path: Path) -> None:
+def test_remote_shards(manifest: Manifest) -> None:
     remote = load(f"file://{manifest.folder}")
-    for cache in (None, Cache(tmp_path)):
-        assert_same(read_caption_attributes(remote, "test", cache), naive(manifest.folder, "test"))
+    assert_same(read_caption_attributes(remote, "test"), naive(manifest.folder, "test"))
 
 
 def test_an_unknown_split_is_named(manifest: Manifest) -> None:
