@@ -212,23 +212,19 @@ def rehash(folder):
     (folder / "manifest.json").write_text(json.dumps(head))
 
 
-def with_pickle(path):
-    arrays = {name: np.asarray(values, dtype=manifest.COLUMNS[name]) for name, values in columns().items()}
-    np.savez(path, **arrays | {"key": np.array([{}, 1, 2], dtype=object)})
-
-
-def compressed(path):
-    arrays = {name: np.asarray(values, dtype=manifest.COLUMNS[name]) for name, values in columns().items()}
-    np.savez_compressed(path, **arrays)
-
-
-def other_types(path):
-    np.savez(path, **{name: np.asarray(values, dtype="f8" if name == "shard" else manifest.COLUMNS[name])
-                      for name, values in columns().items()})  # fmt: skip
+def arrays():
+    return {name: np.asarray(values, dtype=manifest.COLUMNS[name]) for name, values in columns().items()}
 
 
 @pytest.mark.parametrize(
-    "spoil", [with_pickle, compressed, other_types, lambda path: path.write_bytes(b"no zip at all")]
+    "spoil",
+    [
+        lambda path: np.savez(path, **arrays() | {"key": np.array([{}, 1, 2], dtype=object)}),
+        lambda path: np.savez_compressed(path, **arrays()),
+        lambda path: np.savez(path, **arrays() | {"shard": np.asarray(columns()["shard"], dtype="f8")}),
+        lambda path: path.write_bytes(b"no zip at all"),
+    ],
+    ids=["pickle", "compressed", "other types", "no zip"],
 )
 def test_a_malicious_index_is_refused(tmp_path, spoil):
     write(tmp_path)

@@ -166,14 +166,6 @@ def _overwrite(path: Path, chance: random.Random) -> None:
     edit(path, lambda data: data.__setitem__(slice(start, start + 16), chance.randbytes(16)))
 
 
-def _lose(path: Path, chance: random.Random) -> None:
-    path.unlink()
-
-
-def _empty(path: Path, chance: random.Random) -> None:
-    path.write_bytes(b"")
-
-
 def _make_folder(path: Path, chance: random.Random) -> None:
     path.unlink()
     path.mkdir()
@@ -190,14 +182,14 @@ def _make_dangling(path: Path, chance: random.Random) -> None:
 
 
 # What may become of any file: each is called with its path and the source of chance.
-DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
+DAMAGES: dict[str, Callable[[Path, random.Random], object]] = {
     "a bit turned": _turn_one_bit,
     "truncated": _truncate,
     "cut out": _cut_out,
     "inserted": _insert,
     "overwritten": _overwrite,
-    "lost": _lose,
-    "emptied": _empty,
+    "lost": lambda path, chance: path.unlink(),
+    "emptied": lambda path, chance: path.write_bytes(b""),
     "a folder": _make_folder,
     "a pipe": _make_pipe,
     "a dangling link": _make_dangling,

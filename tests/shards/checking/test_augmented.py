@@ -34,8 +34,7 @@ def decoded(source: str) -> io.BytesIO:
     return io.BytesIO(base64.b64decode(source.partition(",")[2]))
 
 
-def test_original_and_augmented_side_by_side(tmp_path: Path) -> None:
-    folder = damage.write(tmp_path / "shards")
+def test_original_and_augmented_side_by_side(folder: Path, tmp_path: Path) -> None:
     page = page_of(folder, preview())
     write_page(tmp_path / "plain.html", check_folder(folder, 0))
     plain = Page(tmp_path / "plain.html")
@@ -54,8 +53,7 @@ def test_original_and_augmented_side_by_side(tmp_path: Path) -> None:
     assert np.array_equal(waves[0], waves[3])
 
 
-def test_unreadable_samples_and_splits(tmp_path: Path) -> None:
-    folder = damage.write(tmp_path / "shards")
+def test_unreadable_samples_and_splits(folder: Path) -> None:
     damage.replace(folder, "t0", 1, damage.member(folder, "t0", 1)[:200])
     page = page_of(folder, preview(Augment(image=ImageAugment(crop=1.0))))
     assert "cannot be decoded" in page.words

@@ -53,8 +53,7 @@ def test_same_picture_within_a_split_is_a_warning(tmp_path: Path) -> None:
     assert "other and third" in reported[1]
 
 
-def test_id_and_key_in_two_splits(tmp_path: Path) -> None:
-    folder = damage.write(tmp_path / "shards")
+def test_id_and_key_in_two_splits(folder: Path) -> None:
     m = manifest.load(folder)
     for column in ("image_id", "key"):
         values = getattr(m, column).copy()

@@ -68,8 +68,7 @@ def test_nothing_is_loaded_or_run(tmp_path: Path) -> None:
     assert policy == "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 
 
-def test_damaged_members_are_shown_as_such(tmp_path: Path) -> None:
-    folder = damage.write(tmp_path / "shards")
+def test_damaged_members_are_shown_as_such(folder: Path) -> None:
     damage.replace(folder, "t0", 1, damage.bomb(damage.member(folder, "t0", 1)))
     damage.replace(folder, "t1", 1, damage.member(folder, "t1", 1)[:700])
     damage.replace(folder, "t2", 2, damage.recording(3700))
@@ -87,8 +86,7 @@ def test_damaged_members_are_shown_as_such(tmp_path: Path) -> None:
     assert page.words.count("cannot be decoded as audio") == 2  # in the summary and beside the recording
 
 
-def test_json_with_fewer_captions_than_the_index(tmp_path: Path) -> None:
-    folder = damage.write(tmp_path / "shards")
+def test_json_with_fewer_captions_than_the_index(folder: Path) -> None:
     stored = json.loads(damage.member(folder, "t4", 0))
     del stored["captions"][1]
     damage.replace(folder, "t4", 0, json.dumps(stored).encode())
@@ -135,16 +133,14 @@ def test_large_members_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert module._MAX_BYTES < 2 << 20
 
 
-def test_histograms_count_everything(tmp_path: Path) -> None:
-    folder = damage.write(tmp_path / "shards")
+def test_histograms_count_everything(folder: Path, tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", check_folder(folder, 0))
     bars = [line.split("</title>")[0].split(": ") for line in (tmp_path / "page.html").read_text().split("<title>")[2:]]
     assert sum(int(count) for _, count in bars) == 22 + 11 + 11 + 22
     assert ["1.5 to 2.5", "11"] in bars
 
 
-def test_a_page_that_cannot_be_written_and_text_that_is_not_utf_8(tmp_path: Path) -> None:
-    folder = damage.write(tmp_path / "shards")
+def test_a_page_that_cannot_be_written_and_text_that_is_not_utf_8(folder: Path, tmp_path: Path) -> None:
     result = check_folder(folder, 0)
     with pytest.raises(UserError, match=r"cannot write .*nowhere/page\.html: No such file"):
         write_page(tmp_path / "nowhere/page.html", result)

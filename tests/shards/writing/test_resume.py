@@ -125,23 +125,16 @@ def test_shards_of_earlier_versions_are_kept():
     assert lists_digest([german], {"quality": 90}) != digest
 
 
-def spoil_tar(tar, record):
-    os.truncate(tar, tar.stat().st_size - 1)
-
-
-def spoil_record(tar, record):
-    os.truncate(record, record.stat().st_size - 1)
-
-
-def lose_tar(tar, record):
-    tar.unlink()
-
-
-def lose_record(tar, record):
-    record.unlink()
-
-
-@pytest.mark.parametrize("harm", [spoil_tar, spoil_record, lose_tar, lose_record])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda tar, record: os.truncate(tar, tar.stat().st_size - 1),
+        lambda tar, record: os.truncate(record, record.stat().st_size - 1),
+        lambda tar, record: tar.unlink(),
+        lambda tar, record: record.unlink(),
+    ],
+    ids=["truncated tar", "truncated record", "lost tar", "lost record"],
+)
 def test_a_shard_that_is_not_as_recorded_is_written_again(tmp_path, harm):
     items, out = shard_corpus(tmp_path / "corpus", bad=4), tmp_path / "out"
     kept = stop(items, out)
