@@ -64,27 +64,17 @@ def truncate(folder: Path) -> None:
     os.truncate(folder / SHARD, int(m.audio_offset[9]) + 10)  # in the last member of t4
 
 
-def lengthen(folder: Path) -> None:
-    with open(folder / SHARD, "ab") as file:
-        file.write(bytes(512))
-
-
 def flip_data(folder: Path) -> None:
     offset = data_offset(folder, "t4")
     damage.edit(folder / SHARD, lambda data: data.__setitem__(offset + 400, data[offset + 400] ^ 1))
 
 
-def make_pipe(folder: Path) -> None:
-    (folder / SHARD).unlink()
-    os.mkfifo(folder / SHARD)
-
-
 ACCIDENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "truncated, 1 of its 3 samples are complete"),
-    "longer": (lengthen, "it was changed"),
+    "longer": (lambda folder: damage.edit(folder / SHARD, lambda data: data.extend(bytes(512))), "it was changed"),
     "a byte flipped": (flip_data, "its checksum differs from the manifest"),
     "missing": (lambda folder: (folder / SHARD).unlink(), "is missing"),
-    "a pipe": (make_pipe, "is not a regular file"),
+    "a pipe": (lambda folder: damage.DAMAGES["a pipe"](folder / SHARD, random.Random(0)), "is not a regular file"),
 }
 
 
