@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -216,23 +217,18 @@ def estimate_sizes(items: Sequence[Item], form: Format) -> str:
     Raises:
         UserError: As for `plan_shards`, or bad input among the encoded samples.
     """
-    splits: dict[str, list[PlannedShard]] = {}
-    for shard in plan_shards(items, "", form, {}).shards:
-        splits.setdefault(shard.split, []).append(shard)
+    shards = Counter(shard.split for shard in plan_shards(items, "", form, {}).shards)
     encoded = 0
     rows = []
-    for split, shards in splits.items():
-        split_items = [item for shard in shards for item in shard.items]
+    for split, split_items in by_split(items).items():
         count = len(split_items)
-        chosen = split_items
-        if count > _TRIAL_SAMPLES:
-            chosen = [split_items[n * count // _TRIAL_SAMPLES] for n in range(_TRIAL_SAMPLES)]
-        trial, size = _encode_trial(chosen, form)
-        encoded += len(chosen)
-        scale = count / len(chosen)
+        trials = min(count, _TRIAL_SAMPLES)
+        trial, size = _encode_trial([split_items[n * count // trials] for n in range(trials)], form)
+        encoded += trials
+        scale = count / trials
         seconds = scale * sum(sum(sample.durations) for sample in trial.samples)
         captions = sum(len(item.captions) for item in split_items)
-        rows.append(SizeEstimate(split, count, captions, len(shards), seconds, scale * size))
+        rows.append(SizeEstimate(split, count, captions, shards[split], seconds, scale * size))
     return size_table(rows, encoded)
 
 
