@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 from torch import Tensor
 
 from toolkit.objectives.contrastive import contrastive_loss
@@ -116,13 +116,10 @@ def memory_growth_in_subprocess(name: str, options: argparse.Namespace) -> float
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__, repeats=5, threads=1)
     parser.add_argument("--queue", type=int, default=65536, help="keys of previous batches (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="pairs per batch (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=256, help="embedding dimension (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     parser.add_argument(
         "--memory-of", choices=["ours", "plain"], help="print the memory growth of one variant in bytes and exit"
     )

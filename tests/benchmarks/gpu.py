@@ -8,7 +8,6 @@ until memory is exhausted. Utilization is the model's FLOPs relative to the data
 `toolkit/training/metrics/profile.py`). Fails without a GPU, except with `--tiny`, which tests the script on a CPU.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import corpus
 import yaml
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 
 from launch.executor import count_gpus
 from launch.preflight.estimate import KNOWN
@@ -97,8 +96,7 @@ def largest_batch(tree: dict[str, Any], folder: Path, gpus: int, stage: int, lim
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__)
     parser.add_argument("--config", default="flickr8k", help="flickr8k or spokencoco (default: %(default)s)")
     parser.add_argument("--stages", default="0,1,2,3", help="ZeRO stages (default: %(default)s)")
     parser.add_argument(

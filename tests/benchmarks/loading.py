@@ -8,7 +8,6 @@ longest. Measurements alternate; each figure is the median of the ratios of the 
 between them. The data are generated, about 1.1 GB, and cached in `--folder`. Exit code 1: a bound is missed.
 """
 
-import argparse
 import itertools
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # Processes that write shards import this module too, so modules that they do not need are imported in functions.
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 
 if TYPE_CHECKING:
     from shards.augment.settings import Augment
@@ -315,13 +314,11 @@ FIGURES = (*RATES, "augment", "first_batch", "resume", "make_shards")
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__, repeats=5)
     parser.add_argument("--pictures", type=int, default=1024, help="pictures in the shards (default: %(default)s)")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="loader processes (default: one per core)"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions (default: %(default)s)")
     parser.add_argument(
         "--only", metavar="FIGURE,...", default=",".join(FIGURES), help=f"figures to measure: {', '.join(FIGURES)}"
     )

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 
 from tests.distributed import run_ranks
 from tests.tiny import HUBERT, VIT
@@ -119,12 +119,9 @@ def partitioned_figures(options: argparse.Namespace) -> list[Figure]:
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__, repeats=9, threads=1)
     parser.add_argument("--hidden", type=int, default=768, help="hidden size of HuBERT (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=12, help="layers of HuBERT (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=9, help="repetitions (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = build_student(options.hidden, options.layers)

@@ -9,7 +9,6 @@ third as wide and deep as HuBERT-base; the two are measured alternately, and med
 is missed.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 from torch import Tensor, nn
 from training import durations
 from transformers import HubertConfig, HubertModel
@@ -110,8 +109,7 @@ def measure_time(size: int, groups: int, repeats: int, max_seconds: float) -> Fi
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__, repeats=5, threads=1)
     parser.add_argument("--batch", type=int, default=32, help="utterances per rank (default: %(default)s)")
     parser.add_argument(
         "--batches", type=int, default=20, help="batches in which frames are counted (default: %(default)s)"
@@ -119,8 +117,6 @@ def main() -> int:
     parser.add_argument(
         "--groups", type=int, default=config.Speech().groups, help="length groups (default: %(default)s)"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     figures = []

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 
 from toolkit.evaluation.ranking import rank_both
 from toolkit.evaluation.recall import recall_at
@@ -131,13 +131,10 @@ def memory_growth_in_subprocess(name: str, options: argparse.Namespace) -> float
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__, repeats=3, threads=1)
     parser.add_argument("--pictures", type=int, default=5000, help="number of pictures (default: %(default)s)")
     parser.add_argument("--captions", type=int, default=5, help="captions per picture (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=768, help="embedding dimension (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="repetitions (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     parser.add_argument("--memory-of", choices=NAMES, help="print the memory growth of one variant in bytes and exit")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -11,7 +11,6 @@ encoder of 2 layers of 96, 4 s of speech at 50 frames per second, 257 patches. M
 ratios of medians. One thread by default. Exit code 1: a bound is missed.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 from torch import Tensor
 
 from toolkit.config import schema
@@ -120,13 +119,10 @@ def measure(inputs: Inputs, repeats: int) -> tuple[float, float, float]:
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__, repeats=1, threads=1)
     parser.add_argument("--pictures", type=int, default=24, help="number of pictures (default: %(default)s)")
     parser.add_argument("--captions", type=int, default=2, help="captions per picture (default: %(default)s)")
     parser.add_argument("--k", type=int, default=16, help="candidates per query (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=1, help="repetitions (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     inputs = Inputs(options.pictures, options.captions, options.k)

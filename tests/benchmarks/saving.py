@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 from training import frozen_model, make_batch, open_trainer
 
 from toolkit.config import schema as config
@@ -132,13 +132,10 @@ def measure(trainer: Trainer, options: argparse.Namespace) -> list[Figure]:
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__, repeats=15, threads=1)
     parser.add_argument("--width", type=int, default=512, help="width of the fusion encoder (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=3, help="layers of the fusion encoder (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="steps per measurement (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=15, help="repetitions (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with open_trainer(configure(options)) as trainer:

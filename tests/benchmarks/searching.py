@@ -8,7 +8,6 @@ approximate index (extra [index]) is built from `--approximate` items and search
 Exit code 1: a bound is missed.
 """
 
-import argparse
 import multiprocessing
 import re
 import statistics
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 
 from tests.toolkit.indexing.write_index import write_index
 from toolkit.indexing.approximate import ApproximateIndex, build
@@ -110,15 +109,13 @@ def measure_approximate(index: Index, queries: torch.Tensor, repeats: int) -> li
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__, threads=1)
     parser.add_argument("--items", type=int, default=100_000, help="items of exact search (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=256, help="embedding dimension (default: %(default)s)")
     parser.add_argument(
         "--approximate", type=int, default=1_000_000, help="items of approximate search; 0: skip (default: %(default)s)"
     )
     parser.add_argument("--repeats", type=int, default=20, help="timed queries (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     queries, figures = torch.from_numpy(make_embeddings(QUERIES, options.dim, 1)), []

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from plain_step import PlainStep
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 from training import frozen_model, make_batch, open_trainer
 
 from toolkit.config import schema as config
@@ -100,14 +100,11 @@ def flops_ratio(trainer: Trainer, batch_size: int) -> float:
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__, repeats=5, threads=1)
     parser.add_argument("--batch", type=int, default=32, help="pairs per batch (default: %(default)s)")
     parser.add_argument("--queue", type=int, default=8192, help="keys of previous batches (default: %(default)s)")
     parser.add_argument("--width", type=int, default=128, help="width of the trunks (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=8, help="layers of each trunk (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     configuration = configure(options)

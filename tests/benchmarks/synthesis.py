@@ -6,7 +6,6 @@ Each caption describes a different scene and uses a different voice. Loading of 
 excluded. Exit code 1: a bound is missed.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 
 from shards.corpora.languages import LANGUAGES
 from shards.corpora.scenes import random_scene
@@ -44,8 +43,7 @@ def espeak_voices(code: str) -> Callable[[int], str]:
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__)
     parser.add_argument("--captions", type=int, default=50, help="captions per language (default: %(default)s)")
     options = parser.parse_args()
     english = milliseconds("en", espeak_voices("en"), options.captions)

@@ -1,8 +1,19 @@
-"""Output of the benchmarks: a table, or with `--json` one JSON object per figure."""
+"""Command line and output of the benchmarks: a table, or with `--json` one JSON object per figure."""
 
+import argparse
 import json
 from dataclasses import dataclass
 from typing import Any
+
+
+def build_parser(description: str | None, **defaults: int) -> argparse.ArgumentParser:
+    """Return a parser with `--json`, and with `--repeats` and `--threads` where a default is given."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    what = {"repeats": "repetitions", "threads": "number of PyTorch threads"}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what[name]} (default: %(default)s)")
+    return parser
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import corpus
-from table import Figure, print_figures
+from table import Figure, build_parser, print_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES, INTERVAL = 128, 5
@@ -70,8 +70,7 @@ def free_port() -> int:
 
 def main() -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser = build_parser(__doc__)
     parser.add_argument("--ranks", type=int, default=1, help="ranks; the quickstart uses two (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="training steps (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
