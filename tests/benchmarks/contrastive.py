@@ -9,10 +9,7 @@ One thread by default: with several, threads wait for one another when other pro
 the figure. Exit code 1: a bound is missed.
 """
 
-import argparse
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
+from memory import memory_growth, memory_growth_in_subprocess
 from table import Figure, build_parser, print_figures
 from torch import Tensor
 
@@ -91,29 +89,6 @@ def median_seconds(inputs: Inputs, repeats: int) -> tuple[float, float]:
     return statistics.median(times["ours"]), statistics.median(times["plain"])
 
 
-def memory_growth(inputs: Inputs, name: str) -> float:
-    """Return the peak growth of this process's resident memory during one step, in bytes."""
-    warm = Inputs(64, 8, 16)  # warm-up: libraries allocate their threads and buffers
-    warm.step(getattr(warm, name))
-    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
-    before = _proc_status("VmRSS")
-    inputs.step(getattr(inputs, name))
-    return _proc_status("VmHWM") - before
-
-
-def _proc_status(field: str) -> float:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024.0 * int(found[1])
-
-
-def memory_growth_in_subprocess(name: str, options: argparse.Namespace) -> float:
-    """Return `memory_growth` measured in a separate process."""
-    sizes = ["--queue", str(options.queue), "--batch", str(options.batch), "--dim", str(options.dim)]
-    command = [sys.executable, __file__, *sizes, "--threads", str(options.threads), "--memory-of", name]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = build_parser(__doc__, repeats=5, threads=1)
@@ -127,10 +102,12 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     inputs = Inputs(options.queue, options.batch, options.dim)
     if options.memory_of:
-        print(memory_growth(inputs, options.memory_of))
+        warm = Inputs(64, 8, 16)  # warm-up: libraries allocate their threads and buffers
+        warm.step(getattr(warm, options.memory_of))
+        print(memory_growth(lambda: inputs.step(getattr(inputs, options.memory_of))))
         return 0
     what = f"loss and gradients, batch {options.batch}, queue {options.queue}, embedding dimension {options.dim}"
-    ours, plain = (memory_growth_in_subprocess(name, options) / 2**20 for name in ("ours", "plain"))
+    ours, plain = (memory_growth_in_subprocess(name) / 2**20 for name in ("ours", "plain"))
     figures = [
         Figure("sic_memory", ours, plain, "MiB", ours / plain, f"peak memory above the inputs: {what}", at_most=0.3)
     ]

@@ -15,10 +15,7 @@ the figure is the ratio of the medians. Memory: each runs in its own process, an
 resident memory above that of the embeddings. One thread by default. Exit code 1: a bound is missed.
 """
 
-import argparse
-import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from memory import memory_growth, memory_growth_in_subprocess
 from table import Figure, build_parser, print_figures
 
 from toolkit.evaluation.ranking import rank_both
@@ -107,28 +105,6 @@ def median_seconds(inputs: Inputs, repeats: int) -> dict[str, float]:
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def memory_growth(inputs: Inputs, name: str) -> float:
-    """Return the peak growth of this process's resident memory during one evaluation, in bytes."""
-    getattr(Inputs(8, 2, 4), name)()  # warm-up: libraries allocate their threads and buffers
-    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
-    before = _proc_status("VmRSS")
-    getattr(inputs, name)()
-    return _proc_status("VmHWM") - before
-
-
-def _proc_status(field: str) -> float:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024.0 * int(found[1])
-
-
-def memory_growth_in_subprocess(name: str, options: argparse.Namespace) -> float:
-    """Return `memory_growth` measured in a separate process."""
-    sizes = [f"--{size}={getattr(options, size)}" for size in ("pictures", "captions", "dim", "threads")]
-    command = [sys.executable, __file__, *sizes, "--memory-of", name]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = build_parser(__doc__, repeats=3, threads=1)
@@ -140,7 +116,8 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     inputs = Inputs(options.pictures, options.captions, options.dim)
     if options.memory_of:
-        print(memory_growth(inputs, options.memory_of))
+        getattr(Inputs(8, 2, 4), options.memory_of)()  # warm-up: libraries allocate their threads and buffers
+        print(memory_growth(getattr(inputs, options.memory_of)))
         return 0
     what = f"{options.pictures:,} pictures, {len(inputs.owner):,} captions, embedding dimension {options.dim}"
     times = median_seconds(inputs, options.repeats)
@@ -148,7 +125,7 @@ def main() -> int:
     for name, bound in (("argsort", 10.0), ("sort_loop", 2.5), ("products", 0.9)):
         ratio = times[name] / times["ours"]
         figures.append(Figure(f"recall_{name}", times["ours"], times[name], "s", ratio, what, at_least=bound))
-    ours, theirs = (memory_growth_in_subprocess(name, options) / 2**20 for name in ("ours", "argsort"))
+    ours, theirs = (memory_growth_in_subprocess(name) / 2**20 for name in ("ours", "argsort"))
     peak = f"peak memory above the embeddings: {what}"
     figures.append(Figure("recall_memory", ours, theirs, "MiB", ours / theirs, peak, at_most=0.2))
     return print_figures(figures, options.json)

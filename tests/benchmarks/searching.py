@@ -9,7 +9,6 @@ Exit code 1: a bound is missed.
 """
 
 import multiprocessing
-import re
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from memory import memory_growth
 from table import Figure, build_parser, print_figures
 
 from tests.toolkit.indexing.write_index import write_index
@@ -50,19 +50,16 @@ def processor_ms(search: Callable[[torch.Tensor], object], queries: torch.Tensor
     return statistics.median(times)
 
 
-def peak_memory() -> int:
-    """Return the peak resident memory of this process in bytes; `ru_maxrss` would include that of its parent."""
-    return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0])
-
-
-def memory_growth(folder: Path, queries: torch.Tensor) -> int:
-    """Return the bytes by which the peak memory of a new process grows when it opens an index and searches it."""
+def open_and_search(folder: Path, queries: torch.Tensor) -> float:
+    """Return the bytes by which the memory of a new process grows at most when it opens an index and searches it."""
     torch.mm(torch.zeros(8, 8), torch.zeros(8, 8))  # warm-up: excludes the allocations of the first product
-    before = peak_memory()
-    index = Index.open(folder)
-    for query in queries:
-        nearest(index, query[None], TOP)
-    return peak_memory() - before
+
+    def search() -> None:
+        index = Index.open(folder)
+        for query in queries:
+            nearest(index, query[None], TOP)
+
+    return memory_growth(search)
 
 
 def measure_exact(index: Index, queries: torch.Tensor, repeats: int) -> list[Figure]:
@@ -70,7 +67,7 @@ def measure_exact(index: Index, queries: torch.Tensor, repeats: int) -> list[Fig
     size = (index.folder / index.head.embeddings_name).stat().st_size
     ours = processor_ms(lambda query: nearest(index, query, TOP), queries, repeats)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        grown = pool.apply(memory_growth, (index.folder, queries[:5]))
+        grown = pool.apply(open_and_search, (index.folder, queries[:5]))
     matrix = index.embeddings.astype(np.float32)
 
     def plain(query: torch.Tensor) -> np.ndarray:
