@@ -20,7 +20,7 @@ if __name__ == "__main__":  # the script's own folder is not a place to import f
 
 from launch.record import Recorded, newest
 from launch.slurm.client import cancel_jobs
-from launch.status.follow import Controller, Local, Slurm
+from launch.status.follow import Controller, Local, Running, Slurm
 from launch.status.follow import follow as follow_job
 from launch.status.state import ENDED, RunState, find_runs, run_states
 from launch.status.tables import result_table, result_values, status_table, status_values
@@ -237,7 +237,7 @@ def _recorded(run: Path) -> Recorded:
     return last
 
 
-def _job(recorded: Recorded) -> Local | Slurm:
+def _job(recorded: Recorded) -> Running:
     """Return a recorded job as one that can be followed and cancelled.
 
     Raises:

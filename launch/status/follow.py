@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from launch.job import Status
 from launch.record import Attempt, Recorded, ended_for_good, read_attempts
@@ -21,20 +21,6 @@ logger = logging.getLogger(__name__)
 _FILE_DELAY = 15.0  # seconds that a shared disk may take to show the last files of a job that has ended
 _QUEUE_INTERVAL = 2.0  # seconds between queries of the queue
 _POLL_INTERVAL = 0.1  # seconds between reads of the files
-
-
-class Running(Protocol):
-    """A submitted job that is followed."""
-
-    @property
-    def id(self) -> str:
-        """The job's number."""
-
-    def alive(self) -> bool:
-        """Return whether it is pending or running."""
-
-    def lost(self, pid: int) -> bool:
-        """Return whether this process of the job has died; False if that is unknown."""
 
 
 @dataclass
@@ -77,7 +63,7 @@ class Local:
                 os.kill(status["pid"], number)
 
     def lost(self, pid: int) -> bool:
-        """Return whether the process is gone: the controller reaps its children."""
+        """Return whether this process of the job is gone: the controller reaps its children."""
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -127,6 +113,9 @@ class Slurm:
     def lost(self, pid: int) -> bool:
         """Return False: a process of another machine cannot be seen."""
         return False
+
+
+Running = Local | Slurm  # a submitted job that is followed
 
 
 def follow(job: Running, recorded: Recorded) -> int:
