@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 from launch.executor import JobSpec
 from launch.preflight import checks
 from launch.profiles import Profile
@@ -96,6 +98,12 @@ def fake_slurm(folder: Path, cluster: str = "nowhere", enforce: str = "none") ->
         "STUB_CLUSTER": cluster,
         "STUB_ENFORCE": enforce,
     }
+
+
+def use_fake_slurm(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> None:
+    """Write the commands, and let this process find them; options as of `fake_slurm`."""
+    for name, value in fake_slurm(folder, *options).items():
+        monkeypatch.setenv(name, value)
 
 
 def job_spec(ranks: int = 1, **launch: object) -> JobSpec:

@@ -22,7 +22,7 @@ from launch.executor import (
 )
 from launch.profiles import Profile
 from shards.errors import UserError
-from tests.launch.cluster import fake_slurm
+from tests.launch.cluster import use_fake_slurm
 from toolkit.config.schema import Config, Launch
 
 
@@ -57,16 +57,14 @@ def test_ranks(monkeypatch):
 def test_automatic_cluster(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert choose_cluster(Launch()) == "local"
-    for name, value in fake_slurm(tmp_path / "slurm").items():
-        monkeypatch.setenv(name, value)
+    use_fake_slurm(monkeypatch, tmp_path / "slurm")
     assert choose_cluster(Launch()) == "slurm"
     assert choose_cluster(Launch(cluster="debug")) == "debug"
     assert choose_cluster(Launch(cluster="local")) == "local"
 
 
 def test_slurm_that_is_installed_but_not_set_up_or_not_answering(monkeypatch, tmp_path):
-    for name, value in fake_slurm(tmp_path / "slurm").items():
-        monkeypatch.setenv(name, value)
+    use_fake_slurm(monkeypatch, tmp_path / "slurm")
     scontrol = tmp_path / "slurm" / "scontrol"
     scontrol.write_text("#!/bin/bash\necho 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1")
     assert choose_cluster(Launch()) == "local"

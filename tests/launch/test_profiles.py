@@ -7,7 +7,7 @@ import pytest
 from launch import profiles
 from launch.profiles import FILLED, PROFILES, Profile, apply_profile, find_profile, read_profile
 from shards.errors import UserError
-from tests.launch.cluster import fake_slurm
+from tests.launch.cluster import use_fake_slurm
 from toolkit.config.schema import Config, Data, Launch
 
 
@@ -16,8 +16,7 @@ def folder(tmp_path, monkeypatch):
     """A folder of profiles on the cluster `Testbed`."""
     monkeypatch.setattr(profiles, "PROFILES", tmp_path / "profiles")
     (tmp_path / "profiles").mkdir()
-    for name, value in fake_slurm(tmp_path / "slurm", "Testbed").items():
-        monkeypatch.setenv(name, value)
+    use_fake_slurm(monkeypatch, tmp_path / "slurm", "Testbed")
     monkeypatch.setattr("socket.getfqdn", lambda: "login1.bigmachine.example.org")
     monkeypatch.setattr("socket.gethostname", lambda: "login1")
     return tmp_path / "profiles"

@@ -18,7 +18,7 @@ from launch.slurm.client import find_jobs, job_number, query, queued_jobs, slurm
 from launch.slurm.sbatch_options import directive, read_options, with_gpus
 from launch.status.follow import Slurm
 from shards.errors import UserError
-from tests.launch.cluster import check_limits, fake_slurm, job_spec
+from tests.launch.cluster import check_limits, job_spec, use_fake_slurm
 from tests.slurm.cluster import GPUS, NODES, Cluster, wait_for
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(300)]
@@ -360,8 +360,7 @@ def test_the_stub_answers_in_the_same_form(
     real: Cluster, tmp_path: Path, question: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = subprocess.run(question.split(" "), capture_output=True, text=True)
-    for name, value in fake_slurm(tmp_path / "stubs", "testbed").items():
-        monkeypatch.setenv(name, value)
+    use_fake_slurm(monkeypatch, tmp_path / "stubs", "testbed")
     code, form = shape(question, ours)
     its_code, its_form = shape(question, subprocess.run(question.split(" "), capture_output=True, text=True))
     assert its_code == code
@@ -384,7 +383,6 @@ def test_the_stub_submits_in_the_same_words(real: Cluster, tmp_path: Path, monke
     ours, since = words(), time.time()
     job = query(["squeue", "--noheader", "--format=%A"]) or []
     real.run("scancel", *job)
-    for name, value in fake_slurm(tmp_path / "stubs").items():
-        monkeypatch.setenv(name, value)
+    use_fake_slurm(monkeypatch, tmp_path / "stubs")
     assert words() == ours
     assert time.time() - since < 60

@@ -6,7 +6,7 @@ import pytest
 
 from launch.preflight import checks, limits
 from shards.errors import UserError
-from tests.launch.cluster import check_limits, fake_slurm
+from tests.launch.cluster import check_limits, use_fake_slurm
 
 QOS = """\
 name|flags|maxwall|maxtresperjob|maxtresperuser|maxtresperaccount|grptres
@@ -41,8 +41,7 @@ PartitionName=limited Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=UP T
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     """A cluster that enforces the limits above; the folder of its stubs."""
-    for name, value in fake_slurm(tmp_path / "slurm", "testbed", "associations,limits,qos").items():
-        monkeypatch.setenv(name, value)
+    use_fake_slurm(monkeypatch, tmp_path / "slurm", "testbed", "associations,limits,qos")
     folder = tmp_path / "slurm"
     (folder / "qos").write_text(QOS)
     (folder / "association").write_text(ASSOCIATIONS.replace("ME", getpass.getuser()))

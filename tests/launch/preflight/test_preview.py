@@ -18,7 +18,7 @@ from launch.profiles import Profile
 from launch.record import newest
 from launch.snapshot import ROOT
 from shards.errors import UserError
-from tests.launch.cluster import fake_slurm
+from tests.launch.cluster import fake_slurm, use_fake_slurm
 from tests.test_whole_way import run as run_script
 from tests.test_whole_way import write_config, write_table
 from toolkit.config.schema import Config, Launch
@@ -217,8 +217,7 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(config, tmp_path, monke
 
 
 def test_one_of_several_partitions_is_enough(tmp_path, monkeypatch):
-    for name, value in fake_slurm(tmp_path / "slurm").items():
-        monkeypatch.setenv(name, value)
+    use_fake_slurm(monkeypatch, tmp_path / "slurm")
 
     def check(**launch):
         return check_partition(JobSpec("slurm", Config(launch=Launch(**launch)), Profile(), 2))

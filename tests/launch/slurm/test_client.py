@@ -4,7 +4,7 @@ import pytest
 
 from launch.slurm.client import SlurmJob, find_jobs, job_number
 from shards.errors import UserError
-from tests.launch.cluster import fake_slurm, write_commands
+from tests.launch.cluster import use_fake_slurm, write_commands
 
 GREETINGS = ["", "Welcome! You have 3 jobs and job 12 waits.\n\n", "2024\n", "*** job 5 costs 100\nsbatch: lua: ok\n"]
 ANSWERS = [
@@ -35,8 +35,7 @@ def test_no_job_number(answer):
 
 @pytest.mark.parametrize("listed", ["7_[0,2-4]", "7_[0,2-4%2]", "7_[0-4:2,3]"])
 def test_members_of_an_array_that_never_began_share_a_line(tmp_path, monkeypatch, listed):
-    for name, value in fake_slurm(tmp_path / "slurm").items():
-        monkeypatch.setenv(name, value)
+    use_fake_slurm(monkeypatch, tmp_path / "slurm")
     answer = f"echo '7_1|COMPLETED'; echo '{listed}|CANCELLED by 0'; echo '8|TIMEOUT'"
     write_commands(tmp_path / "slurm", {"sacct": answer})
     cancelled, gone = SlurmJob("CANCELLED", "", False), SlurmJob("", "", False)
