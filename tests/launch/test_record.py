@@ -6,23 +6,13 @@ import pytest
 
 from launch.record import ATTEMPTS, SUBMISSION, Submission, newest, read_attempts, restarts, submissions
 from shards.errors import UserError
-
-
-def submission(**values):
-    given = {"job": "17", "cluster": "slurm", "run": "runs/x", "nodes": 2, "ranks": 4, "command": ["--nodes", "2"]}
-    return Submission(**given | values)
-
-
-def write(run, name, **values):
-    folder = run / "logs" / name
-    folder.mkdir(parents=True)
-    submission(**values).write(folder)
-    return folder
+from tests.launch.records import record
 
 
 def test_the_last_submission_is_found_by_its_time(tmp_path):
-    write(tmp_path, "b", time=5.0, job="1")
-    folder = write(tmp_path, "a", time=6.0, job="2", code="/code", index="3", members={"0": "/m"}, logs="/logs")
+    record(tmp_path, "b", time=5.0, job="1")
+    more = {"code": "/code", "index": "3", "members": {"0": "/m"}, "logs": "/logs"}
+    folder = record(tmp_path, "a", time=6.0, job="2", command=["--nodes", "2"], **more)
     (tmp_path / "logs" / "c").mkdir()
     (tmp_path / "logs" / "c" / SUBMISSION).write_text("{")
     last = newest(tmp_path)
@@ -34,7 +24,7 @@ def test_the_last_submission_is_found_by_its_time(tmp_path):
 
 
 def test_a_later_version_may_write_more(tmp_path):
-    folder = write(tmp_path, "a")
+    folder = record(tmp_path, "a")
     values = json.loads((folder / SUBMISSION).read_text())
     (folder / SUBMISSION).write_text(json.dumps(values | {"weather": "fair"}))
     assert newest(tmp_path).submission.job == "17"
@@ -42,11 +32,11 @@ def test_a_later_version_may_write_more(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
-        submission().write(tmp_path / "none")
+        Submission("17", "slurm", "runs/x", 2, 4, []).write(tmp_path / "none")
 
 
 def test_attempts(tmp_path):
-    folder = write(tmp_path, "a")
+    folder = record(tmp_path, "a")
     lines = [
         {"restart": 0, "began": 1.0, "hosts": ["n1", "n2"], "more": 1},
         {"restart": 0, "ended": 2.0, "code": 75, "requeued": True, "why": "saved", "cause": "saved"},
@@ -62,12 +52,12 @@ def test_attempts(tmp_path):
 
 def test_restarts_count_those_by_slurm_and_those_by_hand(tmp_path):
     assert restarts(tmp_path) == 0
-    write(tmp_path, "never began", time=1.0)
+    record(tmp_path, "never began", time=1.0)
     assert restarts(tmp_path) == 0
-    first = write(tmp_path, "a", time=2.0)
+    first = record(tmp_path, "a", time=2.0)
     (first / ATTEMPTS).write_text('{"restart": 0, "began": 1}\n{"restart": 1, "began": 2}\n')
     assert restarts(tmp_path) == 1
-    (write(tmp_path, "b", time=3.0) / "rank0.json").write_text("{}")
+    (record(tmp_path, "b", time=3.0) / "rank0.json").write_text("{}")
     assert restarts(tmp_path) == 2
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from launch import runs
 from launch.job import Job, Status
-from launch.record import ATTEMPTS, Submission
 from launch.slurm.client import SlurmJob, find_jobs
 from launch.status.state import FROM_FILES, check_idle, find_runs, run_states
 from shards.errors import UserError
 from tests.launch.cluster import write_commands
+from tests.launch.records import attempt, rank, record
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks need not find this file
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,24 +52,6 @@ def start(kind, run):
     job = executor.submit(kind("none.yaml", str(folder), port=1))
     record(run, "1", job=str(job.job_id), cluster="local", ranks=2, nodes=1)
     return folder, job
-
-
-def record(run, name="1", **values):
-    folder = run / "logs" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    given = {"job": "17", "cluster": "slurm", "run": str(run), "nodes": 1, "ranks": 1, "command": []}
-    Submission(**given | values).write(folder)
-    return folder
-
-
-def rank(folder, code=None, restart=0, number=0):
-    status = {"pid": 1, "exit": code, "time": 1.0, "restart": restart}
-    (folder / f"rank{number}.json").write_text(json.dumps(status))
-
-
-def attempt(folder, **values):
-    with (folder / ATTEMPTS).open("a") as file:
-        file.write(json.dumps(values) + "\n")
 
 
 def log(run, *records):
@@ -164,7 +146,7 @@ def test_another_process_with_the_number_is_not_taken_for_the_job(tmp_path):
 
 
 def test_a_job_of_another_machine(tmp_path):
-    rank(record(tmp_path, cluster="local", host="elsewhere"))
+    rank(record(tmp_path, cluster="local", host="elsewhere"), 0)
     assert (state_of(tmp_path).state, state_of(tmp_path).reason) == ("running", FROM_FILES)
     with pytest.raises(UserError, match="this job runs on elsewhere"):
         runs.cancel(tmp_path)
@@ -175,22 +157,22 @@ def test_from_the_folder_alone(tmp_path):
     folder = record(tmp_path)
     assert state_and_reason(tmp_path) == ("waiting", FROM_FILES)
     attempt(folder, restart=0, began=1.0, hosts=["n1"])
-    rank(folder)
+    rank(folder, 0)
     assert state_and_reason(tmp_path) == ("running", FROM_FILES)
-    rank(folder, 75)
+    rank(folder, 0, 75)
     attempt(folder, restart=0, ended=2.0, code=75, requeued=True, why="stopped by a signal: restarting", cause="saved")
     assert state_and_reason(tmp_path) == ("waiting", "stopped by a signal: restarting")
     attempt(folder, restart=1, began=3.0, hosts=["n1"])
-    rank(folder, restart=1)
+    rank(folder, 0, restart=1)
     assert state_and_reason(tmp_path) == ("running", FROM_FILES)
     assert state_of(tmp_path).restarts == 1
-    rank(folder, 1, restart=1)
+    rank(folder, 0, 1, restart=1)
     attempt(folder, restart=1, ended=4.0, code=1, requeued=False, why="a rank failed", cause="failed")
     assert state_and_reason(tmp_path) == ("failed", "rank 0 failed with exit code 1")
-    rank(folder, 75, restart=1)
+    rank(folder, 0, 75, restart=1)
     attempt(folder, restart=1, ended=4.0, code=75, requeued=False, why="cancelled: no restart", cause="cancelled")
     assert state_and_reason(tmp_path) == ("cancelled", "cancelled: no restart")
-    rank(folder, 0, restart=1)
+    rank(folder, 0, 0, restart=1)
     assert state_and_reason(tmp_path) == ("done", "")
 
 
@@ -212,7 +194,7 @@ def test_cancel_of_a_sweep_reaches_a_member_that_was_submitted_again(tmp_path, m
     answers = 'echo "17_0|RUNNING|None"; echo "30|PENDING|None"'
     fake(tmp_path, monkeypatch, squeue=answers, sacct="exit 1", scancel=f'echo "$@" > {cancelled}')
     members = {str(n): str(record(grid / name, job="17", index=str(n))) for n, name in enumerate("abc")}
-    rank(record(grid / "b", job="17", index="1"), 0)
+    rank(record(grid / "b", job="17", index="1"), 0, 0)
     record(grid / "c", name="2", job="30", time=time.time() + 9)
     record(grid, members=members)
     runs.main(["cancel", str(grid)])
@@ -236,7 +218,7 @@ def test_the_state_in_slurm_comes_first(tmp_path, monkeypatch):
     )
     names = {"17": "waiting", "18": "running", "19": "waiting", "20": "cancelled", "21": "failed", "22": "failed"}
     for job in names:
-        rank(record(tmp_path / job, job=job, index="2" if job == "19" else None))
+        rank(record(tmp_path / job, job=job, index="2" if job == "19" else None), 0)
     states = run_states([tmp_path / job for job in names])
     assert [state.state for state in states] == list(names.values())
     assert [state.reason for state in states[:3]] == ["Resources", "", "JobArrayTaskLimit"]
@@ -252,7 +234,7 @@ def test_no_answer_from_slurm(tmp_path, monkeypatch):
 
 def test_step_pace_and_recall(tmp_path):
     run = tmp_path / "run"
-    rank(record(run))
+    rank(record(run), 0)
     (run / "config.yaml").write_text("training: {steps: 1000}\n")
     log(run, *({"step": step, "seconds": 10.0 * step, "loss": 1.0} for step in range(20, 400, 20)))
     log(run, {"step": 380, "dev": recall(12.5)}, {"event": "saving", "seconds": 2.0})
@@ -278,7 +260,7 @@ def test_a_long_log_is_read_from_its_end(tmp_path):
 
 def test_a_run_that_is_done(tmp_path, capsys):
     run = tmp_path / "runs" / "run"
-    rank(record(run), 0)
+    rank(record(run), 0, 0)
     log(run, {"step": 4, "dev": recall(12.5), "seconds": 1.0})
     (run / "config.yaml").write_text("training: {steps: 4}\n")
     (run / "recall.json").write_text(json.dumps(recall(20.0, rerank=25.0)))
@@ -295,13 +277,13 @@ def test_the_table_of_a_sweep(tmp_path, capsys):
         folder = record(grid / name, index=str(index), logs=str(grid / "logs" / "1"))
         members[str(index)] = str(folder)
         if name == "done":
-            rank(folder, 0)
+            rank(folder, 0, 0)
             (grid / name / "recall.json").write_text(json.dumps(recall(20.0, rerank=25.0)))
         elif name == "mistaken":
-            rank(folder, 2)
+            rank(folder, 0, 2)
             attempt(folder, restart=0, ended=1.0, code=2, requeued=False, why="a mistake", cause="mistake")
         elif name == "under-way":
-            rank(folder)
+            rank(folder, 0)
             log(grid / name, {"step": 3, "seconds": 1.0}, {"step": 3, "dev": recall(5.0, "val")})
     record(grid, members=members)
     (grid / "logs" / "1" / "17_1_0_log.err").write_text("noise\nerror: the batch does not divide\n")
@@ -330,7 +312,7 @@ def test_resume_gives_the_recorded_command(tmp_path, monkeypatch):
     run, place = tmp_path / "run", tmp_path / "place"
     place.mkdir()
     folder = record(run, command=["--config", "x.yaml", "--nodes", "2"], directory=str(place))
-    rank(folder, 75)
+    rank(folder, 0, 75)
     attempt(folder, restart=0, ended=1.0, code=75, requeued=False, why="", cause="saved")
     with pytest.raises(SystemExit) as ended:
         runs.main(["resume", str(run)])
@@ -370,7 +352,7 @@ def test_errors_are_one_line(tmp_path, monkeypatch, arguments, message):
 
 
 def test_heavy_packages_are_not_imported_for_the_status(tmp_path):
-    rank(record(tmp_path), 0)
+    rank(record(tmp_path), 0, 0)
     code = f"import sys; from launch import runs; runs.main(['status', {str(tmp_path)!r}])\n"
     code += "sys.exit(str({'torch', 'numpy', 'submitit'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

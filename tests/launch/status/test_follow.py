@@ -1,16 +1,16 @@
 """Following a job of SLURM through its restarts, and the end of a failing rank's log."""
 
-import json
 import threading
 import time
 
 import pytest
 
 from launch.job import Status
-from launch.record import ATTEMPTS, Recorded, Submission
+from launch.record import Recorded, Submission
 from launch.status.failure import failure_of, first_failure, last_lines
 from launch.status.follow import Log, Slurm, follow
 from shards.errors import ExitCode
+from tests.launch.records import attempt, rank
 
 
 class QueuedJob(Slurm):
@@ -24,17 +24,6 @@ class QueuedJob(Slurm):
 
 def recorded(folder, ranks, logs=None):
     return Recorded(folder, Submission("5", "slurm", "run", 1, ranks, [], logs=str(logs or "")))
-
-
-def rank(folder, number, code=None, restart=0, when=1.0):
-    status = {"pid": 1, "exit": code, "time": when, "restart": restart}
-    (folder / "rank.tmp").write_text(json.dumps(status))
-    (folder / "rank.tmp").replace(folder / f"rank{number}.json")  # atomic, as a rank writes it
-
-
-def attempt(folder, **values):
-    with (folder / ATTEMPTS).open("a") as file:
-        file.write(json.dumps(values) + "\n")
 
 
 def output(folder, text, number=0, kind="out"):
