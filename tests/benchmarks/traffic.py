@@ -7,8 +7,7 @@ all-gather or reduce-scatter. An all-to-all is counted as it is, without the row
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -23,13 +22,11 @@ class Traffic:
 
     Attributes:
         bytes: Bytes received, by kind of collective.
-        calls: Number of calls, by kind of collective.
         enabled: Whether calls are counted.
     """
 
     def __init__(self) -> None:
         self.bytes: dict[str, float] = {}
-        self.calls: dict[str, int] = {}
         self.enabled = False
         self._in_collective = False
 
@@ -37,15 +34,6 @@ class Traffic:
     def total(self) -> float:
         """Bytes received in all collectives."""
         return sum(self.bytes.values())
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count the collectives called within the context."""
-        self.enabled = True
-        try:
-            yield
-        finally:
-            self.enabled = False
 
     def wrap_collectives(self) -> None:
         """Wrap the collectives for the rest of the process; call this before DeepSpeed is imported."""
@@ -69,7 +57,6 @@ class Traffic:
                 return function(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             self.bytes[kind] = self.bytes.get(kind, 0.0) + received_bytes(dist.get_world_size(), *bound.args)
-            self.calls[kind] = self.calls.get(kind, 0) + 1
             self._in_collective = True
             try:
                 return function(*args, **kwargs)

@@ -12,7 +12,6 @@ time that ranks wait for one another. Exit code 1: the bound is missed.
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -41,31 +40,14 @@ def train(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         **dict(each.split("=", 1) for each in options.set),
     }
     arguments = [part for key, value in overrides.items() for part in (f"--{key}", value)]
-    command = [sys.executable, str(ROOT / "toolkit" / "train.py"), "--config", "quickstart", *arguments]
-    common = {"WORLD_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common["OMP_NUM_THREADS"] = "1"
-    with (folder / "output").open("w+") as output:
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(options.ranks)
-        ]
-        codes = [rank.wait() for rank in ranks]
-        if any(codes):
-            raise SystemExit(f"training failed:\n{(folder / 'output').read_text()[-3000:]}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}", "--"]
+    words = ["toolkit/train.py", "--config", "quickstart", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"training failed:\n{(done.stdout + done.stderr)[-3000:]}")
     records = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     return [record for record in records if "waiting" in record]
-
-
-def free_port() -> int:
-    """Return a free TCP port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> int:
