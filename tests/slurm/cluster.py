@@ -62,6 +62,10 @@ class Cluster:
         assert expect is None or done.returncode == expect, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 
+    def runs(self, *words: object, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
+        """Run a command of launch/runs.py."""
+        return self.run(sys.executable, ROOT / "launch" / "runs.py", *words, expect=expect)
+
     def node(self, action: str, name: str, *command: object, expect: int | None = 0) -> str:
         words = [str(self.folder / "bin" / "node"), action, name, *map(str, command)]
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=60)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.preflight import checks, limits
-from launch.slurm.client import find_jobs, job_number, query, queued_jobs, slurm_config
+from launch.slurm.client import find_jobs, job_number, query, queued_jobs, slurm_config, submit_script
 from launch.slurm.sbatch_options import directive, read_options, with_gpus
 from launch.status.follow import Slurm
 from shards.errors import UserError
@@ -296,9 +296,7 @@ def visible(cluster: Cluster, folder: Path, lines: list[str]) -> set[str]:
     """CUDA_VISIBLE_DEVICES of the two tasks of a job."""
     head = ["#!/bin/bash", "#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=2", f"#SBATCH --output={folder}/out", *lines]
     (folder / "job.sh").write_text("\n".join([*head, "srun printenv CUDA_VISIBLE_DEVICES", ""]))
-    done = subprocess.run(["sbatch", folder / "job.sh"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    job = job_number(done.stdout)
+    job = submit_script(folder / "job.sh")
     wait_for(lambda: cluster.state(job) == "COMPLETED", lambda: (folder / "out").read_text(), 60)
     return set((folder / "out").read_text().split())
 
@@ -313,8 +311,7 @@ def test_values_arrive_as_they_are_written(real: Cluster, tmp_path: Path) -> Non
     }
     lines = [directive(*each) for each in read_options(values, "sbatch").items()]
     (tmp_path / "job.sh").write_text("\n".join(["#!/bin/bash", *lines, "true", ""]))
-    done = subprocess.run(["sbatch", tmp_path / "job.sh"], capture_output=True, text=True)
-    job = job_number(done.stdout)
+    job = submit_script(tmp_path / "job.sh")
     shown = real.run("scontrol", "show", "job", job).stdout
     real.run("scancel", job)
     for part in (

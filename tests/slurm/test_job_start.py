@@ -1,7 +1,6 @@
 """Ranks on a real SLURM before they train: their environment, and jobs of which a rank never begins."""
 
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,10 +23,6 @@ def python_of_ranks(folder: Path, text: str) -> Path:
     return profile
 
 
-def runs(cluster: Cluster, *words: object, expect: int) -> subprocess.CompletedProcess[str]:
-    return cluster.run(sys.executable, ROOT / "launch" / "runs.py", *words, expect=expect)
-
-
 def test_ranks_have_their_environment_where_sbatch_exports_none(quiet: Cluster, config, tmp_path, monkeypatch) -> None:
     """By the profile, an alias or a site's variable: srun inherits it. Variables of an earlier step are set, too."""
     profile = python_of_ranks(tmp_path, '[ "$FROM_PROFILE" = x ] || exit 9\nexec "$python" "$@"')
@@ -47,14 +42,14 @@ def test_a_rank_without_the_packages_ends_the_job_and_is_reported(quiet: Cluster
     training = quiet.submit(config, run, *TWO_RANKS, *SHORT, "--profile", profile)
     why = "rank 1 ended with exit code 1 before it began to train: ModuleNotFoundError: No module named 'submitit'"
     log = training.logs / f"{training.job}_1_log.err"
-    output = runs(quiet, "follow", run, expect=1)
+    output = quiet.runs("follow", run, expect=1)
     assert f"job {training.job}: {why}: no restart" in output.stdout
     assert output.stderr.splitlines()[-1] == f"error: {why}; the complete log is {log}"
     assert training.wait_end() == "FAILED", training.report()
     [ended] = training.attempts()
     assert (ended["cause"], ended["requeued"]) == ("failed", False), training.report()
     assert ended["code"] in (137, 143), "srun's: of a rank that it ended, by TERM or by KILL"
-    shown = runs(quiet, "status", run, expect=0).stdout
+    shown = quiet.runs("status", run, expect=0).stdout
     assert why in shown
     assert f"the complete log is {log}" in shown
 
@@ -63,7 +58,7 @@ def test_a_missing_python_ends_the_job_and_is_reported(quiet: Cluster, config, t
     profile = tmp_path / "profile.yaml"
     profile.write_text("python: /no/such/python\n")
     training = quiet.submit(config, tmp_path / "run", *TWO_RANKS, *SHORT, "--profile", profile)
-    output = runs(quiet, "follow", tmp_path / "run", expect=2).stderr.splitlines()[-1]
+    output = quiet.runs("follow", tmp_path / "run", expect=2).stderr.splitlines()[-1]
     assert "ended with exit code 2 before it began to train" in output
     assert "execve(): /no/such/python: No such file or directory" in output
     assert training.wait_end() == "FAILED", training.report()

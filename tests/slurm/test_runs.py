@@ -17,12 +17,8 @@ pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 ONE_RANK = ("--nodes", 1, "--ranks-per-node", 1, "--cpus-per-rank", 1, "--time", 20)
 
 
-def runs(cluster: Cluster, *words: object, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
-    return cluster.run(sys.executable, ROOT / "launch" / "runs.py", *words, expect=expect)
-
-
 def state_of(cluster: Cluster, run: Path) -> dict:
-    [values] = json.loads(runs(cluster, "status", run, "--json").stdout)
+    [values] = json.loads(cluster.runs("status", run, "--json").stdout)
     return values
 
 
@@ -34,8 +30,8 @@ def test_a_sweep_is_followed_to_its_table(quiet: Cluster, config, tmp_path) -> N
     folder = tmp_path / "sweep"
     command = [sys.executable, ROOT / "launch" / "submit.py", "--config", config, "--run", folder, "--grid", grid]
     quiet.run(*command, "--cluster", "slurm", "--no-follow", "--array", 1, *ONE_RANK)
-    output = runs(quiet, "follow", folder, expect=1).stdout
-    rows = json.loads(runs(quiet, "table", folder, "--json").stdout)
+    output = quiet.runs("follow", folder, expect=1).stdout
+    rows = json.loads(quiet.runs("table", folder, "--json").stdout)
     assert [(row["member"], row["state"], row["split"]) for row in rows] == [
         ("finite", "done", "test"), ("infinite", "failed", None),
     ], output  # fmt: skip
@@ -53,17 +49,17 @@ def test_status_follow_cancel_and_resume(quiet: Cluster, config, tmp_path) -> No
     assert (values["state"], values["job"], values["steps"], values["restarts"]) == ("running", training.job, 3000, 0)
     assert values["step"] >= step
     assert values["seconds_left"] > 0
-    refused = runs(quiet, "resume", run, expect=2)
+    refused = quiet.runs("resume", run, expect=2)
     assert f"job {training.job} is running" in refused.stderr
 
     followed: list[subprocess.CompletedProcess[str]] = []
-    follower = threading.Thread(target=lambda: followed.append(runs(quiet, "follow", run, expect=None)))
+    follower = threading.Thread(target=lambda: followed.append(quiet.runs("follow", run, expect=None)))
     follower.start()
     quiet.run("scontrol", "requeue", training.job)
     training.wait_restart(1)
     training.wait_step()
     assert state_of(quiet, run)["restarts"] == 1
-    runs(quiet, "cancel", run)
+    quiet.runs("cancel", run)
     follower.join(120)
     [output] = followed
     assert f"job {training.job}: restart 1" in output.stdout
@@ -80,13 +76,13 @@ def test_status_follow_cancel_and_resume(quiet: Cluster, config, tmp_path) -> No
     )  # fmt: skip
     assert json.loads(alone.stdout)[0]["state"] == "cancelled"
 
-    runs(quiet, "resume", run)
+    quiet.runs("resume", run)
     [again] = [Training(quiet, run, each, json.loads((each / "submission.json").read_text())["job"])
                for each in (run / "logs").iterdir() if each != training.logs]  # fmt: skip
     assert again.job != training.job
     assert again.wait_step(2) > values["step"]
     assert state_of(quiet, run)["restarts"] == 2
-    runs(quiet, "cancel", run)
+    quiet.runs("cancel", run)
     again.wait_end()
 
 
@@ -94,12 +90,12 @@ def test_an_error_is_shown_with_its_traceback(quiet: Cluster, config, tmp_path) 
     run = tmp_path / "run"
     (run / "log.jsonl").mkdir(parents=True)  # an exception on the node
     training = quiet.submit(config, run, *ONE_RANK)
-    output = runs(quiet, "follow", run, expect=1)
+    output = quiet.runs("follow", run, expect=1)
     assert "Traceback (most recent call last):" in output.stderr
     assert "IsADirectoryError" in output.stderr
     assert "error: rank 0 failed with exit code 1; the complete log is" in output.stderr
     training.wait_end()
-    shown = runs(quiet, "status", run).stdout
+    shown = quiet.runs("status", run).stdout
     assert "rank 0 failed with exit code 1" in shown
     assert "    IsADirectoryError" in shown
 

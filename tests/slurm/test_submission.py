@@ -99,10 +99,8 @@ def test_a_sweep_of_six_two_at_a_time_of_which_one_fails(quiet: Cluster, config:
 
     wait_for(ended, lambda: quiet.run("squeue").stdout)
     assert most == 2
-    rows = json.loads(
-        quiet.run(sys.executable, ROOT / "launch" / "runs.py", "table", tmp_path / "grid", "--json").stdout
-    )
-    table = quiet.run(sys.executable, ROOT / "launch" / "runs.py", "table", tmp_path / "grid").stdout
+    rows = json.loads(quiet.runs("table", tmp_path / "grid", "--json").stdout)
+    table = quiet.runs("table", tmp_path / "grid").stdout
     assert len(rows) == 6, table
     assert sum((tmp_path / "grid" / name / "recall.json").is_file() for name in "abcde") == 5, table
     assert "no_such_value" in table
