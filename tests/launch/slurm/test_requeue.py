@@ -100,7 +100,9 @@ def environment(restart=0, **more):
     return {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_RESTART_COUNT": str(restart), **more}
 
 
-def logs(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
+    """The log folder of a run's job."""
     folder = tmp_path / "run" / "logs" / "now"
     folder.mkdir(parents=True)
     return folder
@@ -112,8 +114,7 @@ def checkpoint(folder, step):
     (there / "progress.json").touch()
 
 
-def test_attempts_are_recorded(tmp_path, scontrol):
-    folder = logs(tmp_path)
+def test_attempts_are_recorded(folder, scontrol):
     begin(folder, environment())
     checkpoint(folder, 40)
     (folder.parent.parent / "checkpoints" / ".step-00000050-x").mkdir()
@@ -172,8 +173,7 @@ def test_exit_codes_in_the_messages_of_srun(messages, codes):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("others", [{}, {1: 75, 0: None}], ids=["none began", "others began"])
-def test_a_rank_that_fails_before_it_begins_is_not_restarted(tmp_path, scontrol, messages, rank, logged, why, others):
-    folder = logs(tmp_path)
+def test_a_rank_that_fails_before_it_begins_is_not_restarted(folder, scontrol, messages, rank, logged, why, others):
     begin(folder, environment())
     for other, code in others.items():
         if other != rank:
@@ -191,9 +191,8 @@ def test_a_rank_that_fails_before_it_begins_is_not_restarted(tmp_path, scontrol,
     assert failure_of(recorded, rank).how == f"rank {rank} {why}"
 
 
-def test_an_earlier_attempt_is_not_reported_again(tmp_path, scontrol):
+def test_an_earlier_attempt_is_not_reported_again(folder, scontrol):
     """The log grows: messages of srun on another attempt are ignored."""
-    folder = logs(tmp_path)
     (folder / "7_0_log.err").write_text("srun: error: node3: task 1: Exited with exit code 1\n")
     begin(folder, environment(1))
     with (folder / "7_0_log.err").open("a") as file:
@@ -203,8 +202,7 @@ def test_an_earlier_attempt_is_not_reported_again(tmp_path, scontrol):
     assert not (folder / "rank1.json").exists()
 
 
-def test_the_status_of_a_rank_that_began_decides(tmp_path, scontrol, monkeypatch):
-    folder = logs(tmp_path)
+def test_the_status_of_a_rank_that_began_decides(folder, scontrol, monkeypatch):
     begin(folder, environment())
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     for rank, code in {0: ExitCode.PEER_LOST, 1: None}.items():
@@ -217,8 +215,7 @@ def test_the_status_of_a_rank_that_began_decides(tmp_path, scontrol, monkeypatch
     assert Status(folder, 1).read()["exit"] is None
 
 
-def test_the_error_of_an_srun_that_cannot_begin_is_recorded(tmp_path, scontrol):
-    folder = logs(tmp_path)
+def test_the_error_of_an_srun_that_cannot_begin_is_recorded(folder, scontrol):
     begin(folder, environment())
     (folder / "7_0_log.err").write_text("srun: error: Unable to create step for job 7: Invalid account\n")
     end(folder, 1, environment())
@@ -227,8 +224,7 @@ def test_the_error_of_an_srun_that_cannot_begin_is_recorded(tmp_path, scontrol):
     assert only["why"].startswith("no rank began, srun ended with exit code 1: srun: error: Unable to create step")
 
 
-def test_restarts_without_a_new_checkpoint_are_limited(tmp_path, scontrol):
-    folder = logs(tmp_path)
+def test_restarts_without_a_new_checkpoint_are_limited(folder, scontrol):
     requeues = []
     for restart in range(8):
         begin(folder, environment(restart))
@@ -241,8 +237,7 @@ def test_restarts_without_a_new_checkpoint_are_limited(tmp_path, scontrol):
     assert requeues[:6] == [1, 1, 1, 1, 1, 0]
 
 
-def test_the_status_of_an_earlier_attempt_is_ignored(tmp_path, scontrol, monkeypatch):
-    folder = logs(tmp_path)
+def test_the_status_of_an_earlier_attempt_is_ignored(folder, scontrol, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     Status(folder, 0).write(2)
     begin(folder, environment(1))
@@ -256,16 +251,14 @@ def test_the_status_of_an_earlier_attempt_is_ignored(tmp_path, scontrol, monkeyp
     assert (status["exit"], status["restart"]) == (75, 1)
 
 
-def test_an_unreachable_controller_is_waited_for(tmp_path, scontrol):
-    folder = logs(tmp_path)
+def test_an_unreachable_controller_is_waited_for(folder, scontrol):
     begin(folder, environment())
     (scontrol / "away").touch()
     end(folder, 137, environment())
     assert (scontrol / "calls").read_text().splitlines()[-1] == "requeue 7"
 
 
-def test_a_refused_requeue_is_recorded(tmp_path, scontrol):
-    folder = logs(tmp_path)
+def test_a_refused_requeue_is_recorded(folder, scontrol):
     begin(folder, environment())
     (scontrol / "refuse").touch()
     end(folder, 137, environment())
@@ -274,15 +267,15 @@ def test_a_refused_requeue_is_recorded(tmp_path, scontrol):
     assert "SLURM refused: Access denied" in only["why"]
 
 
-def test_a_member_of_a_job_array(tmp_path, scontrol):
-    folder, own = tmp_path / "grid", logs(tmp_path)
-    folder.mkdir()
-    (folder / "members.json").write_text(json.dumps({"3": str(own)}))
+def test_a_member_of_a_job_array(folder, tmp_path, scontrol):
+    grid = tmp_path / "grid"
+    grid.mkdir()
+    (grid / "members.json").write_text(json.dumps({"3": str(folder)}))
     array = environment(SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="3")
-    assert member_folder(folder, array) == own
-    assert member_folder(folder, environment()) == folder
-    begin(own, array)
-    end(own, 75, array)
+    assert member_folder(grid, array) == folder
+    assert member_folder(grid, environment()) == grid
+    begin(folder, array)
+    end(folder, 75, array)
     assert (scontrol / "calls").read_text().splitlines()[-1] == "requeue 5_3"
 
 
@@ -303,9 +296,8 @@ def test_the_batch_script(tmp_path, scontrol, code):
 
 
 @pytest.mark.timeout(60)
-def test_the_guard_ends_srun_before_slurm_ends_the_script(tmp_path, scontrol):
+def test_the_guard_ends_srun_before_slurm_ends_the_script(folder, tmp_path, scontrol):
     """Ranks that hang: srun waits for them, and the script for srun, deaf to TERM until then."""
-    folder = logs(tmp_path)
     (scontrol / "scontrol").write_text(
         (scontrol / "scontrol")
         .read_text()
