@@ -12,16 +12,13 @@ from pathlib import Path
 import pytest
 
 from launch import submit
-from launch.executor import JobSpec
 from launch.preflight.checks import check_partition
-from launch.profiles import Profile
 from launch.record import newest
 from launch.snapshot import ROOT
 from shards.errors import UserError
-from tests.launch.cluster import fake_slurm, use_fake_slurm
+from tests.launch.cluster import fake_slurm, job_spec, use_fake_slurm
 from tests.test_whole_way import run as run_script
 from tests.test_whole_way import write_config, write_table
-from toolkit.config.schema import Config, Launch
 
 GOLDEN = Path(__file__).parent / "golden"
 REQUESTED = ("--nodes", "2", "--ranks-per-node", "2", "--gpus-per-node", "2", "--partition", "low", "--time", "10:00",
@@ -44,14 +41,8 @@ def slurm(tmp_path):
     environment = {**os.environ, **fake_slurm(tmp_path / "slurm")}
 
     def run(*arguments, code=0):
-        command = [
-            sys.executable,
-            str(ROOT / "launch" / "submit.py"),
-            "--run",
-            str(tmp_path / "run"),
-            *map(str, arguments),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        command = [sys.executable, ROOT / "launch" / "submit.py", "--run", tmp_path / "run", *arguments]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=tmp_path)
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
@@ -218,15 +209,11 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(config, tmp_path, monke
 
 def test_one_of_several_partitions_is_enough(tmp_path, monkeypatch):
     use_fake_slurm(monkeypatch, tmp_path / "slurm")
-
-    def check(**launch):
-        return check_partition(JobSpec("slurm", Config(launch=Launch(**launch)), Profile(), 2))
-
-    assert check(partition="broken,low").startswith("low is up")
-    assert check().startswith("low is up"), "the default one"
+    assert check_partition(job_spec(partition="broken,low")).startswith("low is up")
+    assert check_partition(job_spec()).startswith("low is up"), "the default one"
     (tmp_path / "slurm" / "partitions").write_text("PartitionName=only Default=NO State=UP\n")
     with pytest.raises(UserError, match="no default partition: set --partition to one of only"):
-        check()
+        check_partition(job_spec())
 
 
 def test_a_submission_is_recorded_without_heavy_imports(config, tmp_path):
