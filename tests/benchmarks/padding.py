@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from table import Figure, build_parser, print_figures
 from torch import Tensor, nn
-from training import durations
+from training import make_speech
 from transformers import HubertConfig, HubertModel
 
-from shards.media.audio import SAMPLE_RATE
 from toolkit.config import schema as config
 from toolkit.model.outputs import Encoded
 from toolkit.model.speech import SpeechEncoder
@@ -61,22 +60,12 @@ class FrameCountingEncoder:
         return encoded, self.frames
 
 
-def make_batch(seed: int, size: int, max_seconds: float) -> tuple[Tensor, list[int]]:
-    """Return noise [B, T] with SpokenCOCO's durations, zero-padded, and its lengths in samples."""
-    rng = np.random.default_rng(seed)
-    lengths = [int(seconds * SAMPLE_RATE) for seconds in durations(rng, size, max_seconds)]
-    waves = torch.zeros(size, max(lengths))
-    for row, length in zip(waves, lengths, strict=True):
-        row[:length] = torch.from_numpy(0.1 * rng.standard_normal(length, np.float32))
-    return waves, lengths
-
-
 def count_frames(batches: int, size: int, groups: int, max_seconds: float) -> list[Figure]:
     """Measure the share of padding, and the number of encoded frames against that of padded batches."""
     encoder = FrameCountingEncoder(width=32, layers=1)
     real = grouped = padded = 0
     for seed in range(batches):
-        batch = make_batch(seed, size, max_seconds)
+        batch = make_speech(np.random.default_rng(seed), size, max_seconds)
         (ours, frames), (theirs, padded_frames) = (encoder.encode(*batch, number) for number in (groups, 1))
         error = float((ours.embedding - theirs.embedding).abs().max())
         if not error < 1e-4:
@@ -94,10 +83,10 @@ def count_frames(batches: int, size: int, groups: int, max_seconds: float) -> li
 def measure_time(size: int, groups: int, repeats: int, max_seconds: float) -> Figure:
     """Measure the processor time of a forward pass with and without groups, alternately on the same batches."""
     encoder = FrameCountingEncoder(width=256, layers=4)
-    encoder.encode(*make_batch(0, 2, 1.0), 1)
+    encoder.encode(*make_speech(np.random.default_rng(0), 2, 1.0), 1)
     times: dict[int, list[float]] = {groups: [], 1: []}
     for seed in range(repeats):
-        batch = make_batch(seed, size, max_seconds)
+        batch = make_speech(np.random.default_rng(seed), size, max_seconds)
         for number, taken in times.items():
             begin = time.process_time()
             encoder.encode(*batch, number)

@@ -31,13 +31,19 @@ def durations(rng: np.random.Generator, count: int, max_seconds: float) -> np.nd
     return np.minimum(rng.lognormal(mu, SIGMA, count), max_seconds)
 
 
-def make_batch(seed: int, size: int, image_size: int, max_seconds: float, identities: int = 2**31) -> Batch:
-    """Return a batch of noise on the CPU, in the format of the loader, with the durations of SpokenCOCO."""
-    rng = np.random.default_rng(seed)
+def make_speech(rng: np.random.Generator, size: int, max_seconds: float) -> tuple[torch.Tensor, list[int]]:
+    """Return noise [B, T] with SpokenCOCO's durations, zero-padded, and its lengths in samples."""
     lengths = [int(seconds * SAMPLE_RATE) for seconds in durations(rng, size, max_seconds)]
     waveforms = torch.zeros(size, max(lengths))
     for row, length in zip(waveforms, lengths, strict=True):
         row[:length] = torch.from_numpy(0.1 * rng.standard_normal(length, np.float32))
+    return waveforms, lengths
+
+
+def make_batch(seed: int, size: int, image_size: int, max_seconds: float, identities: int = 2**31) -> Batch:
+    """Return a batch of noise on the CPU, in the format of the loader, with the durations of SpokenCOCO."""
+    rng = np.random.default_rng(seed)
+    waveforms, lengths = make_speech(rng, size, max_seconds)
     images = torch.from_numpy(rng.integers(0, 256, (size, 3, image_size, image_size), np.uint8))
     ids = torch.from_numpy(rng.choice(identities, size, replace=False).astype(np.int64))
     return Batch(images, waveforms, torch.tensor(lengths), ids, tuple(lengths))
