@@ -74,7 +74,7 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class SubmissionRecord:
     """A submission and its log folder."""
 
     folder: Path
@@ -94,13 +94,15 @@ class Recorded:
         return self.logs / f"{self.submission.id}_{rank}_result.pkl"
 
 
-def submissions(run: Path) -> list[Recorded]:
+def submissions(run: Path) -> list[SubmissionRecord]:
     """Return the submissions of a run or grid, oldest first, without unreadable ones."""
-    records = [Recorded(path.parent, record) for path in run.glob(f"logs/*/{SUBMISSION}") if (record := _read(path))]
+    records = [
+        SubmissionRecord(path.parent, record) for path in run.glob(f"logs/*/{SUBMISSION}") if (record := _read(path))
+    ]
     return sorted(records, key=lambda each: (each.submission.time, each.folder.name))
 
 
-def newest(run: Path) -> Recorded | None:
+def newest(run: Path) -> SubmissionRecord | None:
     """Return the last submission of a run or grid; None if there is none."""
     return (submissions(run) or [None])[-1]  # type: ignore[list-item]
 

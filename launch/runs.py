@@ -18,7 +18,7 @@ from pathlib import Path
 if __name__ == "__main__":  # the script's own folder is not a place to import from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.record import Recorded, newest
+from launch.record import SubmissionRecord, newest
 from launch.slurm.client import cancel_jobs
 from launch.status.follow import Controller, Local, Running, Slurm
 from launch.status.follow import follow as follow_job
@@ -183,7 +183,7 @@ def cancel(run: Path) -> None:
     logger.info("%s: job %s is being cancelled; the ranks save first", run, ", ".join(ids))
 
 
-def _cancel_here(run: Path, recorded: Recorded, job: Local) -> None:
+def _cancel_here(run: Path, recorded: SubmissionRecord, job: Local) -> None:
     """Signal the ranks of this machine to save and exit; kill them after a timeout."""
     if not job.alive():
         raise UserError(f"{run}: job {job.id} has ended already")
@@ -230,14 +230,14 @@ def _member_command(config: Path) -> list[str]:
     return ["--config", str(config), *words]
 
 
-def _recorded(run: Path) -> Recorded:
+def _recorded(run: Path) -> SubmissionRecord:
     last = newest(run)
     if last is None:
         raise UserError(f"{run}: no submission is recorded there (no logs/*/submission.json)")
     return last
 
 
-def _job(recorded: Recorded) -> Running:
+def _job(recorded: SubmissionRecord) -> Running:
     """Return a recorded job as one that can be followed and cancelled.
 
     Raises:

@@ -31,7 +31,7 @@ from launch.job import Job, train_and_evaluate
 from launch.preflight.checks import check_script, data_checks, distinct, job_checks
 from launch.preflight.preview import preview, script, to_be_made
 from launch.profiles import Profile, apply_profile, find_profile
-from launch.record import MEMBERS, Recorded, Submission
+from launch.record import MEMBERS, Submission, SubmissionRecord
 from launch.snapshot import ROOT, snapshot
 from launch.status.follow import Local, Running, Slurm, follow
 from launch.status.state import check_idle
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0 if ok else ExitCode.USER_ERROR)
     run_checks(jobs)
     if cluster == "slurm":
-        check_script(script(jobs[0], Path(config.run), len(jobs)), only_hopeless=True)
+        check_script(script(jobs[0], Path(config.run), len(jobs)), only_permanent=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if cluster == "debug":
         sys.exit(debug(jobs))
@@ -187,7 +187,7 @@ def run_one(spec: JobSpec, command: list[str], code: Path, member: bool = False)
     submission = _record(spec, job.id, command, code, member=member)
     submission.write(folder)
     logger.info("job %s (%s): %d ranks, run %s, logs %s", job.id, spec.cluster, spec.ranks, spec.config.run, folder)
-    return watch(job, Recorded(folder, submission)) if spec.config.launch.follow else 0
+    return watch(job, SubmissionRecord(folder, submission)) if spec.config.launch.follow else 0
 
 
 def run_grid(jobs: Sequence[JobSpec], run: Path, command: list[str], code: Path) -> int:
@@ -260,7 +260,7 @@ def submit(spec: JobSpec, work: Sequence[Job], folder: Path, code: Path) -> list
     return [Slurm(str(job.job_id)) for job in jobs]
 
 
-def watch(job: Running, recorded: Recorded) -> int:
+def watch(job: Running, recorded: SubmissionRecord) -> int:
     """Follow a job; an interrupt ends a job of this machine, but not one on a cluster."""
     try:
         return follow(job, recorded)

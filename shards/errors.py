@@ -14,8 +14,8 @@ class ExitCode(enum.IntEnum):
 
     ERROR = 1  # any other error
     USER_ERROR = 2  # a mistake in the configuration, the data or the command: never requeued
-    PEER_LOST = 69  # EX_UNAVAILABLE: failed because another rank was gone
-    STALLED = 70  # EX_SOFTWARE: ended by the watchdog, or by an error that a retry may cure: requeued
+    PEER_LOST = 69  # EX_UNAVAILABLE: failed because another rank was gone: requeued
+    TRANSIENT = 70  # EX_SOFTWARE: ended by the watchdog, or by an error that a retry may cure: requeued
     REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal, saved but not complete: requeued
     INTERRUPTED = 130  # 128 + SIGINT, as shells report it
     OUTPUT_CLOSED = 141  # 128 + SIGPIPE, likewise: the reader of the output, such as head, has ended
@@ -35,7 +35,7 @@ class UserError(Exception):
 class TransientError(UserError):
     """An error that a retry may cure, such as a disk that did not answer: a job on a cluster is requeued."""
 
-    code = ExitCode.STALLED
+    code = ExitCode.TRANSIENT
 
 
 class Parser(argparse.ArgumentParser):

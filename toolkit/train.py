@@ -126,7 +126,7 @@ def dry_run(config: Config, ranks: int | None = None) -> str:
         manifests,
         world_size=ranks,
         workers=config.data.workers,
-        micros=config.training.accumulation,
+        accumulation=config.training.accumulation,
         groups=config.model.speech.groups,
         max_seconds=config.data.max_seconds,
         nodes=launch.nodes if ranks % launch.nodes == 0 else 1,

@@ -22,7 +22,7 @@ from toolkit.run_folder import check_run, to_yaml
 
 # SLURM's messages on jobs that no node can ever run (sbatch may accept them all the same), or that sbatch refuses.
 _NO_NODES = "Requested node configuration is not available"  # also while nodes are down
-_HOPELESS = re.compile(f"{_NO_NODES}|Invalid")
+_PERMANENT = re.compile(f"{_NO_NODES}|Invalid")
 _PARTITION = re.compile(r"^#SBATCH --partition=(\S+)$", re.MULTILINE)
 
 
@@ -275,12 +275,12 @@ def check_exists(kind: str, names: str) -> str:
     return f"{names} in SLURM's accounting"
 
 
-def check_script(script: str, only_hopeless: bool = False) -> str:
+def check_script(script: str, only_permanent: bool = False) -> str:
     """Check a script by `sbatch --test-only`; nothing is submitted.
 
     Args:
         script: Text of the script.
-        only_hopeless: Ignore what may change while a job is pending, such as nodes that are down.
+        only_permanent: Ignore what may change while a job is pending, such as nodes that are down.
 
     Returns:
         Answer of sbatch.
@@ -295,7 +295,7 @@ def check_script(script: str, only_hopeless: bool = False) -> str:
     if accepted:
         return answer
     nodes = limits.unavailable_nodes(_PARTITION.findall(script)) if _NO_NODES in answer else []
-    if only_hopeless and (nodes or not _HOPELESS.search(answer)):
+    if only_permanent and (nodes or not _PERMANENT.search(answer)):
         return answer
     reason = f" now: {answer}; it may once {', '.join(nodes)} can be used again" if nodes else f": {answer}"
     raise UserError(f"SLURM would not run the job{reason}")

@@ -200,7 +200,7 @@ def decide(
 
 def _is_error(code: int) -> bool:
     """Whether a process failed by itself: neither killed nor stopped, nor because of another rank."""
-    if code in (0, ExitCode.PEER_LOST, ExitCode.REQUEUE, ExitCode.STALLED):
+    if code in (0, ExitCode.PEER_LOST, ExitCode.REQUEUE, ExitCode.TRANSIENT):
         return False
     return code < 128 or code == ExitCode.INTERRUPTED
 

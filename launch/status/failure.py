@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import Status
-from launch.record import Attempt, Recorded
+from launch.record import Attempt, SubmissionRecord
 from shards.errors import ExitCode
 
 _TAIL_LINES = 20  # lines of a failed rank's log that are shown
@@ -64,18 +64,18 @@ class Failure:
         return f"rank {self.rank} ended{code} before it began to train" + (f": {why}" if why else "")
 
 
-def current_restart(recorded: Recorded, attempts: Sequence[Attempt]) -> int:
+def current_restart(recorded: SubmissionRecord, attempts: Sequence[Attempt]) -> int:
     """Return the restart count of the newest attempt that is recorded, or that a rank has begun."""
     return max([0, *(each.restart for each in attempts), *map(_restart, _statuses(recorded).values())])
 
 
-def exit_codes(recorded: Recorded, restart: int) -> list[int | None]:
+def exit_codes(recorded: SubmissionRecord, restart: int) -> list[int | None]:
     """Return the exit code of each rank of an attempt; None while it runs, or if it recorded none."""
     statuses = {rank: status for rank, status in _statuses(recorded).items() if _restart(status) == restart}
     return [statuses[rank]["exit"] if rank in statuses else None for rank in range(recorded.submission.ranks)]
 
 
-def first_failure(recorded: Recorded, lost: Callable[[int], bool], gone: bool, restart: int = 0) -> int | None:
+def first_failure(recorded: SubmissionRecord, lost: Callable[[int], bool], gone: bool, restart: int = 0) -> int | None:
     """Return the rank that failed first; None if none failed.
 
     A rank that was killed records no exit code, and the others notice only afterwards: it comes before them. Ranks that
@@ -106,7 +106,7 @@ def first_failure(recorded: Recorded, lost: Callable[[int], bool], gone: bool, r
     return min(failures)[2] if failures else None
 
 
-def failure_of(recorded: Recorded, rank: int, restart: int = 0) -> Failure:
+def failure_of(recorded: SubmissionRecord, rank: int, restart: int = 0) -> Failure:
     """Read how a rank failed; arguments as of `first_failure`."""
     status = Status(recorded.folder, rank).read()
     code = status["exit"] if status and _restart(status) == restart else None
@@ -144,7 +144,7 @@ def last_line(lines: Sequence[str]) -> str:
     return next((line for line in reversed(lines) if line.strip() and not _STEP.match(line)), "")
 
 
-def _statuses(recorded: Recorded) -> dict[int, dict[str, Any]]:
+def _statuses(recorded: SubmissionRecord) -> dict[int, dict[str, Any]]:
     """Return what the ranks wrote last, without those that wrote nothing."""
     statuses = {rank: Status(recorded.folder, rank).read() for rank in range(recorded.submission.ranks)}
     return {rank: status for rank, status in statuses.items() if status is not None}

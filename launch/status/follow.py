@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import Status
-from launch.record import Attempt, Recorded, ended_for_good, read_attempts
+from launch.record import Attempt, SubmissionRecord, ended_for_good, read_attempts
 from launch.slurm.client import queue_state
 from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 from shards.errors import ExitCode
@@ -118,7 +118,7 @@ class Slurm:
 Running = Local | Slurm  # a submitted job that is followed
 
 
-def follow(job: Running, recorded: Recorded) -> int:
+def follow(job: Running, recorded: SubmissionRecord) -> int:
     """Print rank 0's log as it grows, and the job's restarts, until the job ends for good.
 
     When a rank of a job of this machine fails, the others are ended. On SLURM srun does that, and the job may be

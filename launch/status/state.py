@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import Status
-from launch.record import Attempt, Recorded, ended_for_good, newest, read_attempts, restarts
+from launch.record import Attempt, SubmissionRecord, ended_for_good, newest, read_attempts, restarts
 from launch.slurm.client import SlurmJob, find_jobs, queued_jobs
 from launch.status.failure import Failure, current_restart, exit_codes, failure_of, first_failure
 from launch.status.follow import Controller
@@ -60,7 +60,7 @@ class RunState:
     """
 
     run: Path
-    recorded: Recorded | None
+    recorded: SubmissionRecord | None
     state: str
     reason: str
     step: int | None
@@ -132,16 +132,16 @@ def check_idle(runs: Collection[Path]) -> str:
     return "none pending or running"
 
 
-def _slurm_jobs(last: Iterable[Recorded | None]) -> set[str]:
+def _slurm_jobs(last: Iterable[SubmissionRecord | None]) -> set[str]:
     return {each.submission.id for each in last if each and each.submission.cluster == "slurm"}
 
 
-def _runs_here(recorded: Recorded) -> bool:
+def _runs_here(recorded: SubmissionRecord) -> bool:
     """Return whether it is a job of this machine that has not ended."""
     return _is_here(recorded) and not Controller(recorded.submission.job, recorded.folder).done()
 
 
-def _is_here(recorded: Recorded) -> bool:
+def _is_here(recorded: SubmissionRecord) -> bool:
     return recorded.submission.cluster == "local" and recorded.submission.host == os.uname().nodename
 
 
@@ -149,7 +149,7 @@ def _state_name(job: SlurmJob) -> str:
     return _STATES.get(job.state, job.state.lower())
 
 
-def _run_state(run: Path, recorded: Recorded | None, jobs: dict[str, SlurmJob]) -> RunState:
+def _run_state(run: Path, recorded: SubmissionRecord | None, jobs: dict[str, SlurmJob]) -> RunState:
     steps = _steps(run, recorded)
     records = list(_last_records(run / LOG))
     step = max((record["step"] for record in records), default=None)
@@ -176,7 +176,7 @@ def _run_state(run: Path, recorded: Recorded | None, jobs: dict[str, SlurmJob]) 
     )
 
 
-def _job_state(recorded: Recorded, job: SlurmJob | None) -> tuple[str, str, Failure | None]:
+def _job_state(recorded: SubmissionRecord, job: SlurmJob | None) -> tuple[str, str, Failure | None]:
     """Return state, reason and failure of a submission's job."""
     attempts = read_attempts(recorded.folder)
     restart = current_restart(recorded, attempts)
@@ -216,7 +216,7 @@ def _ended_state(
 
 
 def _state_from_folder(
-    recorded: Recorded, attempts: list[Attempt], failure: Failure | None
+    recorded: SubmissionRecord, attempts: list[Attempt], failure: Failure | None
 ) -> tuple[str, str, Failure | None]:
     """Return the state by the job's files alone: SLURM is not on this machine, or another machine runs the job."""
     if attempts and attempts[-1].ended is not None:
@@ -227,7 +227,7 @@ def _state_from_folder(
     return ("running", FROM_FILES, None) if begun else ("waiting", FROM_FILES, None)
 
 
-def _steps(run: Path, recorded: Recorded | None) -> int | None:
+def _steps(run: Path, recorded: SubmissionRecord | None) -> int | None:
     """Return the steps of the training, from the run's configuration or that of its submission."""
     for path in [run / SAVED, *([recorded.folder / "config.yaml"] if recorded else [])]:
         if path.is_file():

@@ -63,13 +63,13 @@ Loaded = Batch | SharedBatch | UserError | list[BadSample]
 
 @dataclass(frozen=True)
 class MicroBatches(Dataset[Loaded]):
-    """The micro-batches of one rank, by number: `step * micros + micro`."""
+    """The micro-batches of one rank, by number: `step * accumulation + micro`."""
 
     reader: Reader
     order: Order
     image_size: int
     max_samples: int  # longer waveforms are cropped at random
-    micros: int
+    accumulation: int
     rank: int
     world_size: int
     max_bad_samples: int
@@ -80,13 +80,13 @@ class MicroBatches(Dataset[Loaded]):
 
     def __getitem__(self, number: int) -> Loaded:
         try:
-            return self._load(*divmod(number, self.micros))
+            return self._load(*divmod(number, self.accumulation))
         except UserError as error:  # returned: DataLoader would wrap a raised one in its own traceback
             return error
 
     def _load(self, step: int, micro: int) -> Batch | SharedBatch | list[BadSample]:
         size, shard_groups = self.order.batch_size, self.order.shard_groups
-        indices = rank_slice(size, micro, self.micros, self.rank, self.world_size, shard_groups)
+        indices = rank_slice(size, micro, self.accumulation, self.rank, self.world_size, shard_groups)
         chosen = self.order.batch(step).part(indices)
         _prefetch_shards(self.reader, self.order, step, indices)
         images, waves, ids = [], [], []

@@ -40,7 +40,7 @@ class ReadingPlan:
 
     sources: tuple[SourceSummary, ...]
     batch_size: int
-    micros: int
+    accumulation: int
     world_size: int
     workers: int
     nodes: int
@@ -58,10 +58,10 @@ class ReadingPlan:
     def text(self) -> str:
         """Format the plan as text."""
         lines = [line for source in self.sources for line in self._source(source)]
-        pairs = self.batch_size // (self.micros * self.world_size)
+        pairs = self.batch_size // (self.accumulation * self.world_size)
         lines += [
             f"steps per epoch: {self.steps_per_epoch:,.2f} of {self.batch_size:,} pairs "
-            f"({_count(self.world_size, 'rank')} x {_count(self.micros, 'micro-batch')} x {pairs:,})",
+            f"({_count(self.world_size, 'rank')} x {_count(self.accumulation, 'micro-batch')} x {pairs:,})",
             f"an epoch reads, on each of {_count(self.nodes, 'node')}: {bytes_text(self.read_per_node)}; "
             f"a cache of complete shards takes {bytes_text(self.stored_per_node)}",
             f"padding: {self.padding:.1%} of the speech in a micro-batch, {self.padding_grouped:.1%} in "
@@ -123,7 +123,7 @@ def plan_reading(
     manifests: Sequence[Manifest],
     world_size: int,
     workers: int,
-    micros: int,
+    accumulation: int,
     groups: int,
     max_seconds: float = math.inf,
     nodes: int = 1,
@@ -135,7 +135,7 @@ def plan_reading(
         manifests: The data sets in the order of `order.sources`.
         world_size: Number of ranks.
         workers: Loader processes per rank; micro-batch n is made by worker n mod `workers`.
-        micros: Micro-batches per step.
+        accumulation: Micro-batches per step.
         groups: Groups of similar length in which the speech encoder processes a micro-batch.
         max_seconds: Longer utterances are cropped.
         nodes: Number of nodes, with equally many ranks each.
@@ -144,8 +144,8 @@ def plan_reading(
         UserError: The batch does not divide by ranks, micro-batches and shard groups.
     """
     indices = {
-        (micro, rank): rank_slice(order.batch_size, micro, micros, rank, world_size, order.shard_groups)
-        for micro in range(micros)
+        (micro, rank): rank_slice(order.batch_size, micro, accumulation, rank, world_size, order.shard_groups)
+        for micro in range(accumulation)
         for rank in range(world_size)
     }
     total = sum(source.weight for source in order.sources)
@@ -161,7 +161,7 @@ def plan_reading(
     return ReadingPlan(
         sources=tuple(sources),
         batch_size=order.batch_size,
-        micros=micros,
+        accumulation=accumulation,
         world_size=world_size,
         workers=workers,
         nodes=nodes,
@@ -174,7 +174,7 @@ def plan_reading(
         batches=batches,
         seconds=max_seconds,
         steps=steps,
-        readers=_readers(order, manifests, indices, steps, micros, workers),
+        readers=_readers(order, manifests, indices, steps, accumulation, workers),
     )
 
 
@@ -258,7 +258,7 @@ def _readers(
     manifests: Sequence[Manifest],
     indices: dict[tuple[int, int], np.ndarray],
     steps: int,
-    micros: int,
+    accumulation: int,
     workers: int,
 ) -> dict[tuple[int, int], tuple[str, ...]]:
     start = np.concatenate([source.start + source.first_sample for source in order.sources])
@@ -271,7 +271,7 @@ def _readers(
     for step in range(steps):
         shards = np.searchsorted(start, order.batch(step).samples, side="right") - 1
         for (micro, rank), own_indices in indices.items():
-            worker = (step * micros + micro) % max(1, workers)
+            worker = (step * accumulation + micro) % max(1, workers)
             read.setdefault((rank, worker), set()).update(shards[own_indices].tolist())
     return {reader: tuple(names[n] for n in sorted(read[reader])) for reader in sorted(read)}
 

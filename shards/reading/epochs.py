@@ -79,7 +79,9 @@ class EpochStream:
     once. No step draws a picture twice if `share.mean >= 1` and `pictures >= 2 * share.maximum`.
     """
 
-    def __init__(self, source: Source, share: Share, seed: int, shuffle_shards: int, stream: tuple[int, int]) -> None:
+    def __init__(
+        self, source: Source, share: Share, seed: int, shuffle_shards: int, stream_id: tuple[int, int]
+    ) -> None:
         """Describe the sequence; nothing is shuffled yet.
 
         Args:
@@ -87,9 +89,9 @@ class EpochStream:
             share: Number of pictures that each step draws.
             seed: Seed of the run.
             shuffle_shards: Shards in a shuffle block.
-            stream: Numbers of the source and of the shard group; each pair has an independent random stream.
+            stream_id: Numbers of the source and of the shard group; each pair has an independent random stream.
         """
-        self.source, self.share, self.seed, self.stream = source, share, seed % 2**64, stream
+        self.source, self.share, self.seed, self.stream_id = source, share, seed % 2**64, stream_id
         self.shuffle_shards = shuffle_shards
         self.pictures = int(source.count.sum())
         self._shuffles: dict[tuple[int, int], Any] = {}
@@ -170,7 +172,7 @@ class EpochStream:
     def _permutation(self, epoch: int, block: int, n: int) -> np.ndarray:
         """Return a permutation of the numbers below n; sorting raw words is reproducible in every NumPy version."""
         # Philox increments the lowest word of the counter; the other words give each permutation its own stream.
-        counter = np.array([0, 1 + self.stream[0], self.stream[1], block], np.uint64)
+        counter = np.array([0, 1 + self.stream_id[0], self.stream_id[1], block], np.uint64)
         words = np.random.Philox(key=np.array([self.seed, epoch], np.uint64), counter=counter).random_raw(n)
         return np.argsort(words, kind="stable")
 

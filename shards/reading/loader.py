@@ -42,7 +42,7 @@ def load_batches(
     *,
     image_size: int,
     max_seconds: float,
-    micros: int,
+    accumulation: int,
     rank: int,
     world_size: int,
     workers: int,
@@ -61,7 +61,7 @@ def load_batches(
         steps: Global steps to read; a resumed run passes the steps that remain.
         image_size: Side of the decoded pictures in pixels.
         max_seconds: Longer utterances are cropped at random, the same in every repetition of the run.
-        micros: Micro-batches per step.
+        accumulation: Micro-batches per step.
         rank: This rank.
         world_size: Number of ranks.
         workers: Worker processes; 0 decodes in this process.
@@ -77,13 +77,15 @@ def load_batches(
         TransientError: A worker was killed or hangs, or a disk or network does not respond.
     """
     max_samples, limits = int(max_seconds * SAMPLE_RATE), (max_bad_samples, max_bad_samples_in_a_row)
-    rows = order.batch_size // (micros * world_size)
+    rows = order.batch_size // (accumulation * world_size)
     largest: Layout = [(torch.uint8, (rows, 3, image_size, image_size)), (torch.float32, (rows, max_samples))]
     # Two slots more than are prefetched: one is being consumed and one filled. Pinning copies a batch anyway.
     buffers = tuple(SharedBuffers(PREFETCHED + 2, bytes_of(largest)) for _ in range(0 if pin else workers))
     how = (resize, augment or Augment())
-    dataset = MicroBatches(reader, order, image_size, max_samples, micros, rank, world_size, *limits, buffers, *how)
-    numbers = range(steps.start * micros, steps.stop * micros)
+    dataset = MicroBatches(
+        reader, order, image_size, max_samples, accumulation, rank, world_size, *limits, buffers, *how
+    )
+    numbers = range(steps.start * accumulation, steps.stop * accumulation)
     if warning := _small_cache_warning(dataset):
         logger.warning("%s", warning)
     counter, logged = BadSampleCounter(*limits), set[str]()
@@ -179,7 +181,9 @@ def _worker_death_error(worker: BaseProcess) -> UserError:
 def _small_cache_warning(dataset: MicroBatches) -> str | None:
     """Warn if the cache cannot hold two shuffle blocks of every source and shard group that this rank reads."""
     reader, order = dataset.reader, dataset.order
-    indices = rank_slice(order.batch_size, 0, dataset.micros, dataset.rank, dataset.world_size, order.shard_groups)
+    indices = rank_slice(
+        order.batch_size, 0, dataset.accumulation, dataset.rank, dataset.world_size, order.shard_groups
+    )
     shard_groups = len(np.unique(indices // (order.batch_size // order.shard_groups)))
     shards = order.shuffle_shards * shard_groups * len(order.sources)
     need = 2 * shards * reader.largest_shard

@@ -131,7 +131,7 @@ class Order:
 
     def _check(self, stream: EpochStream) -> None:
         """Raise an error if the smallest shard group of a source has too few pictures or pairs."""
-        group = "" if self.shard_groups == 1 else f"shard group {stream.stream[1]} of "
+        group = "" if self.shard_groups == 1 else f"shard group {stream.stream_id[1]} of "
         name = f"{group}{stream.source.name}"
         if stream.share.mean < 1:
             raise UserError(
@@ -205,9 +205,9 @@ def order_of(
 
 
 def rank_slice(
-    batch_size: int, micro: int, micros: int, rank: int, world_size: int, shard_groups: int = 1
+    batch_size: int, micro: int, accumulation: int, rank: int, world_size: int, shard_groups: int = 1
 ) -> np.ndarray:
-    """Return the indices in a global batch that `rank` takes in micro-batch `micro` of `micros`, int64 [n].
+    """Return the indices in a global batch that `rank` takes in micro-batch `micro` of `accumulation`, int64 [n].
 
     A micro-batch has an equal part of every shard group, and ranks are contiguous in it. If the number of ranks divides
     the number of shard groups, each rank reads complete shard groups. With one shard group, micro-batches and ranks are
@@ -216,12 +216,13 @@ def rank_slice(
     Raises:
         UserError: The batch cannot be divided evenly.
     """
-    if batch_size % (shard_groups * micros) or batch_size % (micros * world_size):
+    if batch_size % (shard_groups * accumulation) or batch_size % (accumulation * world_size):
+        multiple = accumulation * math.lcm(shard_groups, world_size)
         raise UserError(
-            f"--training.batch_size {batch_size} is not divisible by {micros} micro-batches x {shard_groups} shard "
-            f"groups or x {world_size} ranks: set it to a multiple of {micros * math.lcm(shard_groups, world_size)}"
+            f"--training.batch_size {batch_size} is not divisible by {accumulation} micro-batches x {shard_groups} "
+            f"shard groups or x {world_size} ranks: set it to a multiple of {multiple}"
         )
-    group_parts = np.arange(batch_size, dtype=np.int64).reshape(shard_groups, micros, -1)
+    group_parts = np.arange(batch_size, dtype=np.int64).reshape(shard_groups, accumulation, -1)
     return group_parts[:, micro].reshape(world_size, -1)[rank]
 
 

@@ -74,7 +74,7 @@ class Bench:
             range(first, last),
             image_size=SIZE,
             max_seconds=30.0,
-            micros=1,
+            accumulation=1,
             rank=0,
             world_size=1,
             workers=workers,

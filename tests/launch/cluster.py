@@ -12,7 +12,7 @@ from launch.preflight import checks
 from launch.profiles import Profile
 from toolkit.config.schema import Config, Launch
 
-# Recorded from SLURM 22.05, shortened.
+# SubmissionRecord from SLURM 22.05, shortened.
 PARTITIONS = """\
 PartitionName=low AllowAccounts=ALL Default=YES MaxNodes=UNLIMITED MaxTime=UNLIMITED State=UP TotalNodes=5 TRES=cpu=20
 PartitionName=short AllowAccounts=ALL Default=NO MaxNodes=2 MaxTime=01:00:00 State=UP TotalNodes=5 TRES=cpu=20

@@ -98,7 +98,7 @@ def test_rank_environment_on_this_machine(tmp_path, monkeypatch):
     [
         (None, 0, ""),
         (UserError("mend it"), 2, "error: mend it\n"),
-        (TransientError("the disk did not answer"), ExitCode.STALLED, "error: the disk did not answer\n"),
+        (TransientError("the disk did not answer"), ExitCode.TRANSIENT, "error: the disk did not answer\n"),
         (RemoteRankError("rank 3: broken"), ExitCode.PEER_LOST, "rank 3: broken\n"),
         (ValueError("broken"), 1, "ValueError: broken\n"),
         (KeyboardInterrupt(), 130, ""),

@@ -14,7 +14,7 @@ import pytest
 from launch.executor import JobSpec
 from launch.job import Job, Status
 from launch.profiles import Profile
-from launch.record import Recorded, Submission
+from launch.record import Submission, SubmissionRecord
 from launch.snapshot import ROOT, snapshot
 from launch.submit import _rank_job, expand_short_options, main, submit, watch
 from shards.errors import UserError
@@ -71,7 +71,7 @@ def launch(kind, folder):
     spec = JobSpec("local", Config(run=str(folder)), Profile(), 2)
     work = kind(str(folder / "none.yaml"), str(folder), _free_port())
     (job,) = submit(spec, [work], folder, snapshot(folder))
-    return watch(job, Recorded(folder, Submission(job.id, "local", str(folder), 1, 2, [])))
+    return watch(job, SubmissionRecord(folder, Submission(job.id, "local", str(folder), 1, 2, [])))
 
 
 def processes(folder):

@@ -123,9 +123,9 @@ def test_sbatch_compares_names_the_same_way(real: Cluster, option: str, taken: b
     if taken:
         assert re.match(r"Job \d+ to start at ", checks.check_script(script))
         return
-    for only_hopeless in (False, True):
+    for only_permanent in (False, True):
         with pytest.raises(UserError, match=r"SLURM would not run the job: .*[Ii]nvalid"):
-            checks.check_script(script, only_hopeless)
+            checks.check_script(script, only_permanent)
 
 
 # Requested resources, the reason for which SLURM itself would let the job wait forever, and the message.
@@ -215,14 +215,14 @@ def test_resources_that_no_node_has(real: Cluster, option: str) -> None:
     with pytest.raises(
         UserError, match=r"SLURM would not run the job: .*(Requested node configuration|Invalid feature)"
     ):
-        checks.check_script(f"#!/bin/bash\n#SBATCH {option}\ntrue\n", only_hopeless=True)
+        checks.check_script(f"#!/bin/bash\n#SBATCH {option}\ntrue\n", only_permanent=True)
 
 
 @pytest.mark.parametrize(
     "option", ["--constraint=a100&ib", "--gpus-per-node=2", "--gpus-per-node=a100:2", "--gres=gpu:a100:2"]
 )
 def test_resources_that_a_node_has(real: Cluster, option: str) -> None:
-    assert "to start at" in checks.check_script(f"#!/bin/bash\n#SBATCH '{option}'\ntrue\n", only_hopeless=True)
+    assert "to start at" in checks.check_script(f"#!/bin/bash\n#SBATCH '{option}'\ntrue\n", only_permanent=True)
 
 
 def test_unavailable_nodes(real: Cluster) -> None:
@@ -237,7 +237,7 @@ def test_unavailable_nodes(real: Cluster) -> None:
             == limits.unavailable_nodes(["low,high"])
             == ["node2"]
         )
-        assert "Requested node configuration is not available" in checks.check_script(script, only_hopeless=True)
+        assert "Requested node configuration is not available" in checks.check_script(script, only_permanent=True)
         with pytest.raises(UserError, match=r"would not run the job now: .* it may once node2 can be used again"):
             checks.check_script(script)
         job = submit(f"--nodes={NODES}")

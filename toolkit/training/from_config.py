@@ -50,7 +50,7 @@ def open_batches(
         resize=data.resize,
         augment=data.augment,
         max_seconds=data.max_seconds,
-        micros=config.training.accumulation,
+        accumulation=config.training.accumulation,
         rank=rank,
         world_size=world_size,
         workers=data.workers,

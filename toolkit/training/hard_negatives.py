@@ -13,7 +13,7 @@ _IMAGE, _SPEECH = 0, 1  # the two batches of the row exchange
 
 
 class HardNegatives:
-    """A wrong picture for each utterance and a wrong utterance for each picture of a micro-batch.
+    """A negative picture for each utterance and a negative utterance for each picture of a micro-batch.
 
     The constructor draws and requests them, in a collective that every rank starts; `fetch` waits for their tokens:
     what is computed between the two hides the wait. With `local` negatives, keys, rank and world size are those of this
@@ -72,7 +72,7 @@ class HardNegatives:
         """Fetch the utterances and pictures; their embeddings are not fetched, and are those of the batch.
 
         Returns:
-            Wrong utterances and wrong pictures, B each, padded to the longest utterance of all ranks and the queue.
+            Negative utterances and pictures, B each, padded to the longest utterance of all ranks and the queue.
         """
         length = self._exchange.longest(_SPEECH)  # of pictures all ranks have equally many patches
         queued = self._token_queue.tokens(length) if self._token_queue else None

@@ -220,7 +220,8 @@ class Learner(nn.Module):
         """Compute SIM: classify matching pairs and those with a hard negative; as a control, with other patches."""
         negative_speech, negative_image = negatives.fetch()
         # Row by row: matching pairs, each utterance with a negative picture, each picture with a negative utterance.
-        utterances, pictures = concatenate([speech, speech, negative_speech]), concatenate([image, negative_image, image])
+        utterances = concatenate([speech, speech, negative_speech])
+        pictures = concatenate([image, negative_image, image])
         logits = self._match_logits(utterances, pictures)
         losses = {"matching": matching_loss(*logits, negatives.valid)}
         if measure_controls and len(speech.mask) > 1:

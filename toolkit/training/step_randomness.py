@@ -15,7 +15,7 @@ class StepRandomness:
 
     Attributes:
         negatives: [2, B] uniform in [0, 1), for drawing hard negatives; a row's numbers do not depend on world size.
-        noise: Generator of the denoising's noise, indexed by the rows' places in the step's global batch.
+        noise: Generator of the denoising's noise, indexed by the rows' indices in the step's global batch.
     """
 
     negatives: Tensor
@@ -45,11 +45,11 @@ def seed_micro_batch(
     common = torch.Generator().manual_seed(_mix(seed, number, 0))
     uniforms = torch.rand(2, world_size * rows, generator=common)
     torch.manual_seed(_mix(seed, number, rank + 1))  # dropout
-    places = rank_slice(order.batch_size, micro, accumulation, rank, world_size, order.shard_groups)
-    # The noise by step: the places distinguish the micro-batches, so that it does not depend on their number.
+    indices = rank_slice(order.batch_size, micro, accumulation, rank, world_size, order.shard_groups)
+    # The noise by step: the indices distinguish the micro-batches, so that it does not depend on their number.
     return StepRandomness(
         uniforms[:, rank * rows : (rank + 1) * rows].to(device, non_blocking=True),
-        CounterRNG(_mix(seed, step, 0), torch.from_numpy(places).to(device, non_blocking=True)),
+        CounterRNG(_mix(seed, step, 0), torch.from_numpy(indices).to(device, non_blocking=True)),
     )
 
 

@@ -141,11 +141,11 @@ def test_a_job_that_waits_for_nodes_is_accepted(slurm):
     refusal = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
     (slurm / "sbatch").write_text(f"#!/bin/bash\n{refusal}\n")
     with pytest.raises(UserError, match="SLURM would not run the job: allocation failure: Requested"):
-        checks.check_script(script, only_hopeless=True)
+        checks.check_script(script, only_permanent=True)
     (slurm / "sinfo").write_text("#!/bin/bash\necho 'node2|low*|down*'; echo 'node3|low*|drained'\n")
-    checks.check_script(script, only_hopeless=True)
+    checks.check_script(script, only_permanent=True)
     with pytest.raises(UserError, match=r"not run the job now: .*; it may once node2, node3 can be used again"):
         checks.check_script(script)
     (slurm / "sinfo").write_text("#!/bin/bash\nexit 1\n")
     with pytest.raises(UserError, match="SLURM would not run the job: "):
-        checks.check_script(script, only_hopeless=True)
+        checks.check_script(script, only_permanent=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.job import Status
-from launch.record import Recorded, Submission, read_attempts
+from launch.record import Submission, SubmissionRecord, read_attempts
 from launch.slurm.requeue import SlurmJobState, begin, decide, end, member_folder, newest_step, setup_lines, srun_exits
 from launch.status.failure import failure_of, first_failure
 from shards.errors import ExitCode
@@ -186,7 +186,7 @@ def test_a_rank_that_fails_before_it_begins_is_not_restarted(folder, scontrol, m
     [only] = read(folder)
     assert (only["cause"], only["requeued"]) == ("failed", False)
     assert only["why"] == f"rank {rank} {why}: no restart"
-    recorded = Recorded(folder, Submission("7", "slurm", "run", 2, 4, []))
+    recorded = SubmissionRecord(folder, Submission("7", "slurm", "run", 2, 4, []))
     assert first_failure(recorded, lambda pid: False, True) == rank
     assert failure_of(recorded, rank).how == f"rank {rank} {why}"
 

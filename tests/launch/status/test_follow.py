@@ -6,7 +6,7 @@ import time
 import pytest
 
 from launch.job import Status
-from launch.record import Recorded, Submission
+from launch.record import Submission, SubmissionRecord
 from launch.status.failure import failure_of, first_failure, last_lines
 from launch.status.follow import Log, Slurm, follow
 from shards.errors import ExitCode
@@ -23,7 +23,7 @@ class QueuedJob(Slurm):
 
 
 def recorded(folder, ranks, logs=None):
-    return Recorded(folder, Submission("5", "slurm", "run", 1, ranks, [], logs=str(logs or "")))
+    return SubmissionRecord(folder, Submission("5", "slurm", "run", 1, ranks, [], logs=str(logs or "")))
 
 
 def output(folder, text, number=0, kind="out"):

@@ -56,13 +56,14 @@ def test_batches_are_augmented_and_fit(manifest: Manifest, augmented: list[list[
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micros", "workers"), [(2, 1, 0), (3, 1, 0), (1, 2, 0), (3, 2, 0), (1, 1, 1), (1, 1, 4), (2, 1, 2)]
+    ("world_size", "accumulation", "workers"),
+    [(2, 1, 0), (3, 1, 0), (1, 2, 0), (3, 2, 0), (1, 1, 1), (1, 1, 4), (2, 1, 2)],
 )
 def test_the_same_on_any_ranks_and_workers(
-    manifest: Manifest, augmented: list[list[Batch]], world_size: int, micros: int, workers: int
+    manifest: Manifest, augmented: list[list[Batch]], world_size: int, accumulation: int, workers: int
 ) -> None:
     order = order_for(manifest, batch_size=6)
-    result = batches(manifest, range(6), world_size, micros, workers, augment=HALF, order=order)
+    result = batches(manifest, range(6), world_size, accumulation, workers, augment=HALF, order=order)
     assert_same(augmented, result)
 
 

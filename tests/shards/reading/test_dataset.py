@@ -42,23 +42,32 @@ def order_for(*manifests: Manifest, shard_groups: int = 1, batch_size: int = 8) 
 
 
 def opened(reader: Reader, order: Order, steps: range, **settings: Any) -> Any:
-    settings = {"micros": 1, "rank": 0, "world_size": 1, "workers": 0} | settings
+    settings = {"accumulation": 1, "rank": 0, "world_size": 1, "workers": 0} | settings
     return load_batches(reader, order, steps, image_size=16, max_seconds=MAX_SECONDS, **settings)
 
 
 def batches(
-    manifest: Manifest, steps: range, world_size: int = 1, micros: int = 1, workers: int = 0, **settings: Any
+    manifest: Manifest, steps: range, world_size: int = 1, accumulation: int = 1, workers: int = 0, **settings: Any
 ) -> list[list[Batch]]:
     """All ranks' micro-batches of each step, in global order."""
     order = settings.pop("order", None) or order_for(manifest)
     reader = settings.pop("reader", None) or Reader(manifest)
     streams = [
-        opened(reader, order, steps, micros=micros, rank=rank, world_size=world_size, workers=workers, **settings)
+        opened(
+            reader,
+            order,
+            steps,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=world_size,
+            workers=workers,
+            **settings,
+        )
         for rank in range(world_size)
     ]
     steps_read = []
     for _ in steps:
-        parts = [[next(stream) for stream in streams] for _ in range(micros)]
+        parts = [[next(stream) for stream in streams] for _ in range(accumulation)]
         steps_read.append([batch for part in parts for batch in part])
     for stream in streams:
         assert next(stream, None) is None, "there is a batch after the last step"
@@ -81,11 +90,13 @@ def assert_same(ones: list[list[Batch]], others: list[list[Batch]]) -> None:
         assert a[1:] == b[1:]
 
 
-@pytest.mark.parametrize(("world_size", "micros", "workers"), [(2, 1, 0), (1, 2, 0), (2, 2, 0), (8, 1, 0), (2, 1, 3)])
+@pytest.mark.parametrize(
+    ("world_size", "accumulation", "workers"), [(2, 1, 0), (1, 2, 0), (2, 2, 0), (8, 1, 0), (2, 1, 3)]
+)
 def test_global_batches_do_not_depend_on_the_cluster(
-    manifest: Manifest, world_size: int, micros: int, workers: int
+    manifest: Manifest, world_size: int, accumulation: int, workers: int
 ) -> None:
-    assert_same(batches(manifest, range(5)), batches(manifest, range(5), world_size, micros, workers))
+    assert_same(batches(manifest, range(5)), batches(manifest, range(5), world_size, accumulation, workers))
 
 
 @pytest.mark.parametrize(("broken", "seed"), [(False, 0), (True, 1), (True, 2)])
@@ -107,19 +118,19 @@ def test_resumed_in_mid_epoch_on_another_cluster_the_rest_is_what_was_left(
     assert bool(sum(len(b.bad_samples) for step in uninterrupted for b in step)) == broken
 
 
-@pytest.mark.parametrize(("shard_groups", "world_size", "micros"), [(1, 2, 1), (2, 1, 2), (2, 2, 1), (2, 4, 2)])
+@pytest.mark.parametrize(("shard_groups", "world_size", "accumulation"), [(1, 2, 1), (2, 1, 2), (2, 2, 1), (2, 4, 2)])
 def test_mixtures_and_shard_groups_hold_the_right_bytes(
-    manifest: Manifest, tmp_path: Path, shard_groups: int, world_size: int, micros: int
+    manifest: Manifest, tmp_path: Path, shard_groups: int, world_size: int, accumulation: int
 ) -> None:
     both = (manifest, noise(tmp_path / "more", captions=2, first=500))
     order, reader = order_for(*both, shard_groups=shard_groups), Reader(*both)
     indices = {
         index: None
-        for micro in range(micros)
+        for micro in range(accumulation)
         for rank in range(world_size)
-        for index in rank_slice(8, micro, micros, rank, world_size, shard_groups).tolist()
+        for index in rank_slice(8, micro, accumulation, rank, world_size, shard_groups).tolist()
     }
-    for step, parts in enumerate(batches(manifest, range(8), world_size, micros, order=order, reader=reader)):
+    for step, parts in enumerate(batches(manifest, range(8), world_size, accumulation, order=order, reader=reader)):
         chosen = order.batch(step).part(list(indices))
         ids, pictures, waves = joined(parts)
         assert ids == chosen.samples.tolist()

@@ -37,32 +37,36 @@ def one(tmp_path: Path) -> Manifest:
 
 
 def of(
-    m: Manifest, world_size: int = 2, workers: int = 2, micros: int = 2, shard_groups: int = 1, **how: object
+    m: Manifest, world_size: int = 2, workers: int = 2, accumulation: int = 2, shard_groups: int = 1, **how: object
 ) -> ReadingPlan:
     settings = {"groups": 2, "max_seconds": 6.0} | how
-    return plan_reading(order_of(m, "train", BATCH, 3, 2, shard_groups), [m], world_size, workers, micros, **settings)
+    return plan_reading(
+        order_of(m, "train", BATCH, 3, 2, shard_groups), [m], world_size, workers, accumulation, **settings
+    )
 
 
-def names_read(m: Manifest, order: Order, steps: int, world_size: int, workers: int, micros: int) -> dict:
+def names_read(m: Manifest, order: Order, steps: int, world_size: int, workers: int, accumulation: int) -> dict:
     """The shards that each (rank, worker) reads, as the loader assigns micro-batches to workers."""
     read: dict[tuple[int, int], set[str]] = {}
-    for number in range(steps * micros):
-        step, micro = divmod(number, micros)
+    for number in range(steps * accumulation):
+        step, micro = divmod(number, accumulation)
         for rank in range(world_size):
-            mine = rank_slice(BATCH, micro, micros, rank, world_size, order.shard_groups)
+            mine = rank_slice(BATCH, micro, accumulation, rank, world_size, order.shard_groups)
             shards = {m.shards[m.shard[sample]].name for sample in order.batch(step).samples[mine]}
             read.setdefault((rank, number % max(1, workers)), set()).update(shards)
     return read
 
 
 @pytest.mark.parametrize(
-    ("world_size", "workers", "micros", "shard_groups"), [(1, 0, 1, 1), (2, 2, 2, 1), (4, 3, 1, 2), (2, 1, 2, 4)]
+    ("world_size", "workers", "accumulation", "shard_groups"), [(1, 0, 1, 1), (2, 2, 2, 1), (4, 3, 1, 2), (2, 1, 2, 4)]
 )
 def test_readers_are_those_of_the_loader(
-    one: Manifest, world_size: int, workers: int, micros: int, shard_groups: int
+    one: Manifest, world_size: int, workers: int, accumulation: int, shard_groups: int
 ) -> None:
-    p = of(one, world_size, workers, micros, shard_groups)
-    expected = names_read(one, order_of(one, "train", BATCH, 3, 2, shard_groups), p.steps, world_size, workers, micros)
+    p = of(one, world_size, workers, accumulation, shard_groups)
+    expected = names_read(
+        one, order_of(one, "train", BATCH, 3, 2, shard_groups), p.steps, world_size, workers, accumulation
+    )
     assert {reader: set(shards) for reader, shards in p.readers.items()} == expected
     assert all(list(shards) == sorted(shards) for shards in p.readers.values())
 
@@ -76,7 +80,9 @@ def test_epoch_and_shuffle_block(one: Manifest) -> None:
     assert p.steps_per_epoch == 120 / 16
     assert (source.shuffle_block, source.steps, p.steps) == (20, 20 / 16, 2)
     assert of(one, shard_groups=2).sources[0].steps == 2 * 20 / 16
-    assert of(one, world_size=1, micros=1, shard_groups=8).sources[0].shuffle_block == 10  # a shard group has one shard
+    assert (
+        of(one, world_size=1, accumulation=1, shard_groups=8).sources[0].shuffle_block == 10
+    )  # a shard group has one shard
     assert of(one, workers=1).readers.keys() == {(0, 0), (1, 0)}
 
 
@@ -98,7 +104,7 @@ def test_shards_of_a_node(one: Manifest) -> None:
     assert of(one).stored_per_node == of(one, nodes=2).stored_per_node == stored
     assert of(one, shard_groups=2, nodes=2).stored_per_node == stored // 2
     assert of(one, world_size=4, shard_groups=2, nodes=4).stored_per_node == stored // 2
-    assert of(one, world_size=4, micros=1, shard_groups=4, nodes=2).stored_per_node == stored // 2
+    assert of(one, world_size=4, accumulation=1, shard_groups=4, nodes=2).stored_per_node == stored // 2
 
 
 def test_padding_against_a_plain_count(one: Manifest) -> None:
@@ -125,8 +131,8 @@ def test_padding_against_a_plain_count(one: Manifest) -> None:
 
 def test_many_ranks_evaluate_fewer_batches(one: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shards.reading.dry_run._MAX_MICROS", 13)
-    assert of(one, world_size=2, micros=2).batches == 4
-    assert of(one, world_size=16, micros=1).batches == 1
+    assert of(one, world_size=2, accumulation=2).batches == 4
+    assert of(one, world_size=16, accumulation=1).batches == 1
 
 
 def test_mixture(tmp_path: Path, one: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,12 +160,12 @@ def test_text(one: Manifest, tmp_path: Path) -> None:
     assert "steps per epoch: 7.50 of 16 pairs (2 ranks x 2 micro-batches x 4)" in text
     two = of(made(tmp_path / "two", shards=2, pictures=60)).text()
     assert two.endswith("\n  every worker of every rank: 2 shards: train-000000.tar, train-000001.tar")
-    shard_groups = of(one, world_size=8, workers=2, micros=1, shard_groups=4)
+    shard_groups = of(one, world_size=8, workers=2, accumulation=1, shard_groups=4)
     first = ", ".join(shard_groups.readers[2, 0])
     assert f"\n  ranks 2 to 3: {len(shard_groups.readers[2, 0])} shards: {first}\n" in shard_groups.text()
     assert "\n  rank 0 worker 0: " in of(one, workers=3).text()
-    assert "\n  every rank: " in of(one, workers=1, micros=1).text()
-    assert "\n  rank 0: 4 shards: " in of(one, world_size=1, workers=0, micros=1).text()
+    assert "\n  every rank: " in of(one, workers=1, accumulation=1).text()
+    assert "\n  rank 0: 4 shards: " in of(one, world_size=1, workers=0, accumulation=1).text()
 
 
 def test_text_of_very_many_readers_is_short(tmp_path: Path) -> None:

@@ -148,12 +148,16 @@ def test_a_batch_does_not_depend_on_what_was_read_before(order: Order, steps: li
     st.sampled_from([1, 2, 4, 6, 8]),
     st.integers(1, 3),
 )
-def test_ranks_and_micro_batches_together_are_the_batch(world: int, micros: int, shard_groups: int, times: int) -> None:
-    size = int(np.lcm(shard_groups, world)) * micros * times
+def test_ranks_and_micro_batches_together_are_the_batch(
+    world: int, accumulation: int, shard_groups: int, times: int
+) -> None:
+    size = int(np.lcm(shard_groups, world)) * accumulation * times
     order = Order([same_shards(3 * size + 35, 5)], size, seed=5, shuffle_shards=2, shard_groups=shard_groups)
     batch = order.batch(3)
-    indices = [rank_slice(size, m, micros, r, world, shard_groups) for m in range(micros) for r in range(world)]
-    assert {len(part) for part in indices} == {size // (micros * world)}, "ranks have unequal parts"
+    indices = [
+        rank_slice(size, m, accumulation, r, world, shard_groups) for m in range(accumulation) for r in range(world)
+    ]
+    assert {len(part) for part in indices} == {size // (accumulation * world)}, "ranks have unequal parts"
     joined = np.concatenate(indices)
     for column, part in zip(batch, batch.part(joined), strict=True):
         np.testing.assert_array_equal(part[np.argsort(joined)], column)
@@ -161,7 +165,7 @@ def test_ranks_and_micro_batches_together_are_the_batch(world: int, micros: int,
         np.testing.assert_array_equal(joined, np.arange(size))
     if shard_groups % world == 0:
         for rank in range(world):
-            mine = {int(p) // (size // shard_groups) for m in range(micros) for p in indices[m * world + rank]}
+            mine = {int(p) // (size // shard_groups) for m in range(accumulation) for p in indices[m * world + rank]}
             each = shard_groups // world
             assert mine == set(range(rank * each, (rank + 1) * each)), "a rank does not read complete shard groups"
 

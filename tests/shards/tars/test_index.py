@@ -66,7 +66,7 @@ def test_stock_tars_train_like_the_shards_that_webdataset_makes_of_them(tmp_path
     assert [shard.samples for shard in indexed.shards] == [shard.samples for shard in made.shards] == [3] * 6
     expected = batches(made, range(6))
     assert_same(expected, batches(indexed, range(6)))
-    assert_same(expected, batches(indexed, range(6), world_size=2, micros=2, workers=1))
+    assert_same(expected, batches(indexed, range(6), world_size=2, accumulation=2, workers=1))
     assert_same(expected[4:], batches(indexed, range(4, 6), world_size=4))
     assert Reader(indexed).meta(4)["captions"][0]["text"] == "text 4"
     assert read_caption_attributes(indexed, "train").text == [f"text {n}" for n in range(18)]

@@ -46,7 +46,7 @@ class Setting:
         own = slice(rank * each, (rank + 1) * each)
         self.batch = Batch(images[own], waves[own], torch.full((each,), SAMPLES), IDS[own])
 
-    def micros(self, count: int) -> list[Batch]:
+    def accumulation(self, count: int) -> list[Batch]:
         columns = [getattr(self.batch, name).chunk(count) for name in ("images", "waveforms", "lengths", "ids")]
         return [Batch(*part) for part in zip(*columns, strict=True)]
 
@@ -54,10 +54,10 @@ class Setting:
 def step(rank: int, world_size: int, teacher: bool, count: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """SIC of each micro-batch, and the gradients that the optimizer would get; one micro-batch: without a cache."""
     setting = Setting(rank, world_size, teacher, tiny_model())
-    micros, others = setting.micros(count), (setting.teacher, setting.queue, 0.4)
-    caches = cache_gradients(setting.learner, micros, lambda _: None, *others) if count > 1 else [None]
+    accumulation, others = setting.accumulation(count), (setting.teacher, setting.queue, 0.4)
+    caches = cache_gradients(setting.learner, accumulation, lambda _: None, *others) if count > 1 else [None]
     found, ids = [], []
-    for micro, cache in zip(micros, caches, strict=True):
+    for micro, cache in zip(accumulation, caches, strict=True):
         losses, pairs = setting.learner(micro, *others, even_draws(len(micro.ids)), cache)
         (losses["loss"] / count).backward()
         found.append(float(losses["contrastive"]))
@@ -98,15 +98,15 @@ def test_both_passes_draw_the_same_dropout() -> None:
         return speech, image
 
     setting.learner.model.encode = watched
-    micros, others = setting.micros(2), (setting.teacher, setting.queue, 0.4)
-    caches = cache_gradients(setting.learner, micros, torch.manual_seed, *others)
-    for place, (micro, cache) in enumerate(zip(micros, caches, strict=True)):
+    accumulation, others = setting.accumulation(2), (setting.teacher, setting.queue, 0.4)
+    caches = cache_gradients(setting.learner, accumulation, torch.manual_seed, *others)
+    for place, (micro, cache) in enumerate(zip(accumulation, caches, strict=True)):
         torch.manual_seed(place)
         setting.learner(micro, *others, even_draws(len(micro.ids)), cache)
     first, second = seen[:2], seen[2:]
     torch.testing.assert_close(first, second)
     torch.manual_seed(5)
-    assert not torch.allclose(setting.learner.encode(micros[0], None)[0].embedding, first[0]), (
+    assert not torch.allclose(setting.learner.encode(accumulation[0], None)[0].embedding, first[0]), (
         "there is no dropout to draw"
     )
 

@@ -64,7 +64,7 @@ class Watchdog:
             if not self._paused and time.monotonic() > self._deadline:
                 self._dump()
                 time.sleep(_LINGER)
-                os._exit(ExitCode.STALLED)
+                os._exit(ExitCode.TRANSIENT)
 
     def _dump(self) -> None:
         line = f"rank {self.rank}: no step was completed for {self.timeout:g} s (--training.watchdog); all threads:"

@@ -114,7 +114,7 @@ class FlopCounter:
         if objectives.matching.weight and not coarse:
             pooled = -(-frames // model.fusion.pool)
             once = float(fusion_flops(model.fusion, pooled, patches).sum()) + rows * 2.0 * model.fusion.width * 2
-            parts["SIM"] = TRAINED * 3 * once  # the matching pair, a wrong picture, a wrong utterance
+            parts["SIM"] = TRAINED * 3 * once  # the matching pair, a negative picture, a negative utterance
         if objectives.denoising.weight and not coarse:
             parts["CMD"] = 0.0
             for side, denoiser in self.learner.denoisers.items():

@@ -35,7 +35,7 @@ def stall_at_step_2(rank: int, world_size: int, run: config.Config, folder: Path
 @pytest.mark.timeout(120)
 def test_a_rank_that_stalls_ends_all_and_all_stacks_are_there(shards: Path, tmp_path: Path) -> None:
     run = test_trainer.settings(shards, tmp_path / "run", watchdog=8.0)
-    with pytest.raises(RankError, match=f"died with exit code {ExitCode.STALLED}"):
+    with pytest.raises(RankError, match=f"died with exit code {ExitCode.TRANSIENT}"):
         run_ranks(stall_at_step_2, 2, run, tmp_path, timeout=100)
     for rank, place in ((0, "in next_batch"), (1, "in fall_asleep")):
         stacks = (tmp_path / "run" / f"stacks-rank{rank}.txt").read_text()
