@@ -156,6 +156,13 @@ def test_bad_input_in_the_first_shard_is_one_line_and_nothing_is_left(tmp_path, 
     assert not out.exists()
 
 
+def test_missing_input_is_seen_before_the_first_shard(tmp_path):
+    root, named = spoiled(tmp_path / "corpus", "missing audio")
+    with pytest.raises(UserError, match=rf"{named} is missing: complete the corpus"):
+        make("flickr8k", "--root", root, "--out", tmp_path / "out", "--samples-per-shard", 1)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_bad_input_after_finished_shards(tmp_path, capsys, jobs):
     root, named = spoiled(tmp_path / "corpus", "empty audio")
@@ -172,6 +179,17 @@ def test_bad_input_after_finished_shards(tmp_path, capsys, jobs):
     assert before.items() <= identities(tmp_path / "out").items()
     make(*arguments, tmp_path / "undisturbed", "--skip-bad")
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("what", ["missing audio", "empty audio", "long audio", "text for a picture"])
+def test_bad_input_skipped(tmp_path, capsys, what):
+    root, named = spoiled(tmp_path / "corpus", what)
+    make("flickr8k", "--root", root, "--out", tmp_path / "out", "--jobs", 1, "--skip-bad")
+    output = capsys.readouterr().out
+    picture = what == "text for a picture"
+    assert ("dropped: 1 pictures, 2 captions" if picture else "dropped: 0 pictures, 1 captions") in output
+    assert named in output
+    assert counts(tmp_path / "out") == {"train": 4, "dev": 1 if picture else 2, "test": 2}
 
 
 def faulty(root):

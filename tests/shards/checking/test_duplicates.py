@@ -77,6 +77,14 @@ def test_same_recording_in_two_splits(tmp_path: Path, split: str, shard: str, ut
     assert result.warnings == []
 
 
+@pytest.mark.parametrize("codec", ["flac", "wav", "opus"])
+def test_same_recording_is_seen_in_any_codec(tmp_path: Path, codec: str) -> None:
+    items = [*damage.corpus(), same_recording("other", "test", 29)]
+    result = check_folder(damage.write(tmp_path / "shards", items, codec=codec), 0)
+    (line,) = lines(result.problems)
+    assert line.startswith("train and test: caption 1 of t4 and caption 0 of other are the same audio file")
+
+
 def test_same_recording_within_a_split_is_a_warning(tmp_path: Path) -> None:
     result = check(tmp_path, same_recording("other", "train", 28))
     assert result.healthy

@@ -48,6 +48,20 @@ def test_places_base_paths(tmp_path):
     assert read("places", "--root", root) == items
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", '{"data": [{"image": "a.jpg"}]}', "{}", pytest.param("[" * 100_000, id="deep")),
+        *(f'{{"data": [{{"image": {image}, "wav": "a.wav"}}]}}' for image in ("null", "7", '["a"]')),
+    ],
+)
+def test_places_damaged_json(tmp_path, content):
+    root = tiny.places(tmp_path)
+    (root / "dev_seen_2020.json").write_text(content)
+    with pytest.raises(UserError, match=r"dev_seen_2020\.json"):
+        read("places", "--root", root)
+
+
 def test_places_base_paths_that_cannot_be_used_are_ignored(tmp_path):
     root = tiny.places(tmp_path)
     expected = read("places", "--root", root)
