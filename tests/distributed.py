@@ -1,7 +1,8 @@
 """Run a function on real ranks, one process each: gloo ranks on the CPU, or with RANKS=cuda NCCL ranks, one a GPU.
 
-The processes are forked from a server that has imported torch and transformers once: a rank costs milliseconds. Runs
-share nothing: each meets through a file of its own, and each has a deadline after which no process is left.
+The processes are forked from a server that has imported torch, transformers and DeepSpeed once: a rank costs
+milliseconds. Runs share nothing: each meets through a file of its own, and each has a deadline after which no process
+is left.
 """
 
 import faulthandler
@@ -22,6 +23,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+PRELOADED = ["torch", "torch.distributed", "toolkit.model.retrieval"]
+if os.environ.get("RANKS") != "cuda":  # DeepSpeed looks for GPUs when it is imported, which no fork may inherit
+    PRELOADED += ["toolkit.training.trainer", "deepspeed.compile.backend"]
 GRACE = 3.0  # seconds after the deadline in which a rank may show where it stands and end itself
 SETTLE = (
     0.5  # seconds after a rank has failed in which the others may fail too, so that the cause is known from the effects
@@ -56,7 +60,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         TimeoutError: A rank did not finish; the message shows where each one stood.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "toolkit.model.retrieval"])
+    context.set_forkserver_preload(PRELOADED)
     deadline = time.time() + timeout
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         call = (function, world_size, args, Path(folder), deadline, dict(os.environ))

@@ -30,6 +30,10 @@ VIT = {
     "patch_size": 8,
 }
 
+# For ZeRO 3: its defaults leave weights as small as these unpartitioned, and search the rest of the step for the next
+# use of a module's weights, which takes as long as such steps themselves.
+PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}}
+
 
 def tiny_model() -> config.Model:
     """HuBERT of 2 layers of 32 (25 frames per second), ViT of 2 layers of 32 at 32 px, 1 fusion layer; fully trained.

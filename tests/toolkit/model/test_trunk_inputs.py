@@ -18,7 +18,7 @@ from transformers import (
 
 from shards.errors import UserError
 from tests.distributed import run_ranks
-from tests.tiny import HUBERT, tiny_model
+from tests.tiny import HUBERT, PARTITIONED, tiny_model
 from tests.toolkit.model.test_trunk import TRUNKS, build, clip_folder, pictures, write_trunk
 from tests.toolkit.training.test_trainer import losses, train
 from tests.toolkit.training.test_trainer import settings as run_settings
@@ -177,8 +177,8 @@ def test_a_frozen_projection_equals_clips_at_every_zero_stage(shards, tmp_path):
     for zero, precision in ((0, "fp32"), (3, "bf16")):
         run = run_settings(shards, tmp_path / str(zero), zero_stage=zero, precision=precision, steps=2, warmup_steps=0)
         run.model.image = config.Image(trunk=str(tmp_path / "clip"), train="1", freeze_projection=True, dropout=0.0)
-        if zero == 3:  # the default does not partition weights as small as this
-            run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        if zero == 3:
+            run.deepspeed = PARTITIONED
         runs.append(run)
     run_ranks(train, 2, *runs, timeout=200)
     for run in runs:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from shards.files import read_records
 from tests.distributed import run_ranks
-from tests.tiny import tiny_model
+from tests.tiny import PARTITIONED, tiny_model
 from tests.toolkit.training.test_trainer import losses, make_trainer, settings, train
 from toolkit.config import schema as config
 from toolkit.config.validate import check_config
@@ -110,8 +110,8 @@ def tuned(shards: Path, folder: Path, **training: Any) -> config.Config:
     """The speech trunk trains with its own rates, the image trunk by LoRA."""
     run = settings(shards, folder, trunk_lr=4e-4, layer_decay=0.5, **training)
     run.model.image.stem, run.model.image.train, run.model.image.lora_rank = "patches", "none", 2
-    if training.get("zero_stage") == 3:  # the default does not partition weights as small as these
-        run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    if training.get("zero_stage") == 3:
+        run.deepspeed = PARTITIONED
     return run
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import run_ranks
+from tests.tiny import PARTITIONED
 from tests.toolkit.model.small_trunks import with_trunk, write_trunk
 from tests.toolkit.model.test_spectrogram import settings as spectrogram_settings
 from tests.toolkit.training.test_trainer import losses, make_trainer, settings
@@ -53,8 +54,8 @@ def run_of(shards: Path, folder: Path, names: tuple[str, str], train: str, **tra
         for side in (run.model.speech, run.model.image):
             side.train, side.lora_rank = "none", 2
     run.data.resize = "squash" if names[1].startswith("siglip") else "crop"
-    if training.get("zero_stage") == 3:  # the default does not partition weights as small as these
-        run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    if training.get("zero_stage") == 3:
+        run.deepspeed = PARTITIONED
     return run
 
 
@@ -95,7 +96,7 @@ def test_spectrograms_train_with_the_same_losses_at_zero_3(shards: Path, tmp_pat
     for zero in (0, 3):
         run = settings(shards, tmp_path / str(zero), steps=2, warmup_steps=0, log_every=1, zero_stage=zero)
         run.model.speech = spectrogram_settings(groups=2).speech
-        run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if zero else {}
+        run.deepspeed = PARTITIONED if zero else {}
         runs.append(run)
     run_ranks(exported, 2, *runs, timeout=200)
     reference = losses(tmp_path / "0")

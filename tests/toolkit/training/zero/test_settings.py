@@ -9,6 +9,7 @@ from torch import nn
 
 from shards.errors import UserError
 from tests.distributed import run_ranks
+from tests.tiny import PARTITIONED
 from tests.toolkit.training.checkpointing import resumed_runs
 from toolkit.config.schema import Config
 from toolkit.training.zero.settings import deepspeed_config
@@ -324,7 +325,7 @@ def test_frozen_trunks_train_alike_where_no_parameter_is_complete(shards: Path, 
     for zero in (0, 3):
         run = resumed_runs.settings(shards, tmp_path / str(zero), zero_stage=zero, save_every=9)
         run.model.speech.train = run.model.image.train = "none"
-        run.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        run.deepspeed = PARTITIONED
         runs.append((run, None, ""))
     run_ranks(resumed_runs.train, 2, runs, timeout=220)
     expected = resumed_runs.losses(tmp_path / "0")
