@@ -10,8 +10,8 @@ Times are Unix times; steps are those of the newest complete checkpoint, -1 for 
 error log, which grows from one attempt to the next. A job that SLURM itself restarts (its node was lost, an operator
 asked for it) is not requeued a second time.
 
-`python launch/slurm/requeue.py FOLDER guard SHELL` runs in the background and makes sure that the second line is
-reached when SLURM ends a job whose ranks hang.
+`python launch/slurm/requeue.py FOLDER guard SHELL` runs in the background and makes sure that the end of the
+attempt is recorded when SLURM ends a job whose ranks hang.
 """
 
 import json
@@ -130,7 +130,7 @@ def begin(folder: Path, environment: Mapping[str, str], logs: Path | None = None
 
 
 def end(folder: Path, code: int, environment: Mapping[str, str], logs: Path | None = None) -> None:
-    """Record how an attempt ended, and requeue the job where that helps.
+    """Record how an attempt ended, and requeue the job if `decide` says so.
 
     Args:
         folder: Log folder of the job.
@@ -206,7 +206,7 @@ def _is_error(code: int) -> bool:
 
 
 def job_id(environment: Mapping[str, str]) -> str:
-    """Return the job's number; for a member of a job array ARRAY_INDEX, since one of them has the array's number."""
+    """Return the job's number; for a member of a job array ARRAY_INDEX: SLURM numbers one of them as the array."""
     array = environment.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
 
