@@ -217,7 +217,7 @@ class Learner(nn.Module):
     def match(
         self, speech: Encoded, image: Encoded, negatives: HardNegatives, measure_controls: bool
     ) -> dict[str, Tensor]:
-        """Compute SIM: classify matching pairs and those with a hard negative; as a control, with other patches."""
+        """Compute SIM: classify matching pairs and hard negatives; as a control, with another pair's patches."""
         negative_speech, negative_image = negatives.fetch()
         # Row by row: matching pairs, each utterance with a negative picture, each picture with a negative utterance.
         utterances = concatenate([speech, speech, negative_speech])
